@@ -1,0 +1,16 @@
+.PHONY: setup demo test check bench clean
+BIN := .venv/bin
+
+setup: .venv/installed  ## virtual environment with every pinned dependency
+.venv/installed: pyproject.toml constraints.txt
+	python3 -m venv .venv && $(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]' && touch $@
+demo: setup  ## draw raw archives, build shards, train, promote, predict
+	PATH="$(CURDIR)/$(BIN):$$PATH" bash infra/demo.sh
+test: setup
+	$(BIN)/python -m pytest
+check: setup
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/python -m pytest tests/test_layout.py
+bench: setup
+	$(BIN)/python -m benchmarks
+clean:
+	rm -rf .venv .demo .pytest_cache .mypy_cache .ruff_cache ./*.egg-info

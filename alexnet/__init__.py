@@ -1,0 +1,1 @@
+"""What the network is: model, preprocessing, optimisation, prediction. Needs torch, never ray."""

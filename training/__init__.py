@@ -1,0 +1,1 @@
+"""Shards to a registered model: Ray Train runs the loop, MLflow keeps the record."""
