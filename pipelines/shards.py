@@ -1,0 +1,245 @@
+"""The shard format: its names, how a tar is packed, what the manifest and the index say.
+
+    OUT/train-000000.tar          members KEY.cls KEY.jpg KEY.json; `webdataset` reads it as it is
+    OUT/index/train.parquet       one row per sample (`INDEX`), in (shard, position) order
+    OUT/manifest.json             written last: where it is, the set is complete
+    OUT/SHA256SUMS                for `sha256sum -c`, of everything above and below but _meta/
+    OUT/shardindex.json           the same shards for `wids`, derived
+    OUT/quarantine/train.jsonl    the rejected images, their raw bytes in quarantine/train/KEY.bin
+    OUT/_meta/plan.json, plan.parquet, SHARD.parquet    the plan, and each finished shard's sidecar
+
+Needs no ray, and no part of the builder: training reads shards through this module alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import tarfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from alexnet.errors import UserError
+from pipelines import storage
+
+FORMAT = "alexnet-shards"
+FORMAT_VERSION = 1
+
+INDEX = pa.schema(
+    [
+        ("key", pa.string()),
+        ("label", pa.int64()),
+        ("wnid", pa.string()),
+        ("shard", pa.string()),  # file name without .tar
+        ("offset", pa.int64()),  # of the JPEG's first byte inside the tar
+        ("size", pa.int64()),  # of the JPEG, bytes
+        ("sha256", pa.string()),  # of the JPEG
+        ("source", pa.string()),  # container, relative to RAW
+        ("source_offset", pa.int64()),
+        ("source_size", pa.int64()),
+        ("source_sha256", pa.string()),
+        ("width", pa.int64()),  # of the raw picture, pixels
+        ("height", pa.int64()),
+        ("fixes", pa.list_(pa.string())),
+    ]
+)
+_TAR_BLOCK = 512
+_STATUS = b"alexnet.status"
+
+
+@dataclass(frozen=True)
+class ShardInfo:
+    name: str  # "train-000000", without .tar
+    split: str
+    samples: int
+    num_bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class PixelStats:
+    """RGB over every stored pixel, units 0..255; the covariance is the population's."""
+
+    count: int
+    mean: tuple[float, float, float]
+    covariance: tuple[tuple[float, float, float], ...]
+
+    @classmethod
+    def from_sums(cls, count: int, sums: list[int], products: list[list[int]]) -> PixelStats:
+        """From integers Σx (3) and Σxxᵀ (3, 3): exact until the one division per number."""
+        if count == 0:
+            return cls(0, (0.0, 0.0, 0.0), ((0.0, 0.0, 0.0),) * 3)
+        r, g, b = (total / count for total in sums)
+        rows = [
+            [(count * products[i][j] - sums[i] * sums[j]) / count**2 for j in range(3)]
+            for i in range(3)
+        ]
+        return cls(count, (r, g, b), tuple((row[0], row[1], row[2]) for row in rows))
+
+
+@dataclass(frozen=True)
+class Manifest:
+    plan_id: str
+    resize: int
+    crop: int
+    quality: int
+    seed: int
+    wnids: tuple[str, ...]  # label k is wnids[k]; sorted
+    class_names: tuple[str, ...]
+    pixels: PixelStats
+    shards: tuple[ShardInfo, ...]
+    partial: bool
+    document: dict[str, Any]  # manifest.json as it was read
+    digest: str  # sha256 of manifest.json: the identity of the data set
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.wnids)
+
+    def split_shards(self, split: str) -> tuple[ShardInfo, ...]:
+        """In number order."""
+        return tuple(shard for shard in self.shards if shard.split == split)
+
+    def num_samples(self, split: str) -> int:
+        return sum(shard.samples for shard in self.split_shards(split))
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One picture on its way into a shard."""
+
+    key: str
+    label: int
+    wnid: str
+    jpeg: bytes
+    name: str  # of the raw file
+    source: str
+    source_offset: int
+    source_size: int
+    source_sha256: str
+    width: int
+    height: int
+    fixes: tuple[str, ...]
+
+
+def shard_name(split: str, number: int) -> str:
+    return f"{split}-{number:06d}"
+
+
+def load_manifest(uri: str) -> Manifest:
+    """Raises UserError when no finished shard set of this format is there."""
+    location = storage.join(uri, "manifest.json")
+    if not storage.exists(location):
+        raise UserError(
+            f"{uri}: no finished shard set (no manifest.json); build one with "
+            f"`python -m pipelines build --raw RAW --out {uri}`"
+        )
+    data = storage.read(location)
+    try:
+        document = json.loads(data)
+    except ValueError as error:
+        raise UserError(f"{location} is not JSON ({error}); rebuild the shard set") from error
+    found = (document.get("format"), document.get("format_version"))
+    if found != (FORMAT, FORMAT_VERSION):
+        raise UserError(
+            f"{location} has format {found[0]!r} version {found[1]!r}; this reads {FORMAT!r} "
+            f"version {FORMAT_VERSION}: rebuild the shards, or use the release that wrote them"
+        )
+    return parse_manifest(document, hashlib.sha256(data).hexdigest())
+
+
+def parse_manifest(document: dict[str, Any], digest: str) -> Manifest:
+    pixels = document["pixels"]
+    return Manifest(
+        plan_id=document["plan_id"],
+        resize=document["geometry"]["resize"],
+        crop=document["geometry"]["crop"],
+        quality=document["codec"]["quality"],
+        seed=document["seed"],
+        wnids=tuple(document["classes"]["wnids"]),
+        class_names=tuple(document["classes"]["names"]),
+        pixels=PixelStats(
+            pixels["count"],
+            tuple(pixels["mean"]),
+            tuple(tuple(row) for row in pixels["covariance"]),
+        ),
+        shards=tuple(
+            ShardInfo(row["name"], row["split"], row["samples"], row["bytes"], row["sha256"])
+            for row in document["shards"]
+        ),
+        partial=document["partial"],
+        document=document,
+        digest=digest,
+    )
+
+
+def load_index(uri: str, split: str) -> pa.Table:
+    """All samples of a split with the columns of `INDEX`; the row number is the sample id."""
+    location = storage.join(uri, "index", f"{split}.parquet")
+    if not storage.exists(location):
+        raise UserError(f"{location}: not there; was this set built with --splits {split}?")
+    return pq.read_table(pa.BufferReader(storage.read(location)))
+
+
+def pack(name: str, samples: Iterable[Sample]) -> tuple[bytes, pa.Table]:
+    """The shard's tar and its `INDEX` rows, in the order given.
+
+    The bytes depend on the samples alone: USTAR, no clock, no user, canonical JSON.
+    """
+    buffer = io.BytesIO()
+    rows: list[dict[str, Any]] = []
+    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+        for sample in samples:
+            _add(tar, f"{sample.key}.cls", str(sample.label).encode())
+            offset = buffer.tell() + _TAR_BLOCK
+            _add(tar, f"{sample.key}.jpg", sample.jpeg)
+            row = {field: getattr(sample, field) for field in INDEX.names if hasattr(sample, field)}
+            row["fixes"] = list(sample.fixes)
+            _add(tar, f"{sample.key}.json", canonical_json({**row, "name": sample.name}))
+            row |= {"shard": name, "offset": offset, "size": len(sample.jpeg)}
+            rows.append({**row, "sha256": hashlib.sha256(sample.jpeg).hexdigest()})
+    return buffer.getvalue(), pa.Table.from_pylist(rows, schema=INDEX)
+
+
+def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+    member = tarfile.TarInfo(name)  # TarInfo's own defaults: mtime 0, uid and gid 0, no names
+    member.size, member.mode = len(data), 0o444
+    tar.addfile(member, io.BytesIO(data))
+
+
+def canonical_json(value: Any, indent: int | None = None) -> bytes:
+    """The one spelling of a JSON value, so that equal values have equal hashes."""
+    separators = (",", ":") if indent is None else (",", ": ")
+    text = json.dumps(
+        value, sort_keys=True, indent=indent, separators=separators, ensure_ascii=False
+    )
+    return text.encode() + b"\n"
+
+
+def sidecar_uri(uri: str, shard: str) -> str:
+    return storage.join(uri, "_meta", f"{shard}.parquet")
+
+
+def pack_sidecar(rows: pa.Table, status: dict[str, Any]) -> bytes:
+    """A shard's index rows with its status (plan_id, samples, bytes, sha256, …) in the metadata."""
+    return parquet_bytes(rows.replace_schema_metadata({_STATUS: canonical_json(status)}))
+
+
+def unpack_sidecar(data: bytes) -> tuple[pa.Table, dict[str, Any]]:
+    """Rows and status. Raises ValueError when the bytes are not a sidecar."""
+    table = pq.read_table(pa.BufferReader(data))
+    metadata = table.schema.metadata or {}
+    if _STATUS not in metadata:
+        raise ValueError("no shard status in the parquet metadata")
+    return table.replace_schema_metadata(None), json.loads(metadata[_STATUS])
+
+
+def parquet_bytes(table: pa.Table, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer, **options)
+    return buffer.getvalue()

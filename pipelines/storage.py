@@ -1,0 +1,336 @@
+"""Bytes under a name: a local path or `s3://bucket/key`. The only file that knows boto3.
+
+Whatever is published is published once and whole: a reader sees all bytes of a name or none, and
+a name that exists is never replaced with other bytes behind somebody's back (`write_new`).
+`AWS_ENDPOINT_URL` chooses another store than Amazon's; boto3 reads it itself.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import functools
+import hashlib
+import os
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from alexnet.errors import UserError
+
+_TRIES = 5
+_MISSING = {"404", "NoSuchKey", "NotFound"}
+
+
+def is_s3(uri: str) -> bool:
+    return uri.startswith("s3://")
+
+
+def absolute(uri: str) -> str:
+    """The same place, independent of the current folder. Raises UserError for other schemes."""
+    if is_s3(uri):
+        _bucket_and_key(uri)
+        return uri.rstrip("/")
+    if "://" in uri:
+        raise UserError(f"{uri}: only local paths and s3://bucket/key are supported")
+    return str(Path(uri).expanduser().absolute())
+
+
+def join(uri: str, *parts: str) -> str:
+    return "/".join([uri.rstrip("/") or "/", *parts])
+
+
+def exists(uri: str) -> bool:
+    """True for a file or object; also for a local folder."""
+    if not is_s3(uri):
+        with _told(uri):
+            return Path(uri).exists()
+    return _head(uri) is not None
+
+
+def size(uri: str) -> int:
+    """Bytes. Raises UserError when it is not there."""
+    if not is_s3(uri):
+        with _told(uri):
+            return Path(uri).stat().st_size
+    head = _head(uri)
+    if head is None:
+        raise UserError(f"{uri}: not there")
+    return int(head["ContentLength"])
+
+
+def read(uri: str, offset: int = 0, length: int | None = None) -> bytes:
+    """`length` bytes from `offset` (all that follow when None); fewer only where the file ends."""
+    if length == 0:
+        return b""
+    with _told(uri):
+        if not is_s3(uri):
+            with Path(uri).open("rb", buffering=0) as file:
+                file.seek(offset)
+                return _read_fully(file, length)
+        return _read_s3(uri, offset, length)
+
+
+def list_files(uri: str) -> list[tuple[str, int]]:
+    """(name relative to `uri`, bytes) of every file below it, sorted by name; [] if none."""
+    with _told(uri):
+        return sorted(_list_s3(uri) if is_s3(uri) else _list_folder(Path(uri), ""))
+
+
+def write_new(uri: str, data: bytes) -> None:
+    """Publish atomically under a name that must be free.
+
+    The same bytes already there are success (a retry, or a second builder). Raises UserError when
+    other bytes are there, or when the store cannot be written.
+    """
+    with _told(uri):
+        published = _put_new(uri, data) if is_s3(uri) else _link_new(Path(uri), data)
+    if not published and not _same(uri, data):
+        raise UserError(f"{uri} exists with other bytes; delete it or choose another output")
+
+
+def write(uri: str, data: bytes) -> None:
+    """Publish atomically, replacing what was there."""
+    with _told(uri):
+        if is_s3(uri):
+            bucket, key = _bucket_and_key(uri)
+            _client().put_object(
+                Bucket=bucket, Key=key, Body=data, ChecksumSHA256=_base64_sha256(data)
+            )
+            return
+        path = Path(uri)
+        with _temporary_beside(path, data) as temporary:
+            temporary.replace(path)
+        _sync_folder(path.parent)
+
+
+def delete(uri: str) -> None:
+    """Remove one file or object; nothing happens when it is not there."""
+    with _told(uri):
+        if is_s3(uri):
+            bucket, key = _bucket_and_key(uri)
+            _client().delete_object(Bucket=bucket, Key=key)
+        else:
+            Path(uri).unlink(missing_ok=True)
+
+
+def home() -> Path:
+    """$ALEXNET_HOME or ~/.alexnet, absolute because Ray's workers change directory."""
+    return Path(os.environ.get("ALEXNET_HOME") or "~/.alexnet").expanduser().absolute()
+
+
+def newest_shards() -> str | None:
+    """The finished shard set under home()/shards whose manifest is newest; None if none is."""
+    manifests = [*(home() / "shards").glob("*/manifest.json")]
+    newest = max(manifests, key=lambda path: (path.stat().st_mtime_ns, str(path)), default=None)
+    return None if newest is None else str(newest.parent)
+
+
+# Local files
+
+
+def _read_fully(file: Any, length: int | None) -> bytes:
+    if length is None:
+        return bytes(file.read())
+    parts = []
+    while length > 0 and (part := file.read(length)):  # one read() may return less than asked
+        parts.append(part)
+        length -= len(part)
+    return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+def _list_folder(folder: Path, prefix: str) -> Iterator[tuple[str, int]]:
+    if not folder.is_dir():
+        return
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.is_dir():
+                yield from _list_folder(folder / entry.name, f"{prefix}{entry.name}/")
+            elif entry.is_file():
+                yield prefix + entry.name, entry.stat().st_size
+
+
+@contextlib.contextmanager
+def _temporary_beside(path: Path, data: bytes) -> Iterator[Path]:
+    """`data` on disk in a hidden file next to `path`, gone afterwards unless it was renamed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    temporary = Path(name)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.chmod(0o644)  # mkstemp's 0600 would hide a shared shard set from other users
+        yield temporary
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _link_new(path: Path, data: bytes) -> bool:
+    if path.exists():
+        return False
+    with _temporary_beside(path, data) as temporary:
+        try:
+            path.hardlink_to(temporary)  # unlike a rename, fails if somebody was faster
+        except FileExistsError:
+            return False
+        except OSError:  # a file system without hard links
+            temporary.rename(path)
+    _sync_folder(path.parent)
+    return True
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)  # makes the new name itself survive a power cut
+    finally:
+        os.close(handle)
+
+
+# S3
+
+
+@functools.cache
+def _client_for(endpoint: str | None, access_key: str | None) -> Any:
+    import boto3
+    from botocore.config import Config
+
+    retries: Any = {"mode": "standard", "total_max_attempts": 5}
+    config = Config(retries=retries, connect_timeout=10, max_pool_connections=32)
+    return boto3.session.Session().client("s3", config=config)
+
+
+def _client() -> Any:
+    return _client_for(os.environ.get("AWS_ENDPOINT_URL"), os.environ.get("AWS_ACCESS_KEY_ID"))
+
+
+def _bucket_and_key(uri: str) -> tuple[str, str]:
+    bucket, _, key = uri.removeprefix("s3://").partition("/")
+    if not bucket:
+        raise UserError(f"{uri}: no bucket; write s3://bucket/prefix")
+    return bucket, key
+
+
+def _read_s3(uri: str, offset: int, length: int | None) -> bytes:
+    from botocore.exceptions import ClientError, HTTPClientError, IncompleteReadError
+
+    bucket, key = _bucket_and_key(uri)
+    request: dict[str, Any] = {"Bucket": bucket, "Key": key}
+    if offset or length is not None:
+        last = "" if length is None else offset + length - 1
+        request["Range"] = f"bytes={offset}-{last}"
+    for attempt in range(_TRIES):  # boto3 retries the request, not a body that breaks off
+        try:
+            return bytes(_client().get_object(**request)["Body"].read())
+        except (HTTPClientError, IncompleteReadError):
+            if attempt == _TRIES - 1:
+                raise
+        except ClientError as error:
+            if _code(error) in {"InvalidRange", "416"}:
+                return b""  # the range starts at or after the end, as with a local file
+            raise
+    raise AssertionError("unreachable")
+
+
+def _head(uri: str) -> Any:
+    from botocore.exceptions import ClientError
+
+    bucket, key = _bucket_and_key(uri)
+    with _told(uri):
+        try:
+            return _client().head_object(Bucket=bucket, Key=key, ChecksumMode="ENABLED")
+        except ClientError as error:
+            if _code(error) in _MISSING:
+                return None
+            raise
+
+
+def _list_s3(uri: str) -> Iterator[tuple[str, int]]:
+    bucket, key = _bucket_and_key(uri)
+    prefix = key.rstrip("/") + "/" if key else ""
+    pages = _client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
+    for page in pages:
+        for item in page.get("Contents", []):
+            if not item["Key"].endswith("/"):
+                yield item["Key"].removeprefix(prefix), int(item["Size"])
+
+
+def _put_new(uri: str, data: bytes) -> bool:
+    from botocore.exceptions import ClientError
+
+    bucket, key = _bucket_and_key(uri)
+    request = {"Bucket": bucket, "Key": key, "Body": data, "ChecksumSHA256": _base64_sha256(data)}
+    for attempt in range(_TRIES):
+        try:
+            _client().put_object(**request, IfNoneMatch="*")
+            return True
+        except ClientError as error:
+            if _code(error) == "PreconditionFailed":
+                return False
+            if _code(error) == "NotImplemented":  # a store without conditional writes
+                if _head(uri) is not None:
+                    return False
+                _client().put_object(**request)
+                return True
+            if _code(error) != "ConditionalRequestConflict" or attempt == _TRIES - 1:
+                raise
+            time.sleep(0.2 * 2**attempt)  # another writer's PUT of this key is under way
+    raise AssertionError("unreachable")
+
+
+def _same(uri: str, data: bytes) -> bool:
+    if is_s3(uri) and (checksum := (_head(uri) or {}).get("ChecksumSHA256")):
+        return bool(checksum == _base64_sha256(data))
+    return size(uri) == len(data) and read(uri) == data
+
+
+def _base64_sha256(data: bytes) -> str:
+    return base64.b64encode(hashlib.sha256(data).digest()).decode()
+
+
+def _code(error: Any) -> str:
+    return str(error.response.get("Error", {}).get("Code", ""))
+
+
+@contextlib.contextmanager
+def _told(uri: str) -> Iterator[None]:
+    """Turns what the user can mend (missing, forbidden, full, unreachable) into a UserError."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise UserError(f"{uri}: not there") from error
+    except OSError as error:
+        if is_s3(uri):
+            raise
+        raise UserError(f"{uri}: {error.strerror or error}") from error
+    except Exception as error:
+        line = _s3_remedy(uri, error) if is_s3(uri) else None
+        if line is None:
+            raise
+        raise UserError(line) from error
+
+
+def _s3_remedy(uri: str, error: Exception) -> str | None:
+    from botocore import exceptions as s3
+
+    store = os.environ.get("AWS_ENDPOINT_URL", "Amazon S3")
+    if isinstance(error, s3.NoCredentialsError | s3.PartialCredentialsError):
+        return f"{uri}: no S3 credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+    if isinstance(error, s3.ParamValidationError | s3.NoRegionError):
+        return f"{uri}: {' '.join(str(error).split())}"
+    if isinstance(error, s3.HTTPClientError | s3.ConnectionError):  # refused, timed out, TLS
+        return f"{uri}: {store} cannot be reached; check AWS_ENDPOINT_URL and the network"
+    if isinstance(error, ValueError) and "endpoint" in str(error).lower():
+        return f"{uri}: AWS_ENDPOINT_URL={store} is not a URL"
+    if not isinstance(error, s3.ClientError):
+        return None
+    code = _code(error)
+    if code == "NoSuchBucket":
+        return f"{uri}: no such bucket at {store}; create it first"
+    if code in _MISSING:
+        return f"{uri}: not there"
+    return f"{uri}: {store} answered {code}: {error.response['Error'].get('Message', '')}".strip()
