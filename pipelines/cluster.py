@@ -1,0 +1,75 @@
+"""How a command joins a Ray cluster, or starts one for itself. Imported by drivers alone."""
+
+import json
+import logging
+import os
+import secrets
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.exceptions import AuthenticationError
+
+from alexnet.errors import UserError
+from pipelines import storage
+
+_ROOT = Path(__file__).resolve().parents[1]
+_PACKAGES = ("alexnet", "pipelines", "training")
+
+
+def connect() -> None:
+    """Joins the cluster of $RAY_ADDRESS or of `ray start` on this host; else starts a local one.
+
+    Workers get the three packages from this checkout, so nothing has to be installed on them.
+    Raises UserError where the cluster cannot be joined.
+    """
+    if ray.is_initialized():
+        return
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    settings: dict[str, Any] = {"runtime_env": _code(), "logging_level": logging.WARNING}
+    try:
+        ray.init(address="auto", **settings)
+    except AuthenticationError as error:
+        raise UserError(
+            "the Ray cluster asks for a token; set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH "
+            "(or put the token into ~/.ray/auth_token)"
+        ) from error
+    except ConnectionError as error:
+        if address := os.environ.get("RAY_ADDRESS"):
+            raise UserError(
+                f"no Ray cluster answers at RAY_ADDRESS={address}; start one with "
+                "`ray start --head`, or unset RAY_ADDRESS to run on this machine alone"
+            ) from error
+        _own_token()
+        ray.init(address="local", include_dashboard=False, **settings)
+
+
+def refuse_local_paths(paths: list[str], *, shared_fs: bool) -> None:
+    """Raises UserError for local paths on a cluster of several nodes, where each node would see
+    another disk, unless the user says that all share it."""
+    local = [path for path in paths if not storage.is_s3(path)]
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    if local and len(nodes) > 1 and not shared_fs:
+        raise UserError(
+            f"{local[0]} is local and this cluster has {len(nodes)} nodes; use s3://, or pass "
+            "--shared-fs if every node mounts it"
+        )
+
+
+def _own_token() -> None:
+    """A Ray of our own is guarded by a token that dies with it.
+
+    With the mode unset, Ray would leave a new token in ~/.ray, and every later `ray start` would
+    then refuse each client that does not set RAY_AUTH_MODE.
+    """
+    if "RAY_AUTH_MODE" not in os.environ:
+        os.environ["RAY_AUTH_MODE"] = "token"
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+
+
+def _code() -> dict[str, Any]:
+    """The packages for the workers; empty in a job with a working directory, which brings them."""
+    job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") or "{}")
+    if "working_dir" in (job.get("runtime_env") or {}):
+        return {}
+    return {"py_modules": [str(_ROOT / name) for name in _PACKAGES]}

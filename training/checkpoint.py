@@ -1,0 +1,83 @@
+"""What a checkpoint folder holds: tensors as safetensors, the rest as JSON, hashes last.
+
+    model.safetensors       parameters and buffers
+    optimizer.safetensors   momentum of each parameter
+    state.json              step, config, manifest digest, MLflow run id, input spec, last metrics
+    hashes.json             sha256 of the files above; written last, so its presence means complete
+
+No pickle, so that a checkpoint from storage cannot run code.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from alexnet.errors import UserError
+
+_FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
+
+
+def save(
+    folder: Path,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    state: dict[str, Any],
+) -> None:
+    """Writes a complete checkpoint into `folder`. `state` is JSON-ready."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: value.contiguous() for name, value in model.state_dict().items()}
+    save_file(tensors, folder / "model.safetensors")
+    save_file(_momentum(model, optimizer), folder / "optimizer.safetensors")
+    (folder / "state.json").write_text(json.dumps(state, indent=1, sort_keys=True))
+    hashes = {name: _sha256(folder / name) for name in _FILES}
+    (folder / "hashes.json").write_text(json.dumps(hashes, indent=1))
+
+
+def verify(folder: Path) -> None:
+    """Raises UserError when a file is missing or its hash differs."""
+    try:
+        hashes = json.loads((folder / "hashes.json").read_text())
+    except (FileNotFoundError, json.JSONDecodeError) as error:
+        raise UserError(f"checkpoint {folder} is incomplete: no readable hashes.json") from error
+    for name in _FILES:
+        if not (folder / name).exists() or _sha256(folder / name) != hashes.get(name):
+            raise UserError(f"checkpoint {folder} is damaged: {name} does not match its sha256")
+
+
+def load_state(folder: Path) -> dict[str, Any]:
+    """state.json of a checkpoint."""
+    state: dict[str, Any] = json.loads((folder / "state.json").read_text())
+    return state
+
+
+def load_model(folder: Path, model: torch.nn.Module) -> None:
+    """Copies the weights into `model`, on whatever device that is."""
+    model.load_state_dict(load_file(folder / "model.safetensors"))
+
+
+def load_optimizer(folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Copies the momentum; the learning rate is a function of the step and is not stored."""
+    momentum = load_file(folder / "optimizer.safetensors")
+    for name, parameter in model.named_parameters():
+        if name in momentum:
+            # preserve_format: the buffer must have the parameter's memory layout for fused SGD
+            buffer = torch.empty_like(parameter).copy_(momentum[name])
+            optimizer.state[parameter]["momentum_buffer"] = buffer
+
+
+def _momentum(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    buffers = {}
+    for name, parameter in model.named_parameters():
+        buffer = optimizer.state.get(parameter, {}).get("momentum_buffer")
+        if buffer is not None:
+            buffers[name] = buffer.contiguous()
+    return buffers
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,55 @@
+"""Which samples make global batch k of epoch e: a pure function of (seed, epoch, k).
+
+World size does not appear: W ranks share each global batch, so every epoch sees every sample
+exactly once, all ranks take the same number of steps, and a run stopped at any step goes on at the
+next sample with another W too. A sample's id is its row in the split's index.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+Ids = NDArray[np.int64]
+
+# Samples are shuffled inside windows of this many shards, so a node reading from S3 holds a few
+# shards at a time and still mixes tens of thousands of samples.
+WINDOW_SHARDS = 8
+
+
+def epoch_order(shard_sizes: Sequence[int], *, seed: int, epoch: int) -> Ids:
+    """All sample ids of the split in the order of `epoch`: int64 (sum of sizes,).
+
+    Shards are permuted, then samples inside each window of `WINDOW_SHARDS` of them. The bits come
+    from Philox's raw stream, which NumPy keeps stable over versions (NEP 19).
+    """
+    sizes = np.asarray(shard_sizes, dtype=np.int64)
+    starts = np.concatenate([[0], np.cumsum(sizes)[:-1]])
+    bits = np.random.Philox(key=[seed % 2**64, epoch])
+    shards = _permutation(bits, len(sizes))
+    windows = []
+    for first in range(0, len(shards), WINDOW_SHARDS):
+        window = shards[first : first + WINDOW_SHARDS]
+        ids = np.concatenate([np.arange(starts[s], starts[s] + sizes[s]) for s in window])
+        windows.append(ids[_permutation(bits, len(ids))])
+    return np.concatenate(windows)
+
+
+def steps_per_epoch(num_samples: int, batch_size: int) -> int:
+    """Steps that cover every sample once with batches of at most `batch_size`."""
+    return -(-num_samples // batch_size)
+
+
+def global_batch(order: Ids, step: int, num_steps: int) -> Ids:
+    """The ids of one step. Batch sizes of an epoch differ by at most one, so there is no tiny last
+    batch whose gradient would be noise."""
+    return order[step * len(order) // num_steps : (step + 1) * len(order) // num_steps]
+
+
+def rank_part(batch: Ids, rank: int, world_size: int) -> Ids:
+    """Rank's share of a global batch; shares differ by at most one sample."""
+    return batch[rank::world_size]
+
+
+def _permutation(bits: np.random.Philox, length: int) -> Ids:
+    return np.argsort(bits.random_raw(length), kind="stable")

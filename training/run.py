@@ -1,0 +1,236 @@
+"""Trains AlexNet on a shard set and registers the result; `--help` lists every field.
+
+Runs as a script from any folder and as a Ray job:
+
+    python training/run.py [RECIPE] [flags]
+    ray job submit --working-dir . -- python training/run.py [RECIPE] [flags]
+
+Holds nothing that a worker needs: here it is `__main__`, which workers cannot import.
+"""
+
+import contextlib
+import dataclasses
+import io
+import logging
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+if __name__ == "__main__":
+    # A script's own folder comes first on its path: with the checkout in its place, the packages
+    # are found from any folder, and no file beside this one can shadow a library.
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import ray
+import ray.train
+import tyro
+from ray.train.torch import TorchTrainer
+from ray.train.v2.api.exceptions import TrainingFailedError
+
+from alexnet.errors import UserError
+from alexnet.preprocess import NETWORK_SIDE
+from pipelines import cluster, shards, storage
+from training import registry, tracking
+from training.config import TrainConfig
+from training.loop import TrainingStopped
+from training.order import steps_per_epoch
+from training.recipes import RECIPES
+from training.worker import train_worker
+
+logger = logging.getLogger("training")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit code: 0 trained, 1 training failed, 2 wrong usage or input, 130 interrupted."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        config = parse(sys.argv[1:] if argv is None else argv)
+        return train(config)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def parse(argv: list[str]) -> TrainConfig:
+    """The recipe named first (`deck` by default) with the fields that flags change."""
+    recipe, flags = (argv[0], argv[1:]) if argv and not argv[0].startswith("-") else ("deck", argv)
+    if recipe not in RECIPES:
+        raise UserError(f"no recipe {recipe!r}; there are {', '.join(RECIPES)}")
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            return tyro.cli(
+                TrainConfig,
+                default=RECIPES[recipe](),
+                args=flags,
+                prog=f"training/run.py {recipe}",
+                description=RECIPES[recipe].__doc__,
+                config=(tyro.conf.FlagConversionOff,),
+            )
+    except SystemExit as exit:
+        if exit.code in (0, None):
+            raise
+        raise UserError(_one_line(complaint.getvalue())) from None
+
+
+def train(config: TrainConfig) -> int:
+    """From a checked config to a registered version."""
+    config, manifest = resolve(config)
+    data = str(config.data)
+    uri = tracking.tracking_uri()
+    client = tracking.connect(uri)
+    run = tracking.open_run(client, config, manifest, data)
+    run_id = run.info.run_id
+    if run.info.status == "FINISHED":
+        logger.info(f"run {config.name} is finished; train again under another --name")
+        return 0
+    cluster.connect()
+    cluster.refuse_local_paths([data, str(config.storage)], shared_fs=config.shared_fs)
+    scaling, cpus = _scaling(config)
+    job = {"config": config, "data": data, "tracking_uri": uri, "run_id": run_id, "cpus": cpus}
+    _announce(config, manifest, cpus, scaling.use_gpu)
+    try:
+        with _terminable(), tracking.run_status(client, run_id):
+            result = _trainer(config, scaling, job).fit()
+            with result.checkpoint.as_directory() as folder:
+                version = registry.register(client, run_id, Path(folder), manifest, config)
+    except TrainingFailedError as error:
+        logger.error(f"error: {_cause(error)}")
+        logger.error(f"once that is mended, continue with: {_again(config)}")
+        return 1
+    except KeyboardInterrupt:
+        logger.error(f"interrupted; continue with: {_again(config)}")
+        return 130
+    if version:
+        logger.info(f"registered alexnet version {version} as candidate; promote it with:")
+        logger.info("  python -m training.registry promote")
+    return 0
+
+
+def resolve(config: TrainConfig) -> tuple[TrainConfig, shards.Manifest]:
+    """Fills in what flags left open and refuses what cannot work, before anything starts."""
+    data = config.data or storage.newest_shards()
+    if data is None:
+        raise UserError(
+            f"no shards under {storage.home() / 'shards'}; build them with "
+            "`python -m pipelines build --raw RAW`, or pass --data"
+        )
+    data = storage.absolute(data)
+    manifest = shards.load_manifest(data)
+    for split in ("train", "val"):
+        if manifest.num_samples(split) == 0:
+            raise UserError(f"{data} has no {split} split; rebuild with --splits train,val")
+    _refuse_too_few(config, manifest)
+    if config.augment.crop == "random" and manifest.crop == NETWORK_SIDE:
+        raise UserError(
+            f"--augment.crop random needs a margin, but {data} stores {NETWORK_SIDE} px; rebuild "
+            "with `python -m pipelines build --crop 256`, or pass --augment.crop resized"
+        )
+    name = config.name or f"{config.recipe}-{time.strftime('%Y%m%d-%H%M%S')}"
+    if not name.replace("-", "").replace("_", "").replace(".", "").isalnum():
+        raise UserError(f"--name {name!r}: use letters, digits, '-', '_' and '.'")
+    place = storage.absolute(config.storage or str(storage.home() / "runs"))
+    return dataclasses.replace(config, data=data, name=name, storage=place), manifest
+
+
+def _refuse_too_few(config: TrainConfig, manifest: shards.Manifest) -> None:
+    samples = manifest.num_samples("train")
+    smallest = samples // steps_per_epoch(samples, config.optim.batch_size)
+    if smallest < config.workers:
+        raise UserError(
+            f"{samples} train samples in batches of {config.optim.batch_size} cannot feed "
+            f"{config.workers} workers; pass --workers {smallest} or fewer"
+        )
+
+
+def _scaling(config: TrainConfig) -> tuple[ray.train.ScalingConfig, int]:
+    """Ray's resources for the workers, and the CPUs of each."""
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    gpus = sum(int(node.get("GPU", 0)) for node in nodes)
+    if config.device == "cuda" and gpus < config.workers:
+        raise UserError(
+            f"{config.workers} workers need a GPU each, the cluster has {gpus}; pass "
+            f"--workers {max(gpus, 1)} or --device cpu"
+        )
+    use_gpu = config.device != "cpu" and gpus >= config.workers
+    useful = [node for node in nodes if node.get("GPU" if use_gpu else "CPU", 0) >= 1]
+    per_node = -(-config.workers // len(useful))
+    share = int(min(node.get("CPU", 1) for node in useful)) // per_node
+    cpus = config.cpus_per_worker or max(1, share)
+    available = sum(int(node.get("CPU", 0)) // cpus for node in useful)
+    if available < config.workers:
+        raise UserError(
+            f"{config.workers} workers of {cpus} CPUs do not fit: the cluster has room for "
+            f"{available}; pass --workers {max(available, 1)}, or start more nodes"
+        )
+    resources = {"CPU": cpus, **({"GPU": 1} if use_gpu else {})}
+    scaling = ray.train.ScalingConfig(
+        num_workers=config.workers, use_gpu=use_gpu, resources_per_worker=resources
+    )
+    return scaling, cpus
+
+
+def _trainer(
+    config: TrainConfig, scaling: ray.train.ScalingConfig, job: dict[str, Any]
+) -> TorchTrainer:
+    return TorchTrainer(
+        train_worker,
+        train_loop_config=job,
+        scaling_config=scaling,
+        run_config=ray.train.RunConfig(
+            name=config.name,
+            storage_path=config.storage,
+            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
+        ),
+    )
+
+
+def _announce(config: TrainConfig, manifest: shards.Manifest, cpus: int, use_gpu: bool) -> None:
+    totals = {split: manifest.num_samples(split) for split in ("train", "val")}
+    logger.info(
+        f"run {config.name}: recipe {config.recipe} ({config.model.variant} network, width "
+        f"{config.model.width}), {totals['train']} train and {totals['val']} val samples of "
+        f"{manifest.num_classes} classes from {config.data}"
+    )
+    logger.info(
+        f"{config.workers} worker(s) with {cpus} CPU(s)"
+        f"{' and a GPU' if use_gpu else ''} each; checkpoints in {config.storage}/{config.name}"
+    )
+
+
+def _cause(error: TrainingFailedError) -> str:
+    """What failed, in a worker's own words where it told; the traceback is in the log above."""
+    for failure in getattr(error, "worker_failures", {}).values():
+        cause: BaseException | None = failure
+        while cause is not None:
+            if isinstance(cause, UserError | TrainingStopped):
+                return str(cause)
+            cause = getattr(cause, "_base_exc", None) or cause.__cause__
+    return str(error).strip().splitlines()[-1]
+
+
+def _again(config: TrainConfig) -> str:
+    return f"python training/run.py {config.recipe} --name {config.name} (with the same flags)"
+
+
+@contextlib.contextmanager
+def _terminable() -> Any:
+    """SIGTERM, which `ray job stop` sends, ends the run like Ctrl-C: recorded and resumable."""
+    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _one_line(complaint: str) -> str:
+    """The message inside the box that tyro draws."""
+    lines = [line.strip("│ ").strip() for line in complaint.splitlines()]
+    text = [line for line in lines if line and line[0] not in "╭╰─"]
+    return f"{text[0]}; see `python training/run.py --help`" if text else complaint.strip()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,196 @@
+"""What MLflow is told about a run, and what happens when MLflow does not answer.
+
+The driver owns the run: it opens or finds it, hands its id to rank 0 and closes it. Rank 0 logs
+through `Tracker`, which never stops the training: what cannot be sent is spooled and sent later.
+"""
+
+import contextlib
+import json
+import logging
+import os
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import mlflow
+from mlflow.entities import Dataset, DatasetInput, Metric, Param, Run, RunTag
+from mlflow.exceptions import MlflowException
+from mlflow.tracking import MlflowClient
+from sqlalchemy.exc import SQLAlchemyError
+
+from alexnet.errors import UserError
+from pipelines import storage
+from pipelines.shards import Manifest
+from training.config import TrainConfig, flatten, science, to_dict
+
+EXPERIMENT = "alexnet"
+_FAILURES = (MlflowException, OSError, SQLAlchemyError)  # requests raises OSErrors
+
+logger = logging.getLogger("training")
+
+
+def tracking_uri() -> str:
+    """$MLFLOW_TRACKING_URI, or the embedded store under $ALEXNET_HOME.
+
+    Raises UserError for a URI with a password, since run parameters and Ray's dashboard show it.
+    """
+    uri = os.environ.get("MLFLOW_TRACKING_URI")
+    if not uri:
+        return f"sqlite:///{storage.home() / 'mlflow.db'}"
+    if uri.startswith("http") and urlsplit(uri).password:
+        raise UserError(
+            "MLFLOW_TRACKING_URI holds a password; take it out and set "
+            "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD on every node"
+        )
+    return uri
+
+
+def connect(uri: str) -> MlflowClient:
+    """A client that has reached its store. Raises UserError where there is none to reach."""
+    _patience()
+    if uri.startswith("sqlite:///"):
+        Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
+    client = MlflowClient(tracking_uri=uri, registry_uri=uri)
+    try:
+        if client.get_experiment_by_name(EXPERIMENT) is None:
+            client.create_experiment(EXPERIMENT, artifact_location=_artifact_location(uri))
+    except _FAILURES as error:
+        reason = str(error).splitlines()[0][:200]
+        raise UserError(
+            f"MLflow at {uri} cannot be used ({reason}); start the server, or unset "
+            "MLFLOW_TRACKING_URI to use the embedded store"
+        ) from error
+    mlflow.set_tracking_uri(uri)
+    mlflow.set_registry_uri(uri)
+    return client
+
+
+def open_run(client: MlflowClient, config: TrainConfig, manifest: Manifest, data: str) -> Run:
+    """The run of this name, to be continued, or a new one.
+
+    Raises UserError when the name belongs to a run that learned something else.
+    """
+    experiment = client.get_experiment_by_name(EXPERIMENT).experiment_id
+    name = str(config.name)
+    found = client.search_runs([experiment], f"attributes.run_name = '{name}'")
+    if found:
+        _refuse_other_science(found[0], config, manifest)
+        return found[0]
+    run = client.create_run(experiment, run_name=name)
+    run_id = run.info.run_id
+    tags = {
+        "recipe": config.recipe,
+        "variant": config.model.variant,
+        "manifest_sha256": manifest.digest,
+        "plan_id": manifest.plan_id,
+        "data": data,
+        "mlflow.source.name": "training/run.py",
+        "mlflow.source.git.commit": _commit(),
+    }
+    params = [Param(key, value) for key, value in flatten(config).items()]
+    client.log_batch(run_id, params=params, tags=[RunTag(k, v) for k, v in tags.items()])
+    client.log_dict(run_id, to_dict(config), "config.json")
+    client.log_inputs(run_id, [DatasetInput(dataset=_dataset(manifest, data), tags=[])])
+    return client.get_run(run_id)
+
+
+class Tracker:
+    """Metrics of one run from one process. State: what could not be sent yet, in a local file."""
+
+    def __init__(self, uri: str, run_id: str) -> None:
+        _patience()
+        self._client = MlflowClient(tracking_uri=uri)
+        self._run_id = run_id
+        self._spool = storage.home() / "spool" / f"{run_id}.jsonl"
+
+    def log(self, metrics: dict[str, float], step: int) -> None:
+        """Sends, or keeps for later; two tries of ten seconds at most."""
+        names = {key: value for key, value in metrics.items() if key not in ("seconds", "steps")}
+        now = round(time.time() * 1000)
+        pending = self._spooled() + [(key, value, now, step) for key, value in names.items()]
+        try:
+            for first in range(0, len(pending), 1000):  # MLflow's limit for one request
+                batch = [Metric(*row) for row in pending[first : first + 1000]]
+                self._client.log_batch(self._run_id, metrics=batch)
+        except _FAILURES as error:
+            reason = str(error).splitlines()[0][:120]
+            logger.warning(f"MLflow does not answer ({reason}); {len(pending)} values wait on disk")
+            self._spool.parent.mkdir(parents=True, exist_ok=True)
+            self._spool.write_text("".join(json.dumps(row) + "\n" for row in pending))
+        else:
+            self._spool.unlink(missing_ok=True)
+
+    def _spooled(self) -> list[tuple[str, float, int, int]]:
+        if not self._spool.exists():
+            return []
+        rows = [json.loads(line) for line in self._spool.read_text().splitlines()]
+        return [(str(key), float(value), int(at), int(step)) for key, value, at, step in rows]
+
+
+@contextlib.contextmanager
+def run_status(client: MlflowClient, run_id: str) -> Iterator[None]:
+    """RUNNING inside; FINISHED, KILLED or FAILED afterwards, by the way the block is left."""
+    client.update_run(run_id, status="RUNNING")
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        client.set_terminated(run_id, "KILLED")
+        raise
+    except BaseException:
+        client.set_terminated(run_id, "FAILED")
+        raise
+    client.set_terminated(run_id, "FINISHED")
+
+
+def _patience() -> None:
+    """Caps MLflow's own retries: by default a dead server would hold rank 0 up for minutes."""
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+
+
+def _artifact_location(uri: str) -> str | None:
+    if uri.startswith("sqlite:///"):
+        return (Path(uri.removeprefix("sqlite:///")).parent / "mlartifacts").as_uri()
+    return None  # the server decides
+
+
+def _refuse_other_science(run: Run, config: TrainConfig, manifest: Manifest) -> None:
+    now = science(config) | {"manifest": manifest.digest[:16]}
+    then = run.data.params | {"manifest": run.data.tags.get("manifest_sha256", "")[:16]}
+    differs = [f"{key} {then.get(key)} → {now[key]}" for key in now if then.get(key) != now[key]]
+    if differs:
+        raise UserError(
+            f"run {config.name} exists with other settings ({', '.join(differs[:4])}); "
+            "continue it with its own, or choose another --name"
+        )
+
+
+def _dataset(manifest: Manifest, data: str) -> Dataset:
+    totals = {s: manifest.num_samples(s) for s in ("train", "val")}
+    return Dataset(
+        name=f"shards-{manifest.plan_id[:12]}",
+        digest=manifest.digest[:36],  # MLflow's limit; the whole one is the tag manifest_sha256
+        source_type="alexnet-shards",
+        source=json.dumps({"uri": data, "manifest_sha256": manifest.digest}),
+        profile=json.dumps({**totals, "classes": manifest.num_classes, "crop": manifest.crop}),
+    )
+
+
+def _commit() -> str:
+    """The git commit of the code; "unknown" where it runs outside of a checkout."""
+    root = Path(__file__).resolve().parents[1]
+    command = ["git", "-C", str(root), "describe", "--always", "--abbrev=40", "--dirty"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (FileNotFoundError, subprocess.CalledProcessError):
+        return "unknown"
+    return done.stdout.strip()
+
+
+def metric_history(client: MlflowClient, run_id: str, key: str) -> list[tuple[int, float]]:
+    """(step, value) of one metric in step order; of repeated steps the last value."""
+    points: dict[int, float] = {m.step: m.value for m in client.get_metric_history(run_id, key)}
+    return sorted(points.items())

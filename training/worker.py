@@ -1,0 +1,99 @@
+"""What Ray runs on each worker: a thin adapter from Ray Train's context to `loop.fit`."""
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import ray.train
+import ray.train.torch
+import torch
+
+from alexnet.errors import UserError
+from training import checkpoint, loop
+from training.config import TrainConfig
+from training.tracking import Tracker
+
+logger = logging.getLogger("training")
+
+
+def train_worker(job: dict[str, Any]) -> dict[str, float]:
+    """Trains this worker's share. `job` holds config (TrainConfig), data, tracking_uri, run_id,
+    cpus: plain values, since Ray shows them in its dashboard."""
+    config: TrainConfig = job["config"]
+    context = ray.train.get_context()
+    rank = context.get_world_rank()
+    logging.basicConfig(level=logging.INFO if rank == 0 else logging.WARNING, format="%(message)s")
+    torch.set_num_threads(job["cpus"])
+    place = loop.Place(
+        device=ray.train.torch.get_device(),
+        rank=rank,
+        world_size=context.get_world_size(),
+        threads=job["cpus"],
+    )
+    tracker = Tracker(job["tracking_uri"], job["run_id"])
+
+    def log(metrics: dict[str, float], step: int) -> None:
+        logger.info(log_line(metrics, step))
+        tracker.log(metrics, step)
+
+    def report(metrics: dict[str, float], folder: Path | None) -> None:
+        saved = None if folder is None else ray.train.Checkpoint.from_directory(str(folder))
+        ray.train.report(metrics, checkpoint=saved)
+
+    with _newest_good_checkpoint() as resume:
+        if resume is not None and rank == 0:
+            step = checkpoint.load_state(resume)["step"]
+            logger.info(f"continues at step {step} of run {config.name}")
+        return loop.fit(
+            config,
+            job["data"],
+            place,
+            log=log,
+            report=report,
+            resume=resume,
+            run_id=job["run_id"],
+        )
+
+
+def log_line(metrics: dict[str, float], step: int) -> str:
+    """One line for people and grep: `step=1200 epoch=3.2 loss=5.31 …`."""
+    if "val_top1" in metrics:
+        return (
+            f"step={step} epoch={metrics['epoch']:.0f} val_images={metrics['val_images']:.0f} "
+            f"val_loss={metrics['val_loss']:.4f} val_top1={metrics['val_top1']:.4f} "
+            f"val_top5={metrics['val_top5']:.4f}"
+        )
+    minutes, seconds = divmod(round(metrics["eta_seconds"]), 60)
+    return (
+        f"step={step} epoch={metrics['epoch']:.2f} loss={metrics['loss']:.4f} "
+        f"top1={metrics['top1']:.3f} lr={metrics['lr']:.5f} "
+        f"img/s={metrics['images_per_second']:.0f} wait={metrics['data_wait']:.0%} "
+        f"eta={minutes}:{seconds:02d}"
+    )
+
+
+@contextlib.contextmanager
+def _newest_good_checkpoint() -> Iterator[Path | None]:
+    """The newest checkpoint of this run whose hashes match, in a local folder; None if none is.
+
+    A damaged one is told and passed over: the run then repeats some steps instead of failing.
+    """
+    newest = ray.train.get_checkpoint()
+    if newest is None:
+        yield None
+        return
+    older = [item.checkpoint for item in reversed(ray.train.get_all_reported_checkpoints())]
+    damage = ""
+    for candidate in [newest, *(one for one in older if one.path != newest.path)]:
+        with candidate.as_directory() as folder:
+            try:
+                checkpoint.verify(Path(folder))
+            except UserError as error:
+                damage = str(error)
+                logger.warning(f"{damage}; trying the one before")
+                continue
+            yield Path(folder)
+            return
+    raise UserError(f"{damage}, and no older one is good; start again under another --name")
