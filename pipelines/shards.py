@@ -61,25 +61,38 @@ class ShardInfo:
     sha256: str
 
 
+Triple = tuple[float, float, float]
+
+
 @dataclass(frozen=True)
 class PixelStats:
     """RGB over every stored pixel, units 0..255; the covariance is the population's."""
 
     count: int
-    mean: tuple[float, float, float]
-    covariance: tuple[tuple[float, float, float], ...]
+    mean: Triple
+    covariance: tuple[Triple, Triple, Triple]
 
     @classmethod
     def from_sums(cls, count: int, sums: list[int], products: list[list[int]]) -> PixelStats:
         """From integers Σx (3) and Σxxᵀ (3, 3): exact until the one division per number."""
         if count == 0:
-            return cls(0, (0.0, 0.0, 0.0), ((0.0, 0.0, 0.0),) * 3)
-        r, g, b = (total / count for total in sums)
-        rows = [
+            return cls.from_json({"count": 0, "mean": [0.0] * 3, "covariance": [[0.0] * 3] * 3})
+        covariance = [
             [(count * products[i][j] - sums[i] * sums[j]) / count**2 for j in range(3)]
             for i in range(3)
         ]
-        return cls(count, (r, g, b), tuple((row[0], row[1], row[2]) for row in rows))
+        mean = [total / count for total in sums]
+        return cls.from_json({"count": count, "mean": mean, "covariance": covariance})
+
+    @classmethod
+    def from_json(cls, document: dict[str, Any]) -> PixelStats:
+        first, second, third = (_triple(row) for row in document["covariance"])
+        return cls(document["count"], _triple(document["mean"]), (first, second, third))
+
+
+def _triple(values: list[float]) -> Triple:
+    first, second, third = values
+    return first, second, third
 
 
 @dataclass(frozen=True)
@@ -154,7 +167,6 @@ def load_manifest(uri: str) -> Manifest:
 
 
 def parse_manifest(document: dict[str, Any], digest: str) -> Manifest:
-    pixels = document["pixels"]
     return Manifest(
         plan_id=document["plan_id"],
         resize=document["geometry"]["resize"],
@@ -163,11 +175,7 @@ def parse_manifest(document: dict[str, Any], digest: str) -> Manifest:
         seed=document["seed"],
         wnids=tuple(document["classes"]["wnids"]),
         class_names=tuple(document["classes"]["names"]),
-        pixels=PixelStats(
-            pixels["count"],
-            tuple(pixels["mean"]),
-            tuple(tuple(row) for row in pixels["covariance"]),
-        ),
+        pixels=PixelStats.from_json(document["pixels"]),
         shards=tuple(
             ShardInfo(row["name"], row["split"], row["samples"], row["bytes"], row["sha256"])
             for row in document["shards"]
