@@ -1,0 +1,182 @@
+"""AlexNet as the slide deck draws it, and as Krizhevsky, Sutskever and Hinton (2012) describe it.
+
+Feature maps for a 227×227×3 input, the same in both variants (rows × columns × channels):
+
+    layer                          output        deck         paper
+    input                          227×227×3
+    conv1  96 @ 11×11 stride 4     55×55×96
+    relu1, lrn1                    55×55×96      no LRN       LRN
+    pool1  3×3 stride 2            27×27×96
+    conv2  256 @ 5×5 pad 2         27×27×256     ungrouped    2 groups
+    relu2, lrn2                    27×27×256     no LRN       LRN
+    pool2  3×3 stride 2            13×13×256
+    conv3  384 @ 3×3 pad 1         13×13×384     ungrouped    ungrouped
+    conv4  384 @ 3×3 pad 1         13×13×384     ungrouped    2 groups
+    conv5  256 @ 3×3 pad 1         13×13×256     ungrouped    2 groups
+    pool5  3×3 stride 2            6×6×256
+    dropout 0.5, fc6               4096
+    dropout 0.5, fc7               4096
+    fc8                            num_classes
+    parameters, 1000 classes                     62,378,344   60,965,224
+
+A ReLU follows every convolution, fc6 and fc7.
+
+Local response normalisation. PyTorch divides alpha by the window of 5 channels, and so does the
+2012 source that made the published numbers; alpha is therefore 1e-4 here. The formula printed in
+the paper has no such division: read literally, it would be alpha 5e-4 in PyTorch's terms. The paper
+applies it after the ReLU, and so does this file. The released source puts it on the linear output
+of conv1 (the ReLU comes after the pooling there), which is not the same function.
+
+The paper says the input is 224×224, which does not give 55×55; 227×227 without padding does.
+"""
+
+import math
+from collections import OrderedDict
+from typing import Literal, get_args
+
+from torch import Tensor, nn
+
+from alexnet.errors import UserError
+
+Variant = Literal["deck", "paper"]
+Init = Literal["source", "text", "he"]
+
+MIN_WIDTH, MAX_WIDTH = 1 / 32, 4.0
+CONV_CHANNELS = (96, 256, 384, 384, 256)
+HIDDEN_UNITS = 4096
+POOLED_SIDE = 6
+
+# Paper, section 5: "neuron biases in the second, fourth, and fifth convolutional layers, as well as
+# in the fully-connected hidden layers, with the constant 1"; 0 elsewhere.
+BIAS_ONE = frozenset({"conv2", "conv4", "conv5", "fc6", "fc7"})
+# The released layer definition of the published net (layers-145) has 0.03 for these; the paper's
+# text says 0.01 for every layer.
+SOURCE_WIDER_STD = frozenset({"conv3", "conv4", "conv5"})
+
+
+class AlexNet(nn.Module):
+    """x: float32 (B, 3, 227, 227), normalised → logits float32 (B, num_classes).
+
+    `width` multiplies the channels of every convolution and the units of fc6 and fc7; each is then
+    rounded to an even number, so that two groups remain possible.
+
+    `batch_norm` puts a BatchNorm2d between each convolution and its ReLU. The convolution's bias
+    goes, because the normalisation would subtract it again and has a shift of its own; nothing else
+    changes. It is offered for `deck` only: LRN after batch normalisation is nobody's network.
+
+    `init` (None means "source"):
+      text    section 5 of the paper: weights N(0, 0.01²), bias 1 in conv2, conv4, conv5, fc6, fc7
+      source  the same, but std 0.03 in conv3, conv4, conv5, as the released 2012 source has it
+      he      He et al. 2015, normal, for ReLU; all biases 0
+    The first two are the published numbers at any width: they were chosen for the full net, and a
+    much narrower one hardly learns from them. Take "he" there.
+
+    Raises UserError for a value outside these choices.
+    """
+
+    def __init__(
+        self,
+        variant: Variant = "deck",
+        num_classes: int = 1000,
+        width: float = 1.0,
+        batch_norm: bool = False,
+        init: Init | None = None,
+    ) -> None:
+        super().__init__()
+        init = "source" if init is None else init
+        _check(variant, num_classes, width, batch_norm, init)
+        channels = [_scaled(count, width) for count in CONV_CHANNELS]
+        self.features = _features(channels, paper=variant == "paper", batch_norm=batch_norm)
+        self.classifier = _classifier(
+            POOLED_SIDE**2 * channels[-1], _scaled(HIDDEN_UNITS, width), num_classes
+        )
+        _initialise(self, init)
+
+    @property
+    def conv1(self) -> nn.Conv2d:
+        """The first convolution; its weight is (96 × width, 3, 11, 11), the kernels people draw."""
+        layer = self.features.conv1
+        assert isinstance(layer, nn.Conv2d)
+        return layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.classifier(self.features(x).flatten(1))
+        return logits
+
+
+def _check(variant: str, num_classes: int, width: float, batch_norm: bool, init: str) -> None:
+    if variant not in get_args(Variant):
+        raise UserError(f"variant {variant!r} is unknown; choose one of {_names(Variant)}")
+    if init not in get_args(Init):
+        raise UserError(f"init {init!r} is unknown; choose one of {_names(Init)}")
+    if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 1:
+        raise UserError(f"num_classes {num_classes!r} must be a whole number from 1 up")
+    if not (math.isfinite(width) and MIN_WIDTH <= width <= MAX_WIDTH):
+        raise UserError(f"width {width} must lie between {MIN_WIDTH} and {MAX_WIDTH:g}")
+    if batch_norm and variant == "paper":
+        raise UserError(
+            "batch_norm does not go with variant 'paper', which normalises by LRN; "
+            "use variant 'deck' or leave batch_norm off"
+        )
+
+
+def _names(choices: object) -> str:
+    return ", ".join(map(repr, get_args(choices)))
+
+
+def _scaled(count: int, width: float) -> int:
+    return max(2, 2 * round(count * width / 2))
+
+
+def _features(channels: list[int], *, paper: bool, batch_norm: bool) -> nn.Sequential:
+    """(B, 3, 227, 227) → (B, channels[-1], 6, 6), modules named as in the table above."""
+    layers: OrderedDict[str, nn.Module] = OrderedDict()
+    sizes = ((11, 4, 0, 1), (5, 1, 2, 2), (3, 1, 1, 1), (3, 1, 1, 2), (3, 1, 1, 2))
+    before = 3
+    for i, (after, (kernel, stride, padding, groups)) in enumerate(
+        zip(channels, sizes, strict=True), start=1
+    ):
+        layers[f"conv{i}"] = nn.Conv2d(
+            before,
+            after,
+            kernel,
+            stride,
+            padding,
+            groups=groups if paper else 1,
+            bias=not batch_norm,
+        )
+        if batch_norm:
+            layers[f"bn{i}"] = nn.BatchNorm2d(after)
+        layers[f"relu{i}"] = nn.ReLU(inplace=True)
+        if paper and i in (1, 2):
+            layers[f"lrn{i}"] = nn.LocalResponseNorm(5, alpha=1e-4, beta=0.75, k=2)
+        if i in (1, 2, 5):
+            layers[f"pool{i}"] = nn.MaxPool2d(3, 2)
+        before = after
+    return nn.Sequential(layers)
+
+
+def _classifier(inputs: int, hidden: int, num_classes: int) -> nn.Sequential:
+    layers: OrderedDict[str, nn.Module] = OrderedDict(
+        dropout6=nn.Dropout(0.5),
+        fc6=nn.Linear(inputs, hidden),
+        relu6=nn.ReLU(inplace=True),
+        dropout7=nn.Dropout(0.5),
+        fc7=nn.Linear(hidden, hidden),
+        relu7=nn.ReLU(inplace=True),
+        fc8=nn.Linear(hidden, num_classes),
+    )
+    return nn.Sequential(layers)
+
+
+def _initialise(model: AlexNet, init: Init) -> None:
+    for name, layer in [*model.features.named_children(), *model.classifier.named_children()]:
+        if not isinstance(layer, nn.Conv2d | nn.Linear):
+            continue
+        if init == "he":
+            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+        else:
+            wider = init == "source" and name in SOURCE_WIDER_STD
+            nn.init.normal_(layer.weight, std=0.03 if wider else 0.01)
+        if layer.bias is not None:
+            nn.init.constant_(layer.bias, float(init != "he" and name in BIAS_ONE))

@@ -1,0 +1,204 @@
+"""Pictures of many kinds to tensors, and tensors to named classes."""
+
+import io
+import struct
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from alexnet.errors import UserError
+from alexnet.model import AlexNet
+from alexnet.predict import decode, top_k
+from alexnet.preprocess import InputSpec, centre_view
+
+SPEC = InputSpec(
+    resize=256,
+    crop=240,
+    mean=(120.0, 110.0, 100.0),
+    std=(60.0, 58.0, 56.0),
+    covariance=((3600.0, 0.0, 0.0), (0.0, 3364.0, 0.0), (0.0, 0.0, 3136.0)),
+)
+
+
+def picture(height: int = 40, width: int = 60) -> Image.Image:
+    y, x = np.mgrid[:height, :width]
+    return Image.fromarray(np.stack([4 * x, 4 * y, x + y], axis=-1).astype(np.uint8))
+
+
+def encoded(image: Image.Image, kind: str = "PNG", **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def test_a_file_and_its_bytes_decode_to_the_same_pixels(tmp_path):
+    path = tmp_path / "a.png"
+    picture().save(path)
+    image = decode(path)
+    assert image.shape == (3, 40, 60) and image.dtype == torch.uint8
+    np.testing.assert_array_equal(image.permute(1, 2, 0).numpy(), np.asarray(picture()))
+    assert torch.equal(decode(str(path)), image)
+    assert torch.equal(decode(path.read_bytes()), image)
+
+
+@pytest.mark.parametrize(("mode", "kind"), [("L", "JPEG"), ("CMYK", "JPEG"), ("P", "GIF")])
+def test_other_colour_models_become_rgb(mode, kind):
+    content = encoded(picture().convert(mode), kind)
+    expected = Image.open(io.BytesIO(content)).convert("RGB")
+    np.testing.assert_array_equal(decode(content).permute(1, 2, 0).numpy(), np.asarray(expected))
+
+
+def test_orientation_in_exif_is_ignored():
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by 90 degrees
+    assert decode(encoded(picture(), "JPEG", exif=exif)).shape == (3, 40, 60)
+
+
+def test_odd_metadata_is_no_reason_to_warn():
+    palette = picture().convert("P")
+    content = encoded(palette, transparency=bytes(range(256)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert decode(content).shape == (3, 40, 60)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"no picture at all",
+        encoded(picture(), "JPEG")[:-200],
+        encoded(picture(), "PNG")[:-60],
+        encoded(picture(), "GIF")[:20],
+        encoded(picture(), "TIFF")[:30],
+        encoded(picture(), "BMP")[:40],
+        encoded(picture(), "PNG")[:33] + struct.pack(">I", 10) + b"IDAT" + bytes(10),
+    ],
+)
+def test_damaged_pictures_are_refused_in_one_line(content):
+    with pytest.raises(UserError, match=r"^cannot decode the picture ") as caught:
+        decode(content)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "TIFF", "BMP", "WEBP", "PPM"])
+def test_whatever_the_damage_the_answer_is_pixels_or_one_line(kind):
+    rng = np.random.default_rng(0)
+    whole = np.frombuffer(encoded(picture(), kind), np.uint8)
+    for _ in range(40):
+        content = whole.copy()
+        places = rng.integers(0, min(len(content), 200), 4)
+        content[places] = rng.integers(0, 256, 4)
+        try:
+            assert decode(content.tobytes()).ndim == 3
+        except UserError as error:
+            assert "\n" not in str(error)
+
+
+def test_what_is_no_picture_is_told_which_kinds_are():
+    with pytest.raises(UserError, match="it is none of JPEG, PNG, WEBP, GIF, BMP, TIFF, PPM"):
+        decode(b"GIT")
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+def test_sixteen_bits_of_grey_are_refused_rather_than_cut_to_white(kind):
+    deep = Image.fromarray(np.linspace(0, 65535, 2400).reshape(40, 60).astype(np.uint16))
+    with pytest.raises(UserError, match="more than 8 bits per pixel; save it with 8 first"):
+        decode(encoded(deep, kind))
+
+
+def test_a_missing_file_and_a_folder_are_named(tmp_path):
+    with pytest.raises(UserError, match=r"cannot read .*nothing\.jpg: No such file"):
+        decode(tmp_path / "nothing.jpg")
+    with pytest.raises(UserError, match=r"cannot read .*: Is a directory"):
+        decode(tmp_path)
+
+
+@pytest.mark.parametrize("limit", [2000, 1000])
+def test_pictures_beyond_pillows_limit_of_pixels_are_refused(monkeypatch, limit):
+    """2400 pixels: Pillow itself warns above the limit, and raises above twice the limit."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+    with pytest.raises(UserError, match=f"the picture has more than {limit} pixels"):
+        decode(encoded(picture()))
+
+
+class Fixed(nn.Module):
+    """Logits known beforehand; remembers the views it was shown."""
+
+    def __init__(self, logits: torch.Tensor) -> None:
+        super().__init__()
+        self.logits = nn.Parameter(logits)
+        self.seen: list[torch.Tensor] = []
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.seen.append(x)
+        return self.logits[x[:, 0, 0, 0].argsort().argsort()]
+
+
+def test_top_k_names_the_likeliest_classes_with_their_probabilities():
+    odds = torch.tensor([[0.2, 0.5, 0.3], [0.7, 0.1, 0.2]])
+    images = torch.zeros(2, 3, 240, 240, dtype=torch.uint8)
+    images[1] = 200
+    model = Fixed(odds.log())
+    answer = top_k(model, images, SPEC, ["cat", "dog", "eel"], 2)
+    assert [[name for name, _ in row] for row in answer] == [["dog", "eel"], ["cat", "eel"]]
+    assert [p for row in answer for _, p in row] == pytest.approx([0.5, 0.3, 0.7, 0.2])
+    assert torch.equal(model.seen[0], centre_view(images, SPEC))
+
+
+def test_top_k_is_the_softmax_of_the_network_without_dropout():
+    torch.manual_seed(0)
+    model = AlexNet(num_classes=4, width=1 / 16, init="he")
+    images = torch.randint(0, 256, (3, 3, 240, 240), dtype=torch.uint8)
+    model.train()
+    answer = top_k(model, images, SPEC, list("abcd"), 4)
+    assert model.training
+    with torch.no_grad():
+        expected = model.eval()(centre_view(images, SPEC)).softmax(-1)
+    for row, probabilities in zip(answer, expected.tolist(), strict=True):
+        assert dict(row) == pytest.approx(dict(zip("abcd", probabilities, strict=True)), rel=1e-4)
+        values = [probability for _, probability in row]
+        assert values == sorted(values, reverse=True)
+
+
+def test_many_pictures_are_taken_in_batches_and_stay_in_order(monkeypatch):
+    monkeypatch.setattr("alexnet.predict.BATCH_SIZE", 2)
+    images = torch.zeros(5, 3, 240, 240, dtype=torch.uint8)
+    images += torch.tensor([0, 50, 100, 150, 200], dtype=torch.uint8)[:, None, None, None]
+
+    class Brightness(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            assert len(x) <= 2
+            red = x[:, 0, 0, 0] * 60 + 120
+            return -(red[:, None] - torch.tensor([0.0, 50, 100, 150, 200])).abs()
+
+    answer = top_k(Brightness(1, 1), images, SPEC, list("abcde"), 1)
+    assert [row[0][0] for row in answer] == list("abcde")
+
+
+def test_fewer_classes_than_k_give_them_all():
+    model = Fixed(torch.zeros(1, 3))
+    images = torch.zeros(1, 3, 240, 240, dtype=torch.uint8)
+    assert len(top_k(model, images, SPEC, ["a", "b", "c"], 5)[0]) == 3
+
+
+@pytest.mark.parametrize(
+    ("names", "k", "text"),
+    [
+        (["a", "b"], 1, "2 class names do not fit a model of 3 classes"),
+        (["a", "b", "c"], 0, "cannot list the 0 likeliest classes; ask for 1 or more"),
+    ],
+)
+def test_wrong_names_and_counts_are_refused(names, k, text):
+    images = torch.zeros(1, 3, 240, 240, dtype=torch.uint8)
+    with pytest.raises(UserError, match=text):
+        top_k(Fixed(torch.zeros(1, 3)), images, SPEC, names, k)
+
+
+def test_no_pictures_give_no_answers():
+    images = torch.zeros(0, 3, 240, 240, dtype=torch.uint8)
+    assert top_k(Fixed(torch.zeros(1, 3)), images, SPEC, ["a", "b", "c"], 1) == []

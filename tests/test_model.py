@@ -1,0 +1,243 @@
+"""The network against the deck's table, an ONNX graph run by onnxruntime, and NumPy."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from onnx import TensorProto, helper, numpy_helper
+from torch import nn
+
+from alexnet.errors import UserError
+from alexnet.model import AlexNet
+
+BVLC_ALEXNET = Path(onnx.__file__).parent / "backend/test/data/light/light_bvlc_alexnet.onnx"
+LAYERS = ("conv1", "conv2", "conv3", "conv4", "conv5", "fc6", "fc7", "fc8")
+
+
+def layer(model: AlexNet, name: str) -> nn.Module:
+    return dict(model.named_modules())[f"{'features' if name[0] == 'c' else 'classifier'}.{name}"]
+
+
+def full_size(**options) -> AlexNet:
+    with torch.device("meta"):
+        return AlexNet(**options)
+
+
+def count_parameters(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(("variant", "count"), [("deck", 62_378_344), ("paper", 60_965_224)])
+def test_parameter_counts_at_1000_classes(variant, count):
+    assert count_parameters(full_size(variant=variant)) == count
+
+
+@pytest.mark.parametrize("variant", ["deck", "paper"])
+def test_feature_maps_have_the_sizes_of_the_deck(variant):
+    model = full_size(variant=variant)
+    shapes = {}
+    for name, module in model.named_modules():
+        module.register_forward_hook(
+            lambda _module, _inputs, output, name=name: shapes.update({name: tuple(output.shape)})
+        )
+    logits = model(torch.empty(2, 3, 227, 227, device="meta"))
+    assert [shapes[f"features.{name}"][1:] for name in ("conv1", "pool1", "conv2", "pool2")] == [
+        (96, 55, 55),
+        (96, 27, 27),
+        (256, 27, 27),
+        (256, 13, 13),
+    ]
+    assert [shapes[f"features.{name}"][1:] for name in ("conv3", "conv4", "conv5", "pool5")] == [
+        (384, 13, 13),
+        (384, 13, 13),
+        (256, 13, 13),
+        (256, 6, 6),
+    ]
+    assert shapes["classifier.fc6"] == shapes["classifier.fc7"] == (2, 4096)
+    assert logits.shape == (2, 1000)
+
+
+def test_deck_has_neither_groups_nor_response_normalisation():
+    modules = list(full_size(variant="deck").modules())
+    assert {module.groups for module in modules if isinstance(module, nn.Conv2d)} == {1}
+    assert not any(isinstance(module, nn.LocalResponseNorm) for module in modules)
+
+
+def test_dropout_of_one_half_precedes_fc6_and_fc7():
+    names = [name for name, _ in full_size().classifier.named_children()]
+    assert names == ["dropout6", "fc6", "relu6", "dropout7", "fc7", "relu7", "fc8"]
+    assert {m.p for m in full_size().modules() if isinstance(m, nn.Dropout)} == {0.5}
+
+
+def bvlc_weight_shapes(graph) -> dict[str, tuple[int, ...]]:
+    return {
+        tensor.name.removesuffix("__SHAPE"): tuple(numpy_helper.to_array(tensor).tolist())
+        for tensor in graph.initializer
+        if tensor.name.endswith("__SHAPE")
+    }
+
+
+def test_paper_has_the_weights_of_the_bvlc_graph_layer_by_layer():
+    shapes = bvlc_weight_shapes(onnx.load(BVLC_ALEXNET).graph)
+    model = full_size(variant="paper")
+    assert len(shapes) == 2 * len(LAYERS)
+    for name in LAYERS:
+        assert tuple(layer(model, name).weight.shape) == shapes[f"{name}_w_0"]
+        assert tuple(layer(model, name).bias.shape) == shapes[f"{name}_b_0"]
+
+
+def bvlc_graph_with_weights_of(model: AlexNet, *, lrn_bias: float) -> onnx.ModelProto:
+    """The published graph (LRN after ReLU, before the pooling; groups 1, 2, 1, 2, 2) with 227×227
+    input, our weights for its constants, k of the LRN as asked, and logits as output."""
+    document = onnx.load(BVLC_ALEXNET)
+    graph = document.graph
+    weights = {}
+    for name in LAYERS:
+        weights[f"{name}_w_0"] = layer(model, name).weight.detach().numpy()
+        weights[f"{name}_b_0"] = layer(model, name).bias.detach().numpy()
+    weights["OC2_DUMMY_1"] = np.array([1, -1])
+    nodes = [node for node in graph.node if node.op_type not in ("ConstantOfShape", "Softmax")]
+    for node in nodes:
+        for attribute in node.attribute:
+            if node.op_type == "LRN" and attribute.name == "bias":
+                attribute.f = lrn_bias
+    for field in ("node", "initializer", "input", "output", "value_info"):
+        graph.ClearField(field)
+    graph.node.extend(nodes)
+    graph.initializer.extend(numpy_helper.from_array(array, n) for n, array in weights.items())
+    graph.input.append(helper.make_tensor_value_info("data_0", TensorProto.FLOAT, [1, 3, 227, 227]))
+    graph.output.append(helper.make_tensor_value_info(nodes[-1].output[0], TensorProto.FLOAT, None))
+    return document
+
+
+def test_paper_gives_the_logits_of_the_onnx_graph():
+    torch.manual_seed(0)
+    model = AlexNet("paper", num_classes=20, width=0.25, init="he").eval()
+    for name in LAYERS:
+        nn.init.normal_(layer(model, name).bias)
+    # Large enough that LRN's denominator is far from constant.
+    x = 50 * torch.randn(1, 3, 227, 227)
+    with torch.no_grad():
+        ours = model(x).numpy()
+
+    def run(lrn_bias: float) -> np.ndarray:
+        graph = bvlc_graph_with_weights_of(model, lrn_bias=lrn_bias)
+        session = onnxruntime.InferenceSession(
+            graph.SerializeToString(), providers=["CPUExecutionProvider"]
+        )
+        return session.run(None, {"data_0": x.numpy()})[0]
+
+    theirs = run(lrn_bias=2)
+    scale = np.abs(theirs).max()
+    assert np.abs(ours - theirs).max() <= 1e-4 * scale
+    assert np.abs(ours - run(lrn_bias=1)).max() > 1e-2 * scale  # so the comparison can fail
+
+
+def test_response_normalisation_follows_the_formula_with_alpha_shared_by_the_window():
+    maps = 100 * np.random.default_rng(0).standard_normal((2, 12, 4, 4))
+    expected = np.empty_like(maps)
+    for i in range(12):
+        neighbours = maps[:, max(0, i - 2) : i + 3]
+        energy = (neighbours**2).sum(1)
+        expected[:, i] = maps[:, i] / (2 + 1e-4 / 5 * energy) ** 0.75
+    norms = [m for m in full_size(variant="paper").modules() if isinstance(m, nn.LocalResponseNorm)]
+    assert len(norms) == 2
+    for norm in norms:
+        np.testing.assert_allclose(norm(torch.from_numpy(maps)).numpy(), expected, rtol=1e-10)
+
+
+SOURCE_STD = dict.fromkeys(LAYERS, 0.01) | dict.fromkeys(("conv3", "conv4", "conv5"), 0.03)
+BIAS = dict.fromkeys(("conv1", "conv3", "fc8"), 0.0) | dict.fromkeys(
+    ("conv2", "conv4", "conv5", "fc6", "fc7"), 1.0
+)
+
+
+@pytest.mark.parametrize("init", [None, "source", "text"])
+def test_published_initialisations_draw_their_std_and_biases(init):
+    torch.manual_seed(0)
+    model = AlexNet("paper", num_classes=100, width=0.25, init=init)
+    for name in LAYERS:
+        weight, bias = (p.detach() for p in layer(model, name).parameters())
+        std = 0.01 if init == "text" else SOURCE_STD[name]
+        # Five standard errors of a standard deviation, and of a mean.
+        tolerance = 5 / math.sqrt(2 * weight.numel())
+        assert float(weight.std()) == pytest.approx(std, rel=tolerance), name
+        assert abs(float(weight.mean())) < 5 * std / math.sqrt(weight.numel()), name
+        assert torch.equal(bias, torch.full_like(bias, BIAS[name])), name
+
+
+def test_he_initialisation_keeps_the_size_of_the_signal():
+    torch.manual_seed(0)
+    model = AlexNet("deck", num_classes=50, width=0.25, init="he").eval()
+    for name in LAYERS:
+        weight, bias = (p.detach() for p in layer(model, name).parameters())
+        expected = math.sqrt(2 / weight[0].numel())
+        tolerance = 5 / math.sqrt(2 * weight.numel())
+        assert float(weight.std()) == pytest.approx(expected, rel=tolerance), name
+        assert not bias.any()
+    with torch.no_grad():
+        logits = model(torch.randn(8, 3, 227, 227))
+    assert 0.2 < float(logits.std()) < 5
+
+
+def test_width_scales_convolutions_and_hidden_units():
+    model = full_size(variant="paper", width=0.125, num_classes=7)
+    assert [layer(model, f"conv{i}").out_channels for i in range(1, 6)] == [12, 32, 48, 48, 32]
+    assert [layer(model, f"fc{i}").out_features for i in (6, 7, 8)] == [512, 512, 7]
+    assert model(torch.empty(1, 3, 227, 227, device="meta")).shape == (1, 7)
+
+
+@pytest.mark.parametrize("width", [1 / 32, 0.05, 0.11, 0.37, 1.3])
+def test_every_width_leaves_two_groups_possible(width):
+    logits = full_size(variant="paper", width=width)(torch.empty(1, 3, 227, 227, device="meta"))
+    assert logits.shape == (1, 1000)
+
+
+def test_batch_norm_takes_the_place_of_the_convolutions_biases():
+    plain, normed = full_size(), full_size(batch_norm=True)
+    channels = 96 + 256 + 384 + 384 + 256
+    assert count_parameters(normed) == count_parameters(plain) + channels
+    names = [name for name, _ in normed.features.named_children()]
+    assert names[:4] == ["conv1", "bn1", "relu1", "pool1"]
+    assert sum(name.startswith("bn") for name in names) == 5
+    assert all(getattr(normed.features, f"conv{i}").bias is None for i in range(1, 6))
+
+
+def test_gradients_reach_every_parameter():
+    torch.manual_seed(0)
+    for options in ({"variant": "paper"}, {"batch_norm": True}):
+        model = AlexNet(num_classes=3, width=1 / 16, init="he", **options)
+        model(torch.randn(4, 3, 227, 227)).square().sum().backward()
+        assert all(parameter.grad.abs().sum() > 0 for parameter in model.parameters())
+
+
+def test_conv1_is_the_first_layer_and_listed_once():
+    model = AlexNet(width=1 / 16, num_classes=2)
+    assert model.conv1 is model.features[0]
+    assert [name for name in model.state_dict() if "conv1" in name] == [
+        "features.conv1.weight",
+        "features.conv1.bias",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"variant": "caffe"}, "variant 'caffe' is unknown; choose one of 'deck', 'paper'"),
+        ({"init": "zeros"}, "init 'zeros' is unknown; choose one of 'source', 'text', 'he'"),
+        ({"num_classes": 0}, "num_classes 0 must be a whole number from 1 up"),
+        ({"num_classes": True}, "num_classes True must be a whole number from 1 up"),
+        ({"width": 0.0}, "width 0.0 must lie between 0.03125 and 4"),
+        ({"width": math.nan}, "width nan must lie between 0.03125 and 4"),
+        ({"variant": "paper", "batch_norm": True}, "batch_norm does not go with variant 'paper'"),
+    ],
+)
+def test_impossible_networks_are_refused_in_one_line(options, text):
+    with pytest.raises(UserError) as caught:
+        AlexNet(**options)
+    assert str(caught.value).startswith(text)
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,114 @@
+"""The optimiser against NumPy, the schedules against golden values."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from alexnet.model import AlexNet
+from alexnet.optim import set_lr, sgd, step_decay, warmup_cosine
+
+LR, MOMENTUM, DECAY, FACTOR = 0.01, 0.9, 5e-4, 2.0
+
+
+def optimizer_of(model: nn.Module, **changes: float) -> torch.optim.SGD:
+    options = {"lr": LR, "momentum": MOMENTUM, "weight_decay": DECAY, "bias_lr_factor": FACTOR}
+    return sgd(model, **(options | changes))
+
+
+def test_three_steps_equal_the_update_written_in_numpy():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(16, 2))
+    optimizer = optimizer_of(model)
+    rng = np.random.default_rng(0)
+    values = [p.detach().double().numpy().copy() for p in model.parameters()]
+    speeds = [np.zeros_like(value) for value in values]
+    for lr in (0.01, 0.01, 0.001):
+        set_lr(optimizer, lr)
+        for value, speed, parameter in zip(values, speeds, model.parameters(), strict=True):
+            gradient = rng.standard_normal(value.shape)
+            parameter.grad = torch.from_numpy(gradient).float()
+            is_weight = value.ndim > 1
+            speed *= MOMENTUM
+            speed += gradient + (DECAY * value if is_weight else 0)
+            value -= (lr if is_weight else FACTOR * lr) * speed
+        optimizer.step()
+    for value, parameter in zip(values, model.parameters(), strict=True):
+        np.testing.assert_allclose(parameter.detach().numpy(), value, rtol=1e-5, atol=1e-6)
+
+
+def test_groups_hold_each_parameter_once_and_only_weights_decay():
+    model = AlexNet(num_classes=3, width=1 / 16, batch_norm=True)
+    weights, others = optimizer_of(model).param_groups
+    assert {p.ndim for p in weights["params"]} == {2, 4}
+    assert {p.ndim for p in others["params"]} == {1}
+    listed = sorted(id(p) for group in (weights, others) for p in group["params"])
+    assert listed == sorted(id(p) for p in model.parameters())
+    assert (weights["weight_decay"], others["weight_decay"]) == (DECAY, 0.0)
+    assert (weights["lr_factor"], others["lr_factor"]) == (1.0, FACTOR)
+    assert (weights["lr"], others["lr"]) == (LR, FACTOR * LR)
+
+
+def test_set_lr_keeps_the_factor_of_each_group():
+    optimizer = optimizer_of(nn.Linear(2, 2))
+    set_lr(optimizer, 0.001)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.001, 0.002]
+
+
+def test_the_fused_kernel_is_used_on_the_cpu_and_not_where_there_is_none():
+    assert optimizer_of(nn.Linear(2, 2)).defaults["fused"] is True
+    assert optimizer_of(nn.Linear(2, 2, device="meta")).defaults["fused"] is False
+
+
+def test_frozen_parameters_are_left_out():
+    model = nn.Linear(2, 2)
+    model.bias.requires_grad_(False)
+    assert [len(group["params"]) for group in optimizer_of(model).param_groups] == [1, 0]
+
+
+def test_optimizer_state_survives_saving():
+    torch.manual_seed(0)
+    model = nn.Linear(3, 2)
+    optimizer = optimizer_of(model)
+    model(torch.randn(4, 3)).sum().backward()
+    optimizer.step()
+    other = optimizer_of(nn.Linear(3, 2))
+    other.load_state_dict(optimizer.state_dict())
+    assert [group["lr_factor"] for group in other.param_groups] == [1.0, FACTOR]
+    for before, after in zip(optimizer.state.values(), other.state.values(), strict=True):
+        assert torch.equal(before["momentum_buffer"], after["momentum_buffer"])
+
+
+def test_step_decay_follows_the_published_schedule():
+    steps_per_epoch = 10_009
+    first_epochs = {0: 1e-2, 24: 1e-2, 25: 1e-3, 50: 1e-3, 51: 1e-4, 78: 1e-4, 79: 1e-5, 90: 1e-5}
+    for epoch, lr in first_epochs.items():
+        for step in (epoch * steps_per_epoch, (epoch + 1) * steps_per_epoch - 1):
+            multiplier = step_decay(step, steps_per_epoch, (25, 51, 79))
+            assert 0.01 * multiplier == pytest.approx(lr, rel=1e-12)
+
+
+def test_step_decay_takes_another_factor_and_no_milestones():
+    assert step_decay(20, 10, (1, 2), factor=0.5) == 0.25
+    assert step_decay(10**9, 10, ()) == 1
+
+
+def test_warmup_rises_in_equal_steps_to_the_full_rate():
+    assert [warmup_cosine(step, 100, 4) for step in range(5)] == [0.25, 0.5, 0.75, 1.0, 1.0]
+
+
+def test_cosine_falls_from_one_through_one_half_to_zero():
+    assert warmup_cosine(10, 110, 10) == 1
+    assert warmup_cosine(35, 110, 10) == pytest.approx((1 + math.sqrt(0.5)) / 2)
+    assert warmup_cosine(60, 110, 10) == pytest.approx(0.5)
+    assert warmup_cosine(110, 110, 10) == 0
+    assert warmup_cosine(500, 110, 10) == 0
+    falling = [warmup_cosine(step, 110, 10) for step in range(10, 111)]
+    assert falling == sorted(falling, reverse=True)
+
+
+def test_cosine_without_warmup_or_without_decay():
+    assert warmup_cosine(0, 1, 0) == 1
+    assert warmup_cosine(4, 5, 5) == 1

@@ -1,0 +1,420 @@
+"""Geometry against Pillow, colour noise against NumPy, positions on pictures that say where."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from scipy import ndimage, stats
+
+import alexnet.preprocess as preprocess
+from alexnet.errors import UserError
+from alexnet.preprocess import (
+    Augment,
+    InputSpec,
+    average_probabilities,
+    centre_view,
+    resize_and_crop,
+    ten_crop,
+    train_view,
+)
+
+IDENTITY = ((1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0))
+COVARIANCE = ((4900.0, 4400.0, 3900.0), (4400.0, 4600.0, 4300.0), (3900.0, 4300.0, 5200.0))
+PLAIN = Augment(crop="centre", flip=False, colour_sigma=0.0)
+RANDOM = Augment(crop="random", flip=False, colour_sigma=0.0)
+EVERYTHING = Augment(crop="random", flip=True, colour_sigma=0.1)
+
+
+def spec_of(crop: int, covariance=IDENTITY, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0)) -> InputSpec:
+    return InputSpec(resize=256, crop=crop, mean=mean, std=std, covariance=covariance)
+
+
+def coordinates(count: int, side: int) -> torch.Tensor:
+    """Pictures whose red says the row, green the column and blue which picture."""
+    axis = torch.arange(side, dtype=torch.uint8)
+    pictures = torch.zeros(count, 3, side, side, dtype=torch.uint8)
+    pictures[:, 0] = axis[:, None]
+    pictures[:, 1] = axis
+    pictures[:, 2] = torch.arange(count, dtype=torch.uint8)[:, None, None]
+    return pictures
+
+
+def noise_pictures(count: int, side: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, 256, (count, 3, side, side), dtype=torch.uint8, generator=generator)
+
+
+def view(images, augment, spec=None, *, seed=0, epoch=0, ids=None) -> torch.Tensor:
+    ids = torch.arange(len(images)) if ids is None else torch.tensor(ids)
+    spec = spec or spec_of(images.shape[-1], COVARIANCE)
+    return train_view(images, spec, augment, seed=seed, epoch=epoch, sample_ids=ids)
+
+
+# ---- geometry
+
+
+def smooth_picture(height: int, width: int) -> np.ndarray:
+    """uint8 (height, width, 3): waves, sharp edges and a little noise."""
+    y, x = np.mgrid[:height, :width]
+    waves = 128 + 60 * np.sin(x / 9 + y / 17) + 40 * np.cos(y / 5)
+    picture = np.stack([waves, waves.T if height == width else 255 - waves, 0.7 * waves], axis=-1)
+    picture[height // 3 : height // 2, width // 4 : width // 2] = (250, 10, 60)
+    noise = np.random.default_rng(0).normal(0, 10, picture.shape)
+    return (picture + noise).clip(0, 255).astype(np.uint8)
+
+
+def pillow_resize_and_crop(picture: np.ndarray, resize: int, crop: int) -> np.ndarray:
+    height, width = picture.shape[:2]
+    short = min(height, width)
+    size = (math.floor(width * resize / short + 0.5), math.floor(height * resize / short + 0.5))
+    resized = Image.fromarray(picture).resize(size, Image.Resampling.LANCZOS)
+    left, top = (size[0] - crop) // 2, (size[1] - crop) // 2
+    return np.asarray(resized.crop((left, top, left + crop, top + crop)))
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "resize", "crop"),
+    [
+        (375, 500, 256, 227),
+        (500, 333, 256, 256),
+        (97, 130, 256, 227),
+        (256, 256, 256, 227),
+        (227, 227, 227, 227),
+        (1201, 800, 300, 241),
+        (60, 480, 256, 227),
+        (800, 101, 256, 227),
+    ],
+)
+def test_resize_and_crop_gives_pillows_lanczos_pixels(height, width, resize, crop):
+    picture = smooth_picture(height, width)
+    ours = resize_and_crop(torch.from_numpy(picture).permute(2, 0, 1), resize, crop)
+    assert ours.shape == (3, crop, crop) and ours.dtype == torch.uint8
+    theirs = pillow_resize_and_crop(picture, resize, crop).transpose(2, 0, 1)
+    difference = np.abs(ours.numpy().astype(int) - theirs)
+    assert difference.max() <= 2  # torch's integer weights have fewer bits than Pillow's
+    assert difference.mean() < 0.02
+
+
+def test_memory_layout_does_not_change_the_pixels():
+    rows_of_pixels = torch.from_numpy(smooth_picture(301, 407)).permute(2, 0, 1)
+    planes = rows_of_pixels.contiguous()
+    assert rows_of_pixels.stride() != planes.stride()
+    assert torch.equal(resize_and_crop(rows_of_pixels, 256, 227), resize_and_crop(planes, 256, 227))
+
+
+@pytest.mark.parametrize(("height", "width"), [(1, 10_000), (10_000, 1), (1, 1), (3, 5000)])
+def test_strips_do_not_explode(height, width, monkeypatch):
+    sizes = []
+    interpolate = preprocess.F.interpolate
+
+    def recording(*arguments, **options):
+        sizes.append(options["size"])
+        return interpolate(*arguments, **options)
+
+    monkeypatch.setattr(preprocess.F, "interpolate", recording)
+    picture = torch.full((3, height, width), 77, dtype=torch.uint8)
+    assert torch.equal(
+        resize_and_crop(picture, 256, 227), torch.full((3, 227, 227), 77, dtype=torch.uint8)
+    )
+    assert max(sizes[0]) <= 8 * 256
+
+
+def test_a_strip_keeps_the_centre_that_pillow_shows():
+    """A ramp along the strip: the cut may move it by a pixel of source and result, not more."""
+    length = 9 * 60
+    ramp = np.linspace(0, 255, length).astype(np.uint8)
+    strip = np.broadcast_to(ramp[None, :, None], (60, length, 3)).copy()
+    ours = resize_and_crop(torch.from_numpy(strip).permute(2, 0, 1), 256, 227)
+    theirs = pillow_resize_and_crop(strip, 256, 227).transpose(2, 0, 1)
+    assert np.abs(ours.numpy().astype(int) - theirs).max() <= 2
+
+
+def test_a_torch_without_lanczos_is_named(monkeypatch):
+    def old_interpolate(*_arguments, **_options):
+        raise NotImplementedError("Input Error")
+
+    monkeypatch.setattr(preprocess.F, "interpolate", old_interpolate)
+    with pytest.raises(UserError, match=r"no Lanczos resize; install torch 2\.13 or later"):
+        resize_and_crop(torch.zeros(3, 300, 300, dtype=torch.uint8), 256, 227)
+
+
+# ---- random numbers
+
+
+def splitmix64(state: int) -> int:
+    z = (state + 0x9E3779B97F4A7C15) % 2**64
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EB % 2**64
+    return z ^ (z >> 31)
+
+
+def test_uniforms_are_splitmix64_of_seed_epoch_sample_and_draw():
+    assert splitmix64(1234567) == 6457827717110365317  # the generator's published test vector
+    for seed, epoch in [(0, 0), (42, 7), (2**63 - 1, 10**6)]:
+        ids = [0, 1, 1_281_166, 2**40]
+        ours = preprocess.uniforms(seed, epoch, torch.tensor(ids), 10)
+        expected = [
+            [
+                (splitmix64(splitmix64(splitmix64(splitmix64(seed) ^ epoch) ^ i) ^ draw) >> 11)
+                / 2**53
+                for draw in range(10)
+            ]
+            for i in ids
+        ]
+        assert ours.tolist() == expected
+
+
+def test_uniforms_are_uniform_and_uncorrelated():
+    draws = preprocess.uniforms(0, 0, torch.arange(20_000), preprocess.NUM_DRAWS).numpy()
+    for column in draws.T:
+        assert stats.kstest(column, "uniform").pvalue > 1e-4
+    correlation = np.corrcoef(draws.T) - np.eye(draws.shape[1])
+    assert np.abs(correlation).max() < 5 / math.sqrt(len(draws))
+    later = preprocess.uniforms(0, 1, torch.arange(20_000), 1)[:, 0].numpy()
+    assert abs(np.corrcoef(draws[:, 0], later)[0, 1]) < 5 / math.sqrt(len(draws))
+
+
+@pytest.mark.parametrize("crop", ["random", "resized", "centre"])
+def test_a_view_depends_on_its_sample_alone(crop):
+    images = noise_pictures(6, 240)
+    augment = Augment(crop=crop, flip=True, colour_sigma=0.1)
+    ids = [5, 99, 3, 1_000_000, 0, 17]
+    together = view(images, augment, ids=ids)
+    torch.manual_seed(123)
+    torch.rand(7)
+    order = [4, 0, 3]
+    apart = view(images[order], augment, ids=[ids[i] for i in order])
+    torch.testing.assert_close(apart, together[order], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("crop", ["random", "resized"])
+def test_epoch_seed_and_sample_each_change_the_view(crop):
+    images = noise_pictures(1, 256)
+    augment = Augment(crop=crop, flip=True, colour_sigma=0.1)
+    keys = [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1)]
+    views = [view(images, augment, seed=s, epoch=e, ids=[i]) for s, e, i in keys]
+    assert len({tuple(v.flatten()[:50].tolist()) for v in views}) == len(keys)
+
+
+def test_torchs_generator_is_not_consumed():
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    view(noise_pictures(2, 256), EVERYTHING)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+# ---- crop and flip
+
+
+def corners(x: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Row and column shown at the top left of each view of a coordinate picture."""
+    return x[:, 0, 0, 0].long().numpy(), x[:, 1, 0, 0].long().numpy()
+
+
+def test_random_crops_reach_every_offset_equally():
+    images = coordinates(1, 239).expand(200, -1, -1, -1)
+    tops, lefts = zip(*(corners(view(images, RANDOM, epoch=e)) for e in range(3)), strict=True)
+    for offsets in (np.concatenate(tops), np.concatenate(lefts)):
+        counts = np.bincount(offsets, minlength=13)
+        assert len(counts) == 13  # offsets 0 to 239 − 227
+        assert stats.chisquare(counts).pvalue > 1e-4
+
+
+def test_a_random_crop_is_a_window_of_its_own_picture():
+    images = coordinates(8, 256)
+    x = view(images, RANDOM)
+    for i, (top, left) in enumerate(zip(*corners(x), strict=True)):
+        window = images[i, :, top : top + 227, left : left + 227]
+        assert torch.equal(x[i], window.float())
+
+
+def test_half_of_the_views_are_exact_mirror_images():
+    images = coordinates(1, 227).expand(200, -1, -1, -1)
+    x = view(images, Augment(crop="centre", flip=True, colour_sigma=0.0))
+    mirrored = x[:, 1, 0, 0] == 226
+    assert stats.binomtest(int(mirrored.sum()), 200).pvalue > 1e-4
+    assert torch.equal(x[mirrored], images[mirrored].float().flip(-1))
+    assert torch.equal(x[~mirrored], images[~mirrored].float())
+
+
+def test_switching_colour_noise_on_does_not_move_the_crops():
+    images = coordinates(8, 256)
+    with_flips = Augment(crop="random", flip=True, colour_sigma=0.0)
+    quiet, noisy = view(images, with_flips), view(images, EVERYTHING)
+    shift = noisy - quiet
+    assert torch.allclose(shift, shift[:, :, :1, :1].expand_as(shift), atol=1e-4)
+
+
+def window_of(x: torch.Tensor) -> tuple[float, float, float, float]:
+    """Top, bottom, left, right of the stored picture that a view of a coordinate picture shows:
+    its centre and its scale, from the inner part that no border touches."""
+    rows, columns = x[0, :, 113].double(), x[1, 113].double()
+    edges = []
+    for values in (rows, columns):
+        slope = float(values[170] - values[60]) / 110
+        middle = float(values[113]) + 0.5  # pixel centres lie at half coordinates
+        edges += [middle - 113.5 * slope, middle + 113.5 * slope]
+    return tuple(edges)
+
+
+def test_resized_crops_keep_the_promised_area_and_ratio():
+    side = 250
+    images = coordinates(1, side).expand(150, -1, -1, -1)
+    x = view(images, Augment(crop="resized", flip=False, colour_sigma=0.0))
+    windows = np.array([window_of(v) for v in x])
+    assert windows.min() > -0.1 and windows.max() < side + 0.1
+    height, width = windows[:, 1] - windows[:, 0], windows[:, 3] - windows[:, 2]
+    area, ratio = height * width / side**2, width / height
+    assert 0.35 - 0.01 < area.min() < 0.45 and area.max() > 0.9
+    assert 3 / 4 - 0.01 < ratio.min() < 0.85 and 1.2 < ratio.max() < 4 / 3 + 0.01
+    free = side - width > 5
+    place = (windows[:, 2] / np.maximum(side - width, 1e-9))[free]
+    assert place.min() < 0.1 and place.max() > 0.9
+
+
+def test_a_resized_crop_is_scipys_bilinear_sample_of_its_window():
+    image = torch.from_numpy(smooth_picture(227, 227)).permute(2, 0, 1)[None]
+    augment = Augment(crop="resized", flip=False, colour_sigma=0.0)
+    top, bottom, left, right = window_of(view(coordinates(1, 227), augment, ids=[11])[0])
+    steps = (np.arange(227) + 0.5) / 227
+    rows, columns = top + (bottom - top) * steps - 0.5, left + (right - left) * steps - 0.5
+    grid = np.meshgrid(rows, columns, indexing="ij")
+    x = view(image, augment, ids=[11])[0].numpy()
+    for ours, channel in zip(x, image[0].double().numpy(), strict=True):
+        expected = ndimage.map_coordinates(channel, grid, order=1, mode="nearest")
+        np.testing.assert_allclose(ours, expected, atol=0.1)
+
+
+def test_a_resized_crop_can_be_mirrored():
+    images = coordinates(1, 227)
+    for sample in range(8):
+        plain = view(images, Augment("resized", flip=False, colour_sigma=0.0), ids=[sample])
+        maybe = view(images, Augment("resized", flip=True, colour_sigma=0.0), ids=[sample])
+        if not torch.equal(plain, maybe):
+            torch.testing.assert_close(maybe, plain.flip(-1), atol=1e-3, rtol=0)
+            return
+    raise AssertionError("none of 8 views was mirrored")
+
+
+def test_random_crops_of_pictures_stored_at_227_are_refused():
+    with pytest.raises(UserError, match="--crop 256 or use crop 'resized'"):
+        view(noise_pictures(1, 227), RANDOM)
+
+
+# ---- colour
+
+
+def test_colour_noise_has_the_pictures_covariance_times_sigma_squared():
+    colours = np.random.default_rng(1).multivariate_normal((120, 110, 100), COVARIANCE, 50_000)
+    covariance = tuple(map(tuple, np.cov(colours.T).tolist()))
+    draws = preprocess.uniforms(0, 0, torch.arange(40_000), 4)
+    noise = preprocess.colour_noise(spec_of(227, covariance), 0.1, draws).numpy()
+    np.testing.assert_allclose(np.cov(noise.T), 0.01 * np.cov(colours.T), rtol=0.03)
+    assert np.abs(noise.mean(0)).max() < 5 * 0.1 * math.sqrt(5200 / 40_000)
+    variances, components = np.linalg.eigh(np.cov(colours.T))
+    for alpha in (noise @ components / np.sqrt(variances) / 0.1).T:
+        assert stats.kstest(alpha, "norm").pvalue > 1e-4
+
+
+def test_grey_pictures_get_grey_noise():
+    grey = ((5000.0,) * 3,) * 3
+    draws = preprocess.uniforms(0, 0, torch.arange(100), 4)
+    noise = preprocess.colour_noise(spec_of(227, grey), 0.1, draws)
+    assert torch.allclose(noise, noise[:, :1].expand_as(noise), atol=1e-5)
+    assert noise.std() > 1
+
+
+def test_noise_is_added_before_normalisation_and_once_per_picture():
+    spec = spec_of(227, COVARIANCE, mean=(123.0, 117.0, 104.0), std=(58.0, 57.0, 57.5))
+    images = noise_pictures(3, 227)
+    x = view(images, Augment("centre", flip=False, colour_sigma=0.1), spec).double()
+    std, mean = (torch.tensor(v).double()[:, None, None] for v in (spec.std, spec.mean))
+    added = x * std + mean - images
+    assert torch.allclose(added, added[:, :, :1, :1].expand_as(added), atol=1e-3)
+    draws = preprocess.uniforms(0, 0, torch.arange(3), preprocess.NUM_DRAWS)
+    expected = preprocess.colour_noise(spec, 0.1, draws[:, preprocess.DRAW_COLOUR :])
+    torch.testing.assert_close(added[:, :, 0, 0], expected, atol=1e-3, rtol=0)
+
+
+# ---- test views
+
+
+def test_centre_view_is_the_normalised_middle():
+    spec = spec_of(256, mean=(123.0, 117.0, 104.0), std=(58.0, 57.0, 57.5))
+    images = noise_pictures(2, 256)
+    middle = images.numpy()[:, :, 14 : 14 + 227, 14 : 14 + 227].astype(np.float64)
+    expected = (middle - np.reshape(spec.mean, (3, 1, 1))) / np.reshape(spec.std, (3, 1, 1))
+    x = centre_view(images, spec)
+    assert x.dtype == torch.float32
+    np.testing.assert_allclose(x.numpy(), expected, atol=1e-5)
+    assert torch.equal(view(images, PLAIN, spec), x)
+
+
+def test_ten_crop_shows_corners_centre_and_their_mirror_images():
+    x = ten_crop(coordinates(2, 256), spec_of(256))
+    assert x.shape == (2, 10, 3, 227, 227)
+    rows, columns = x[:, :, 0, 0, 0], x[:, :, 1, 0, 0]
+    assert rows[0].tolist() == [0, 0, 29, 29, 14] * 2
+    assert columns[0].tolist() == [0, 29, 0, 29, 14, 226, 255, 226, 255, 240]
+    assert torch.equal(x[:, 5:], x[:, :5].flip(-1))
+    assert x[:, :, 2].amax((1, 2, 3)).tolist() == [0, 1]  # the views stay with their picture
+
+
+def test_ten_crop_normalises_like_the_centre_view():
+    spec = spec_of(256, mean=(123.0, 117.0, 104.0), std=(58.0, 57.0, 57.5))
+    images = noise_pictures(2, 256)
+    assert torch.equal(ten_crop(images, spec)[:, 4], centre_view(images, spec))
+
+
+def test_ten_crop_of_pictures_stored_at_227_is_refused():
+    with pytest.raises(UserError, match="--crop 256"):
+        ten_crop(noise_pictures(1, 227), spec_of(227))
+
+
+def test_probabilities_are_averaged_not_logits():
+    logits = np.random.default_rng(0).normal(0, 5, (3, 10, 4))
+    powers = np.exp(logits)
+    expected = (powers / powers.sum(-1, keepdims=True)).mean(1)
+    ours = average_probabilities(torch.from_numpy(logits).float()).numpy()
+    np.testing.assert_allclose(ours, expected, rtol=1e-5)
+
+
+# ---- specification
+
+
+def test_input_spec_survives_json():
+    spec = spec_of(240, COVARIANCE, mean=(123.456, 117.1, 104.0), std=(58.4, 57.1, 57.4))
+    document = json.loads(json.dumps(spec.to_json()))
+    assert InputSpec.from_json(document) == spec
+    assert document == spec.to_json()
+    assert hash(InputSpec.from_json(document)) == hash(spec)
+
+
+@pytest.mark.parametrize(
+    "change", [{"mean": [1, 2]}, {"covariance": [1, 2, 3]}, {"crop": None}, {"std": "abc"}]
+)
+def test_a_damaged_specification_is_refused(change):
+    with pytest.raises(UserError, match="input specification is damaged"):
+        InputSpec.from_json(spec_of(227).to_json() | change)
+
+
+def test_a_specification_without_a_field_names_it():
+    document = spec_of(227).to_json()
+    del document["std"]
+    with pytest.raises(UserError, match="'std'"):
+        InputSpec.from_json(document)
+
+
+@pytest.mark.parametrize(("resize", "crop"), [(256, 226), (240, 241), (200, 227)])
+def test_impossible_geometry_is_refused(resize, crop):
+    with pytest.raises(UserError, match="choose 227 <= crop <= resize"):
+        InputSpec(resize, crop, (0.0,) * 3, (1.0,) * 3, IDENTITY)
+
+
+@pytest.mark.parametrize("value", [0.0, math.nan, math.inf])
+def test_pixels_without_spread_are_refused(value):
+    with pytest.raises(UserError, match="must be positive in every channel"):
+        spec_of(227, std=(1.0, value, 1.0))
