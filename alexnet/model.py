@@ -67,7 +67,8 @@ class AlexNet(nn.Module):
     `init` (None means "source"):
       text    section 5 of the paper: weights N(0, 0.01²), bias 1 in conv2, conv4, conv5, fc6, fc7
       source  the same, but std 0.03 in conv3, conv4, conv5, as the released 2012 source has it
-      he      He et al. 2015, normal, for ReLU; all biases 0
+      he      He et al. 2015, normal, for ReLU; all biases 0; fc8 N(0, 0.01²), so that the first
+              loss is near that of guessing
     The first two are the published numbers at any width: they were chosen for the full net, and a
     much narrower one hardly learns from them. Take "he" there.
 
@@ -173,7 +174,7 @@ def _initialise(model: AlexNet, init: Init) -> None:
     for name, layer in [*model.features.named_children(), *model.classifier.named_children()]:
         if not isinstance(layer, nn.Conv2d | nn.Linear):
             continue
-        if init == "he":
+        if init == "he" and name != "fc8":
             nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
         else:
             wider = init == "source" and name in SOURCE_WIDER_STD

@@ -17,10 +17,11 @@ _ROOT = Path(__file__).resolve().parents[1]
 _PACKAGES = ("alexnet", "pipelines", "training")
 
 
-def connect() -> None:
+def connect(*, dashboard: bool) -> None:
     """Joins the cluster of $RAY_ADDRESS or of `ray start` on this host; else starts a local one.
 
     Workers get the three packages from this checkout, so nothing has to be installed on them.
+    `dashboard` gives a local one its web page, on loopback.
     Raises UserError where the cluster cannot be joined.
     """
     if ray.is_initialized():
@@ -41,7 +42,7 @@ def connect() -> None:
                 "`ray start --head`, or unset RAY_ADDRESS to run on this machine alone"
             ) from error
         _own_token()
-        ray.init(address="local", include_dashboard=False, **settings)
+        ray.init(address="local", include_dashboard=dashboard, **settings)
 
 
 def refuse_local_paths(paths: list[str], *, shared_fs: bool) -> None:
@@ -59,12 +60,12 @@ def refuse_local_paths(paths: list[str], *, shared_fs: bool) -> None:
 def _own_token() -> None:
     """A Ray of our own is guarded by a token that dies with it.
 
-    With the mode unset, Ray would leave a new token in ~/.ray, and every later `ray start` would
+    Without one at hand, Ray would leave a new token in ~/.ray, and every later `ray start` would
     then refuse each client that does not set RAY_AUTH_MODE.
     """
-    if "RAY_AUTH_MODE" not in os.environ:
-        os.environ["RAY_AUTH_MODE"] = "token"
-        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    saved = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
+    if "RAY_AUTH_MODE" not in os.environ and not saved.exists():
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
 
 
 def _code() -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Accuracy that counts every picture exactly once, over any number of ranks."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,7 +23,7 @@ class Metrics:
 
 
 def evaluate(
-    model: nn.Module,
+    network: Callable[[torch.Tensor], torch.Tensor],
     loader: Loader,
     spec: InputSpec,
     *,
@@ -31,7 +32,8 @@ def evaluate(
     world_size: int = 1,
     batch_size: int = 256,
 ) -> Metrics:
-    """Centre-view accuracy of `model` (float32 logits) on all of the loader's split.
+    """Centre-view accuracy on all of the loader's split of `network`: float32 (B,3,227,227) to logits
+    (B, classes), already in evaluation mode.
 
     Each rank takes every W-th sample; counts are summed as integers, so the result does not depend
     on W. With fewer than five classes top5 counts all of them. Asserts that the counts add up to
@@ -39,17 +41,14 @@ def evaluate(
     """
     ids = rank_part(np.arange(loader.num_samples), rank, world_size)
     batches = [ids[i : i + batch_size] for i in range(0, len(ids), batch_size)]
-    was_training = model.training
-    model.eval()
     counts = torch.zeros(3, dtype=torch.int64, device=device)
     loss_sum = torch.zeros(1, dtype=torch.float64, device=device)
     with torch.inference_mode():
         for batch in loader.batches(batches):
             labels = batch.labels.to(device)
-            logits = model(centre_view(batch.images.to(device), spec)).float()
+            logits = network(centre_view(batch.images.to(device), spec)).float()
             loss_sum += nn.functional.cross_entropy(logits, labels, reduction="none").double().sum()
             counts += _count(logits, labels)
-    model.train(was_training)
     if world_size > 1:
         torch.distributed.all_reduce(counts)
         torch.distributed.all_reduce(loss_sum)

@@ -194,9 +194,13 @@ class _Run:
         torch.manual_seed(_seed(config.seed, self.step, self.place.rank))
         images = batch.images.to(device, non_blocking=True)
         labels = batch.labels.to(device, non_blocking=True)
-        ids = batch.sample_ids.to(device, non_blocking=True)
         x = train_view(
-            images, self.spec, self.augment, seed=config.seed, epoch=epoch, sample_ids=ids
+            images,
+            self.spec,
+            self.augment,
+            seed=config.seed,
+            epoch=epoch,
+            sample_ids=batch.sample_ids,  # on the CPU: the draws are the same for every device
         ).contiguous(memory_format=torch.channels_last)
         with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
             logits = self.replica(x)
@@ -224,6 +228,7 @@ class _Run:
             self.log(metrics, self.step)
 
     def finish_epoch(self, epoch: int) -> None:
+        self.model.eval()
         result = evaluate(
             self.model,
             self.val,
@@ -232,6 +237,7 @@ class _Run:
             rank=self.place.rank,
             world_size=self.place.world_size,
         )
+        self.model.train()
         self.metrics = {f"val_{name}": float(value) for name, value in asdict(result).items()}
         self.metrics["epoch"] = float(epoch + 1)
         if self.place.rank == 0:

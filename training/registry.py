@@ -120,10 +120,11 @@ def list_versions(client: MlflowClient) -> str:
     aliases = _aliases(client)
     for version in sorted(_versions(client), key=lambda v: -int(v.version)):
         run = client.get_run(version.run_id)
-        names = ", ".join(sorted(name for name, v in aliases.items() if v == version.version))
+        number = str(version.version)
+        names = ", ".join(sorted(name for name, v in aliases.items() if v == number))
         top1 = run.data.metrics.get("val_top1")
         lines.append(
-            f"{version.version:<8}{names:<20}{version.tags.get('recipe', ''):<8}"
+            f"{number:<8}{names:<20}{version.tags.get('recipe', ''):<8}"
             f"{'' if top1 is None else format(top1, '.4f'):<11}{run.info.run_name:<30}"
             f"{version.tags.get('previous_champion', '')}"
         )
@@ -136,33 +137,34 @@ def promote(client: MlflowClient, version: str | None, data: str | None) -> list
     Returns the lines that tell it. Raises Refused with the reason, and moves nothing then.
     """
     candidate = _resolve(client, version)
+    number = str(candidate.version)
     champion = _aliases(client).get("champion")
-    if champion == candidate.version:
+    if champion == number:
         return [f"version {champion} is the champion already"]
     run = client.get_run(candidate.run_id)
     data = data or run.data.tags["data"]
     manifest = shards.load_manifest(data)
     if manifest.digest != run.data.tags["manifest_sha256"]:
         raise Refused(
-            f"{data} is not the data set of version {candidate.version} (manifest "
+            f"{data} is not the data set of version {number} (manifest "
             f"{manifest.digest[:12]}, trained on {run.data.tags['manifest_sha256'][:12]}); "
             "pass the right one with --data"
         )
-    found = _measure(candidate.version, data, manifest)
-    _compare_with_logged(candidate.version, found, run.data.metrics)
-    lines = [_told(candidate.version, found, "recomputed, equals the logged metrics")]
+    found = _measure(number, data, manifest)
+    _compare_with_logged(number, found, run.data.metrics)
+    lines = [_told(number, found, "recomputed, equals the logged metrics")]
     if champion is not None:
         before = _measure(champion, data, manifest)
         lines.append(_told(champion, before, "champion so far"))
         if found.top1 < before.top1:
             raise Refused(
-                f"version {candidate.version} has val top-1 {found.top1:.4f}, champion {champion} "
+                f"version {number} has val top-1 {found.top1:.4f}, champion {champion} "
                 f"has {before.top1:.4f} on the same {found.images} pictures"
             )
-        client.set_model_version_tag(NAME, candidate.version, "previous_champion", champion)
-    client.set_model_version_tag(NAME, candidate.version, "promoted_val_top1", str(found.top1))
-    client.set_registered_model_alias(NAME, "champion", candidate.version)
-    return [*lines, f"version {candidate.version} is the champion: models:/{NAME}@champion"]
+        client.set_model_version_tag(NAME, number, "previous_champion", champion)
+    client.set_model_version_tag(NAME, number, "promoted_val_top1", str(found.top1))
+    client.set_registered_model_alias(NAME, "champion", number)
+    return [*lines, f"version {number} is the champion: models:/{NAME}@champion"]
 
 
 def rollback(client: MlflowClient) -> list[str]:
@@ -185,8 +187,8 @@ def _log_model(run_id: str, model: torch.nn.Module, extra: Path) -> Any:
     shape = (-1, 3, NETWORK_SIDE, NETWORK_SIDE)
     classes = model(torch.zeros(1, 3, NETWORK_SIDE, NETWORK_SIDE)).shape[1]
     signature = ModelSignature(
-        inputs=Schema([TensorSpec(np.dtype("float32"), shape, "x")]),
-        outputs=Schema([TensorSpec(np.dtype("float32"), (-1, classes), "logits")]),
+        inputs=Schema([TensorSpec(np.dtype("float32"), shape)]),
+        outputs=Schema([TensorSpec(np.dtype("float32"), (-1, classes))]),
     )
     with mlflow.start_run(run_id=run_id):
         return mlflow.pytorch.log_model(

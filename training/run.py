@@ -86,7 +86,7 @@ def train(config: TrainConfig) -> int:
     if run.info.status == "FINISHED":
         logger.info(f"run {config.name} is finished; train again under another --name")
         return 0
-    cluster.connect()
+    cluster.connect(dashboard=True)
     cluster.refuse_local_paths([data, str(config.storage)], shared_fs=config.shared_fs)
     scaling, cpus = _scaling(config)
     job = {"config": config, "data": data, "tracking_uri": uri, "run_id": run_id, "cpus": cpus}

@@ -25,6 +25,7 @@ def train_worker(job: dict[str, Any]) -> dict[str, float]:
     context = ray.train.get_context()
     rank = context.get_world_rank()
     logging.basicConfig(level=logging.INFO if rank == 0 else logging.WARNING, format="%(message)s")
+    logging.getLogger("ray.train").setLevel(logging.WARNING)  # it repeats every report at length
     torch.set_num_threads(job["cpus"])
     place = loop.Place(
         device=ray.train.torch.get_device(),

@@ -1,0 +1,97 @@
+"""Small shard sets drawn in memory for the tests of training, without the builder or Ray."""
+
+import hashlib
+import io
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+from PIL import Image
+
+from pipelines import shards, storage
+
+
+def write_shard_set(
+    folder: Path,
+    *,
+    train: tuple[int, ...] = (10, 9, 9),
+    val: tuple[int, ...] = (7, 6),
+    classes: int = 4,
+    side: int = 227,
+    seed: int = 0,
+) -> str:
+    """A finished set with shards of the given sizes; returns its URI.
+
+    Sample i has label i % classes, and its picture is a noisy plane of that class's colour.
+    """
+    rng = np.random.default_rng(seed)
+    infos, pixels = [], []
+    for split, sizes in (("train", train), ("val", val)):
+        tables, first = [], 0
+        for number, size in enumerate(sizes):
+            name = shards.shard_name(split, number)
+            samples = [_sample(split, i, classes, side, rng) for i in range(first, first + size)]
+            first += size
+            data, rows = shards.pack(name, samples)
+            storage.write_new(storage.join(str(folder), f"{name}.tar"), data)
+            tables.append(rows)
+            infos.append((name, split, size, len(data), hashlib.sha256(data).hexdigest()))
+            pixels += [np.asarray(Image.open(io.BytesIO(s.jpeg))) for s in samples]
+        index = shards.parquet_bytes(pa.concat_tables(tables))
+        storage.write_new(storage.join(str(folder), "index", f"{split}.parquet"), index)
+    document = _manifest(infos, np.stack(pixels), classes, side)
+    storage.write_new(
+        storage.join(str(folder), "manifest.json"), shards.canonical_json(document, indent=1)
+    )
+    return str(folder)
+
+
+def _sample(
+    split: str, number: int, classes: int, side: int, rng: np.random.Generator
+) -> shards.Sample:
+    label = number % classes
+    hue = np.array([label * 255 // max(1, classes - 1), 255 * (label % 2), 128])
+    picture = np.clip(hue + rng.integers(-40, 40, (side, side, 3)), 0, 255).astype(np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(picture).save(buffer, "JPEG", quality=90)
+    wnid = f"n{label:08d}"
+    return shards.Sample(
+        key=f"{split}_{number:04d}",
+        label=label,
+        wnid=wnid,
+        jpeg=buffer.getvalue(),
+        name=f"{split}_{number:04d}.JPEG",
+        source="drawn",
+        source_offset=0,
+        source_size=0,
+        source_sha256="",
+        width=side,
+        height=side,
+        fixes=(),
+    )
+
+
+def _manifest(
+    infos: list[tuple[str, str, int, int, str]], pixels: np.ndarray, classes: int, side: int
+) -> dict[str, object]:
+    flat = pixels.reshape(-1, 3).astype(np.float64)
+    columns = ("name", "split", "samples", "bytes", "sha256")
+    return {
+        "format": shards.FORMAT,
+        "format_version": shards.FORMAT_VERSION,
+        "plan_id": hashlib.sha256(repr(infos).encode()).hexdigest(),
+        "geometry": {"resize": side, "crop": side},
+        "codec": {"quality": 90},
+        "seed": 0,
+        "classes": {
+            "wnids": [f"n{label:08d}" for label in range(classes)],
+            "names": [f"colour {label}" for label in range(classes)],
+        },
+        "pixels": {
+            "count": len(flat),
+            "mean": flat.mean(axis=0).tolist(),
+            "covariance": np.cov(flat, rowvar=False, bias=True).tolist(),
+        },
+        "shards": [dict(zip(columns, info, strict=True)) for info in infos],
+        "partial": False,
+    }
