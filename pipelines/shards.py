@@ -4,7 +4,7 @@
     OUT/index/train.parquet       one row per sample (`INDEX`), in (shard, position) order
     OUT/manifest.json             written last: where it is, the set is complete
     OUT/SHA256SUMS                for `sha256sum -c`, of everything above and below but _meta/
-    OUT/shardindex.json           the same shards for `wids`, derived
+    OUT/shardindex-train.json     the same shards for `wids`, derived
     OUT/quarantine/train.jsonl    the rejected images, their raw bytes in quarantine/train/KEY.bin
     OUT/_meta/plan.json, plan.parquet, SHARD.parquet    the plan, and each finished shard's sidecar
 
@@ -251,3 +251,13 @@ def parquet_bytes(table: pa.Table, **options: Any) -> bytes:
     buffer = io.BytesIO()
     pq.write_table(table, buffer, **options)
     return buffer.getvalue()
+
+
+def read_json(uri: str) -> Any:
+    """Raises UserError when it is missing or no JSON."""
+    try:
+        return json.loads(storage.read(uri))
+    except ValueError as error:
+        raise UserError(
+            f"{uri} is not JSON ({error}); delete the folder and build again"
+        ) from error
