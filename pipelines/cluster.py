@@ -17,7 +17,7 @@ _ROOT = Path(__file__).resolve().parents[1]
 _PACKAGES = ("alexnet", "pipelines", "training")
 
 
-def connect(*, dashboard: bool) -> None:
+def connect(*, dashboard: bool = False) -> None:
     """Joins the cluster of $RAY_ADDRESS or of `ray start` on this host; else starts a local one.
 
     Workers get the three packages from this checkout, so nothing has to be installed on them.

@@ -270,9 +270,8 @@ class _Run:
     def _guard(self, loss: float) -> None:
         if not math.isfinite(loss):
             raise TrainingStopped(
-                f"loss is {loss} at step {self.step}; lower --optim.lr "
-                f"(now {self.config.optim.lr}) or continue from the last checkpoint with "
-                "--precision fp32 under another --name"
+                f"loss is {loss} at step {self.step}; train again under another --name with a lower "
+                f"--optim.lr (now {self.config.optim.lr}) or --precision fp32"
             )
         self.lowest_loss = min(self.lowest_loss, loss)
         guessing = math.log(self.manifest.num_classes)
