@@ -9,7 +9,6 @@ import traceback
 from collections.abc import Iterator
 from typing import Any
 
-import ray
 import ray.data
 
 from alexnet.errors import UserError
@@ -44,7 +43,8 @@ def build(
     if missing:
         if done:
             print(f"{len(done)} of {len(plan.shards)} shards are already there", flush=True)
-        _connect([source.raw, out], shared_fs=shared_fs)
+        cluster.connect()
+        cluster.refuse_local_paths([source.raw, out], shared_fs=shared_fs)
         recipe = plan.identity["recipe"]
         job = Job(
             raw=source.raw,
@@ -61,12 +61,6 @@ def build(
     return finish.finish(out, source, plan, done)
 
 
-def _connect(paths: list[str], *, shared_fs: bool) -> None:
-    if not ray.is_initialized():
-        cluster.connect()
-    cluster.refuse_local_paths(paths, shared_fs=shared_fs)
-
-
 def _statuses(
     job: Job, plan: Plan, numbers: list[int], workers: int | None
 ) -> Iterator[dict[str, Any]]:
@@ -77,6 +71,7 @@ def _statuses(
     # Ray reserves twice this much per task for its output, a row of a few hundred bytes here.
     context.target_max_block_size = _MIB
     logging.getLogger("ray.data").setLevel(logging.WARNING)
+    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # "bars disabled"
     rows = [{"number": number, "name": plan.shards[number].name} for number in numbers]
     statuses = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
         functools.partial(_task, job),

@@ -88,7 +88,7 @@ def verify(arguments: argparse.Namespace) -> int:
     problems, checked = verify(out, full=arguments.full)
     for problem in problems:
         print(problem)
-    print(f"{out}: {checked}; {len(problems)} problems")
+    print(f"{out}: {checked}; {'no' if not problems else len(problems)} problems")
     return 1 if problems else 0
 
 
