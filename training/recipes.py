@@ -83,7 +83,7 @@ def smoke() -> TrainConfig:
     return TrainConfig(
         recipe="smoke",
         model=ModelConfig(variant="deck", width=0.25, batch_norm=True, init="he"),
-        optim=OptimConfig(batch_size=32, epochs=6, lr=0.02, schedule="cosine", warmup_epochs=0.5),
+        optim=OptimConfig(batch_size=32, epochs=4, lr=0.005, schedule="cosine", warmup_epochs=0.5),
         augment=AugmentConfig(crop="centre", colour_sigma=0.0),
         flat_loss_steps=100,
         log_steps=10,

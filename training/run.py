@@ -97,8 +97,7 @@ def train(config: TrainConfig) -> int:
             with result.checkpoint.as_directory() as folder:
                 version = registry.register(client, run_id, Path(folder), manifest, config)
     except TrainingFailedError as error:
-        logger.error(f"error: {_cause(error)}")
-        logger.error(f"once that is mended, continue with: {_again(config)}")
+        logger.error(f"error: {_cause(error, config)}")
         return 1
     except KeyboardInterrupt:
         logger.error(f"interrupted; continue with: {_again(config)}")
@@ -200,15 +199,18 @@ def _announce(config: TrainConfig, manifest: shards.Manifest, cpus: int, use_gpu
     )
 
 
-def _cause(error: TrainingFailedError) -> str:
+def _cause(error: TrainingFailedError, config: TrainConfig) -> str:
     """What failed, in a worker's own words where it told; the traceback is in the log above."""
     for failure in getattr(error, "worker_failures", {}).values():
         cause: BaseException | None = failure
         while cause is not None:
-            if isinstance(cause, UserError | TrainingStopped):
+            if isinstance(cause, TrainingStopped):
                 return str(cause)
+            if isinstance(cause, UserError):
+                return f"{cause}; then continue with: {_again(config)}"
             cause = getattr(cause, "_base_exc", None) or cause.__cause__
-    return str(error).strip().splitlines()[-1]
+    last = str(error).strip().splitlines()[-1]
+    return f"{last}; the traceback is above; continue with: {_again(config)}"
 
 
 def _again(config: TrainConfig) -> str:
