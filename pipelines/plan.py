@@ -170,7 +170,7 @@ def read_rows(out: str, number: int) -> list[dict[str, Any]]:
     uri = storage.join(out, "_meta", "plan.parquet")
     file = io.BufferedReader(tars.RangeFile(uri, 0, storage.size(uri)), 1 << 16)
     with pq.ParquetFile(file) as parquet:
-        rows: list[dict[str, Any]] = parquet.read_row_group(number).to_pylist()
+        rows: list[dict[str, Any]] = parquet.read_row_group(number, use_threads=False).to_pylist()
     return rows
 
 

@@ -191,7 +191,7 @@ def load_index(uri: str, split: str) -> pa.Table:
     location = storage.join(uri, "index", f"{split}.parquet")
     if not storage.exists(location):
         raise UserError(f"{location}: not there; was this set built with --splits {split}?")
-    return pq.read_table(pa.BufferReader(storage.read(location)))
+    return read_parquet(storage.read(location))
 
 
 def pack(name: str, samples: Iterable[Sample]) -> tuple[bytes, pa.Table]:
@@ -240,7 +240,7 @@ def pack_sidecar(rows: pa.Table, status: dict[str, Any]) -> bytes:
 
 def unpack_sidecar(data: bytes) -> tuple[pa.Table, dict[str, Any]]:
     """Rows and status. Raises ValueError when the bytes are not a sidecar."""
-    table = pq.read_table(pa.BufferReader(data))
+    table = read_parquet(data)
     metadata = table.schema.metadata or {}
     if _STATUS not in metadata:
         raise ValueError("no shard status in the parquet metadata")
@@ -253,6 +253,12 @@ def parquet_bytes(table: pa.Table, **options: Any) -> bytes:
     return buffer.getvalue()
 
 
+def _read_parquet(data: bytes) -> pa.Table:
+    """Without Arrow's threads: after a buffered read from Python's memory they may outlive the
+    interpreter and abort it, in a third of all short processes (apache/arrow#39162)."""
+    return pq.ParquetFile(pa.BufferReader(data), pre_buffer=False).read(use_threads=False)
+
+
 def read_json(uri: str) -> Any:
     """Raises UserError when it is missing or no JSON."""
     try:
@@ -261,3 +267,10 @@ def read_json(uri: str) -> Any:
         raise UserError(
             f"{uri} is not JSON ({error}); delete the folder and build again"
         ) from error
+
+
+def read_parquet(data: bytes) -> pa.Table:
+    """All of a parquet file, read without Arrow's threads: with them a short-lived process
+    sometimes aborts at its end (apache/arrow#34314)."""
+    file = pq.ParquetFile(pa.BufferReader(data), pre_buffer=False)
+    return file.read(use_threads=False)
