@@ -1,0 +1,1 @@
+"""One small script per claim; README.md holds the results, LOG.md what was tried and failed."""
