@@ -12,10 +12,11 @@ import os
 import queue
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import filelock
 import numpy as np
@@ -28,6 +29,7 @@ from training.order import Ids
 
 _PREFETCH_BATCHES = 3
 _OPEN_SHARDS = 32
+_TRIES = 5
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,9 @@ class Batch:
     images: torch.Tensor
     labels: torch.Tensor
     sample_ids: torch.Tensor
+
+
+Batches = Generator[Batch, None, None]
 
 
 class Loader:
@@ -71,9 +76,10 @@ class Loader:
     def __exit__(self, *_: object) -> None:
         self._pool.shutdown(cancel_futures=True)
 
-    def batches(self, ids_of_batches: Iterable[Ids], *, pin: bool = False) -> Iterator[Batch]:
+    def batches(self, ids_of_batches: Iterable[Ids], *, pin: bool = False) -> Batches:
         """One batch for each array of ids, decoded ahead of the consumer; `pin` for a GPU.
 
+        Close the generator when leaving it early: that ends the thread that reads ahead.
         Raises what reading raises: UserError for a shard that is missing, changed or undecodable.
         """
         ready: queue.Queue[Batch | BaseException | None] = queue.Queue(_PREFETCH_BATCHES)
@@ -168,13 +174,9 @@ class _ShardFiles:
                 pass
 
     def _map(self, name: str) -> mmap.mmap:
-        if self._remote:
-            self._download(name)  # a neighbour may have evicted it since
-            path = self._cache / f"{name}.tar"
-        else:
-            path = Path(storage.join(self._uri, f"{name}.tar"))
+        path = Path(storage.join(self._uri, f"{name}.tar"))
         try:
-            with path.open("rb") as file:
+            with self._open_cached(name) if self._remote else path.open("rb") as file:
                 mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except (OSError, ValueError) as error:
             raise UserError(
@@ -187,10 +189,21 @@ class _ShardFiles:
             )
         return mapped
 
+    def _open_cached(self, name: str) -> BinaryIO:
+        for _ in range(_TRIES):
+            self._download(name)
+            # A neighbour that needs room may evict it again before it is open.
+            with contextlib.suppress(FileNotFoundError):
+                return (self._cache / f"{name}.tar").open("rb")
+        raise UserError(
+            f"--cache-gb {self._cache_bytes / 1e9:g} cannot hold the shards in use at once on this "
+            "node; pass more"
+        )
+
     def _download(self, name: str) -> None:
         """Fetches a shard once per node: the lock makes its neighbours wait instead of fetching."""
         path = self._cache / f"{name}.tar"
-        if path.exists():
+        with contextlib.suppress(FileNotFoundError):
             os.utime(path)
             return
         self._cache.mkdir(parents=True, exist_ok=True)
@@ -203,10 +216,12 @@ class _ShardFiles:
                     f"{storage.join(self._uri, name)}.tar is not what its manifest describes "
                     f"(sha256 differs); run: python -m pipelines verify {self._uri}"
                 )
-            self._make_room(len(data))
-            partial = path.with_suffix(".partial")
-            partial.write_bytes(data)
-            partial.rename(path)
+            # One at a time: shards that arrive together would each find the same room free.
+            with filelock.FileLock(self._cache.parent / "room.lock"):
+                self._make_room(len(data))
+                partial = path.with_suffix(".partial")
+                partial.write_bytes(data)
+                partial.rename(path)
 
     def _make_room(self, num_bytes: int) -> None:
         cached = sorted(self._cache.parent.glob("*/*.tar"), key=_last_used)

@@ -1,0 +1,328 @@
+"""What the loader hands over is what lies in the tars; what is wrong with them is told."""
+
+import io
+import json
+import tarfile
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from shard_sets import write_shard_set
+
+from alexnet.errors import UserError
+from pipelines.shards import Manifest, load_manifest
+from training.loader import Loader
+
+SIZES = (5, 4, 6)
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("ALEXNET_HOME", str(tmp_path / "home"))
+    return tmp_path / "home"
+
+
+@pytest.fixture(scope="module")
+def uri(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write_shard_set(tmp_path_factory.mktemp("loader") / "set", train=SIZES, val=(3,))
+
+
+@pytest.fixture
+def own_set(tmp_path: Path) -> Path:
+    """A set that a test may damage."""
+    return Path(write_shard_set(tmp_path / "own", train=SIZES, val=(3,)))
+
+
+def open_loader(uri: str | Path, split: str = "train", **options: float) -> Loader:
+    manifest = load_manifest(str(uri))
+    return Loader(str(uri), manifest, split, **({"threads": 2, "cache_gb": 1} | options))
+
+
+def decoded(folder: str | Path, split: str) -> tuple[np.ndarray, np.ndarray]:
+    """Pixels (N,H,W,3) and labels (N,) straight from the tars' members, by Pillow."""
+    pixels, labels = [], []
+    for path in sorted(Path(folder).glob(f"{split}-*.tar")):
+        with tarfile.open(path) as tar:
+            contents = {m.name: tar.extractfile(m).read() for m in tar.getmembers()}
+        for name in (name for name in contents if name.endswith(".jpg")):
+            pixels.append(np.asarray(Image.open(io.BytesIO(contents[name])).convert("RGB")))
+            labels.append(int(contents[name.replace(".jpg", ".cls")]))
+    return np.stack(pixels), np.array(labels)
+
+
+def assert_equal_to_tars(folder: str | Path, loader: Loader, split: str, ids: list[int]) -> None:
+    pixels, labels = decoded(folder, split)
+    batch = loader.read(np.array(ids))
+    assert batch.images.shape == (len(ids), 3, 227, 227) and str(batch.images.dtype) == "torch.uint8"
+    assert batch.labels.tolist() == labels[ids].tolist()
+    assert batch.sample_ids.tolist() == ids
+    found = batch.images.permute(0, 2, 3, 1).numpy()
+    # Two decoders of one libjpeg family: equal up to a rounding of the inverse DCT.
+    assert np.abs(found.astype(int) - pixels[ids].astype(int)).max() <= 1
+
+
+@pytest.mark.parametrize("threads", [1, 2, 7])
+def test_pixels_and_labels_are_those_of_the_tar_members_for_any_ids_in_any_order(uri, threads):
+    with open_loader(uri, threads=threads) as loader:
+        assert (loader.num_samples, loader.shard_sizes) == (15, list(SIZES))
+        assert_equal_to_tars(uri, loader, "train", [14, 0, 3, 5, 5, 8, 9, 1])
+        assert_equal_to_tars(uri, loader, "train", [7])
+    with open_loader(uri, "val", threads=threads) as loader:
+        assert_equal_to_tars(uri, loader, "val", [2, 1, 0])
+
+
+def test_batches_come_in_the_order_asked_for(uri):
+    wanted = [np.array(ids) for ids in ([3, 1], [0], [14, 13, 12], [2], [4], [6], [8], [10])]
+    with open_loader(uri) as loader:
+        got = [batch.sample_ids.tolist() for batch in loader.batches(wanted)]
+    assert got == [ids.tolist() for ids in wanted]
+
+
+def test_more_shards_than_may_be_open_are_read_all_the_same(uri, monkeypatch):
+    monkeypatch.setattr("training.loader._OPEN_SHARDS", 1)
+    with open_loader(uri, threads=3) as loader:
+        assert_equal_to_tars(uri, loader, "train", [0, 14, 5, 1, 13, 6])
+        assert len(loader._files._maps) == 1
+
+
+def test_missing_shard_is_told_in_one_line(own_set):
+    (own_set / "train-000001.tar").unlink()
+    with open_loader(own_set) as loader, pytest.raises(UserError, match="No such file") as told:
+        loader.read(np.array([6]))
+    assert "train-000001.tar" in str(told.value) and "build" in str(told.value)
+    assert "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize("change", [-100, 512])
+def test_shard_of_another_size_than_promised_is_refused(own_set, change):
+    path = own_set / "train-000002.tar"
+    size = path.stat().st_size
+    data = path.read_bytes()
+    path.write_bytes(data[:change] if change < 0 else data + b"\0" * change)
+    with open_loader(own_set) as loader, pytest.raises(UserError) as told:
+        loader.read(np.array([0, 14]))
+    assert f"has {size + change} bytes, its manifest says {size}" in str(told.value)
+    assert "pipelines verify" in str(told.value)
+
+
+def test_empty_shard_is_told_and_not_a_traceback(own_set):
+    (own_set / "train-000000.tar").write_bytes(b"")
+    with open_loader(own_set) as loader, pytest.raises(UserError, match="cannot be read"):
+        loader.read(np.array([0]))
+
+
+def test_bytes_that_do_not_decode_name_their_sample_and_shard(own_set):
+    path = own_set / "train-000000.tar"
+    with tarfile.open(path) as tar:
+        member = next(m for m in tar.getmembers() if m.name == "train_0002.jpg")
+    data = bytearray(path.read_bytes())
+    data[member.offset_data : member.offset_data + 400] = b"\0" * 400
+    path.write_bytes(data)
+    with open_loader(own_set) as loader:
+        loader.read(np.array([1, 3]))
+        with pytest.raises(UserError, match="sample 2 of train-000000 does not decode"):
+            loader.read(np.array([1, 2, 3]))
+
+
+def test_index_of_another_length_than_the_manifest_is_refused(own_set):
+    path = own_set / "manifest.json"
+    document = json.loads(path.read_text())
+    document["shards"][0]["samples"] += 1
+    path.write_text(json.dumps(document))
+    with pytest.raises(UserError, match=r"has 15 rows, its manifest promises 16; run:"):
+        open_loader(own_set)
+
+
+def test_error_in_the_read_ahead_reaches_the_consumer_after_the_good_batches(own_set):
+    (own_set / "train-000002.tar").unlink()
+    with open_loader(own_set) as loader:
+        batches = loader.batches([np.array([0, 1]), np.array([5]), np.array([14]), np.array([2])])
+        assert [next(batches).sample_ids.tolist() for _ in range(2)] == [[0, 1], [5]]
+        with pytest.raises(UserError, match="train-000002"):
+            next(batches)
+
+
+def test_error_in_the_ids_themselves_reaches_the_consumer(uri):
+    def ids():
+        yield np.array([0])
+        raise RuntimeError("no more order")
+
+    with open_loader(uri) as loader, pytest.raises(RuntimeError, match="no more order"):
+        list(loader.batches(ids()))
+
+
+def threads_of_loaders() -> list[str]:
+    names = [thread.name for thread in threading.enumerate()]
+    return [name for name in names if name.startswith(("read-ahead", "decode"))]
+
+
+def test_no_thread_is_left_after_the_end_an_early_leave_or_an_error(own_set):
+    many = [np.array([i % 15]) for i in range(60)]
+    with open_loader(own_set) as loader:
+        assert len(list(loader.batches(many[:4]))) == 4
+        batches = loader.batches(many)
+        next(batches)
+        assert any(name.startswith("read-ahead") for name in threads_of_loaders())
+        batches.close()
+        assert not any(name.startswith("read-ahead") for name in threads_of_loaders())
+        (own_set / "train-000000.tar").unlink()
+    assert threads_of_loaders() == []
+    with open_loader(own_set) as loader, pytest.raises(UserError):
+        list(loader.batches(many))
+    assert threads_of_loaders() == []
+
+
+def test_the_producer_reads_only_a_few_batches_ahead(uri):
+    asked = []
+
+    def ids():
+        for i in range(15):
+            asked.append(i)
+            yield np.array([i])
+
+    with open_loader(uri) as loader:
+        batches = loader.batches(ids())
+        next(batches)
+        deadline = time.monotonic() + 5
+        while len(asked) < 5 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(0.1)
+        assert len(asked) == 5, "one taken, three waiting, one ready to be put"
+        batches.close()
+
+
+# S3, through a real HTTP server
+
+
+@pytest.fixture
+def s3_set(own_set: Path, s3: str) -> tuple[Path, str, Manifest]:
+    """The local set, its copy in the bucket, and their manifest."""
+    from pipelines import storage
+
+    uri = f"{s3}/loader-set"
+    for path in own_set.rglob("*"):
+        if path.is_file():
+            storage.write(f"{uri}/{path.relative_to(own_set)}", path.read_bytes())
+    return own_set, uri, load_manifest(uri)
+
+
+@pytest.fixture
+def downloads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The shards fetched from the store, in order."""
+    from training import loader
+
+    fetched: list[str] = []
+    read = loader.storage.read
+
+    def counting(uri: str, *args: int) -> bytes:
+        if uri.endswith(".tar"):
+            fetched.append(uri.rsplit("/", 1)[1])
+        return read(uri, *args)
+
+    monkeypatch.setattr(loader.storage, "read", counting)
+    return fetched
+
+
+def cached(home: Path) -> dict[str, int]:
+    return {path.name: path.stat().st_size for path in (home / "cache").glob("*/*.tar")}
+
+
+def test_s3_shards_give_the_same_pixels_and_are_downloaded_once(s3_set, downloads, home):
+    folder, uri, _ = s3_set
+    for _ in range(2):
+        with open_loader(uri) as loader:
+            assert_equal_to_tars(folder, loader, "train", [14, 0, 5, 9, 2])
+    assert sorted(downloads) == [f"train-00000{i}.tar" for i in range(3)]
+    assert len(cached(home)) == 3
+    assert not list((home / "cache").glob("*/*.partial"))
+
+
+def test_eviction_drops_the_least_recently_used_and_keeps_the_bound(s3_set, downloads, home):
+    folder, uri, manifest = s3_set
+    sizes = [shard.num_bytes for shard in manifest.split_shards("train")]
+    room = (sum(sizes) - 1) / 1e9  # one byte too few for all three
+    for shard, ids in enumerate(([0], [5])):
+        with open_loader(uri, cache_gb=room) as loader:
+            loader.read(np.array(ids))
+        assert len(cached(home)) == shard + 1
+        time.sleep(0.02)  # file times tell which one is older
+    with open_loader(uri, cache_gb=room) as loader:
+        loader.read(np.array([0]))  # now train-000001 is the one not used for longest
+        time.sleep(0.02)
+        loader.read(np.array([14]))
+        assert sum(cached(home).values()) <= room * 1e9
+        assert set(cached(home)) == {"train-000000.tar", "train-000002.tar"}
+        assert_equal_to_tars(folder, loader, "train", [5, 14, 0])
+    assert downloads.count("train-000000.tar") <= 2 and downloads.count("train-000001.tar") == 2
+
+
+def test_shards_that_arrive_together_keep_the_bound_too(s3_set, home):
+    _, uri, manifest = s3_set
+    room = max(shard.num_bytes for shard in manifest.split_shards("train"))
+    with open_loader(uri, threads=3, cache_gb=room / 1e9) as loader:
+        for _ in range(5):
+            loader.read(np.arange(15))
+            assert sum(cached(home).values()) <= room
+            loader._files._maps.clear()
+
+
+def test_shard_evicted_by_a_neighbour_before_it_is_open_is_fetched_again(
+    s3_set, monkeypatch, home
+):
+    folder, uri, _ = s3_set
+    with open_loader(uri) as loader:
+        download, evictions = loader._files._download, []
+
+        def evicted_once(name: str) -> None:
+            download(name)
+            if len(evictions) < 2:  # the first is before the batch, the second before the map
+                evictions.append(name)
+                next((home / "cache").glob(f"*/{name}.tar")).unlink()
+
+        monkeypatch.setattr(loader._files, "_download", evicted_once)
+        assert_equal_to_tars(folder, loader, "train", [0])
+        assert len(evictions) == 2
+
+
+def test_a_cache_that_never_holds_what_is_in_use_is_told(s3_set, monkeypatch, home):
+    _, uri, _ = s3_set
+    with open_loader(uri, cache_gb=0.25) as loader:
+        monkeypatch.setattr(loader._files, "_download", lambda name: None)
+        with pytest.raises(UserError, match=r"--cache-gb 0.25 cannot hold"):
+            loader.read(np.array([0]))
+
+
+def test_s3_shard_with_another_sha256_is_refused_and_not_cached(s3_set, home):
+    from pipelines import storage
+
+    folder, uri, _ = s3_set
+    data = bytearray((folder / "train-000001.tar").read_bytes())
+    data[-1] ^= 1  # same length
+    storage.write(f"{uri}/train-000001.tar", bytes(data))
+    with open_loader(uri) as loader:
+        loader.read(np.array([0]))
+        with pytest.raises(UserError, match=r"train-000001.tar is not what its manifest"):
+            loader.read(np.array([5]))
+    assert set(cached(home)) == {"train-000000.tar"}
+
+
+def test_workers_of_a_node_download_a_shard_once_between_them(s3_set, downloads):
+    folder, uri, _ = s3_set
+    loaders = [open_loader(uri) for _ in range(4)]
+    start = threading.Barrier(4)
+
+    def read(loader: Loader) -> None:
+        start.wait()
+        assert_equal_to_tars(folder, loader, "train", [0, 1])
+
+    threads = [threading.Thread(target=read, args=(loader,)) for loader in loaders]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for loader in loaders:
+        loader.__exit__()
+    assert downloads == ["train-000000.tar"]
