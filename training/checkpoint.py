@@ -40,8 +40,8 @@ def save(
 def verify(folder: Path) -> None:
     """Raises UserError when a file is missing or its hash differs."""
     try:
-        hashes = json.loads((folder / "hashes.json").read_text())
-    except (FileNotFoundError, json.JSONDecodeError) as error:
+        hashes = dict(json.loads((folder / "hashes.json").read_text()))
+    except (FileNotFoundError, TypeError, ValueError) as error:  # absent, or no JSON object
         raise UserError(f"checkpoint {folder} is incomplete: no readable hashes.json") from error
     for name in _FILES:
         if not (folder / name).exists() or _sha256(folder / name) != hashes.get(name):

@@ -32,8 +32,8 @@ def evaluate(
     world_size: int = 1,
     batch_size: int = 256,
 ) -> Metrics:
-    """Centre-view accuracy on all of the loader's split of `network`: float32 (B,3,227,227) to logits
-    (B, classes), already in evaluation mode.
+    """Centre-view accuracy on all of the loader's split of `network`, which maps float32
+    (B,3,227,227) to logits (B, classes) and is in evaluation mode already.
 
     Each rank takes every W-th sample; counts are summed as integers, so the result does not depend
     on W. With fewer than five classes top5 counts all of them. Asserts that the counts add up to
