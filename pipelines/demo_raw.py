@@ -68,7 +68,7 @@ _CLASSES = (
     ),
     _Class(
         "n09109348",
-        "pink star",
+        "pink flower",
         0.88,
         lambda x, y: _radius(x, y) < 0.55 + 0.35 * np.cos(5 * np.arctan2(y, x)),
     ),

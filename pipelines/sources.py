@@ -119,7 +119,6 @@ def _scan_archives(raw: str, files: dict[str, int], splits: Sequence[str], parti
     if kit and not partial:
         _check_promise(raw, kit, splits, rows)
     used = [TRAIN_TAR] * ("train" in splits) + [VAL_TAR] * ("val" in splits)
-    announced = {"train": sum(kit.train_images.values()), "val": len(kit.val_wnids)} if kit else {}
     return Source(
         raw=raw,
         layout="archives",
@@ -128,7 +127,7 @@ def _scan_archives(raw: str, files: dict[str, int], splits: Sequence[str], parti
         class_names=tuple(kit.words[wnid] for wnid in wnids) if kit else _names(raw, files, wnids),
         labels_from={split: labels_from[split] for split in splits},
         containers=tuple((name, files[name]) for name in used),
-        announced={split: announced[split] for split in splits} if kit else None,
+        announced=_announced(kit, splits),
         notes=(),
     )
 
@@ -201,44 +200,35 @@ def _check_promise(raw: str, kit: devkit.Devkit, splits: Sequence[str], rows: li
         )
 
 
+def _announced(kit: devkit.Devkit | None, splits: Sequence[str]) -> dict[str, int] | None:
+    if kit is None:
+        return None
+    counts = {"train": sum(kit.train_images.values()), "val": len(kit.val_wnids)}
+    return {split: counts[split] for split in splits}
+
+
 # Folders train/WNID/ and val/WNID/
 
 
 def _scan_folders(raw: str, files: dict[str, int], splits: Sequence[str], partial: bool) -> Source:
-    rows: list[_Row] = []
-    ignored: list[str] = []
-    for name in sorted(files):
-        split, *middle, file = name.split("/")
-        if split not in SPLITS or not middle:
-            if split in splits and file.lower().endswith(_IMAGE_SUFFIXES):
-                raise UserError(f"{raw}: {name} lies in no class folder; expected {split}/WNID/")
-            continue
-        if file.startswith(".") or not file.lower().endswith(_IMAGE_SUFFIXES):
-            ignored.append(name)
-            continue
-        match = _TRAIN_NAME.fullmatch(_stem(file))
-        if len(middle) != 1 or (match and match[1] != middle[0]):
-            raise UserError(f"{raw}: {name} contradicts its folder; expected {split}/WNID/WNID_*")
-        rows.append((split, tars.Member(file, 0, files[name]), middle[0], name))
+    rows, ignored = _folder_rows(raw, files, splits)
     wnids = tuple(sorted({wnid for _, _, wnid, _ in rows}))  # of both splits: one ranking
+    rows = [row for row in rows if row[0] in splits]
     for split in splits:
         if not any(row[0] == split for row in rows):
             raise UserError(
                 f"{raw}: --splits {','.join(splits)} needs pictures in {split}/WNID/, not there; "
                 "add them or ask for fewer --splits"
             )
-    rows = [row for row in rows if row[0] in splits]
     names = _names(raw, files, wnids)
-    announced = None
-    if devkit.NAME in files:
-        kit = devkit.load(storage.join(raw, devkit.NAME))
+    kit = devkit.load(storage.join(raw, devkit.NAME)) if devkit.NAME in files else None
+    if kit:
         if strangers := sorted(set(wnids) - set(kit.wnids)):
             raise UserError(f"{raw}: folder {strangers[0]} is no class of the devkit")
         if not partial:
             _check_promise(raw, kit, splits, rows)
         wnids, names = kit.wnids, tuple(kit.words[wnid] for wnid in kit.wnids)
-        totals = {"train": sum(kit.train_images.values()), "val": len(kit.val_wnids)}
-        announced = {split: totals[split] for split in splits}
+    litter = f"ignored {len(ignored)} files that are no pictures, first {(ignored or [''])[0]}"
     return Source(
         raw=raw,
         layout="imagefolder",
@@ -247,11 +237,31 @@ def _scan_folders(raw: str, files: dict[str, int], splits: Sequence[str], partia
         class_names=names,
         labels_from=dict.fromkeys(splits, "name of the class folder"),
         containers=(),
-        announced=announced,
-        notes=(f"ignored {len(ignored)} files that are no pictures, first {ignored[0]}",)
-        if ignored
-        else (),
+        announced=_announced(kit, splits),
+        notes=(litter,) if ignored else (),
     )
+
+
+def _folder_rows(
+    raw: str, files: dict[str, int], splits: Sequence[str]
+) -> tuple[list[_Row], list[str]]:
+    """Rows of both splits, and the names of the files that are no pictures."""
+    rows: list[_Row] = []
+    ignored: list[str] = []
+    for name in sorted(files):
+        split, *folders, file = name.split("/") if "/" in name else ("", name)
+        if split not in SPLITS or (split not in splits and not folders):
+            continue
+        if file.startswith(".") or not file.lower().endswith(_IMAGE_SUFFIXES):
+            ignored.append(name)
+            continue
+        if not folders:
+            raise UserError(f"{raw}: {name} lies in no class folder; expected {split}/WNID/")
+        match = _TRAIN_NAME.fullmatch(_stem(file))
+        if len(folders) != 1 or (match and match[1] != folders[0]):
+            raise UserError(f"{raw}: {name} contradicts its folder; expected {split}/WNID/WNID_*")
+        rows.append((split, tars.Member(file, 0, files[name]), folders[0], name))
+    return rows, ignored
 
 
 def _names(raw: str, files: dict[str, int], wnids: Iterable[str]) -> tuple[str, ...]:

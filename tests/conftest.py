@@ -1,0 +1,92 @@
+"""Shared by the tests: a drawn raw set and its shards, a Ray, an S3 store, the data folder."""
+
+import os
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from drawn import ROOT
+
+
+@pytest.fixture(scope="session", autouse=True)
+def surroundings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """No test reads or writes the user's own home, cluster or cloud account."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ALEXNET_HOME", str(tmp_path_factory.mktemp("home")))
+        patch.setenv("AWS_ACCESS_KEY_ID", "test")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        for name in ("RAY_ADDRESS", "AWS_PROFILE", "AWS_ENDPOINT_URL", "MLFLOW_TRACKING_URI"):
+            patch.delenv(name, raising=False)
+        yield
+
+
+@pytest.fixture(scope="session")
+def data_folder() -> Path:
+    """Real pictures, which no checkout contains."""
+    folder = os.environ.get("ALEXNET_TEST_DATA")
+    if not folder or not Path(folder).is_dir():
+        pytest.skip("ALEXNET_TEST_DATA names no folder with real pictures")
+    return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def drawn_raw(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """What demo-raw draws: archives with 4 classes of 8 train and 3 val pictures, one cut."""
+    from pipelines.demo_raw import Drawing, draw
+
+    folder = str(tmp_path_factory.mktemp("raw"))
+    draw(folder, Drawing(classes=4, per_class=8, val_per_class=3), seed=0)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def drawn_shards(drawn_raw: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """`drawn_raw` as shards of 8 samples, made without Ray. Not to be changed by a test."""
+    from pipelines import finish, plan, sources
+    from pipelines.produce import Job, codec_versions, produce
+
+    out = str(tmp_path_factory.mktemp("shards") / "drawn")
+    source = sources.scan(drawn_raw, ["train", "val"])
+    made = plan.make(source, plan.Recipe(samples_per_shard=8))
+    plan.begin(out, source, made)
+    job = Job(drawn_raw, out, made.plan_id, 256, 227, 90, codec_versions())
+    for number, shard in enumerate(made.shards):
+        produce(job, number, shard.name)
+    finish.finish(out, source, made, finish.finished_shards(out, made)[0])
+    return out
+
+
+@pytest.fixture(scope="session")
+def s3() -> Iterator[str]:
+    """A bucket on a real HTTP server in this process, found through AWS_ENDPOINT_URL."""
+    import boto3
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+        boto3.client("s3").create_bucket(Bucket="shards")
+        yield "s3://shards"
+    server.stop()
+
+
+@pytest.fixture(scope="session")
+def local_ray(s3: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """One Ray with two CPUs for all tests; its workers know the S3 store. Gives its address."""
+    import ray
+
+    with pytest.MonkeyPatch.context() as patch:
+        # Without a token of its own Ray would leave one in ~/.ray for every later cluster.
+        patch.setenv("RAY_AUTH_MODE", "token")
+        patch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))
+        patch.setenv("PYTHONPATH", str(ROOT))
+        context = ray.init(
+            address="local", num_cpus=2, include_dashboard=False, logging_level="warning"
+        )
+        yield str(context.address_info["address"])
+        ray.shutdown()

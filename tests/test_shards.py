@@ -1,0 +1,166 @@
+"""pipelines/shards.py: the format, read back by tarfile, NumPy and the webdataset library."""
+
+import hashlib
+import io
+import json
+import tarfile
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from drawn import jpeg
+
+from alexnet.errors import UserError
+from pipelines import shards, storage
+
+
+def sample(key: str, label: int = 0, seed: int = 0) -> shards.Sample:
+    return shards.Sample(
+        key=key,
+        label=label,
+        wnid=f"n{label:08d}",
+        jpeg=jpeg(seed),
+        name=f"{key}.JPEG",
+        source="some.tar",
+        source_offset=512,
+        source_size=99,
+        source_sha256="ab" * 32,
+        width=80,
+        height=60,
+        fixes=("grey",) if label else (),
+    )
+
+
+SAMPLES = [sample("n00000001_9", 1, seed=1), sample("n00000000_5", 0, seed=2)]
+
+
+def test_a_tar_holds_cls_jpg_json_of_each_sample_in_the_given_order() -> None:
+    data, _ = shards.pack("train-000000", SAMPLES)
+    with tarfile.open(fileobj=io.BytesIO(data)) as tar:
+        found = [(info.name, tar.extractfile(info).read()) for info in tar]
+    assert [name for name, _ in found] == [
+        f"{key}.{suffix}"
+        for key in ("n00000001_9", "n00000000_5")
+        for suffix in ("cls", "jpg", "json")
+    ]
+    assert found[0][1] == b"1"
+    assert found[1][1] == SAMPLES[0].jpeg
+    assert json.loads(found[2][1])["name"] == "n00000001_9.JPEG"
+
+
+def test_a_tar_knows_no_clock_no_user_and_no_extended_headers() -> None:
+    data, _ = shards.pack("train-000000", SAMPLES)
+    assert shards.pack("train-000000", SAMPLES)[0] == data
+    with tarfile.open(fileobj=io.BytesIO(data)) as tar:
+        for info in tar:
+            assert (info.mtime, info.uid, info.gid, info.uname, info.gname) == (0, 0, 0, "", "")
+            assert info.pax_headers == {}
+    assert b"ustar\x0000" in data[:512]
+
+
+def test_the_index_finds_each_jpeg_by_its_byte_range() -> None:
+    data, index = shards.pack("train-000000", SAMPLES)
+    assert index.schema == shards.INDEX
+    for row, packed in zip(index.to_pylist(), SAMPLES, strict=True):
+        found = data[row["offset"] : row["offset"] + row["size"]]
+        assert found == packed.jpeg
+        assert row["sha256"] == hashlib.sha256(found).hexdigest()
+        assert row["shard"] == "train-000000"
+        assert row["fixes"] == list(packed.fixes)
+
+
+def test_the_webdataset_library_reads_a_shard(drawn_shards: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of webdataset about itself
+        import webdataset
+
+        url = f"{drawn_shards}/train-000000.tar"
+        data = webdataset.WebDataset(url, shardshuffle=False, empty_check=False).decode("rgb8")
+        found = {s["__key__"]: (s["cls"], s["jpg"].shape, s["json"]["label"]) for s in data}
+    index = shards.load_index(drawn_shards, "train").to_pylist()
+    expected = {row["key"]: row["label"] for row in index if row["shard"] == "train-000000"}
+    assert {key: cls for key, (cls, _, _) in found.items()} == expected
+    assert {key: label for key, (_, _, label) in found.items()} == expected
+    assert {shape for _, shape, _ in found.values()} == {(227, 227, 3)}
+
+
+def test_pixel_sums_become_numpys_mean_and_covariance() -> None:
+    x = np.random.default_rng(0).integers(0, 256, (3, 5000))
+    stats = shards.PixelStats.from_sums(5000, x.sum(1).tolist(), (x @ x.T).tolist())
+    np.testing.assert_allclose(stats.mean, x.mean(1), rtol=1e-12)
+    np.testing.assert_allclose(stats.covariance, np.cov(x, bias=True), rtol=1e-9)
+    assert shards.PixelStats.from_sums(0, [0] * 3, [[0] * 3] * 3).mean == (0, 0, 0)
+
+
+def test_a_sidecar_gives_back_rows_and_status() -> None:
+    _, index = shards.pack("train-000000", SAMPLES)
+    data = shards.pack_sidecar(index, {"samples": 2})
+    assert data == shards.pack_sidecar(index, {"samples": 2})
+    rows, status = shards.unpack_sidecar(data)
+    assert rows.equals(index)
+    assert status == {"samples": 2}
+    for damaged in (b"", data[:-9], shards.parquet_bytes(index)):
+        with pytest.raises((ValueError, pa.ArrowException)):
+            shards.unpack_sidecar(damaged)
+
+
+def test_the_manifest_says_what_was_built(drawn_shards: str) -> None:
+    manifest = shards.load_manifest(drawn_shards)
+    assert manifest.num_classes == 4
+    assert list(manifest.wnids) == sorted(manifest.wnids)
+    assert manifest.class_names[manifest.wnids.index("n09106274")] == "red disc"
+    assert (manifest.resize, manifest.crop, manifest.quality) == (256, 227, 90)
+    assert (manifest.num_samples("train"), manifest.num_samples("val")) == (31, 12)
+    names = [f"train-{number:06d}" for number in range(4)]
+    assert [shard.name for shard in manifest.split_shards("train")] == names
+    assert not manifest.partial
+    data = Path(drawn_shards, "manifest.json").read_bytes()
+    assert manifest.digest == hashlib.sha256(data).hexdigest()
+
+
+def test_the_manifest_holds_no_clock_and_no_absolute_path(
+    drawn_shards: str, drawn_raw: str
+) -> None:
+    text = Path(drawn_shards, "manifest.json").read_text()
+    assert drawn_raw not in text and drawn_shards not in text and "/tmp" not in text
+    assert "time" not in text and "date" not in text
+
+
+def test_index_rows_are_in_the_order_of_shard_and_position(drawn_shards: str) -> None:
+    index = shards.load_index(drawn_shards, "train")
+    places = list(zip(index["shard"].to_pylist(), index["offset"].to_pylist(), strict=True))
+    assert places == sorted(places)
+    assert len(places) == 31
+
+
+def test_no_manifest_is_told_with_the_command_that_makes_one(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=rf"pipelines build --raw RAW --out {tmp_path}"):
+        shards.load_manifest(str(tmp_path))
+
+
+def test_a_manifest_of_another_version_or_kind_is_refused(tmp_path: Path) -> None:
+    for text, message in (
+        ('{"format": "alexnet-shards", "format_version": 99}', "version 99; this reads"),
+        ("{}", "format None"),
+        ("{", "is not JSON"),
+    ):
+        (tmp_path / "manifest.json").write_text(text)
+        with pytest.raises(UserError, match=message):
+            shards.load_manifest(str(tmp_path))
+
+
+def test_a_missing_split_is_told(drawn_shards: str) -> None:
+    with pytest.raises(UserError, match="--splits test"):
+        shards.load_index(drawn_shards, "test")
+
+
+def test_the_wids_index_lists_the_shards_with_their_md5(drawn_shards: str) -> None:
+    document = json.loads(storage.read(f"{drawn_shards}/shardindex-val.json"))
+    assert document["__kind__"] == "wids-shard-index-v1"
+    for entry in document["shardlist"]:
+        data = Path(drawn_shards, entry["url"]).read_bytes()
+        assert entry["md5sum"] == hashlib.md5(data).hexdigest()
+        assert entry["filesize"] == len(data)
+    assert sum(entry["nsamples"] for entry in document["shardlist"]) == 12
