@@ -73,7 +73,8 @@ def plan(arguments: argparse.Namespace) -> int:
     for split in plan.identity["recipe"]["splits"]:
         parts = [shard.samples for shard in plan.shards if shard.split == split]
         sizes = f"{min(parts):,}" if min(parts) == max(parts) else f"{min(parts):,}-{max(parts):,}"
-        print(f"{split}: {sum(parts):,} pictures in {len(parts)} shards of {sizes}")
+        plural = "s" if len(parts) > 1 else ""
+        print(f"{split}: {sum(parts):,} pictures in {len(parts)} shard{plural} of {sizes}")
         print(f"{split} labels: {source.labels_from[split]}")
         if source.announced:
             print(f"{split}: the devkit announces {source.announced[split]:,}")

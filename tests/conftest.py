@@ -82,7 +82,7 @@ def local_ray(s3: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str
 
     with pytest.MonkeyPatch.context() as patch:
         # Without a token of its own Ray would leave one in ~/.ray for every later cluster.
-        patch.setenv("RAY_AUTH_MODE", "token")
+        patch.delenv("RAY_AUTH_MODE", raising=False)
         patch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))
         patch.setenv("PYTHONPATH", str(ROOT))
         context = ray.init(

@@ -1,0 +1,193 @@
+"""pipelines/build.py with a real Ray: same bytes from any number of workers, resume, failures."""
+
+import csv
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from drawn import A, B, C, archives, jpeg, tar
+from PIL import Image
+
+from alexnet.errors import UserError
+from pipelines import build, plan, shards, sources, storage
+from pipelines.progress import BuildFailed, MaxRejected
+from pipelines.transform import Stored, to_stored
+
+# Of Ray Data itself, about a default of its own.
+pytestmark = pytest.mark.filterwarnings("ignore:`use_push_based_shuffle`:DeprecationWarning")
+FIVE_PERCENT = MaxRejected(share=0.05)
+
+
+def built(
+    raw: str,
+    out: str,
+    recipe: plan.Recipe,
+    limit: MaxRejected = FIVE_PERCENT,
+    workers: int | None = None,
+) -> shards.Manifest:
+    source = sources.scan(raw, recipe.splits, recipe.partial)
+    made = plan.make(source, recipe)
+    plan.begin(out, source, made)
+    return build.build(source, made, out, max_rejected=limit, workers=workers)
+
+
+def contents(out: str) -> dict[str, bytes]:
+    return {name: storage.read(f"{out}/{name}") for name, _ in storage.list_files(out)}
+
+
+EIGHT = plan.Recipe(samples_per_shard=8)
+
+
+def test_one_and_two_workers_and_no_ray_at_all_give_the_same_bytes(
+    local_ray: str, drawn_raw: str, drawn_shards: str, tmp_path: Path
+) -> None:
+    one, two = str(tmp_path / "one"), str(tmp_path / "two")
+    built(drawn_raw, one, EIGHT, workers=1)
+    built(drawn_raw, two, EIGHT, workers=2)
+    assert contents(one) == contents(two) == contents(drawn_shards)
+
+
+def test_only_missing_or_damaged_shards_are_built_again_with_the_same_bytes(
+    local_ray: str, drawn_raw: str, drawn_shards: str, tmp_path: Path
+) -> None:
+    for name, data in contents(drawn_shards).items():
+        storage.write(f"{tmp_path}/{name}", data)
+    (tmp_path / "manifest.json").unlink()
+    (tmp_path / "_meta" / "train-000000.parquet").unlink()  # killed before the sidecar
+    (tmp_path / "train-000001.tar").write_bytes(b"cut")
+    (tmp_path / "_meta" / "train-000002.parquet").write_bytes(b"no sidecar")
+    kept = {
+        name: (tmp_path / name).stat().st_ino for name in ("train-000003.tar", "val-000000.tar")
+    }
+    built(drawn_raw, str(tmp_path), EIGHT)
+    assert contents(str(tmp_path)) == contents(drawn_shards)
+    assert {name: (tmp_path / name).stat().st_ino for name in kept} == kept
+
+
+def test_from_s3_to_s3_is_the_same_as_on_disk(
+    local_ray: str, s3: str, drawn_raw: str, drawn_shards: str
+) -> None:
+    for name, _ in storage.list_files(drawn_raw):
+        storage.write(f"{s3}/raw/{name}", Path(drawn_raw, name).read_bytes())
+    manifest = built(f"{s3}/raw", f"{s3}/out", EIGHT)
+    assert contents(f"{s3}/out") == contents(drawn_shards)
+    assert shards.load_manifest(f"{s3}/out") == manifest
+    assert shards.load_index(f"{s3}/out", "val").equals(shards.load_index(drawn_shards, "val"))
+
+
+def test_a_failing_task_fails_the_build_with_its_shard_and_the_rest_resumes(
+    local_ray: str, tmp_path: Path
+) -> None:
+    raw, out = archives(tmp_path / "raw"), str(tmp_path / "out")
+    source = sources.scan(str(raw), ["train"])
+    made = plan.make(source, plan.Recipe(samples_per_shard=3, splits=("train",)))
+    plan.begin(out, source, made)
+    whole = (raw / "ILSVRC2012_img_train.tar").read_bytes()
+    (raw / "ILSVRC2012_img_train.tar").write_bytes(whole[:3000])  # cut behind the plan's back
+    with pytest.raises(BuildFailed, match=r"^shard train-00000[01]: .* has changed: .* continues"):
+        build.build(source, made, out, max_rejected=FIVE_PERCENT)
+    (raw / "ILSVRC2012_img_train.tar").write_bytes(whole)
+    manifest = build.build(source, made, out, max_rejected=FIVE_PERCENT)
+    assert manifest.num_samples("train") == 6
+
+
+def test_too_many_rejected_pictures_fail_with_share_and_examples_and_no_manifest(
+    local_ray: str, tmp_path: Path
+) -> None:
+    names = [(f"{A}_1.JPEG", jpeg(1)), (f"{A}_2.JPEG", b""), (f"{A}_3.JPEG", b"<html>")]
+    raw = str(archives(tmp_path / "raw", train=tar([(f"{A}.tar", tar(names))]), devkit=None))
+    out, recipe = str(tmp_path / "out"), plan.Recipe(splits=("train",))
+    with pytest.raises(BuildFailed) as failure:
+        built(raw, out, recipe, MaxRejected(number=1))
+    for part in ("2 of 3 pictures (67%)", f"{A}_2 (zero_bytes), {A}_3 (not_an_image)"):
+        assert part in str(failure.value)
+    assert not storage.exists(f"{out}/manifest.json")
+
+    manifest = built(raw, out, recipe, MaxRejected(share=0.7))
+    assert manifest.document["totals"]["train"]["samples"] == 1
+    assert manifest.document["rejected"] == {"zero_bytes": 1, "not_an_image": 1}
+    listed = [
+        json.loads(line)
+        for line in storage.read(f"{out}/quarantine/train.jsonl").split(b"\n")
+        if line
+    ]
+    assert [(entry["key"], entry["reason"]) for entry in listed] == [
+        (f"{A}_2", "zero_bytes"),
+        (f"{A}_3", "not_an_image"),
+    ]
+    assert storage.read(f"{out}/quarantine/train/{A}_3.bin") == b"<html>"
+
+
+def test_tiny20_becomes_79_and_30_samples_with_the_labels_of_its_ground_truth(
+    local_ray: str, data_folder: Path, tmp_path: Path
+) -> None:
+    with (data_folder / "tiny20" / "ground_truth.csv").open() as file:
+        truth = {
+            (row["split"], Path(row["file"]).stem): int(row["index"])
+            for row in csv.DictReader(file)
+        }
+    recipe = plan.Recipe(samples_per_shard=40, partial=True)
+    for layout in ("ilsvrc", "imagefolder"):
+        out = str(tmp_path / layout)
+        manifest = built(str(data_folder / "tiny20" / layout), out, recipe)
+        assert (manifest.num_samples("train"), manifest.num_samples("val")) == (79, 30)
+        assert manifest.partial
+        found = {}
+        for split in ("train", "val"):
+            for row in shards.load_index(out, split).to_pylist():
+                found[split, row["key"]] = row["label"]
+                data = storage.read(f"{out}/{row['shard']}.tar", row["offset"], row["size"])
+                with Image.open(io.BytesIO(data)) as image:
+                    image.load()
+                    assert (image.size, image.mode) == ((227, 227), "RGB")
+        assert found == truth
+
+
+def test_several_nodes_with_local_paths_are_refused_unless_shared(
+    local_ray: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ray.nodes", lambda: [{"Alive": True}, {"Alive": True}])
+    raw, out = str(archives(tmp_path / "raw")), str(tmp_path / "out")
+    with pytest.raises(UserError, match="--shared-fs"):
+        built(raw, out, plan.Recipe(splits=("train",)))
+
+
+@pytest.mark.parametrize("text", ["x", "-1", "1.5", "101%", "-1%", "%", ""])
+def test_a_limit_that_is_neither_number_nor_share_is_refused(text: str) -> None:
+    with pytest.raises(UserError, match="--max-rejected"):
+        MaxRejected.parse(text)
+
+
+def test_a_limit_is_a_number_or_a_share() -> None:
+    assert not MaxRejected.parse("3").exceeded(3, 10)
+    assert MaxRejected.parse("3").exceeded(4, 10)
+    assert not MaxRejected.parse("1%").exceeded(1, 100)
+    assert MaxRejected.parse("1%").exceeded(1, 99)
+    assert MaxRejected.parse("0").exceeded(1, 10**6)
+
+
+def test_pixel_statistics_are_those_of_the_train_pixels_before_encoding(
+    drawn_raw: str, drawn_shards: str
+) -> None:
+    pixels = []
+    for row in sources.scan(drawn_raw, ["train"]).table.to_pylist():
+        raw = storage.read(f"{drawn_raw}/{row['source']}", row["offset"], row["size"])
+        made = to_stored(raw, 256, 227, 90)
+        if isinstance(made, Stored):
+            pixels.append(made.pixels.reshape(3, -1).astype(np.float64))
+    everything = np.concatenate(pixels, axis=1)
+    found = shards.load_manifest(drawn_shards).pixels
+    assert found.count == everything.shape[1] == 31 * 227 * 227
+    np.testing.assert_allclose(found.mean, everything.mean(axis=1), rtol=1e-12)
+    np.testing.assert_allclose(found.covariance, np.cov(everything, bias=True), rtol=1e-9)
+
+
+def test_labels_reach_the_shards(local_ray: str, tmp_path: Path) -> None:
+    out = str(tmp_path / "out")
+    built(str(archives(tmp_path / "raw")), out, plan.Recipe(splits=("val",)))
+    rows = shards.load_index(out, "val").to_pylist()
+    assert {row["key"][-1]: row["wnid"] for row in rows} == {"1": B, "2": C, "3": A}
+    assert {row["wnid"]: row["label"] for row in rows} == {A: 0, B: 1, C: 2}
+    assert shards.load_manifest(out).document["pixels"]["split"] == "val"

@@ -1,0 +1,102 @@
+"""pipelines/demo_raw.py: true archives, the same for the same seed, and learnable."""
+
+import io
+import tarfile
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from scipy.io import loadmat
+
+from alexnet.errors import UserError
+from pipelines import devkit, sources, storage
+from pipelines.demo_raw import Drawing, draw
+from pipelines.transform import Rejected, to_stored
+
+SMALL = Drawing(classes=3, per_class=4, val_per_class=2)
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_the_same_seed_draws_the_same_bytes_and_another_seed_others(tmp_path: Path) -> None:
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        draw(str(tmp_path / name), SMALL, seed)
+    assert files(tmp_path / "a") == files(tmp_path / "b")
+    assert files(tmp_path / "a") != files(tmp_path / "c")
+
+
+def test_drawing_again_says_so_and_another_set_is_refused(tmp_path: Path) -> None:
+    draw(str(tmp_path), SMALL, 0)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    assert "nothing to do" in draw(str(tmp_path), SMALL, 0)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == before
+    for drawing, seed in ((SMALL, 1), (Drawing(3, 5, 2), 0)):
+        with pytest.raises(UserError, match="holds another set"):
+            draw(str(tmp_path), drawing, seed)
+
+
+def test_an_interrupted_drawing_is_completed(tmp_path: Path) -> None:
+    draw(str(tmp_path / "whole"), SMALL, 0)
+    draw(str(tmp_path / "cut"), SMALL, 0)
+    (tmp_path / "cut" / "ILSVRC2012_img_train.tar").unlink()
+    assert "drew" in draw(str(tmp_path / "cut"), SMALL, 0)
+    assert files(tmp_path / "cut") == files(tmp_path / "whole")
+
+
+def test_somebody_elses_folder_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "ILSVRC2012_img_train.tar").write_bytes(b"138 GB")
+    with pytest.raises(UserError, match="is not empty"):
+        draw(str(tmp_path), SMALL, 0)
+    assert files(tmp_path) == {"ILSVRC2012_img_train.tar": b"138 GB"}
+
+
+def test_the_devkit_has_the_fields_and_traps_of_the_real_one(drawn_raw: str) -> None:
+    with tarfile.open(f"{drawn_raw}/{devkit.NAME}") as archive:
+        names = archive.getnames()
+        meta = next(name for name in names if name.endswith("/data/meta.mat"))
+        synsets = loadmat(io.BytesIO(archive.extractfile(meta).read()))["synsets"]
+    assert all(name.startswith("ILSVRC2012_devkit_t12/") for name in names)
+    assert synsets.shape == (5, 1)
+    fields = "ILSVRC2012_ID WNID words gloss num_children children wordnet_height num_train_images"
+    assert list(synsets.dtype.names) == fields.split()
+    leaves = [row for row in synsets[:, 0] if row["num_children"].item() == 0]
+    by_id = [str(row["WNID"].item()) for row in leaves]
+    assert len(by_id) == 4 and by_id != sorted(by_id)
+    assert [row["ILSVRC2012_ID"].item() for row in leaves] == [1, 2, 3, 4]
+    assert {row["num_train_images"].item() for row in leaves} == {8}
+
+
+def test_it_holds_the_known_oddities_and_keeps_the_devkits_promise(drawn_raw: str) -> None:
+    source = sources.scan(drawn_raw, ["train", "val"])  # without --partial
+    assert (source.count("train"), source.count("val")) == (32, 12)
+    verdicts: Counter[str] = Counter()
+    for row in source.table.to_pylist():
+        raw = storage.read(f"{drawn_raw}/{row['source']}", row["offset"], row["size"])
+        made = to_stored(raw, 256, 227, 90)
+        verdicts.update([made.reason] if isinstance(made, Rejected) else made.fixes)
+    assert verdicts["truncated"] == verdicts["cmyk"] == verdicts["png"] == 1
+    assert verdicts["grey"] >= 3
+    with tarfile.open(f"{drawn_raw}/ILSVRC2012_img_val.tar") as archive:
+        order = archive.getnames()
+    assert order != sorted(order)
+
+
+def test_sizes_vary_about_500_by_375(drawn_raw: str) -> None:
+    sizes = []
+    for row in sources.scan(drawn_raw, ["val"]).table.to_pylist():
+        raw = storage.read(f"{drawn_raw}/{row['source']}", row["offset"], row["size"])
+        with Image.open(io.BytesIO(raw)) as image:
+            sizes.append(sorted(image.size))
+    assert len({tuple(size) for size in sizes}) > 6
+    np.testing.assert_allclose(np.mean(sizes, axis=0), [375, 500], rtol=0.12)
+
+
+def test_classes_out_of_range_are_refused() -> None:
+    with pytest.raises(UserError, match="choose 2 to 10"):
+        Drawing(classes=11)
+    with pytest.raises(UserError, match="at least 1"):
+        Drawing(per_class=0)

@@ -1,0 +1,175 @@
+"""python -m pipelines as a user meets it: words, exit codes, one line for each mistake."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from drawn import ROOT, A, B, C, archives, devkit, imagefolder, jpeg
+
+from pipelines import storage
+from pipelines.cli import main
+
+
+@pytest.fixture
+def raw(tmp_path: Path) -> str:
+    return str(archives(tmp_path / "raw"))
+
+
+def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    """The one line on stderr of a command that exits with 2 and says nothing else."""
+    assert main(argv) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("error: ") and err.count("\n") == 1
+    return err
+
+
+def test_plan_says_what_build_would_do_and_changes_nothing(
+    raw: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = sorted(Path(raw).parent.rglob("*"))
+    assert main(["plan", "--raw", raw, "--samples-per-shard", "4"]) == 0
+    said = capsys.readouterr().out
+    assert "archives, 6 train + 3 val pictures, 3 classes" in said
+    assert "train: 6 pictures in 2 shards of 3" in said
+    assert "val: 3 pictures in 1 shard of 3" in said
+    assert "train: the devkit announces 6" in said
+    assert "MB of shards; plan_id " in said
+    assert sorted(Path(raw).parent.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (["--qualty", "90"], "unrecognized arguments: --qualty 90; see `python -m pipelines"),
+        (["--crop", "many"], "invalid int value: 'many'"),
+        (["--crop", "100"], "--crop 100 with --resize 256"),
+        (["--splits", "train,test"], "choose from train,val"),
+        (["--max-rejected", "lots"], "--max-rejected lots"),
+        (["--workers", "0"], "--workers 0 must be at least 1"),
+        (["--out", "gs://bucket/x"], "only local paths and s3://"),
+        (["--out", "/proc/nowhere"], "/proc/nowhere"),
+    ],
+)
+def test_wrong_flags_are_one_line_and_exit_2(
+    raw: str, capsys: pytest.CaptureFixture[str], flags: list[str], named: str
+) -> None:
+    assert named in refused(capsys, "build", "--raw", raw, *flags)
+
+
+@pytest.mark.parametrize("argv", [(), ("bild",), ("build",), ("inspect",), ("demo-raw",)])
+def test_a_wrong_command_line_is_one_line_and_exit_2(
+    capsys: pytest.CaptureFixture[str], argv: tuple[str, ...]
+) -> None:
+    assert "--help" in refused(capsys, *argv)
+
+
+def test_bad_raw_folders_are_one_line_and_exit_2(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    missing = archives(tmp_path / "missing", devkit=None)
+    short = archives(tmp_path / "short", devkit=devkit([C, A, B], 3, "3\n1\n2\n"))
+    both = imagefolder(archives(tmp_path / "both"), {f"train/{A}/{A}_1.JPEG": jpeg()})
+    for folder, named in (
+        (tmp_path / "nothing", "no known layout"),
+        (missing, "needs ILSVRC2012_devkit_t12.tar.gz, not there"),
+        (short, "has 2 train pictures, the devkit announces 3"),
+        (both, "is ambiguous"),
+    ):
+        for command in ("plan", "build"):
+            out = str(tmp_path / "out")
+            assert named in refused(capsys, command, "--raw", str(folder), "--out", out)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_finished_set_is_told_and_left_alone(
+    drawn_raw: str, drawn_shards: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = str(tmp_path / "out")
+    shutil.copytree(drawn_shards, out)
+    before = {path: path.stat().st_mtime_ns for path in Path(out).rglob("*")}
+    flags = ["--raw", drawn_raw, "--out", out, "--samples-per-shard"]
+    assert main(["build", *flags, "8"]) == 0
+    said = capsys.readouterr().out
+    assert "is finished already" in said and f"training/run.py --data {out}" in said
+    assert {path: path.stat().st_mtime_ns for path in Path(out).rglob("*")} == before
+    assert "samples_per_shard 8 → 9" in refused(capsys, "build", *flags, "9")
+
+
+def test_the_other_commands_say_what_they_did(
+    drawn_shards: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(drawn_shards, out)
+    assert main(["verify", str(out), "--full"]) == 0
+    assert "43 pictures decoded; no problems" in capsys.readouterr().out
+    assert main(["inspect", "val-000001", "--out", str(out)]) == 0
+    assert "6 samples" in capsys.readouterr().out
+    assert main(["report", str(out)]) == 0
+    assert (out / "report" / "index.html").exists()
+    capsys.readouterr()
+    (out / "val-000001.tar").write_bytes(b"")
+    assert main(["verify", str(out)]) == 1
+    assert "val-000001.tar: its 0 bytes have another sha256" in capsys.readouterr().out
+
+
+def test_missing_shard_sets_are_one_line_and_exit_2(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for command in ("verify", "report"):
+        assert "no finished shard set" in refused(capsys, command, str(tmp_path))
+    assert "python -m pipelines build" in refused(capsys, "inspect", "train-000000")
+
+
+def test_build_runs_from_any_folder_and_exits_1_when_too_much_is_rejected(
+    local_ray: str, drawn_raw: str, drawn_shards: str, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    flags = ["--raw", drawn_raw, "--out", str(out), "--samples-per-shard", "8"]
+    run = _pipelines(["build", *flags, "--max-rejected", "0"], local_ray, tmp_path)
+    _, errors = run.communicate(timeout=120)
+    assert run.returncode == 1
+    line = errors.splitlines()[-1]
+    assert line.startswith("failed: 1 of 44 pictures (2.3%) are unusable, more than --max-rejected")
+    assert not (out / "manifest.json").exists()
+
+    run = _pipelines(["build", *flags, "--max-rejected", "3%"], local_ray, tmp_path)
+    said, errors = run.communicate(timeout=120)
+    assert run.returncode == 0, errors
+    assert "images 44/44" in said and "rejected 1" in said
+    assert f"built {out}: 31 train + 12 val samples in 6 shards" in said
+    assert (out / "SHA256SUMS").read_bytes() == Path(drawn_shards, "SHA256SUMS").read_bytes()
+
+
+def test_ctrl_c_says_how_to_continue_and_exits_130(
+    local_ray: str, drawn_raw: str, drawn_shards: str, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    flags = ["--raw", drawn_raw, "--out", str(out), "--samples-per-shard", "8", "--workers", "1"]
+    run = _pipelines(["build", *flags, "--max-rejected", "3%"], local_ray, tmp_path)
+    deadline = time.monotonic() + 60
+    while not storage.exists(str(out / "train-000000.tar")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    run.send_signal(signal.SIGINT)
+    _, errors = run.communicate(timeout=60)
+    assert run.returncode == 130, errors
+    assert "the same command continues" in errors.splitlines()[-1]
+    assert not (out / "manifest.json").exists()
+    assert not list(out.rglob("*.tmp"))
+
+
+def _pipelines(argv: list[str], address: str, folder: Path) -> subprocess.Popen[str]:
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import pipelines.__main__"
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *argv],
+        cwd=folder,
+        env=os.environ | {"RAY_ADDRESS": address, "PYTHONPATH": ""},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
