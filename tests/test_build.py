@@ -15,8 +15,8 @@ from pipelines import build, plan, shards, sources, storage
 from pipelines.progress import BuildFailed, MaxRejected
 from pipelines.transform import Stored, to_stored
 
-# Of Ray Data itself, about a default of its own.
-pytestmark = pytest.mark.filterwarnings("ignore:`use_push_based_shuffle`:DeprecationWarning")
+# Ray Data warns of its own defaults.
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:ray.data.context")
 FIVE_PERCENT = MaxRejected(share=0.05)
 
 
