@@ -123,5 +123,5 @@ def test_damaged_file_is_refused(folder, name, damage):
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe\x80", b"[1]", b"null", b"{}"])
 def test_unreadable_hashes_are_refused(folder, content):
     (folder / "hashes.json").write_bytes(content)
-    with pytest.raises(UserError, match="incomplete|damaged"):
+    with pytest.raises(UserError, match=r"incomplete|damaged"):
         checkpoint.verify(folder)

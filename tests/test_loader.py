@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from shard_sets import write_shard_set
 
@@ -56,7 +57,7 @@ def decoded(folder: str | Path, split: str) -> tuple[np.ndarray, np.ndarray]:
 def assert_equal_to_tars(folder: str | Path, loader: Loader, split: str, ids: list[int]) -> None:
     pixels, labels = decoded(folder, split)
     batch = loader.read(np.array(ids))
-    assert batch.images.shape == (len(ids), 3, 227, 227) and str(batch.images.dtype) == "torch.uint8"
+    assert (batch.images.shape, batch.images.dtype) == ((len(ids), 3, 227, 227), torch.uint8)
     assert batch.labels.tolist() == labels[ids].tolist()
     assert batch.sample_ids.tolist() == ids
     found = batch.images.permute(0, 2, 3, 1).numpy()
@@ -192,137 +193,3 @@ def test_the_producer_reads_only_a_few_batches_ahead(uri):
         time.sleep(0.1)
         assert len(asked) == 5, "one taken, three waiting, one ready to be put"
         batches.close()
-
-
-# S3, through a real HTTP server
-
-
-@pytest.fixture
-def s3_set(own_set: Path, s3: str) -> tuple[Path, str, Manifest]:
-    """The local set, its copy in the bucket, and their manifest."""
-    from pipelines import storage
-
-    uri = f"{s3}/loader-set"
-    for path in own_set.rglob("*"):
-        if path.is_file():
-            storage.write(f"{uri}/{path.relative_to(own_set)}", path.read_bytes())
-    return own_set, uri, load_manifest(uri)
-
-
-@pytest.fixture
-def downloads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The shards fetched from the store, in order."""
-    from training import loader
-
-    fetched: list[str] = []
-    read = loader.storage.read
-
-    def counting(uri: str, *args: int) -> bytes:
-        if uri.endswith(".tar"):
-            fetched.append(uri.rsplit("/", 1)[1])
-        return read(uri, *args)
-
-    monkeypatch.setattr(loader.storage, "read", counting)
-    return fetched
-
-
-def cached(home: Path) -> dict[str, int]:
-    return {path.name: path.stat().st_size for path in (home / "cache").glob("*/*.tar")}
-
-
-def test_s3_shards_give_the_same_pixels_and_are_downloaded_once(s3_set, downloads, home):
-    folder, uri, _ = s3_set
-    for _ in range(2):
-        with open_loader(uri) as loader:
-            assert_equal_to_tars(folder, loader, "train", [14, 0, 5, 9, 2])
-    assert sorted(downloads) == [f"train-00000{i}.tar" for i in range(3)]
-    assert len(cached(home)) == 3
-    assert not list((home / "cache").glob("*/*.partial"))
-
-
-def test_eviction_drops_the_least_recently_used_and_keeps_the_bound(s3_set, downloads, home):
-    folder, uri, manifest = s3_set
-    sizes = [shard.num_bytes for shard in manifest.split_shards("train")]
-    room = (sum(sizes) - 1) / 1e9  # one byte too few for all three
-    for shard, ids in enumerate(([0], [5])):
-        with open_loader(uri, cache_gb=room) as loader:
-            loader.read(np.array(ids))
-        assert len(cached(home)) == shard + 1
-        time.sleep(0.02)  # file times tell which one is older
-    with open_loader(uri, cache_gb=room) as loader:
-        loader.read(np.array([0]))  # now train-000001 is the one not used for longest
-        time.sleep(0.02)
-        loader.read(np.array([14]))
-        assert sum(cached(home).values()) <= room * 1e9
-        assert set(cached(home)) == {"train-000000.tar", "train-000002.tar"}
-        assert_equal_to_tars(folder, loader, "train", [5, 14, 0])
-    assert downloads.count("train-000000.tar") <= 2 and downloads.count("train-000001.tar") == 2
-
-
-def test_shards_that_arrive_together_keep_the_bound_too(s3_set, home):
-    _, uri, manifest = s3_set
-    room = max(shard.num_bytes for shard in manifest.split_shards("train"))
-    with open_loader(uri, threads=3, cache_gb=room / 1e9) as loader:
-        for _ in range(5):
-            loader.read(np.arange(15))
-            assert sum(cached(home).values()) <= room
-            loader._files._maps.clear()
-
-
-def test_shard_evicted_by_a_neighbour_before_it_is_open_is_fetched_again(
-    s3_set, monkeypatch, home
-):
-    folder, uri, _ = s3_set
-    with open_loader(uri) as loader:
-        download, evictions = loader._files._download, []
-
-        def evicted_once(name: str) -> None:
-            download(name)
-            if len(evictions) < 2:  # the first is before the batch, the second before the map
-                evictions.append(name)
-                next((home / "cache").glob(f"*/{name}.tar")).unlink()
-
-        monkeypatch.setattr(loader._files, "_download", evicted_once)
-        assert_equal_to_tars(folder, loader, "train", [0])
-        assert len(evictions) == 2
-
-
-def test_a_cache_that_never_holds_what_is_in_use_is_told(s3_set, monkeypatch, home):
-    _, uri, _ = s3_set
-    with open_loader(uri, cache_gb=0.25) as loader:
-        monkeypatch.setattr(loader._files, "_download", lambda name: None)
-        with pytest.raises(UserError, match=r"--cache-gb 0.25 cannot hold"):
-            loader.read(np.array([0]))
-
-
-def test_s3_shard_with_another_sha256_is_refused_and_not_cached(s3_set, home):
-    from pipelines import storage
-
-    folder, uri, _ = s3_set
-    data = bytearray((folder / "train-000001.tar").read_bytes())
-    data[-1] ^= 1  # same length
-    storage.write(f"{uri}/train-000001.tar", bytes(data))
-    with open_loader(uri) as loader:
-        loader.read(np.array([0]))
-        with pytest.raises(UserError, match=r"train-000001.tar is not what its manifest"):
-            loader.read(np.array([5]))
-    assert set(cached(home)) == {"train-000000.tar"}
-
-
-def test_workers_of_a_node_download_a_shard_once_between_them(s3_set, downloads):
-    folder, uri, _ = s3_set
-    loaders = [open_loader(uri) for _ in range(4)]
-    start = threading.Barrier(4)
-
-    def read(loader: Loader) -> None:
-        start.wait()
-        assert_equal_to_tars(folder, loader, "train", [0, 1])
-
-    threads = [threading.Thread(target=read, args=(loader,)) for loader in loaders]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for loader in loaders:
-        loader.__exit__()
-    assert downloads == ["train-000000.tar"]

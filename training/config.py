@@ -7,11 +7,14 @@ how many. The same record goes to MLflow and into every checkpoint.
 import dataclasses
 import hashlib
 import json
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from alexnet.errors import UserError
 from alexnet.model import Init, Variant
+
+_HIGHEST = 2**63  # what torch's generators take as a seed, and beyond all other uses
 
 
 @dataclass(frozen=True)
@@ -108,13 +111,26 @@ class TrainConfig:
             ("workers", self.workers, 1),
             ("optim.batch-size", self.optim.batch_size, 1),
             ("optim.epochs", self.optim.epochs, 1),
+            ("optim.weight-decay", self.optim.weight_decay, 0),
+            ("optim.bias-lr-factor", self.optim.bias_lr_factor, 0),
+            ("optim.warmup-epochs", self.optim.warmup_epochs, 0),
+            ("augment.colour-sigma", self.augment.colour_sigma, 0),
+            ("seed", self.seed, 0),
+            ("flat-loss-steps", self.flat_loss_steps, 0),
             ("log-steps", self.log_steps, 1),
             ("cpus-per-worker", self.cpus_per_worker, 1),
             ("checkpoint-steps", self.checkpoint_steps, 1),
+            ("cache-gb", self.cache_gb, 0),
         ]:
-            if value is not None and value < lowest:
-                raise UserError(f"--{name} {value} is below {lowest}; pass {lowest} or more")
-        if self.optim.lr <= 0:
+            if value is not None and not lowest <= value < _HIGHEST:
+                raise UserError(f"--{name} {value} is out of range; pass {lowest} or more")
+        for name, share in [
+            ("optim.momentum", self.optim.momentum),
+            ("optim.label-smoothing", self.optim.label_smoothing),
+        ]:
+            if not 0 <= share < 1:
+                raise UserError(f"--{name} {share} is out of range; pass 0 or more, below 1")
+        if not 0 < self.optim.lr < math.inf:
             raise UserError(f"--optim.lr {self.optim.lr} is not positive; the paper starts at 0.01")
         if self.optim.batch_size < self.workers:
             raise UserError(

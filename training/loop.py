@@ -4,6 +4,7 @@ Rank, world size and device come in as arguments and everything that happens goe
 functions, so benchmarks, tests and machines without Ray run the very same code as the cluster.
 """
 
+import contextlib
 import hashlib
 import math
 import tempfile
@@ -168,20 +169,25 @@ class _Run:
             for step in range(first, self.steps_per_epoch)
         ]
         ids = [rank_part(batch, self.place.rank, self.place.world_size) for batch in remaining]
-        batches = self.train.batches(ids, pin=self.place.device.type == "cuda")
+        pin = self.place.device.type == "cuda"
         self.meter.start()
-        for global_ids, batch in zip(remaining, batches, strict=True):
-            self.meter.data_arrived()
-            self.train_step(batch, epoch, len(global_ids))
-            self.step += 1
-            end = self.step % self.steps_per_epoch == 0
-            if end or self.step % self.config.log_steps == 0:
-                self.log_progress(epoch)
-            every = self.config.checkpoint_steps
-            if every and not end and self.step % every == 0:
-                self.log_progress(epoch)
-                self.save()
+        with contextlib.closing(self.train.batches(ids, pin=pin)) as batches:
+            for global_ids, batch in zip(remaining, batches, strict=True):
+                self.meter.data_arrived()
+                self.train_step(batch, epoch, len(global_ids))
+                self.step += 1
+                self.report_progress(epoch)
         self.finish_epoch(epoch)
+
+    def report_progress(self, epoch: int) -> None:
+        """After a step: the log line and the checkpoint that are due, if any."""
+        every = self.config.checkpoint_steps or self.total_steps
+        end = self.step % self.steps_per_epoch == 0  # finish_epoch saves there
+        due = not end and self.step % every == 0
+        if due or end or self.step % self.config.log_steps == 0:
+            self.log_progress(epoch)
+        if due:
+            self.save()
 
     def train_step(self, batch: Batch, epoch: int, global_batch_size: int) -> None:
         """One SGD step on the mean loss of the global batch, of which `batch` is this rank's part.
@@ -215,8 +221,6 @@ class _Run:
 
     def log_progress(self, epoch: int) -> None:
         """Logs the steps since the last call and stops a run that cannot become a model."""
-        if self.meter.steps == 0:
-            return
         last_step = self.step - 1
         metrics = self.meter.read(self.place.world_size)
         metrics["lr"] = learning_rate(self.config, last_step, self.steps_per_epoch)
@@ -228,6 +232,10 @@ class _Run:
             self.log(metrics, self.step)
 
     def finish_epoch(self, epoch: int) -> None:
+        if self.place.world_size > 1:
+            # Batch norm's running statistics differ by rank: measure those that are saved.
+            for buffer in self.model.buffers():
+                torch.distributed.broadcast(buffer, src=0)
         self.model.eval()
         result = evaluate(
             self.model,
@@ -270,8 +278,8 @@ class _Run:
     def _guard(self, loss: float) -> None:
         if not math.isfinite(loss):
             raise TrainingStopped(
-                f"loss is {loss} at step {self.step}; train again under another --name with a lower "
-                f"--optim.lr (now {self.config.optim.lr}) or --precision fp32"
+                f"loss is {loss} at step {self.step}; train again under another --name with a "
+                f"lower --optim.lr (now {self.config.optim.lr}) or --precision fp32"
             )
         self.lowest_loss = min(self.lowest_loss, loss)
         guessing = math.log(self.manifest.num_classes)

@@ -1,0 +1,223 @@
+"""The training loop: resuming, its steps, what it learns, when it stops."""
+
+import dataclasses
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from shard_sets import write_shard_set
+from small_training import BY_HEART, evaluated, fit, seen_ids, small_config, without_dropout
+
+from pipelines.shards import load_manifest
+from training import checkpoint, loop, recipes
+from training.loader import Loader
+from training.order import epoch_order
+
+TRAIN = (10, 9, 9)  # 28 samples: 4 steps of 7, which neither 2 nor 3 ranks divide
+
+
+@pytest.fixture(scope="module")
+def uri(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write_shard_set(tmp_path_factory.mktemp("loop") / "set", train=TRAIN, val=(7, 6))
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+# Resuming
+
+
+@pytest.mark.parametrize("step", [3, 4, 6])  # inside the first epoch, at its end, inside the next
+def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(uri, tmp_path, step):
+    config = small_config(model_batch_norm=True, checkpoint_steps=3)
+    assert config.augment.crop == "resized" and config.augment.colour_sigma > 0
+    whole = fit(config, uri, tmp_path / "whole")
+    assert sorted(whole.folders) == [3, 4, 6, 8]
+    torch.manual_seed(99)  # nothing may hang on where the generator stood
+    rest = fit(config, uri, tmp_path / "rest", resume=whole.folders[step])
+    assert sorted(rest.folders) == [saved for saved in (3, 4, 6, 8) if saved > step]
+    assert files_of(rest.last) == files_of(whole.last)
+    assert rest.result == whole.result
+
+
+def test_resuming_needs_the_momentum_and_the_masks(uri, tmp_path):
+    """The comparison above can fail: without momentum, or with other dropout, weights differ."""
+    config = small_config(checkpoint_steps=3)
+    whole = fit(config, uri, tmp_path / "whole")
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for name, data in files_of(whole.folders[6]).items():
+        (bare / name).write_bytes(data)
+    checkpoint.save_file({}, bare / "optimizer.safetensors")
+    without = fit(config, uri, tmp_path / "without", resume=bare)
+    assert files_of(without.last)["model.safetensors"] != files_of(whole.last)["model.safetensors"]
+    with pytest.MonkeyPatch.context() as patch:
+        without_dropout(patch.setattr)
+        plain = fit(config, uri, tmp_path / "plain", resume=whole.folders[6])
+    assert files_of(plain.last)["model.safetensors"] != files_of(whole.last)["model.safetensors"]
+
+
+def test_resumed_run_goes_on_at_the_next_sample(uri, tmp_path, monkeypatch):
+    config = small_config(checkpoint_steps=3)
+    whole = fit(config, uri, tmp_path / "whole")
+    steps = seen_ids(monkeypatch.setattr)
+    fit(config, uri, resume=whole.folders[3])
+    orders = [epoch_order(TRAIN, seed=config.seed, epoch=epoch).tolist() for epoch in (0, 1)]
+    assert [len(ids) for ids in steps] == [7] * 5
+    assert [*itertools.chain(*steps)] == orders[0][21:] + orders[1]
+
+
+def test_finished_run_trains_nothing_more(uri, tmp_path):
+    whole = fit(small_config(), uri, tmp_path / "whole")
+    again = fit(small_config(), uri, tmp_path / "again", resume=whole.last)
+    assert again.result == whole.result and again.reported == [] and again.logged == []
+
+
+# One step
+
+
+def test_first_step_is_sgd_on_the_mean_loss_of_its_batch(uri, tmp_path, monkeypatch):
+    without_dropout(monkeypatch.setattr)
+    config = small_config(
+        optim_bias_lr_factor=2.0, optim_label_smoothing=0.1, optim_warmup_epochs=1.0, seed=3
+    )
+    record = fit(dataclasses.replace(config, checkpoint_steps=1), uri, tmp_path / "kept")
+    manifest = load_manifest(uri)
+    ids = epoch_order(TRAIN, seed=3, epoch=0)[:7]
+    with Loader(uri, manifest, "train", threads=1, cache_gb=1) as loader:
+        batch = loader.read(ids)
+    spec = loop.input_spec(manifest, config)
+    augment = loop.Augment(crop="resized", flip=True, colour_sigma=0.1)
+    x = loop.train_view(
+        batch.images, spec, augment, seed=3, epoch=0, sample_ids=torch.from_numpy(ids)
+    )
+    model = loop.build_model(config, 4)
+    target = torch.full((7, 4), 0.1 / 4)
+    target[range(7), batch.labels] += 0.9
+    loss = -(target * model(x).log_softmax(1)).sum(1).mean()
+    loss.backward()
+    saved = load_file(record.folders[1] / "model.safetensors")
+    momentum = load_file(record.folders[1] / "optimizer.safetensors")
+    for name, parameter in model.named_parameters():
+        bias = parameter.ndim == 1
+        velocity = parameter.grad + (0 if bias else 5e-4) * parameter.detach()
+        scale = velocity.abs().max().item()
+        torch.testing.assert_close(momentum[name], velocity, rtol=1e-3, atol=1e-4 * scale)
+        rate = 0.01 / 4 * (2 if bias else 1)  # the first of four steps of warm-up
+        expected = parameter.detach() - rate * momentum[name]
+        torch.testing.assert_close(saved[name], expected, rtol=1e-5, atol=1e-7)
+    step, metrics = record.logged[0]
+    assert (step, metrics["loss"]) == (1, pytest.approx(loss.item(), rel=1e-4))
+    assert metrics["lr"] == pytest.approx(0.0025) and metrics["epoch"] == 0.25
+
+
+def test_bf16_computes_in_bf16_and_keeps_weights_in_float32(uri, tmp_path):
+    half = fit(small_config(precision="bf16", optim_epochs=1), uri, tmp_path / "half")
+    full = fit(small_config(optim_epochs=1), uri, tmp_path / "full")
+    weights = load_file(half.last / "model.safetensors")
+    assert {str(value.dtype) for value in weights.values()} == {"torch.float32"}
+    losses = [run.logged[0][1]["loss"] for run in (half, full)]
+    assert losses[0] != losses[1] and losses[0] == pytest.approx(losses[1], rel=0.05)
+
+
+def test_seed_decides_everything(uri, tmp_path):
+    runs = [
+        fit(small_config(seed=seed, optim_epochs=1), uri, tmp_path / str(number))
+        for number, seed in enumerate((0, 0, 1))
+    ]
+    same, again, other = (files_of(run.last)["model.safetensors"] for run in runs)
+    assert same == again != other
+
+
+@pytest.mark.parametrize(("side", "crop"), [(227, "resized"), (231, "random")])
+def test_auto_crop_takes_random_windows_where_the_shards_leave_room(
+    tmp_path, monkeypatch, side, crop
+):
+    uri = write_shard_set(tmp_path / "set", train=(4,), val=(2,), side=side)
+    view, seen = loop.train_view, []
+
+    def recording(images: torch.Tensor, spec: Any, augment: Any, **rest: Any) -> torch.Tensor:
+        seen.append(augment)
+        return view(images, spec, augment, **rest)
+
+    monkeypatch.setattr(loop, "train_view", recording)
+    fit(small_config(augment_crop="auto", augment_flip=False, optim_epochs=1), uri)
+    assert seen == [loop.Augment(crop=crop, flip=False, colour_sigma=0.1)]
+
+
+def test_paper_divides_its_rate_at_epochs_25_51_and_79_of_91():
+    config = recipes.paper()
+    golden = [0.01] * 25 + [0.001] * 26 + [0.0001] * 28 + [0.00001] * 12
+    assert config.optim.epochs == len(golden) == 91
+    for step in (0, 10008):  # the first and the last of an epoch of 1.28 M pictures
+        rates = [loop.learning_rate(config, e * 10009 + step, 10009) for e in range(91)]
+        assert rates == pytest.approx(golden)
+
+
+def test_inputs_are_divided_by_their_deviation_only_where_the_recipe_says(uri):
+    manifest = load_manifest(uri)
+    both = [loop.input_spec(manifest, small_config(normalise=n)) for n in ("mean", "mean_std")]
+    assert both[0].std == (1.0, 1.0, 1.0) and both[0].mean == both[1].mean == manifest.pixels.mean
+    np.testing.assert_allclose(both[1].std, np.sqrt(np.diag(manifest.pixels.covariance)))
+
+
+# What it tells and learns
+
+
+def test_logs_checkpoints_and_reports_come_when_they_are_due(uri, tmp_path):
+    run = fit(small_config(log_steps=3, checkpoint_steps=3), uri, tmp_path / "kept")
+    trained = [(step, m["epoch"]) for step, m in run.logged if "loss" in m]
+    assert trained == [(3, 0.75), (4, 1.0), (6, 1.5), (8, 2.0)]
+    assert [step for step, m in run.logged if "val_top1" in m] == [4, 8]
+    assert [metrics.get("epoch") for metrics, _ in run.reported] == [None, 1.0, 1.0, 2.0]
+    assert all(folder is not None and not folder.exists() for _, folder in run.reported)
+    metrics = dict(run.logged)[3]
+    assert {"loss", "top1", "lr", "images_per_second", "data_wait"} < set(metrics)
+    assert 0 <= metrics["data_wait"] <= 1 and metrics["images_per_second"] > 0
+    assert run.result["val_images"] == 13 and run.result == run.reported[-1][0]
+    state = json.loads((run.last / "state.json").read_text())
+    assert (state["step"], state["run_id"], state["num_classes"]) == (8, "a-run", 4)
+    assert state["manifest"] == load_manifest(uri).digest
+    for folder in run.folders.values():
+        checkpoint.verify(folder)
+
+
+def test_sixteen_pictures_can_be_learned_by_heart(tmp_path):
+    uri = write_shard_set(tmp_path / "set", train=(8, 8), val=(4,))
+    run = fit(small_config(**BY_HEART), uri, tmp_path / "kept")
+    assert evaluated(run.last, uri, "train", **BY_HEART).top1 == 1.0
+
+
+# When it stops
+
+
+def test_loss_that_is_not_finite_stops_the_run_with_step_and_advice(uri, tmp_path):
+    with pytest.raises(loop.TrainingStopped) as stopped:
+        fit(small_config(optim_lr=1e6, log_steps=2), uri, tmp_path / "kept")
+    assert "loss is nan at step 2;" in str(stopped.value)
+    assert "--optim.lr (now 1000000.0)" in str(stopped.value)
+    assert not (tmp_path / "kept").exists(), "a checkpoint of a broken run"
+
+
+@pytest.mark.parametrize("patience", [4, 0])
+def test_flat_loss_stops_the_run_unless_told_to_wait(uri, patience):
+    # Lines of four steps are of a whole epoch, in which every class is as frequent.
+    config = small_config(optim_lr=1e-9, model_init="source", flat_loss_steps=patience, log_steps=4)
+    if patience == 0:
+        assert fit(config, uri).result["epoch"] == 2.0
+        return
+    with pytest.raises(loop.TrainingStopped) as stopped:
+        fit(config, uri)
+    assert "in 4 steps, guessing gives 1.386; try --model.init he" in str(stopped.value)
+    assert "--flat-loss-steps 8" in str(stopped.value)
+
+
+def test_falling_loss_is_not_called_flat(uri):
+    config = small_config(model_batch_norm=True, optim_lr=0.02, optim_epochs=4, flat_loss_steps=12)
+    assert fit(config, uri).result["epoch"] == 4.0
