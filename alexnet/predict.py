@@ -72,7 +72,8 @@ def top_k(
         raise UserError(f"cannot list the {k} likeliest classes; ask for 1 or more")
     device = next(model.parameters()).device
     was_training = model.training
-    model.eval()
+    if was_training:  # an exported program is in evaluation mode and refuses to be told so
+        model.eval()
     try:
         with torch.inference_mode():
             batches = [
@@ -80,7 +81,8 @@ def top_k(
                 for at in range(0, len(images), BATCH_SIZE)
             ]
     finally:
-        model.train(was_training)
+        if was_training:
+            model.train()
     return [_likeliest(row, class_names, k) for batch in batches for row in batch]
 
 

@@ -2,6 +2,9 @@
 
 import sys
 
-from pipelines.cli import main
+try:
+    from pipelines.cli import main
 
-sys.exit(main())
+    sys.exit(main())
+except KeyboardInterrupt:  # during the imports, which take a second or two
+    sys.exit(130)

@@ -39,7 +39,6 @@ def build(
     progress = Progress(plan, max_rejected)
     for _, _, status in done:
         progress.count(status)
-    progress.begin()
     if missing:
         if done:
             print(f"{len(done)} of {len(plan.shards)} shards are already there", flush=True)
@@ -53,6 +52,7 @@ def build(
             versions=codec_versions(),
             **{name: recipe[name] for name in ("resize", "crop", "quality")},
         )
+        progress.begin()
         with progress.printed():
             for status in _statuses(job, plan, missing, workers):
                 progress.count(status)

@@ -11,6 +11,8 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import tyro
+
 from alexnet.errors import UserError
 from alexnet.model import Init, Variant
 
@@ -67,8 +69,8 @@ class AugmentConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    recipe: str = "deck"
-    """Name of the recipe that these fields started from."""
+    # The name of the recipe that the fields started from; chosen by the first argument, not a flag.
+    recipe: tyro.conf.Suppress[str] = "deck"
     model: ModelConfig = field(default_factory=ModelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)

@@ -26,7 +26,8 @@ def curves(history: Mapping[str, Points], title: str) -> Figure:
         axes.set_xlabel("step")
         axes.set_ylabel(label)
         axes.grid(alpha=0.3)
-        axes.legend()
+        if axes.lines:
+            axes.legend()
     return figure
 
 

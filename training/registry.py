@@ -100,12 +100,13 @@ def load(uri: str) -> Registered:
     try:
         folder = Path(mlflow.artifacts.download_artifacts(uri))
         network = mlflow.pytorch.load_model(str(folder))
+        description = json.loads((folder / "extra_files" / _DESCRIPTION).read_text())
     except (MlflowException, OSError) as error:
         raise UserError(
             f"{uri} cannot be loaded ({str(error).splitlines()[0][:200]}); "
             "`python -m training.registry list` shows what there is"
         ) from error
-    description = json.loads((folder / "extra_files" / _DESCRIPTION).read_text())
+    network.training = False  # it was exported in evaluation mode, yet its flag says otherwise
     return Registered(
         network=network,
         input_spec=InputSpec.from_json(description["input_spec"]),

@@ -10,6 +10,7 @@ Holds nothing that a worker needs: here it is `__main__`, which workers cannot i
 
 import contextlib
 import dataclasses
+import inspect
 import io
 import logging
 import signal
@@ -44,7 +45,9 @@ logger = logging.getLogger("training")
 
 def main(argv: list[str] | None = None) -> int:
     """Exit code: 0 trained, 1 training failed, 2 wrong usage or input, 130 interrupted."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.basicConfig(format="%(message)s")  # warnings of the libraries
+    logging.getLogger("urllib3").setLevel(logging.ERROR)  # each retry to a server that is down
+    logger.setLevel(logging.INFO)
     try:
         config = parse(sys.argv[1:] if argv is None else argv)
         return train(config)
@@ -66,7 +69,7 @@ def parse(argv: list[str]) -> TrainConfig:
                 default=RECIPES[recipe](),
                 args=flags,
                 prog=f"training/run.py {recipe}",
-                description=RECIPES[recipe].__doc__,
+                description=inspect.cleandoc(RECIPES[recipe].__doc__ or ""),
                 config=(tyro.conf.FlagConversionOff,),
             )
     except SystemExit as exit:

@@ -5,9 +5,11 @@ through `Tracker`, which never stops the training: what cannot be sent is spoole
 """
 
 import contextlib
+import hashlib
 import json
 import logging
 import os
+import sqlite3
 import subprocess
 import time
 from collections.abc import Iterator
@@ -26,7 +28,9 @@ from pipelines.shards import Manifest
 from training.config import TrainConfig, flatten, science, to_dict
 
 EXPERIMENT = "alexnet"
-_FAILURES = (MlflowException, OSError, SQLAlchemyError)  # requests raises OSErrors
+_ROOT = Path(__file__).resolve().parents[1]
+# requests raises OSErrors.
+_FAILURES = (MlflowException, OSError, SQLAlchemyError, sqlite3.Error)
 
 logger = logging.getLogger("training")
 
@@ -50,14 +54,16 @@ def tracking_uri() -> str:
 def connect(uri: str) -> MlflowClient:
     """A client that has reached its store. Raises UserError where there is none to reach."""
     _patience()
-    if uri.startswith("sqlite:///"):
-        Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
-    client = MlflowClient(tracking_uri=uri, registry_uri=uri)
     try:
+        if uri.startswith("sqlite:///"):
+            _open_embedded(Path(uri.removeprefix("sqlite:///")))
+        client = MlflowClient(tracking_uri=uri, registry_uri=uri)
         if client.get_experiment_by_name(EXPERIMENT) is None:
             client.create_experiment(EXPERIMENT, artifact_location=_artifact_location(uri))
     except _FAILURES as error:
         reason = str(error).splitlines()[0][:200]
+        if "Max retries exceeded" in reason:
+            reason = "no connection"
         raise UserError(
             f"MLflow at {uri} cannot be used ({reason}); start the server, or unset "
             "MLFLOW_TRACKING_URI to use the embedded store"
@@ -88,6 +94,7 @@ def open_run(client: MlflowClient, config: TrainConfig, manifest: Manifest, data
         "data": data,
         "mlflow.source.name": "training/run.py",
         "mlflow.source.git.commit": _commit(),
+        "code_sha256": _code_sha256(),
     }
     params = [Param(key, value) for key, value in flatten(config).items()]
     client.log_batch(run_id, params=params, tags=[RunTag(k, v) for k, v in tags.items()])
@@ -151,6 +158,13 @@ def _patience() -> None:
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 
 
+def _open_embedded(path: Path) -> None:
+    """Raises OSError or sqlite3.Error at once where MLflow would retry for minutes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.closing(sqlite3.connect(path)) as database:
+        database.execute("pragma user_version")
+
+
 def _artifact_location(uri: str) -> str | None:
     if uri.startswith("sqlite:///"):
         return (Path(uri.removeprefix("sqlite:///")).parent / "mlartifacts").as_uri()
@@ -180,14 +194,23 @@ def _dataset(manifest: Manifest, data: str) -> Dataset:
 
 
 def _commit() -> str:
-    """The git commit of the code; "unknown" where it runs outside of a checkout."""
-    root = Path(__file__).resolve().parents[1]
-    command = ["git", "-C", str(root), "describe", "--always", "--abbrev=40", "--dirty"]
+    """The git commit of the code, from $ALEXNET_COMMIT where .git is not at hand, as in a Ray job's
+    working directory; else "unknown"."""
+    command = ["git", "-C", str(_ROOT), "describe", "--always", "--abbrev=40", "--dirty"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=True)
     except (FileNotFoundError, subprocess.CalledProcessError):
-        return "unknown"
+        return os.environ.get("ALEXNET_COMMIT") or "unknown"
     return done.stdout.strip()
+
+
+def _code_sha256() -> str:
+    """Identity of the three packages' sources, which is there with and without git."""
+    digest = hashlib.sha256()
+    for package in ("alexnet", "pipelines", "training"):
+        for path in sorted((_ROOT / package).glob("*.py")):
+            digest.update(f"{package}/{path.name}\0".encode() + path.read_bytes())
+    return digest.hexdigest()
 
 
 def metric_history(client: MlflowClient, run_id: str, key: str) -> list[tuple[int, float]]:

@@ -47,7 +47,7 @@ def train_worker(job: dict[str, Any]) -> dict[str, float]:
         if resume is not None and rank == 0:
             step = checkpoint.load_state(resume)["step"]
             logger.info(f"continues at step {step} of run {config.name}")
-        return loop.fit(
+        metrics = loop.fit(
             config,
             job["data"],
             place,
@@ -56,6 +56,9 @@ def train_worker(job: dict[str, Any]) -> dict[str, float]:
             resume=resume,
             run_id=job["run_id"],
         )
+    if rank == 0:
+        tracker.log({}, 0)  # sends what is still on disk, where MLflow answers again
+    return metrics
 
 
 def log_line(metrics: dict[str, float], step: int) -> str:
