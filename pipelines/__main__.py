@@ -1,10 +1,17 @@
 """`python -m pipelines`."""
 
+import os
 import sys
 
 try:
     from pipelines.cli import main
 
-    sys.exit(main())
+    code = main()
 except KeyboardInterrupt:  # during the imports, which take a second or two
-    sys.exit(130)
+    code = 130
+sys.stdout.flush()
+sys.stderr.flush()
+if code == 130:
+    # Threads of Ray may still be in C++ when Ctrl-C comes, and crash an orderly interpreter exit.
+    os._exit(code)
+sys.exit(code)

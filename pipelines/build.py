@@ -5,10 +5,13 @@ from __future__ import annotations
 import functools
 import logging
 import sys
+import threading
 import traceback
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import closing, contextmanager
 from typing import Any
 
+import ray
 import ray.data
 
 from alexnet.errors import UserError
@@ -18,6 +21,7 @@ from pipelines.produce import Job, codec_versions, produce
 from pipelines.progress import BuildFailed, MaxRejected, Progress
 from pipelines.sources import Source
 
+_SCHEDULER_SECONDS = 10
 _MIB = 1 << 20
 
 
@@ -42,28 +46,46 @@ def build(
     if missing:
         if done:
             print(f"{len(done)} of {len(plan.shards)} shards are already there", flush=True)
-        cluster.connect()
-        cluster.refuse_local_paths([source.raw, out], shared_fs=shared_fs)
-        recipe = plan.identity["recipe"]
-        job = Job(
-            raw=source.raw,
-            out=out,
-            plan_id=plan.plan_id,
-            versions=codec_versions(),
-            **{name: recipe[name] for name in ("resize", "crop", "quality")},
-        )
-        progress.begin()
-        with progress.printed():
-            for status in _statuses(job, plan, missing, workers):
-                progress.count(status)
+        with _ray():
+            cluster.refuse_local_paths([source.raw, out], shared_fs=shared_fs)
+            recipe = plan.identity["recipe"]
+            job = Job(
+                raw=source.raw,
+                out=out,
+                plan_id=plan.plan_id,
+                versions=codec_versions(),
+                **{name: recipe[name] for name in ("resize", "crop", "quality")},
+            )
+            progress.begin()
+            statuses = _statuses(job, plan, missing, workers)
+            with progress.printed(), closing(statuses):
+                for status in statuses:
+                    progress.count(status)
         done, missing = finish.finished_shards(out, plan)
         assert not missing, f"shards {missing} vanished while building"
     return finish.finish(out, source, plan, done)
 
 
+@contextmanager
+def _ray() -> Iterator[None]:
+    """A connection to Ray, closed afterwards unless it was there before."""
+    joined_before = ray.is_initialized()
+    try:
+        cluster.connect()
+        yield
+    finally:
+        # After Ctrl-C its scheduler still runs for a moment, and Ray's C++ ends the whole process
+        # with a code of its own when the cluster goes away under it.
+        for thread in threading.enumerate():
+            if thread.name.startswith("StreamingExecutor"):
+                thread.join(_SCHEDULER_SECONDS)
+        if not joined_before:
+            ray.shutdown()
+
+
 def _statuses(
     job: Job, plan: Plan, numbers: list[int], workers: int | None
-) -> Iterator[dict[str, Any]]:
+) -> Generator[dict[str, Any]]:
     """The status of each finished shard, in order of completion."""
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False  # they count shards; ours count pictures
@@ -73,19 +95,21 @@ def _statuses(
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # "bars disabled"
     rows = [{"number": number, "name": plan.shards[number].name} for number in numbers]
-    statuses = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
+    dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
         functools.partial(_task, job),
         num_cpus=1,
         compute=ray.data.TaskPoolStrategy(size=workers),
     )
-    for status in statuses.iter_rows():
-        if status["error"]:
-            if status["traceback"]:
-                print(status["traceback"], file=sys.stderr)
-            raise BuildFailed(
-                f"shard {status['shard']}: {status['error']}; the same command continues this build"
-            )
-        yield status
+    with closing(iter(dataset.iter_rows())) as statuses:
+        for status in statuses:
+            if status["error"]:
+                if status["traceback"]:
+                    print(status["traceback"], file=sys.stderr)
+                raise BuildFailed(
+                    f"shard {status['shard']}: {status['error']}; the same command continues this "
+                    "build"
+                )
+            yield status
 
 
 def _task(job: Job, row: dict[str, Any]) -> dict[str, Any]:
