@@ -4,9 +4,13 @@ import os
 import secrets
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from drawn import ROOT
+
+if TYPE_CHECKING:
+    from registered import Built
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -57,6 +61,14 @@ def drawn_shards(drawn_raw: str, tmp_path_factory: pytest.TempPathFactory) -> st
         produce(job, number, shard.name)
     finish.finish(out, source, made, finish.finished_shards(out, made)[0])
     return out
+
+
+@pytest.fixture(scope="session")
+def registered_models(tmp_path_factory: pytest.TempPathFactory) -> "Built":
+    """Four registered versions; a test changes copies of them only (see `Built`)."""
+    from registered import build
+
+    return build(tmp_path_factory.mktemp("registered"))
 
 
 @pytest.fixture(scope="session")

@@ -10,6 +10,7 @@ Exit codes: 0 done, 1 the gate refused, 2 wrong usage or input.
 import argparse
 import json
 import os
+import pickle
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,15 +94,17 @@ def register(
 def load(uri: str) -> Registered:
     """A registered model, e.g. models:/alexnet@champion, on the CPU, with pickle refused.
 
-    Raises UserError for a URI that names nothing.
+    Raises UserError for a URI that names nothing, or nothing that can be loaded so.
     """
-    # MLflow would otherwise unpickle whatever somebody put into the registry.
+    # MLflow would otherwise unpickle whatever somebody put into the registry, and torch.export
+    # the example inputs inside of the program, where its own safe reader refuses them.
     os.environ["MLFLOW_ALLOW_PICKLE_DESERIALIZATION"] = "false"
+    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
     try:
         folder = Path(mlflow.artifacts.download_artifacts(uri))
         network = mlflow.pytorch.load_model(str(folder))
         description = json.loads((folder / "extra_files" / _DESCRIPTION).read_text())
-    except (MlflowException, OSError) as error:
+    except (MlflowException, OSError, pickle.UnpicklingError) as error:
         raise UserError(
             f"{uri} cannot be loaded ({str(error).splitlines()[0][:200]}); "
             "`python -m training.registry list` shows what there is"
