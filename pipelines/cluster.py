@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import secrets
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -28,21 +29,20 @@ def connect(*, dashboard: bool = False) -> None:
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     settings: dict[str, Any] = {"runtime_env": _code(), "logging_level": logging.WARNING}
+    address = os.environ.get("RAY_ADDRESS")
+    if address:
+        _check(address)
+    elif not _started_here():
+        _own_token()
+        ray.init(address="local", include_dashboard=dashboard, **settings)
+        return
     try:
-        ray.init(address="auto", **settings)
+        ray.init(**settings)
     except AuthenticationError as error:
         raise UserError(
             "the Ray cluster asks for a token; set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH "
             "(or put the token into ~/.ray/auth_token)"
         ) from error
-    except ConnectionError as error:
-        if address := os.environ.get("RAY_ADDRESS"):
-            raise UserError(
-                f"no Ray cluster answers at RAY_ADDRESS={address}; start one with "
-                "`ray start --head`, or unset RAY_ADDRESS to run on this machine alone"
-            ) from error
-        _own_token()
-        ray.init(address="local", include_dashboard=dashboard, **settings)
 
 
 def refuse_local_paths(paths: list[str], *, shared_fs: bool) -> None:
@@ -55,6 +55,35 @@ def refuse_local_paths(paths: list[str], *, shared_fs: bool) -> None:
             f"{local[0]} is local and this cluster has {len(nodes)} nodes; use s3://, or pass "
             "--shared-fs if every node mounts it"
         )
+
+
+def _check(address: str) -> None:
+    """Ray itself would wait for minutes for a cluster that is not there."""
+    if address.startswith("http"):
+        raise UserError(
+            f"RAY_ADDRESS={address} is a job server, which only `ray job submit` can use; unset "
+            "it, or set RAY_ADDRESS to the cluster's host:port"
+        )
+    if "://" not in address and address not in ("auto", "local") and not _answers(address):
+        raise UserError(
+            f"no Ray cluster answers at RAY_ADDRESS={address}; start one with "
+            "`ray start --head`, or unset RAY_ADDRESS to run on this machine alone"
+        )
+
+
+def _started_here() -> bool:
+    """Whether `ray start` has left an address on this host and somebody listens there."""
+    noted = Path(os.environ.get("RAY_TMPDIR", "/tmp")) / "ray" / "ray_current_cluster"
+    return noted.exists() and _answers(noted.read_text().strip())
+
+
+def _answers(address: str) -> bool:
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=5).close()
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def _own_token() -> None:

@@ -20,7 +20,7 @@ from PIL import features
 
 from alexnet.errors import UserError
 from pipelines import plan, shards, storage
-from pipelines.transform import Pixels, Rejected, to_stored
+from pipelines.transform import Pixels, Rejected, Stored, to_stored
 
 _MAX_GAP = 16 << 10  # bytes between two pictures that are cheaper to read than to skip
 _MAX_READ = 8 << 20  # bytes per request
@@ -54,29 +54,13 @@ def produce(job: Job, number: int, name: str) -> dict[str, Any]:
     pixels = _PixelSums()
     for position, raw in _pictures(job.raw, rows):
         row = rows[position]
-        lineage: dict[str, Any] = {
-            "key": row["key"],
-            "name": row["name"],
-            "source": row["source"],
-            "source_offset": row["offset"],
-            "source_size": row["size"],
-            "source_sha256": hashlib.sha256(raw).hexdigest(),
-        }
         made = to_stored(raw, job.resize, job.crop, job.quality)
         if isinstance(made, Rejected):
             storage.write_new(quarantine_uri(job.out, row["split"], row["key"]), raw)
-            rejected.append(lineage | {"reason": made.reason, "detail": made.detail})
-            continue
-        pixels.add(made.pixels)
-        samples[position] = shards.Sample(
-            label=row["label"],
-            wnid=row["wnid"],
-            jpeg=made.jpeg,
-            width=made.width,
-            height=made.height,
-            fixes=made.fixes,
-            **lineage,
-        )
+            rejected.append(_lineage(row, raw) | {"reason": made.reason, "detail": made.detail})
+        else:
+            pixels.add(made.pixels)
+            samples[position] = _sample(row, raw, made)
     good = [sample for sample in samples if sample is not None]
     assert len(good) + len(rejected) == len(rows), f"{name}: a picture has no fate"
     data, index = shards.pack(name, good)
@@ -96,6 +80,29 @@ def produce(job: Job, number: int, name: str) -> dict[str, Any]:
     }
     storage.write_new(shards.sidecar_uri(job.out, name), shards.pack_sidecar(index, status))
     return status
+
+
+def _lineage(row: dict[str, Any], raw: bytes) -> dict[str, Any]:
+    return {
+        "key": row["key"],
+        "name": row["name"],
+        "source": row["source"],
+        "source_offset": row["offset"],
+        "source_size": row["size"],
+        "source_sha256": hashlib.sha256(raw).hexdigest(),
+    }
+
+
+def _sample(row: dict[str, Any], raw: bytes, made: Stored) -> shards.Sample:
+    return shards.Sample(
+        label=row["label"],
+        wnid=row["wnid"],
+        jpeg=made.jpeg,
+        width=made.width,
+        height=made.height,
+        fixes=made.fixes,
+        **_lineage(row, raw),
+    )
 
 
 def quarantine_uri(out: str, split: str, key: str) -> str:

@@ -21,6 +21,7 @@ from typing import Any
 from alexnet.errors import UserError
 
 _TRIES = 5
+_TEMPORARY = ".tmp"
 _MISSING = {"404", "NoSuchKey", "NotFound"}
 
 
@@ -148,15 +149,20 @@ def _list_folder(folder: Path, prefix: str) -> Iterator[tuple[str, int]]:
         for entry in entries:
             if entry.is_dir():
                 yield from _list_folder(folder / entry.name, f"{prefix}{entry.name}/")
-            elif entry.is_file():
+            elif entry.is_file() and not _is_temporary(entry.name):
                 yield prefix + entry.name, entry.stat().st_size
+
+
+def _is_temporary(name: str) -> bool:
+    """What a writer killed with SIGKILL leaves behind: never a part of the data."""
+    return name.startswith(".") and name.endswith(_TEMPORARY)
 
 
 @contextlib.contextmanager
 def _temporary_beside(path: Path, data: bytes) -> Iterator[Path]:
     """`data` on disk in a hidden file next to `path`, gone afterwards unless it was renamed."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=_TEMPORARY)
     temporary = Path(name)
     try:
         with os.fdopen(handle, "wb") as file:

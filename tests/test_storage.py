@@ -97,6 +97,11 @@ def test_a_failed_write_leaves_no_file_behind(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_a_killed_writer_leaves_is_not_listed(tmp_path: Path) -> None:
+    (tmp_path / ".train-000000.tar.x1y2.tmp").write_bytes(b"half")
+    assert storage.list_files(str(tmp_path)) == []
+
+
 def test_a_file_in_place_of_a_folder_is_told(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(UserError, match="file"):
