@@ -179,5 +179,6 @@ def test_nothing_here_ends_every_ray_on_the_host() -> None:
     for script in scripts:
         for number, line in enumerate(script.read_text().splitlines(), start=1):
             command = line.partition("#")[0]  # comments may warn of it
-            quoted = "`" in command and script.suffix == ".py"  # and so may docstrings
+            # and so may docstrings; a pattern that looks for it is no command either
+            quoted = script.suffix == ".py" and ("`" in command or "re." in command)
             assert quoted or not RAY_STOP.search(command), f"{script}:{number}"
