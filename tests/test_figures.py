@@ -1,0 +1,57 @@
+"""The two pictures of a run show the numbers they were given."""
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from training.figures import conv1_kernels, curves
+
+HISTORY = {
+    "loss": [(1, 2.0), (2, 1.5), (3, 1.0)],
+    "val_loss": [(3, 1.2)],
+    "top1": [(1, 0.1), (2, 0.2), (3, 0.4)],
+    "val_top1": [(3, 0.3)],
+}
+
+
+def drawn_lines(figure: Figure) -> dict[str, list[tuple[float, float]]]:
+    lines = [line for axes in figure.axes for line in axes.lines]
+    return {line.get_label(): [*zip(*line.get_data(), strict=True)] for line in lines}
+
+
+def test_curves_show_every_point_in_its_panel():
+    figure = curves(HISTORY, "a title")
+    assert drawn_lines(figure) == HISTORY
+    left, right = figure.axes
+    assert (left.get_ylabel(), right.get_ylabel()) == ("cross-entropy, nats", "top-1")
+    assert {line.get_label() for line in left.lines} == {"loss", "val_loss"}
+    assert figure.get_suptitle() == "a title"
+    FigureCanvasAgg(figure).draw()
+
+
+@pytest.mark.parametrize("history", [{}, {"loss": []}, {"val_top1": [(1, 0.5)]}])
+def test_absent_curves_are_left_out(history):
+    figure = curves(history, "a title")
+    assert drawn_lines(figure) == {name: points for name, points in history.items() if points}
+    FigureCanvasAgg(figure).draw()
+
+
+@pytest.mark.parametrize(("count", "rows", "columns"), [(96, 6, 16), (4, 1, 4), (18, 2, 16)])
+def test_kernels_lie_in_rows_of_sixteen_each_stretched_to_its_range(count, rows, columns):
+    weight = torch.randn(count, 3, 11, 11, generator=torch.Generator().manual_seed(0))
+    (image,) = conv1_kernels(weight).axes[0].images
+    sheet = np.asarray(image.get_array())
+    assert sheet.shape == (rows * 12 + 1, columns * 12 + 1, 3)
+    for number in (0, 3, count - 1):
+        top, left = number // columns * 12 + 1, number % columns * 12 + 1
+        kernel = weight[number].numpy().transpose(1, 2, 0)
+        expected = (kernel - kernel.min()) / (kernel.max() - kernel.min())
+        np.testing.assert_allclose(sheet[top : top + 11, left : left + 11], expected, atol=1e-6)
+    assert (sheet[0] == 1).all() and (sheet[:, 12] == 1).all(), "no gap between kernels"
+
+
+def test_constant_kernel_is_drawn_without_dividing_by_zero():
+    (image,) = conv1_kernels(torch.ones(2, 3, 11, 11)).axes[0].images
+    assert np.isfinite(np.asarray(image.get_array())).all()

@@ -1,0 +1,86 @@
+"""`python -m training.predict` on a registered model that knows its pictures by heart."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from registered import GOOD, MLFLOW_WARNINGS, POOR, Built
+
+from training.predict import main
+
+pytestmark = [pytest.mark.filterwarnings(line) for line in MLFLOW_WARNINGS]
+
+# As shard_sets draws them: planes of these colours, with noise.
+COLOURS = [(0, 0, 128), (85, 255, 128), (170, 0, 128), (255, 255, 128)]
+
+
+@pytest.fixture(autouse=True)
+def champion(registered_models: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false")
+    monkeypatch.setenv("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "1")
+    client = registered_models.enter_copy(tmp_path / "home", monkeypatch)
+    client.set_registered_model_alias("alexnet", "champion", GOOD)
+
+
+def draw(path: Path, colour: tuple[int, int, int], height: int, width: int) -> str:
+    noise = np.random.default_rng(5).integers(-40, 40, (height, width, 3))
+    Image.fromarray((np.array(colour) + noise).clip(0, 255).astype(np.uint8)).save(path)
+    return str(path)
+
+
+def answers(out: str) -> list[tuple[str, list[tuple[str, float]]]]:
+    """(picture, [(class name, percent)]) as printed."""
+    found: list[tuple[str, list[tuple[str, float]]]] = []
+    for line in out.splitlines():
+        if match := re.fullmatch(r"  +(\d+\.\d\d)%  (.+)", line):
+            found[-1][1].append((match[2], float(match[1])))
+        else:
+            found.append((line, []))
+    return found
+
+
+def test_pictures_of_other_sizes_and_formats_get_their_class_names(tmp_path, capsys):
+    sizes = [(300, 260), (227, 227), (240, 500), (90, 100)]
+    paths = [
+        draw(tmp_path / f"{i}.{'png' if i % 2 else 'jpg'}", COLOURS[i], *sizes[i]) for i in range(4)
+    ]
+    assert main(paths) == 0
+    found = answers(capsys.readouterr().out)
+    assert [path for path, _ in found] == paths
+    assert [classes[0][0] for _, classes in found] == [f"colour {i}" for i in range(4)]
+    for _, classes in found:
+        percents = [percent for _, percent in classes]
+        assert len(classes) == 4, "four classes, though five are asked for"
+        assert percents == sorted(percents, reverse=True) and sum(percents) == pytest.approx(
+            100, abs=0.1
+        )
+
+
+def test_top_and_model_choose(tmp_path, capsys):
+    path = draw(tmp_path / "a.png", COLOURS[3], 250, 250)
+    assert main([path, "--top", "1"]) == 0
+    ((_, best),) = answers(capsys.readouterr().out)
+    assert len(best) == 1 and best[0][0] == "colour 3"
+    assert main([path, "--model", f"models:/alexnet/{POOR}", "--top", "1"]) == 0
+    ((_, other),) = answers(capsys.readouterr().out)
+    assert other != best, "the same model answered"
+
+
+def refusal(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    capsys.readouterr()
+    assert main(argv) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("error: ") and err.count("\n") == 1
+    return err
+
+
+def test_what_cannot_be_predicted_is_one_line_and_exit_code_2(tmp_path, capsys):
+    path = draw(tmp_path / "a.png", COLOURS[0], 250, 250)
+    (tmp_path / "text.jpg").write_text("not a picture")
+    assert "nowhere.jpg" in refusal([path, str(tmp_path / "nowhere.jpg")], capsys)
+    assert "text.jpg" in refusal([str(tmp_path / "text.jpg")], capsys)
+    assert "--top 0" in refusal([path, "--top", "0"], capsys)
+    for uri in ("models:/alexnet/77", "models:/nobody@champion", "models:/alexnet@nobody", "x"):
+        assert f"{uri} cannot be loaded" in refusal([path, "--model", uri], capsys)
