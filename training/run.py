@@ -13,8 +13,10 @@ import dataclasses
 import inspect
 import io
 import logging
+import queue
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -96,13 +98,14 @@ def train(config: TrainConfig) -> int:
     _announce(config, manifest, cpus, scaling.use_gpu)
     try:
         with _terminable(), tracking.run_status(client, run_id):
-            result = _trainer(config, scaling, job).fit()
+            result = _fit(_trainer(config, scaling, job))
             with result.checkpoint.as_directory() as folder:
                 version = registry.register(client, run_id, Path(folder), manifest, config)
     except TrainingFailedError as error:
         logger.error(f"error: {_cause(error, config)}")
         return 1
     except KeyboardInterrupt:
+        ray.shutdown()  # ends the workers
         logger.error(f"interrupted; continue with: {_again(config)}")
         return 130
     if version:
@@ -187,6 +190,24 @@ def _trainer(
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
         ),
     )
+
+
+def _fit(trainer: TorchTrainer) -> ray.train.Result:
+    """`trainer.fit()` in a thread of its own: in the main thread, Ray would answer Ctrl-C itself
+    and end the process with exit code 0."""
+    outcome: queue.Queue[Any] = queue.Queue()
+
+    def fit() -> None:
+        try:
+            outcome.put(trainer.fit())
+        except BaseException as error:  # handed to the main thread, which raises it
+            outcome.put(error)
+
+    threading.Thread(target=fit, name="ray-train", daemon=True).start()
+    result = outcome.get()
+    if isinstance(result, BaseException):
+        raise result
+    return result
 
 
 def _announce(config: TrainConfig, manifest: shards.Manifest, cpus: int, use_gpu: bool) -> None:
