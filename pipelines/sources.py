@@ -9,14 +9,13 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from alexnet.errors import UserError
-from pipelines import devkit, storage, tars
+from pipelines import devkit, index, storage, tars
 
 SPLITS = ("train", "val")
 TRAIN_TAR = "ILSVRC2012_img_train.tar"
@@ -39,7 +38,6 @@ _IMAGE_SUFFIXES = (".jpeg", ".jpg", ".png")
 _MAX_KEY = 90  # characters: KEY.json must fit the 100 of a USTAR name
 _TRAIN_NAME = re.compile(r"(n\d{8})_\d+")
 _VAL_NAME = re.compile(r"ILSVRC2012_val_(\d{8})")
-_S3_THREADS = 16
 
 
 @dataclass(frozen=True)
@@ -137,34 +135,22 @@ _Row = tuple[str, tars.Member, str, str]  # split, where, WNID, container
 
 def _index_train(raw: str) -> dict[str, list[tars.Member]]:
     uri = storage.join(raw, TRAIN_TAR)
-    outer = tars.members(uri, uri)
-    for member in outer:
-        if not re.fullmatch(r"n\d{8}\.tar", member.name):
-            raise UserError(f"{uri} holds {member.name}; expected only nXXXXXXXX.tar, one a class")
-
-    def index(member: tars.Member) -> list[tars.Member]:
-        label, wnid = f"{uri}: {member.name}", member.name.removesuffix(".tar")
-        inner = tars.members(uri, label, within=member)
-        if not inner:
-            raise UserError(f"{label} holds no picture; fetch {TRAIN_TAR} again")
-        for picture in inner:
+    per_class = {}
+    for name, pictures in index.nested(uri).items():
+        if not re.fullmatch(r"n\d{8}\.tar", name):
+            raise UserError(f"{uri} holds {name}; expected only nXXXXXXXX.tar, one a class")
+        wnid = name.removesuffix(".tar")
+        for picture in pictures:
             match = _TRAIN_NAME.fullmatch(_stem(picture.name))
             if match is None or match[1] != wnid:
-                raise UserError(f"{label} holds {picture.name}; expected only {wnid}_*.JPEG")
-        return inner
-
-    # Headers of different inner tars don't depend on each other; S3 answers many at once.
-    with ThreadPoolExecutor(_S3_THREADS if storage.is_s3(uri) else 1) as pool:
-        found = list(zip(outer, pool.map(index, outer), strict=True))
-    names = [member.name.removesuffix(".tar") for member in outer]
-    if twice := [name for name, count in Counter(names).items() if count > 1]:
-        raise UserError(f"{uri} holds {twice[0]}.tar twice")
-    return {member.name.removesuffix(".tar"): inner for member, inner in found}
+                raise UserError(f"{uri}: {name} holds {picture.name}; expected only {wnid}_*.JPEG")
+        per_class[wnid] = pictures
+    return per_class
 
 
 def _label_val(raw: str, kit: devkit.Devkit) -> list[_Row]:
     uri = storage.join(raw, VAL_TAR)
-    pictures = tars.members(uri, uri)
+    pictures = index.flat(uri)
     rows: list[_Row] = []
     for picture in pictures:
         match = _VAL_NAME.fullmatch(_stem(picture.name))

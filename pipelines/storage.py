@@ -1,28 +1,22 @@
-"""Bytes under a name: a local path or `s3://bucket/key`. The only file that knows boto3.
+"""Bytes under a name: a local path or `s3://bucket/key`.
 
 Whatever is published is published once and whole: a reader sees all bytes of a name or none, and
 a name that exists is never replaced with other bytes behind somebody's back (`write_new`).
-`AWS_ENDPOINT_URL` chooses another store than Amazon's; boto3 reads it itself.
 """
 
 from __future__ import annotations
 
-import base64
 import contextlib
-import functools
-import hashlib
 import os
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from alexnet.errors import UserError
+from pipelines import s3
 
-_TRIES = 5
 _TEMPORARY = ".tmp"
-_MISSING = {"404", "NoSuchKey", "NotFound"}
 
 
 def is_s3(uri: str) -> bool:
@@ -32,7 +26,7 @@ def is_s3(uri: str) -> bool:
 def absolute(uri: str) -> str:
     """The same place, independent of the current folder. Raises UserError for other schemes."""
     if is_s3(uri):
-        _bucket_and_key(uri)
+        s3.bucket_and_key(uri)
         return uri.rstrip("/")
     if "://" in uri:
         raise UserError(f"{uri}: only local paths and s3://bucket/key are supported")
@@ -71,13 +65,13 @@ def read(uri: str, offset: int = 0, length: int | None = None) -> bytes:
             with Path(uri).open("rb", buffering=0) as file:
                 file.seek(offset)
                 return _read_fully(file, length)
-        return _read_s3(uri, offset, length)
+        return s3.read(uri, offset, length)
 
 
 def list_files(uri: str) -> list[tuple[str, int]]:
     """(name relative to `uri`, bytes) of every file below it, sorted by name; [] if none."""
     with _told(uri):
-        return sorted(_list_s3(uri) if is_s3(uri) else _list_folder(Path(uri), ""))
+        return sorted(s3.list_objects(uri) if is_s3(uri) else _list_folder(Path(uri), ""))
 
 
 def write_new(uri: str, data: bytes) -> None:
@@ -87,7 +81,7 @@ def write_new(uri: str, data: bytes) -> None:
     other bytes are there, or when the store cannot be written.
     """
     with _told(uri):
-        published = _put_new(uri, data) if is_s3(uri) else _link_new(Path(uri), data)
+        published = s3.put_new(uri, data) if is_s3(uri) else _link_new(Path(uri), data)
     if not published and not _same(uri, data):
         raise UserError(f"{uri} exists with other bytes; delete it or choose another output")
 
@@ -96,10 +90,7 @@ def write(uri: str, data: bytes) -> None:
     """Publish atomically, replacing what was there."""
     with _told(uri):
         if is_s3(uri):
-            bucket, key = _bucket_and_key(uri)
-            _client().put_object(
-                Bucket=bucket, Key=key, Body=data, ChecksumSHA256=_base64_sha256(data)
-            )
+            s3.put(uri, data)
             return
         path = Path(uri)
         with _temporary_beside(path, data) as temporary:
@@ -111,8 +102,7 @@ def delete(uri: str) -> None:
     """Remove one file or object; nothing happens when it is not there."""
     with _told(uri):
         if is_s3(uri):
-            bucket, key = _bucket_and_key(uri)
-            _client().delete_object(Bucket=bucket, Key=key)
+            s3.delete(uri)
         else:
             Path(uri).unlink(missing_ok=True)
 
@@ -120,6 +110,14 @@ def delete(uri: str) -> None:
 def home() -> Path:
     """$ALEXNET_HOME or ~/.alexnet, absolute because Ray's workers change directory."""
     return Path(os.environ.get("ALEXNET_HOME") or "~/.alexnet").expanduser().absolute()
+
+
+def version(uri: str) -> str:
+    """Changes when the bytes do: modification time of a local file, ETag of an object."""
+    if is_s3(uri):
+        return str((_head(uri) or {}).get("ETag"))
+    with _told(uri):
+        return str(Path(uri).stat().st_mtime_ns)
 
 
 def newest_shards() -> str | None:
@@ -197,109 +195,15 @@ def _sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-# S3
-
-
-@functools.cache
-def _client_for(endpoint: str | None, access_key: str | None) -> Any:
-    import boto3
-    from botocore.config import Config
-
-    retries: Any = {"mode": "standard", "total_max_attempts": 5}
-    config = Config(retries=retries, connect_timeout=10, max_pool_connections=32)
-    return boto3.session.Session().client("s3", config=config)
-
-
-def _client() -> Any:
-    return _client_for(os.environ.get("AWS_ENDPOINT_URL"), os.environ.get("AWS_ACCESS_KEY_ID"))
-
-
-def _bucket_and_key(uri: str) -> tuple[str, str]:
-    bucket, _, key = uri.removeprefix("s3://").partition("/")
-    if not bucket:
-        raise UserError(f"{uri}: no bucket; write s3://bucket/prefix")
-    return bucket, key
-
-
-def _read_s3(uri: str, offset: int, length: int | None) -> bytes:
-    from botocore.exceptions import ClientError, HTTPClientError, IncompleteReadError
-
-    bucket, key = _bucket_and_key(uri)
-    request: dict[str, Any] = {"Bucket": bucket, "Key": key}
-    if offset or length is not None:
-        last = "" if length is None else offset + length - 1
-        request["Range"] = f"bytes={offset}-{last}"
-    for attempt in range(_TRIES):  # boto3 retries the request, not a body that breaks off
-        try:
-            return bytes(_client().get_object(**request)["Body"].read())
-        except (HTTPClientError, IncompleteReadError):
-            if attempt == _TRIES - 1:
-                raise
-        except ClientError as error:
-            if _code(error) in {"InvalidRange", "416"}:
-                return b""  # the range starts at or after the end, as with a local file
-            raise
-    raise AssertionError("unreachable")
-
-
 def _head(uri: str) -> Any:
-    from botocore.exceptions import ClientError
-
-    bucket, key = _bucket_and_key(uri)
     with _told(uri):
-        try:
-            return _client().head_object(Bucket=bucket, Key=key, ChecksumMode="ENABLED")
-        except ClientError as error:
-            if _code(error) in _MISSING:
-                return None
-            raise
-
-
-def _list_s3(uri: str) -> Iterator[tuple[str, int]]:
-    bucket, key = _bucket_and_key(uri)
-    prefix = key.rstrip("/") + "/" if key else ""
-    pages = _client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
-    for page in pages:
-        for item in page.get("Contents", []):
-            if not item["Key"].endswith("/"):
-                yield item["Key"].removeprefix(prefix), int(item["Size"])
-
-
-def _put_new(uri: str, data: bytes) -> bool:
-    from botocore.exceptions import ClientError
-
-    bucket, key = _bucket_and_key(uri)
-    request = {"Bucket": bucket, "Key": key, "Body": data, "ChecksumSHA256": _base64_sha256(data)}
-    for attempt in range(_TRIES):
-        try:
-            _client().put_object(**request, IfNoneMatch="*")
-            return True
-        except ClientError as error:
-            if _code(error) == "PreconditionFailed":
-                return False
-            if _code(error) == "NotImplemented":  # a store without conditional writes
-                if _head(uri) is not None:
-                    return False
-                _client().put_object(**request)
-                return True
-            if _code(error) != "ConditionalRequestConflict" or attempt == _TRIES - 1:
-                raise
-            time.sleep(0.2 * 2**attempt)  # another writer's PUT of this key is under way
-    raise AssertionError("unreachable")
+        return s3.head(uri)
 
 
 def _same(uri: str, data: bytes) -> bool:
     if is_s3(uri) and (checksum := (_head(uri) or {}).get("ChecksumSHA256")):
-        return bool(checksum == _base64_sha256(data))
+        return bool(checksum == s3.base64_sha256(data))
     return size(uri) == len(data) and read(uri) == data
-
-
-def _base64_sha256(data: bytes) -> str:
-    return base64.b64encode(hashlib.sha256(data).digest()).decode()
-
-
-def _code(error: Any) -> str:
-    return str(error.response.get("Error", {}).get("Code", ""))
 
 
 @contextlib.contextmanager
@@ -314,29 +218,7 @@ def _told(uri: str) -> Iterator[None]:
             raise
         raise UserError(f"{uri}: {error.strerror or error}") from error
     except Exception as error:
-        line = _s3_remedy(uri, error) if is_s3(uri) else None
+        line = s3.remedy(uri, error) if is_s3(uri) else None
         if line is None:
             raise
         raise UserError(line) from error
-
-
-def _s3_remedy(uri: str, error: Exception) -> str | None:
-    from botocore import exceptions as s3
-
-    store = os.environ.get("AWS_ENDPOINT_URL", "Amazon S3")
-    if isinstance(error, s3.NoCredentialsError | s3.PartialCredentialsError):
-        return f"{uri}: no S3 credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
-    if isinstance(error, s3.ParamValidationError | s3.NoRegionError):
-        return f"{uri}: {' '.join(str(error).split())}"
-    if isinstance(error, s3.HTTPClientError | s3.ConnectionError):  # refused, timed out, TLS
-        return f"{uri}: {store} cannot be reached; check AWS_ENDPOINT_URL and the network"
-    if isinstance(error, ValueError) and "endpoint" in str(error).lower():
-        return f"{uri}: AWS_ENDPOINT_URL={store} is not a URL"
-    if not isinstance(error, s3.ClientError):
-        return None
-    code = _code(error)
-    if code == "NoSuchBucket":
-        return f"{uri}: no such bucket at {store}; create it first"
-    if code in _MISSING:
-        return f"{uri}: not there"
-    return f"{uri}: {store} answered {code}: {error.response['Error'].get('Message', '')}".strip()

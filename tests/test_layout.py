@@ -22,8 +22,8 @@ ALLOWED = {
         "training/worker.py",
     },
     "mlflow": {"training/tracking.py", "training/registry.py", "training/predict.py"},
-    "boto3": {"pipelines/storage.py"},
-    "botocore": {"pipelines/storage.py"},
+    "boto3": {"pipelines/s3.py"},
+    "botocore": {"pipelines/s3.py"},
 }
 # training knows the shard format and storage; the script may also join a cluster.
 FROM_PIPELINES = {"shards", "storage"}
