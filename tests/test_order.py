@@ -16,6 +16,12 @@ def test_an_epoch_has_every_sample_exactly_once():
         assert sorted(epoch_order(SIZES, seed=5, epoch=epoch)) == list(range(TOTAL))
 
 
+@pytest.mark.parametrize("num_shards", [1, 2, 8, 9, 16, 17])
+def test_any_number_of_shards_is_covered(num_shards: int):
+    order = epoch_order([3] * num_shards, seed=0, epoch=0)
+    assert sorted(order) == list(range(3 * num_shards))
+
+
 @pytest.mark.parametrize("batch_size", [1, 8, 32, TOTAL, 1000])
 def test_global_batches_cut_the_order_without_loss_into_even_sizes(batch_size: int):
     order = epoch_order(SIZES, seed=0, epoch=0)

@@ -84,6 +84,7 @@ def train(config: TrainConfig) -> int:
     """From a checked config to a registered version."""
     config, manifest = resolve(config)
     data = str(config.data)
+    _check_writable(str(config.storage))
     uri = tracking.tracking_uri()
     client = tracking.connect(uri)
     run = tracking.open_run(client, config, manifest, data)
@@ -138,6 +139,13 @@ def resolve(config: TrainConfig) -> tuple[TrainConfig, shards.Manifest]:
         raise UserError(f"--name {name!r}: use letters, digits, '-', '_' and '.'")
     place = storage.absolute(config.storage or str(storage.home() / "runs"))
     return dataclasses.replace(config, data=data, name=name, storage=place), manifest
+
+
+def _check_writable(place: str) -> None:
+    """Raises UserError where checkpoints could not be written; Ray would find out much later."""
+    probe = storage.join(place, ".writable")
+    storage.write(probe, b"")
+    storage.delete(probe)
 
 
 def _refuse_too_few(config: TrainConfig, manifest: shards.Manifest) -> None:

@@ -24,7 +24,8 @@ def train_worker(job: dict[str, Any]) -> dict[str, float]:
     config: TrainConfig = job["config"]
     context = ray.train.get_context()
     rank = context.get_world_rank()
-    logging.basicConfig(level=logging.INFO if rank == 0 else logging.WARNING, format="%(message)s")
+    logging.basicConfig(format="%(message)s")  # warnings of the libraries
+    logger.setLevel(logging.INFO if rank == 0 else logging.WARNING)
     logging.getLogger("ray.train").setLevel(logging.WARNING)  # it repeats every report at length
     torch.set_num_threads(job["cpus"])
     place = loop.Place(
