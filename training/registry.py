@@ -19,6 +19,7 @@ from typing import Any
 import mlflow
 import numpy as np
 import torch
+from mlflow.entities import Run
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 from mlflow.models import ModelSignature
@@ -123,13 +124,14 @@ def list_versions(client: MlflowClient) -> str:
     lines = [f"{'version':<8}{'alias':<20}{'recipe':<8}{'val top-1':<11}{'run':<30}champion before"]
     aliases = _aliases(client)
     for version in sorted(_versions(client), key=lambda v: -int(v.version)):
-        run = client.get_run(version.run_id)
+        run = _run_of(client, version)
         number = str(version.version)
-        names = ", ".join(sorted(name for name, v in aliases.items() if v == number))
-        top1 = run.data.metrics.get("val_top1")
+        held = ", ".join(sorted(alias for alias, v in aliases.items() if v == number))
+        name = run.info.run_name if run else ""
+        top1 = run.data.metrics.get("val_top1") if run else None
         lines.append(
-            f"{number:<8}{names:<20}{version.tags.get('recipe', ''):<8}"
-            f"{'' if top1 is None else format(top1, '.4f'):<11}{run.info.run_name:<30}"
+            f"{number:<8}{held:<20}{version.tags.get('recipe', ''):<8}"
+            f"{'' if top1 is None else format(top1, '.4f'):<11}{name:<30}"
             f"{version.tags.get('previous_champion', '')}"
         )
     return "\n".join(lines)
@@ -145,7 +147,9 @@ def promote(client: MlflowClient, version: str | None, data: str | None) -> list
     champion = _aliases(client).get("champion")
     if champion == number:
         return [f"version {champion} is the champion already"]
-    run = client.get_run(candidate.run_id)
+    run = _run_of(client, candidate)
+    if run is None or "manifest_sha256" not in run.data.tags:
+        raise Refused(f"version {number} was not registered by training/run.py: no run to check")
     data = data or run.data.tags["data"]
     manifest = shards.load_manifest(data)
     if manifest.digest != run.data.tags["manifest_sha256"]:
@@ -237,6 +241,16 @@ def _told(version: str, metrics: Metrics, note: str) -> str:
 
 def _versions(client: MlflowClient) -> list[ModelVersion]:
     return list(client.search_model_versions(f"name = '{NAME}'"))
+
+
+def _run_of(client: MlflowClient, version: ModelVersion) -> Run | None:
+    """The training behind a version; None where it was registered without one, or deleted."""
+    try:
+        return client.get_run(version.run_id) if version.run_id else None
+    except MlflowException as error:
+        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+            return None
+        raise
 
 
 def _aliases(client: MlflowClient) -> dict[str, str]:

@@ -87,14 +87,14 @@ def train(config: TrainConfig) -> int:
     _check_writable(str(config.storage))
     uri = tracking.tracking_uri()
     client = tracking.connect(uri)
-    run = tracking.open_run(client, config, manifest, data)
-    run_id = run.info.run_id
-    if run.info.status == "FINISHED":
+    found = tracking.find_run(client, config, manifest)
+    if found and found.info.status == "FINISHED":
         logger.info(f"run {config.name} is finished; train again under another --name")
         return 0
     cluster.connect(dashboard=True)
     cluster.refuse_local_paths([data, str(config.storage)], shared_fs=config.shared_fs)
     scaling, cpus = _scaling(config)
+    run_id = tracking.open_run(client, config, manifest, data).info.run_id
     job = {"config": config, "data": data, "tracking_uri": uri, "run_id": run_id, "cpus": cpus}
     _announce(config, manifest, cpus, scaling.use_gpu)
     try:
@@ -104,6 +104,10 @@ def train(config: TrainConfig) -> int:
                 version = registry.register(client, run_id, Path(folder), manifest, config)
     except TrainingFailedError as error:
         logger.error(f"error: {_cause(error, config)}")
+        return 1
+    except tracking.FAILURES as error:
+        logger.error(f"error: the run could not be recorded: {str(error).splitlines()[0][:200]}")
+        logger.error(f"its checkpoints are safe; once MLflow answers: {_again(config)}")
         return 1
     except KeyboardInterrupt:
         ray.shutdown()  # ends the workers

@@ -30,7 +30,7 @@ from training.config import TrainConfig, flatten, science, to_dict
 EXPERIMENT = "alexnet"
 _ROOT = Path(__file__).resolve().parents[1]
 # requests raises OSErrors.
-_FAILURES = (MlflowException, OSError, SQLAlchemyError, sqlite3.Error)
+FAILURES = (MlflowException, OSError, SQLAlchemyError, sqlite3.Error)
 
 logger = logging.getLogger("training")
 
@@ -60,7 +60,7 @@ def connect(uri: str) -> MlflowClient:
         client = MlflowClient(tracking_uri=uri, registry_uri=uri)
         if client.get_experiment_by_name(EXPERIMENT) is None:
             client.create_experiment(EXPERIMENT, artifact_location=_artifact_location(uri))
-    except _FAILURES as error:
+    except FAILURES as error:
         reason = str(error).splitlines()[0][:200]
         if "Max retries exceeded" in reason:
             reason = "no connection"
@@ -73,18 +73,25 @@ def connect(uri: str) -> MlflowClient:
     return client
 
 
-def open_run(client: MlflowClient, config: TrainConfig, manifest: Manifest, data: str) -> Run:
-    """The run of this name, to be continued, or a new one.
+def find_run(client: MlflowClient, config: TrainConfig, manifest: Manifest) -> Run | None:
+    """The run of this name, to be continued; None where there is none yet.
 
     Raises UserError when the name belongs to a run that learned something else.
     """
     experiment = client.get_experiment_by_name(EXPERIMENT).experiment_id
-    name = str(config.name)
-    found = client.search_runs([experiment], f"attributes.run_name = '{name}'")
-    if found:
-        _refuse_other_science(found[0], config, manifest)
-        return found[0]
-    run = client.create_run(experiment, run_name=name)
+    found = client.search_runs([experiment], f"attributes.run_name = '{config.name}'")
+    if not found:
+        return None
+    _refuse_other_science(found[0], config, manifest)
+    return found[0]
+
+
+def open_run(client: MlflowClient, config: TrainConfig, manifest: Manifest, data: str) -> Run:
+    """The run of this name, or a new one with config, lineage and data set. Raises as find_run."""
+    if found := find_run(client, config, manifest):
+        return found
+    experiment = client.get_experiment_by_name(EXPERIMENT).experiment_id
+    run = client.create_run(experiment, run_name=config.name)
     run_id = run.info.run_id
     tags = {
         "recipe": config.recipe,
@@ -121,7 +128,7 @@ class Tracker:
             for first in range(0, len(pending), 1000):  # MLflow's limit for one request
                 batch = [Metric(*row) for row in pending[first : first + 1000]]
                 self._client.log_batch(self._run_id, metrics=batch)
-        except _FAILURES as error:
+        except FAILURES as error:
             reason = str(error).splitlines()[0][:120]
             logger.warning(f"MLflow does not answer ({reason}); {len(pending)} values wait on disk")
             self._spool.parent.mkdir(parents=True, exist_ok=True)
@@ -142,11 +149,12 @@ def run_status(client: MlflowClient, run_id: str) -> Iterator[None]:
     client.update_run(run_id, status="RUNNING")
     try:
         yield
-    except (KeyboardInterrupt, SystemExit):
-        client.set_terminated(run_id, "KILLED")
-        raise
-    except BaseException:
-        client.set_terminated(run_id, "FAILED")
+    except BaseException as error:
+        status = "KILLED" if isinstance(error, KeyboardInterrupt | SystemExit) else "FAILED"
+        try:
+            client.set_terminated(run_id, status)
+        except FAILURES as silence:  # must not hide what ended the run
+            logger.warning(f"MLflow still shows the run as RUNNING: {str(silence).splitlines()[0]}")
         raise
     client.set_terminated(run_id, "FINISHED")
 
