@@ -151,6 +151,18 @@ def test_auto_crop_takes_random_windows_where_the_shards_leave_room(
     assert seen == [loop.Augment(crop=crop, flip=False, colour_sigma=0.1)]
 
 
+def test_views_are_drawn_by_the_seed_of_the_run_and_the_epoch(uri, monkeypatch):
+    view, seen = loop.train_view, []
+
+    def recording(*args: Any, seed: int, epoch: int, **rest: Any) -> torch.Tensor:
+        seen.append((seed, epoch))
+        return view(*args, seed=seed, epoch=epoch, **rest)
+
+    monkeypatch.setattr(loop, "train_view", recording)
+    fit(small_config(seed=6), uri)
+    assert seen == [(6, 0)] * 4 + [(6, 1)] * 4
+
+
 def test_paper_divides_its_rate_at_epochs_25_51_and_79_of_91():
     config = recipes.paper()
     golden = [0.01] * 25 + [0.001] * 26 + [0.0001] * 28 + [0.00001] * 12

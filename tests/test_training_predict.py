@@ -5,9 +5,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from registered import GOOD, MLFLOW_WARNINGS, POOR, Built
 
+from training import registry
 from training.predict import main
 
 pytestmark = [pytest.mark.filterwarnings(line) for line in MLFLOW_WARNINGS]
@@ -19,7 +21,6 @@ COLOURS = [(0, 0, 128), (85, 255, 128), (170, 0, 128), (255, 255, 128)]
 @pytest.fixture(autouse=True)
 def champion(registered_models: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false")
-    monkeypatch.setenv("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "1")
     client = registered_models.enter_copy(tmp_path / "home", monkeypatch)
     client.set_registered_model_alias("alexnet", "champion", GOOD)
 
@@ -56,6 +57,35 @@ def test_pictures_of_other_sizes_and_formats_get_their_class_names(tmp_path, cap
         assert percents == sorted(percents, reverse=True) and sum(percents) == pytest.approx(
             100, abs=0.1
         )
+
+
+def by_pillow(path: Path, resize: int) -> list[float]:
+    """Percent of each class for the centre 227×227 of the picture at `resize`."""
+    model = registry.load("models:/alexnet@champion")
+    with Image.open(path) as image:
+        width, height = (round(side * resize / min(image.size)) for side in image.size)
+        left, top = (width - 227) // 2, (height - 227) // 2
+        resized = image.resize((width, height), Image.Resampling.LANCZOS)
+        pixels = np.asarray(resized.crop((left, top, left + 227, top + 227)), dtype=np.float32)
+    x = (pixels - model.input_spec.mean) / model.input_spec.std
+    with torch.inference_mode():
+        logits = model.network(torch.from_numpy(x.transpose(2, 0, 1)[None]).float())
+    return [100 * float(p) for p in logits.softmax(-1)[0]]
+
+
+def test_percentages_are_those_of_the_models_own_geometry(tmp_path, capsys):
+    paths = [tmp_path / f"{edge}.png" for edge in (140, 160, 200, 240)]
+    for path in paths:  # an edge that lies elsewhere where the picture is resized to more than 227
+        pixels = np.full((300, 400, 3), COLOURS[0], dtype=np.uint8)
+        pixels[: int(path.stem)] = COLOURS[3]
+        Image.fromarray(pixels).save(path)
+    expected = [by_pillow(path, 227) for path in paths]
+    others = [by_pillow(path, 256) for path in paths]
+    assert np.abs(np.subtract(others, expected)).max() > 2, "geometries cannot be told apart"
+    assert main([str(path) for path in paths]) == 0
+    found = [dict(classes) for _, classes in answers(capsys.readouterr().out)]
+    percents = [[row[f"colour {i}"] for i in range(4)] for row in found]
+    np.testing.assert_allclose(percents, expected, atol=0.5)
 
 
 def test_top_and_model_choose(tmp_path, capsys):

@@ -10,7 +10,6 @@ Exit codes: 0 done, 1 the gate refused, 2 wrong usage or input.
 import argparse
 import json
 import os
-import pickle
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,15 +96,14 @@ def load(uri: str) -> Registered:
 
     Raises UserError for a URI that names nothing, or nothing that can be loaded so.
     """
-    # MLflow would otherwise unpickle whatever somebody put into the registry, and torch.export
-    # the example inputs inside of the program, where its own safe reader refuses them.
+    # MLflow would otherwise unpickle whatever somebody put into the registry, even inside of an
+    # exported program, where torch.export itself falls back to an unsafe reader.
     os.environ["MLFLOW_ALLOW_PICKLE_DESERIALIZATION"] = "false"
-    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
     try:
         folder = Path(mlflow.artifacts.download_artifacts(uri))
         network = mlflow.pytorch.load_model(str(folder))
         description = json.loads((folder / "extra_files" / _DESCRIPTION).read_text())
-    except (MlflowException, OSError, pickle.UnpicklingError) as error:
+    except (MlflowException, OSError) as error:
         raise UserError(
             f"{uri} cannot be loaded ({str(error).splitlines()[0][:200]}); "
             "`python -m training.registry list` shows what there is"
