@@ -14,7 +14,7 @@ from PIL import Image
 from shard_sets import write_shard_set
 
 from alexnet.errors import UserError
-from pipelines.shards import Manifest, load_manifest
+from pipelines.shards import load_manifest
 from training.loader import Loader
 
 SIZES = (5, 4, 6)
