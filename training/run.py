@@ -264,10 +264,15 @@ def _terminable() -> Any:
 
 
 def _one_line(complaint: str) -> str:
-    """The message inside the box that tyro draws."""
-    lines = [line.strip("│ ").strip() for line in complaint.splitlines()]
-    text = [line for line in lines if line and line[0] not in "╭╰─"]
-    return f"{text[0]}; see `python training/run.py --help`" if text else complaint.strip()
+    """The message in the box that tyro draws, and the flags that it suggests."""
+    lines = [line.strip("│ ") for line in complaint.splitlines()]
+    inside = [line for line in lines if line and not line.startswith(("╭", "╰"))]
+    rule = next((i for i, line in enumerate(inside) if set(line) == {"─"}), len(inside))
+    message = " ".join(inside[:rule])
+    flags = [line.split()[0] for line in inside[rule:] if line.startswith("--")]
+    meant = flags if "Perhaps you meant" in complaint else []
+    hint = f"; perhaps you meant {' or '.join(meant)}" if meant else ""
+    return f"{message}{hint}; see `python training/run.py --help`"
 
 
 if __name__ == "__main__":
