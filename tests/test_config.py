@@ -253,3 +253,11 @@ def test_digest_is_of_what_is_learned_not_of_where_and_how_many():
     fields = set(flatten(small_config()))
     known = {n if n in fields else n.replace("_", ".", 1) for n in SAME_SCIENCE | OTHER_SCIENCE}
     assert known == fields, "fields that this test does not know"
+
+
+def test_a_network_that_cannot_be_built_is_refused_before_anything_starts(tmp_path, capsys, home):
+    data = write_shard_set(tmp_path / "shards")
+    assert main(["smoke", "--data", data, "--model.width", "99"]) == 2
+    assert "width 99.0 must lie between" in capsys.readouterr().err
+    assert main(["paper", "--data", data, "--model.batch-norm", "True"]) == 2
+    assert "batch_norm does not go with variant 'paper'" in capsys.readouterr().err

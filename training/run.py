@@ -14,6 +14,7 @@ import inspect
 import io
 import logging
 import queue
+import re
 import signal
 import sys
 import threading
@@ -28,6 +29,7 @@ if __name__ == "__main__":
 
 import ray
 import ray.train
+import torch
 import tyro
 from ray.train.torch import TorchTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError
@@ -37,7 +39,7 @@ from alexnet.preprocess import NETWORK_SIDE
 from pipelines import cluster, shards, storage
 from training import registry, tracking
 from training.config import TrainConfig
-from training.loop import TrainingStopped
+from training.loop import TrainingStopped, build_model, input_spec
 from training.order import steps_per_epoch
 from training.recipes import RECIPES
 from training.worker import train_worker
@@ -93,6 +95,7 @@ def train(config: TrainConfig) -> int:
         return 0
     cluster.connect(dashboard=True)
     cluster.refuse_local_paths([data, str(config.storage)], shared_fs=config.shared_fs)
+    _refuse_embedded_mlflow(uri)
     scaling, cpus = _scaling(config)
     run_id = tracking.open_run(client, config, manifest, data).info.run_id
     job = {"config": config, "data": data, "tracking_uri": uri, "run_id": run_id, "cpus": cpus}
@@ -133,6 +136,9 @@ def resolve(config: TrainConfig) -> tuple[TrainConfig, shards.Manifest]:
         if manifest.num_samples(split) == 0:
             raise UserError(f"{data} has no {split} split; rebuild with --splits train,val")
     _refuse_too_few(config, manifest)
+    input_spec(manifest, config)  # refuses pixel statistics that cannot normalise
+    with torch.device("meta"):
+        build_model(config, manifest.num_classes)  # refuses what is no network, for no memory
     if config.augment.crop == "random" and manifest.crop == NETWORK_SIDE:
         raise UserError(
             f"--augment.crop random needs a margin, but {data} stores {NETWORK_SIDE} px; rebuild "
@@ -143,6 +149,16 @@ def resolve(config: TrainConfig) -> tuple[TrainConfig, shards.Manifest]:
         raise UserError(f"--name {name!r}: use letters, digits, '-', '_' and '.'")
     place = storage.absolute(config.storage or str(storage.home() / "runs"))
     return dataclasses.replace(config, data=data, name=name, storage=place), manifest
+
+
+def _refuse_embedded_mlflow(uri: str) -> None:
+    """Rank 0 may run on another node, where the store's file would be another, empty one."""
+    nodes = sum(node["Alive"] for node in ray.nodes())
+    if uri.startswith("sqlite:") and nodes > 1:
+        raise UserError(
+            f"{uri} is a file of this node and the cluster has {nodes}; start `mlflow server` and "
+            "set MLFLOW_TRACKING_URI to it"
+        )
 
 
 def _check_writable(place: str) -> None:
@@ -264,14 +280,14 @@ def _terminable() -> Any:
 
 
 def _one_line(complaint: str) -> str:
-    """The message in the box that tyro draws, and the flags that it suggests."""
-    lines = [line.strip("│ ") for line in complaint.splitlines()]
-    inside = [line for line in lines if line and not line.startswith(("╭", "╰"))]
-    rule = next((i for i, line in enumerate(inside) if set(line) == {"─"}), len(inside))
-    message = " ".join(inside[:rule])
-    flags = [line.split()[0] for line in inside[rule:] if line.startswith("--")]
-    meant = flags if "Perhaps you meant" in complaint else []
-    hint = f"; perhaps you meant {' or '.join(meant)}" if meant else ""
+    """The message in tyro's complaint and the flags it suggests. The message stands between the
+    first two rules: the first is the title's frame, or lies under it where there is only ASCII."""
+    lines = [line.strip("│| ") for line in complaint.splitlines()]
+    rules = [number for number, line in enumerate(lines) if line.startswith(("╭", "─", "---"))]
+    message = " ".join(lines[rules[0] + 1 : rules[1]] if len(rules) > 1 else lines).strip(" .")
+    _, _, meant = complaint.partition("Perhaps you meant")
+    flags = re.findall(r"^\W*(--[a-z][\w.-]*)", meant, re.MULTILINE)
+    hint = f"; perhaps you meant {' or '.join(flags)}" if flags else ""
     return f"{message}{hint}; see `python training/run.py --help`"
 
 
