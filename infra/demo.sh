@@ -65,11 +65,12 @@ PY
     ray_pid=$!
     export RAY_ADDRESS="http://127.0.0.1:$dashboard"
     for _ in $(seq 30); do
-        if ray job list >/dev/null 2>&1; then return; fi
+        # Only a job tells: the dashboard answers before the agent that starts jobs is there.
+        if ray job submit --no-wait -- true >/dev/null 2>&1; then return; fi
         if ! kill -0 "$ray_pid" 2>/dev/null; then cat "$logs/ray-head.log"; return 1; fi
         sleep 1
     done
-    echo "Ray's dashboard did not answer at $RAY_ADDRESS"
+    echo "Ray takes no job at $RAY_ADDRESS"
     return 1
 }
 

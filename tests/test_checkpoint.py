@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from alexnet.errors import UserError
 from alexnet.model import AlexNet
 from alexnet.optim import sgd
+from pipelines import storage
 from training import checkpoint
 
 FILES = {"model.safetensors", "optimizer.safetensors", "state.json", "hashes.json"}
@@ -125,3 +126,44 @@ def test_unreadable_hashes_are_refused(folder, content):
     (folder / "hashes.json").write_bytes(content)
     with pytest.raises(UserError, match=r"incomplete|damaged"):
         checkpoint.verify(folder)
+
+
+@pytest.fixture
+def run_folder(trained, tmp_path: Path) -> Path:
+    """A run with checkpoints of steps 9, 10 and 8, whose names sort otherwise."""
+    for name, step in (("checkpoint_a", 9), ("checkpoint_b", 10), ("checkpoint_c", 8)):
+        checkpoint.save(tmp_path / "run" / name, *trained, {**STATE, "step": step})
+    (tmp_path / "run" / "checkpoint_manager_snapshot.json").write_text("{}")
+    return tmp_path / "run"
+
+
+def step_found(run: str) -> int | None:
+    with checkpoint.newest_good(run) as folder:
+        return None if folder is None else checkpoint.load_state(folder)["step"]
+
+
+def test_newest_checkpoint_is_the_one_of_the_highest_step(run_folder, tmp_path):
+    assert step_found(str(run_folder)) == 10
+    assert step_found(str(tmp_path / "another run")) is None
+
+
+def test_damaged_checkpoints_are_passed_over_and_told(run_folder, caplog):
+    damaged = run_folder / "checkpoint_b" / "model.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"\x7f")
+    assert step_found(str(run_folder)) == 9
+    assert "checkpoint_b is damaged: model.safetensors" in caplog.text
+    (run_folder / "checkpoint_a" / "hashes.json").unlink()  # as after an upload that broke off
+    assert step_found(str(run_folder)) == 8
+    (run_folder / "checkpoint_c" / "state.json").write_text("not JSON")
+    with pytest.raises(UserError, match="no checkpoint in .* is whole"):
+        step_found(str(run_folder))
+
+
+def test_checkpoints_on_s3_are_found_and_verified_too(run_folder, s3):
+    run = f"{s3}/run"
+    for path in run_folder.rglob("*"):
+        if path.is_file():
+            storage.write(f"{run}/{path.relative_to(run_folder)}", path.read_bytes())
+    assert step_found(run) == 10
+    storage.delete(f"{run}/checkpoint_b/optimizer.safetensors")
+    assert step_found(run) == 9

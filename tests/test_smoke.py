@@ -158,7 +158,8 @@ def _wait_for(client: Machine, head: subprocess.Popen[bytes], log: Path) -> None
     mode = {"RAY_AUTH_MODE": "token"} if Path(token).exists() else {}
     probe = Machine(client.checkout, client.env | mode)
     deadline = time.monotonic() + 90
-    while probe.run("ray", "job", "list").returncode != 0:
+    # Listing jobs works before the agent that starts them is there: only a job tells.
+    while probe.run("ray", "job", "submit", "--no-wait", "--", "true").returncode != 0:
         assert head.poll() is None, log.read_text()
         assert time.monotonic() < deadline, log.read_text()
 

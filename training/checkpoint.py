@@ -8,8 +8,12 @@
 No pickle, so that a checkpoint from storage cannot run code.
 """
 
+import contextlib
 import hashlib
 import json
+import logging
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +21,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from alexnet.errors import UserError
+from pipelines import storage
+
+logger = logging.getLogger("training")
 
 _FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
 
@@ -48,6 +55,35 @@ def verify(folder: Path) -> None:
             raise UserError(f"checkpoint {folder} is damaged: {name} does not match its sha256")
 
 
+@contextlib.contextmanager
+def newest_good(run: str) -> Iterator[Path | None]:
+    """The checkpoint of the highest step below `run` (a folder or s3:// prefix) whose hashes match,
+    as a local folder for the time of the block; None where there is no checkpoint at all.
+
+    A damaged one is told and passed over: the training then repeats some steps instead of failing.
+    It looks at the files, not at Ray's list of checkpoints, which lags behind them when a run is
+    killed. Raises UserError when there are checkpoints and none is good.
+    """
+    names = [name for name, _ in storage.list_files(run) if name.endswith("/state.json")]
+    folders = sorted(
+        (name.removesuffix("/state.json") for name in names),
+        key=lambda folder: (_step(storage.join(run, folder)), folder),
+        reverse=True,
+    )
+    for folder in folders:
+        with _local(storage.join(run, folder)) as here:
+            try:
+                verify(here)
+            except UserError as error:
+                logger.warning(f"{error}; trying the one before")
+                continue
+            yield here
+            return
+    if folders:
+        raise UserError(f"no checkpoint in {run} is whole; start again under another --name")
+    yield None
+
+
 def load_state(folder: Path) -> dict[str, Any]:
     """state.json of a checkpoint."""
     state: dict[str, Any] = json.loads((folder / "state.json").read_text())
@@ -76,6 +112,25 @@ def _momentum(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[
         if buffer is not None:
             buffers[name] = buffer.contiguous()
     return buffers
+
+
+def _step(checkpoint: str) -> int:
+    try:
+        return int(json.loads(storage.read(storage.join(checkpoint, "state.json")))["step"])
+    except (KeyError, TypeError, ValueError):  # damaged, as verify will tell
+        return -1
+
+
+@contextlib.contextmanager
+def _local(checkpoint: str) -> Iterator[Path]:
+    if not storage.is_s3(checkpoint):
+        yield Path(checkpoint)
+        return
+    with tempfile.TemporaryDirectory(prefix="checkpoint-") as folder:
+        for name, _ in storage.list_files(checkpoint):
+            if name in (*_FILES, "hashes.json"):
+                (Path(folder) / name).write_bytes(storage.read(storage.join(checkpoint, name)))
+        yield Path(folder)
 
 
 def _sha256(path: Path) -> str:

@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,10 +81,10 @@ def register(
         "wnids": manifest.wnids,
         "manifest_sha256": manifest.digest,
     }
-    extra = folder / _DESCRIPTION
-    extra.write_text(json.dumps(description, indent=1))
-    info = _log_model(run_id, model.eval(), extra)
-    extra.unlink()
+    with tempfile.TemporaryDirectory() as beside:
+        extra = Path(beside) / _DESCRIPTION
+        extra.write_text(json.dumps(description, indent=1))
+        info = _log_model(run_id, model.eval(), extra)
     version = mlflow.register_model(info.model_uri, NAME).version
     for key, value in (("recipe", config.recipe), ("variant", config.model.variant)):
         client.set_model_version_tag(NAME, version, key, value)

@@ -37,7 +37,7 @@ from ray.train.v2.api.exceptions import TrainingFailedError
 from alexnet.errors import UserError
 from alexnet.preprocess import NETWORK_SIDE
 from pipelines import cluster, shards, storage
-from training import registry, tracking
+from training import checkpoint, registry, tracking
 from training.config import TrainConfig
 from training.loop import TrainingStopped, build_model, input_spec
 from training.order import steps_per_epoch
@@ -102,9 +102,12 @@ def train(config: TrainConfig) -> int:
     _announce(config, manifest, cpus, scaling.use_gpu)
     try:
         with _terminable(), tracking.run_status(client, run_id):
-            result = _fit(_trainer(config, scaling, job))
-            with result.checkpoint.as_directory() as folder:
-                version = registry.register(client, run_id, Path(folder), manifest, config)
+            _fit(_trainer(config, scaling, job))
+            with checkpoint.newest_good(
+                storage.join(str(config.storage), str(config.name))
+            ) as last:
+                assert last is not None, "a finished training has saved its last step"
+                version = registry.register(client, run_id, last, manifest, config)
     except TrainingFailedError as error:
         logger.error(f"error: {_cause(error, config)}")
         return 1
@@ -220,22 +223,23 @@ def _trainer(
     )
 
 
-def _fit(trainer: TorchTrainer) -> ray.train.Result:
+def _fit(trainer: TorchTrainer) -> None:
     """`trainer.fit()` in a thread of its own: in the main thread, Ray would answer Ctrl-C itself
     and end the process with exit code 0."""
-    outcome: queue.Queue[Any] = queue.Queue()
+    outcome: queue.Queue[BaseException | None] = queue.Queue()
 
     def fit() -> None:
         try:
-            outcome.put(trainer.fit())
+            trainer.fit()
         except BaseException as error:  # handed to the main thread, which raises it
             outcome.put(error)
+        else:
+            outcome.put(None)
 
     threading.Thread(target=fit, name="ray-train", daemon=True).start()
-    result = outcome.get()
-    if isinstance(result, BaseException):
-        raise result
-    return result
+    error = outcome.get()
+    if error is not None:
+        raise error
 
 
 def _announce(config: TrainConfig, manifest: shards.Manifest, cpus: int, use_gpu: bool) -> None:
@@ -256,10 +260,8 @@ def _cause(error: TrainingFailedError, config: TrainConfig) -> str:
     for failure in getattr(error, "worker_failures", {}).values():
         cause: BaseException | None = failure
         while cause is not None:
-            if isinstance(cause, TrainingStopped):
+            if isinstance(cause, UserError | TrainingStopped):
                 return str(cause)
-            if isinstance(cause, UserError):
-                return f"{cause}; then continue with: {_again(config)}"
             cause = getattr(cause, "_base_exc", None) or cause.__cause__
     last = str(error).strip().splitlines()[-1]
     return f"{last}; the traceback is above; continue with: {_again(config)}"

@@ -1,8 +1,6 @@
 """What Ray runs on each worker: a thin adapter from Ray Train's context to `loop.fit`."""
 
-import contextlib
 import logging
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +8,7 @@ import ray.train
 import ray.train.torch
 import torch
 
-from alexnet.errors import UserError
+from pipelines import storage
 from training import checkpoint, loop
 from training.config import TrainConfig
 from training.tracking import Tracker
@@ -44,7 +42,7 @@ def train_worker(job: dict[str, Any]) -> dict[str, float]:
         saved = None if folder is None else ray.train.Checkpoint.from_directory(str(folder))
         ray.train.report(metrics, checkpoint=saved)
 
-    with _newest_good_checkpoint() as resume:
+    with checkpoint.newest_good(storage.join(str(config.storage), str(config.name))) as resume:
         if resume is not None and rank == 0:
             step = checkpoint.load_state(resume)["step"]
             logger.info(f"continues at step {step} of run {config.name}")
@@ -77,28 +75,3 @@ def log_line(metrics: dict[str, float], step: int) -> str:
         f"img/s={metrics['images_per_second']:.0f} wait={metrics['data_wait']:.0%} "
         f"eta={minutes}:{seconds:02d}"
     )
-
-
-@contextlib.contextmanager
-def _newest_good_checkpoint() -> Iterator[Path | None]:
-    """The newest checkpoint of this run whose hashes match, in a local folder; None if none is.
-
-    A damaged one is told and passed over: the run then repeats some steps instead of failing.
-    """
-    newest = ray.train.get_checkpoint()
-    if newest is None:
-        yield None
-        return
-    older = [item.checkpoint for item in reversed(ray.train.get_all_reported_checkpoints())]
-    damage = ""
-    for candidate in [newest, *(one for one in older if one.path != newest.path)]:
-        with candidate.as_directory() as folder:
-            try:
-                checkpoint.verify(Path(folder))
-            except UserError as error:
-                damage = str(error)
-                logger.warning(f"{damage}; trying the one before")
-                continue
-            yield Path(folder)
-            return
-    raise UserError(f"{damage}, and no older one is good; start again under another --name")
