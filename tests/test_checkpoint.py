@@ -155,7 +155,7 @@ def test_damaged_checkpoints_are_passed_over_and_told(run_folder, caplog):
     (run_folder / "checkpoint_a" / "hashes.json").unlink()  # as after an upload that broke off
     assert step_found(str(run_folder)) == 8
     (run_folder / "checkpoint_c" / "state.json").write_text("not JSON")
-    with pytest.raises(UserError, match="no checkpoint in .* is whole"):
+    with pytest.raises(UserError, match=r"no checkpoint in .* is whole"):
         step_found(str(run_folder))
 
 

@@ -84,7 +84,7 @@ def ray_head(machine: Machine) -> Iterator[Machine]:
     finally:
         head.send_signal(signal.SIGTERM)
         with contextlib.suppress(subprocess.TimeoutExpired):
-            head.wait(40)
+            head.wait(8)  # it would drain for 30 seconds
         with contextlib.suppress(ProcessLookupError):
             os.killpg(head.pid, signal.SIGKILL)
         head.wait()
