@@ -32,7 +32,6 @@ import ray.train
 import torch
 import tyro
 from ray.train.torch import TorchTrainer
-from ray.train.v2.api.exceptions import TrainingFailedError
 
 from alexnet.errors import UserError
 from alexnet.preprocess import NETWORK_SIDE
@@ -108,7 +107,7 @@ def train(config: TrainConfig) -> int:
             ) as last:
                 assert last is not None, "a finished training has saved its last step"
                 version = registry.register(client, run_id, last, manifest, config)
-    except TrainingFailedError as error:
+    except ray.train.TrainingFailedError as error:
         logger.error(f"error: {_cause(error, config)}")
         return 1
     except tracking.FAILURES as error:
@@ -255,7 +254,7 @@ def _announce(config: TrainConfig, manifest: shards.Manifest, cpus: int, use_gpu
     )
 
 
-def _cause(error: TrainingFailedError, config: TrainConfig) -> str:
+def _cause(error: ray.train.TrainingFailedError, config: TrainConfig) -> str:
     """What failed, in a worker's own words where it told; the traceback is in the log above."""
     for failure in getattr(error, "worker_failures", {}).values():
         cause: BaseException | None = failure
