@@ -49,7 +49,7 @@ start_ray() {
     ports=$(python - <<'PY'
 import random, socket
 free = []
-while len(free) < 3:
+while len(free) < 4:
     port = random.randint(20000, 32000)
     with socket.socket() as probe:
         if probe.connect_ex(("127.0.0.1", port)) and port not in free:
@@ -57,10 +57,11 @@ while len(free) < 3:
 print(*free)
 PY
     )
-    read -r gcs dashboard client <<<"$ports"
+    read -r gcs dashboard client agent <<<"$ports"
     ray_folder=$(mktemp -d /tmp/alexnet-XXXXXX) # short: Ray's socket paths have a limit
     setsid ray start --head --block --port "$gcs" --dashboard-host 127.0.0.1 \
-        --dashboard-port "$dashboard" --ray-client-server-port "$client" --temp-dir "$ray_folder" \
+        --dashboard-port "$dashboard" --ray-client-server-port "$client" \
+        --dashboard-agent-listen-port "$agent" --temp-dir "$ray_folder" \
         >"$logs/ray-head.log" 2>&1 &
     ray_pid=$!
     export RAY_ADDRESS="http://127.0.0.1:$dashboard"

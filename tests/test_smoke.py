@@ -60,12 +60,13 @@ def machine(tmp_path_factory) -> Machine:
 @contextlib.contextmanager
 def ray_head(machine: Machine) -> Iterator[Machine]:
     """`ray start --head` in the checkout; ended by its pid."""
-    ports = [str(port) for port in _free_ports(3)]
+    ports = [str(port) for port in _free_ports(4)]
     folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # Ray's socket paths have a limit
     log = Path(folder) / "head.log"
     command = ["ray", "start", "--head", "--block", "--num-cpus", "2", "--temp-dir", folder]
     command += ["--port", ports[0], "--dashboard-host", "127.0.0.1", "--dashboard-port", ports[1]]
     command += ["--ray-client-server-port", ports[2], "--object-store-memory", "300000000"]
+    command += ["--dashboard-agent-listen-port", ports[3]]  # another Ray here may hold the default
     with log.open("w") as output:
         head = subprocess.Popen(
             command,
