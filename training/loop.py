@@ -68,10 +68,10 @@ def fit(
     Raises TrainingStopped for a loss that is not finite or stays flat.
     """
     manifest = load_manifest(data)
-    options = {"threads": place.threads, "cache_gb": config.cache_gb}
+    threads, cache_gb = place.threads, config.cache_gb
     with (
-        Loader(data, manifest, "train", **options) as train,  # type: ignore[arg-type]
-        Loader(data, manifest, "val", **options) as val,  # type: ignore[arg-type]
+        Loader(data, manifest, "train", threads=threads, cache_gb=cache_gb) as train,
+        Loader(data, manifest, "val", threads=threads, cache_gb=cache_gb) as val,
     ):
         run = _Run(config, manifest, place, train, val, log, report, run_id)
         if resume is not None:
