@@ -1,8 +1,8 @@
 """The members of raw archives, found once.
 
-Reading 1.28 million headers takes a minute or so from a disk and far longer from S3, so the result
-stays under $ALEXNET_HOME/index for as long as the archive is the same: equal size and modification
-time, or ETag on S3.
+ImageNet has 1.28 million headers, each a small read (on S3 a request), so the result stays under
+$ALEXNET_HOME/index for as long as the archive is the same: equal size and modification time, or
+ETag on S3.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from shard_sets import write_shard_set
 from small_training import BY_HEART, evaluated, fit, seen_ids, small_config, without_dropout
 
+from alexnet.errors import UserError
 from pipelines.shards import load_manifest
 from training import checkpoint, loop, recipes
 from training.loader import Loader
@@ -71,6 +72,15 @@ def test_resumed_run_goes_on_at_the_next_sample(uri, tmp_path, monkeypatch):
     orders = [epoch_order(TRAIN, seed=config.seed, epoch=epoch).tolist() for epoch in (0, 1)]
     assert [len(ids) for ids in steps] == [7] * 5
     assert [*itertools.chain(*steps)] == orders[0][21:] + orders[1]
+
+
+def test_checkpoint_of_other_settings_or_shards_is_refused(uri, tmp_path):
+    last = fit(small_config(), uri, tmp_path / "whole").last
+    with pytest.raises(UserError, match="was trained with other settings; choose another --name"):
+        fit(small_config(optim_lr=0.02), uri, resume=last)
+    others = write_shard_set(tmp_path / "others", train=TRAIN, val=(5,), seed=1)
+    with pytest.raises(UserError, match="was trained with other shards; choose another --name"):
+        fit(small_config(), others, resume=last)
 
 
 def test_finished_run_trains_nothing_more(uri, tmp_path):

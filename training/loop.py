@@ -18,6 +18,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from alexnet import optim
+from alexnet.errors import UserError
 from alexnet.model import AlexNet
 from alexnet.preprocess import NETWORK_SIDE, Augment, InputSpec, train_view
 from pipelines.shards import Manifest, load_manifest
@@ -154,7 +155,16 @@ class _Run:
         self.meter = Meter(place.device)
 
     def restore(self, folder: Path) -> None:
+        """Goes on from a checkpoint. Raises UserError for one of other data or settings: the MLflow
+        run of this name may lie in another store, so its own check is not enough."""
         state = checkpoint.load_state(folder)
+        now = {"manifest": self.manifest.digest, "science": science_digest(self.config)}
+        if differs := [key for key, digest in now.items() if state[key] != digest]:
+            what = {"manifest": "other shards", "science": "other settings"}
+            raise UserError(
+                f"checkpoint {folder} was trained with {' and '.join(what[k] for k in differs)}; "
+                "choose another --name, or give the ones it began with"
+            )
         checkpoint.load_model(folder, self.model)
         checkpoint.load_optimizer(folder, self.model, self.optimizer)
         self.step, self.lowest_loss = state["step"], state["lowest_loss"]
