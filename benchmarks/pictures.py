@@ -15,7 +15,7 @@ import pyarrow as pa
 from PIL import Image
 
 from pipelines import demo_raw, shards, storage
-from pipelines.sources import TRAIN_TAR
+from pipelines.sources.ilsvrc import TRAIN_TAR
 from pipelines.transform import Stored, to_stored
 
 QUALITY = 90

@@ -19,7 +19,7 @@ from PIL import Image
 
 from alexnet.errors import UserError
 from pipelines import devkit, shards, storage
-from pipelines.sources import TRAIN_TAR, VAL_TAR
+from pipelines.sources.ilsvrc import TRAIN_TAR, VAL_TAR
 
 _NOTE = "demo-raw.json"  # what was drawn, so that a second run knows it again
 _Array = np.ndarray[Any, np.dtype[Any]]
