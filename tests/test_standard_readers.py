@@ -1,0 +1,189 @@
+"""A built set as the libraries of others read it: webdataset, wids, Hugging Face, DALI's index.
+
+DALI's `fn.readers.webdataset` takes a text file beside each tar, as its tools/wds2idx.py writes it.
+Version 1.2, every field divided by one space and every line ended by a line feed:
+
+    v1.2 8
+    cls 512 1 n01440764_10026.cls jpg 1536 20131 n01440764_10026.jpg json 22528 310 n0…026.json
+    …
+
+The first line has the number of samples, which must be positive. Then comes one line per sample,
+in tar order, with four fields for each member, also in tar order: the extension (what follows the
+first dot of the base name), the offset of the member's first data byte (not of its header; DALI
+refuses what is no multiple of 512), its size in bytes, and its whole name. DALI reads the fields
+with C++'s `>>`, so that no name may hold a blank. Source: NVIDIA/DALI, tools/wds2idx.py and
+dali/operators/reader/loader/webdataset_loader.cc (`ParseIndexFile`, `ParseSampleDesc`).
+"""
+
+import hashlib
+import io
+import json
+import tarfile
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from pipelines import shards
+
+SPLITS = ("train", "val")
+
+
+@pytest.fixture(scope="module")
+def hugging_face(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """The `datasets` library, which asks its environment for network and home when imported."""
+    home = tmp_path_factory.mktemp("hugging-face")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_HOME", str(home))
+        for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_HUB_DISABLE_TELEMETRY"):
+            patch.setenv(name, "1")
+        import datasets
+
+        datasets.disable_progress_bars()
+        yield datasets
+
+
+def index_rows(out: str, split: str) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = shards.load_index(out, split).to_pylist()
+    assert rows
+    return rows
+
+
+def shard_names(out: str, split: str) -> list[str]:
+    names = sorted(path.name for path in Path(out).glob(f"{split}-*.tar"))
+    assert len(names) > 1
+    return names
+
+
+def members(tar: Path) -> list[tuple[str, bytes]]:
+    with tarfile.open(tar) as archive:
+        return [(info.name, archive.extractfile(info).read()) for info in archive]
+
+
+def json_members(out: str, split: str) -> dict[str, Any]:
+    """Key → what the sample's KEY.json says."""
+    return {
+        name.removesuffix(".json"): json.loads(data)
+        for shard in shard_names(out, split)
+        for name, data in members(Path(out) / shard)
+        if name.endswith(".json")
+    }
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_shards_are_numbered_from_zero_without_a_hole(drawn_shards: str, split: str) -> None:
+    names = shard_names(drawn_shards, split)
+    assert names == [f"{split}-{number:06d}.tar" for number in range(len(names))]
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_webdataset_reads_a_brace_range_as_the_index_lists_it(
+    drawn_shards: str, split: str
+) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of webdataset about itself
+        import webdataset
+
+        last = len(shard_names(drawn_shards, split)) - 1
+        url = f"{drawn_shards}/{split}-{{000000..{last:06d}}}.tar"
+        data = webdataset.WebDataset(url, shardshuffle=False, empty_check=False).decode("pil")
+        found = list(data)
+    rows = index_rows(drawn_shards, split)
+    assert [(row["key"], row["label"]) for row in rows] == [(s["__key__"], s["cls"]) for s in found]
+    for row, sample in zip(rows, found, strict=True):
+        assert (sample["jpg"].mode, sample["json"]["wnid"]) == ("RGB", row["wnid"])
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_wids_finds_every_sample_by_its_number(
+    drawn_shards: str, split: str, tmp_path: Path
+) -> None:
+    import wids
+
+    data = wids.ShardListDataset(
+        f"{drawn_shards}/shardindex-{split}.json",
+        cache_dir=str(tmp_path),  # else wids would fill one that all users share
+        transformations=[],
+    )
+    rows = index_rows(drawn_shards, split)
+    assert len(data) == len(rows)
+    for number in reversed(range(len(rows))):  # random access: also against the order of the tars
+        sample, row = data[number], rows[number]
+        assert sample["__key__"] == row["key"]
+        assert int(sample[".cls"].read()) == row["label"]
+        assert hashlib.sha256(sample[".jpg"].read()).hexdigest() == row["sha256"]
+        assert Path(sample["__shard__"]).name == f"{row['shard']}.tar"
+    data.close()
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_the_wids_index_tells_md5_and_size_of_each_tar(drawn_shards: str, split: str) -> None:
+    document = json.loads((Path(drawn_shards) / f"shardindex-{split}.json").read_bytes())
+    assert [entry["url"] for entry in document["shardlist"]] == shard_names(drawn_shards, split)
+    for entry in document["shardlist"]:
+        data = (Path(drawn_shards) / entry["url"]).read_bytes()
+        assert entry["md5sum"] == hashlib.md5(data).hexdigest()
+        assert entry["filesize"] == len(data)
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["converted", "streaming"])
+def test_hugging_face_reads_pictures_labels_and_descriptions(
+    drawn_shards: str, hugging_face: Any, tmp_path: Path, streaming: bool
+) -> None:
+    data = hugging_face.load_dataset(
+        "webdataset",
+        data_files={split: f"{drawn_shards}/{split}-*.tar" for split in SPLITS},
+        cache_dir=str(tmp_path),
+        streaming=streaming,
+    )
+    assert set(data) == set(SPLITS)
+    for split in SPLITS:
+        undecoded = data[split].cast_column("jpg", hugging_face.Image(decode=False))
+        assert {"__key__", "cls", "jpg", "json"} <= set(undecoded.column_names)
+        rows, descriptions = index_rows(drawn_shards, split), json_members(drawn_shards, split)
+        for row, sample in zip(rows, undecoded, strict=True):
+            assert (sample["__key__"], sample["cls"]) == (row["key"], row["label"])
+            assert hashlib.sha256(sample["jpg"]["bytes"]).hexdigest() == row["sha256"]
+            assert sample["json"] == descriptions[row["key"]]
+        assert next(iter(data[split]))["jpg"].mode == "RGB"
+
+
+def parsed(idx: Path) -> list[list[tuple[str, int, int, str]]]:
+    """(extension, offset, size, name) of each member of each sample, as DALI parses them."""
+    first, *lines = idx.read_text("ascii").removesuffix("\n").split("\n")
+    version, count = first.split(" ")
+    assert (version, int(count)) == ("v1.2", len(lines))
+    samples = []
+    for line in lines:
+        fields = line.split(" ")
+        assert len(fields) % 4 == 0
+        groups = [fields[start : start + 4] for start in range(0, len(fields), 4)]
+        samples.append([(ext, int(offset), int(size), name) for ext, offset, size, name in groups])
+    return samples
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_every_range_of_the_dali_index_holds_the_member_it_names(
+    drawn_shards: str, split: str
+) -> None:
+    keys = []
+    for shard in shard_names(drawn_shards, split):
+        tar = Path(drawn_shards) / shard
+        data, samples = tar.read_bytes(), parsed(tar.with_suffix(".idx"))
+        flat = [member for sample in samples for member in sample]
+        assert all(offset % 512 == 0 for _, offset, _, _ in flat)
+        assert members(tar) == [
+            (name, data[offset : offset + size]) for _, offset, size, name in flat
+        ]
+        for sample in samples:
+            (key,) = {name.removesuffix(f".{ext}") for ext, _, _, name in sample}
+            by_extension = {ext: (offset, size) for ext, offset, size, _ in sample}
+            assert sorted(by_extension) == ["cls", "jpg", "json"]
+            offset, size = by_extension["jpg"]
+            with Image.open(io.BytesIO(data[offset : offset + size])) as picture:
+                assert picture.format == "JPEG"
+            keys.append(key)
+    assert keys == [row["key"] for row in index_rows(drawn_shards, split)]
