@@ -64,9 +64,10 @@ def write_shards(
         for number, first in enumerate(range(0, count, per_shard)):
             name = shards.shard_name(split, number)
             ids = range(first, min(count, first + per_shard))
-            data, rows = shards.pack(name, [_sample(split, i, jpegs, classes) for i in ids])
+            packed = shards.pack(name, [_sample(split, i, jpegs, classes) for i in ids])
+            data = packed.tar
             storage.write(storage.join(str(folder), f"{name}.tar"), data)
-            tables.append(rows)
+            tables.append(packed.index)
             infos.append((name, split, len(ids), len(data), hashlib.sha256(data).hexdigest()))
         index = shards.parquet_bytes(pa.concat_tables(tables))
         storage.write(storage.join(str(folder), "index", f"{split}.parquet"), index)

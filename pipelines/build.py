@@ -7,63 +7,83 @@ import logging
 import sys
 import threading
 import traceback
-from collections.abc import Generator, Iterator
+from collections.abc import Collection, Generator, Iterator
 from contextlib import closing, contextmanager
+from dataclasses import asdict
 from typing import Any
 
 import ray
 import ray.data
 
 from alexnet.errors import UserError
-from pipelines import cluster, finish, shards
+from pipelines import cluster, finish, plan, shards
 from pipelines.plan import Plan
-from pipelines.produce import Job, codec_versions, produce
+from pipelines.produce import Job, Made, codec_versions, produce
 from pipelines.progress import BuildFailed, MaxRejected, Progress
-from pipelines.sources import Source
+from pipelines.sources import StoredAs
 
 _SCHEDULER_SECONDS = 10
 _MIB = 1 << 20
 
 
 def build(
-    source: Source,
-    plan: Plan,
+    made_plan: Plan,
+    raw: str,
     out: str,
     *,
     max_rejected: MaxRejected,
+    only: Collection[int] | None = None,
     workers: int | None = None,
     shared_fs: bool = False,
-) -> shards.Manifest:
-    """Make what is missing of `plan` in `out`, claimed for it, then the index and the manifest.
+    as_json: bool = False,
+) -> shards.Manifest | None:
+    """Make what is missing of the plan in `out`, claimed for it, then the index and the manifest.
 
+    only: numbers of the shards to make; without the others there is no manifest yet: None.
     workers: most shards under way at once; None for as many as the cluster has CPUs.
     Raises UserError before any long work for what the user can mend, BuildFailed afterwards.
     """
-    done, missing = finish.finished_shards(out, plan)
-    progress = Progress(plan, max_rejected)
-    for _, _, status in done:
-        progress.count(status)
-    if missing:
-        if done:
-            print(f"{len(done)} of {len(plan.shards)} shards are already there", flush=True)
+    done, missing = finish.finished_shards(out, made_plan)
+    progress = Progress(len(made_plan.shards), made_plan.pictures, out, max_rejected, as_json)
+    for reason in sorted({reason for reason in missing.values()} - {finish.NOT_MADE}):
+        again = [made_plan.shards[n].name for n, why in missing.items() if why == reason]
+        print(f"{', '.join(again)}: made again, because {reason}", file=sys.stderr, flush=True)
+    for _, status in done:
+        row = _row(status["shard"], status["samples"], status["rejected"])
+        progress.count(row | {"stored_bytes": status["bytes"]}, before=True)
+    numbers = [number for number in missing if only is None or number in only]
+    if numbers:
+        if done and not as_json:
+            print(f"{len(done)} of {len(made_plan.shards)} shards are already there", flush=True)
         with _ray():
-            cluster.refuse_local_paths([source.raw, out], shared_fs=shared_fs)
-            recipe = plan.identity["recipe"]
-            job = Job(
-                raw=source.raw,
-                out=out,
-                plan_id=plan.plan_id,
-                versions=codec_versions(),
-                **{name: recipe[name] for name in ("resize", "crop", "quality")},
-            )
-            progress.begin()
-            statuses = _statuses(job, plan, missing, workers)
-            with progress.printed(), closing(statuses):
+            cluster.refuse_local_paths([raw, out], shared_fs=shared_fs)
+            statuses = _statuses(job_for(made_plan, raw, out), made_plan, numbers, workers)
+            with progress.running(), closing(statuses):
                 for status in statuses:
                     progress.count(status)
-        done, missing = finish.finished_shards(out, plan)
-        assert not missing, f"shards {missing} vanished while building"
-    return finish.finish(out, source, plan, done)
+        done, missing = finish.finished_shards(out, made_plan)
+    if missing and only is not None and not set(missing) & set(only):
+        return None
+    if missing:
+        names = ", ".join(made_plan.shards[number].name for number in missing)
+        raise BuildFailed(f"{names} vanished meanwhile; the same command continues this build")
+    return finish.finish(out, made_plan, done)
+
+
+def job_for(made_plan: Plan, raw: str, out: str) -> Job:
+    recipe, stored = made_plan.recipe, made_plan.identity["source"]["stored"]
+    side, keep = plan.geometry(recipe, StoredAs(**stored) if stored else None)
+    return Job(
+        raw=raw,
+        out=out,
+        plan_id=made_plan.plan_id,
+        resize=side,
+        crop=recipe.crop,
+        quality=recipe.quality,
+        exif_orientation=recipe.exif_orientation,
+        keep=keep,
+        versions=codec_versions(),
+    )
 
 
 @contextmanager
@@ -84,9 +104,9 @@ def _ray() -> Iterator[None]:
 
 
 def _statuses(
-    job: Job, plan: Plan, numbers: list[int], workers: int | None
+    job: Job, made_plan: Plan, numbers: list[int], workers: int | None
 ) -> Generator[dict[str, Any]]:
-    """The status of each finished shard, in order of completion."""
+    """What became of each shard, in order of completion."""
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False  # they count shards; ours count pictures
     context.print_on_execution_start = False
@@ -94,7 +114,11 @@ def _statuses(
     context.target_max_block_size = _MIB
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # "bars disabled"
-    rows = [{"number": number, "name": plan.shards[number].name} for number in numbers]
+    rows = [
+        {"number": number, "name": shard.name, "shard_id": shard.id}
+        for number in numbers
+        for shard in (made_plan.shards[number],)
+    ]
     dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
         functools.partial(_task, job),
         num_cpus=1,
@@ -116,29 +140,37 @@ def _task(job: Job, row: dict[str, Any]) -> dict[str, Any]:
     """Few numbers go back; the rest is in the sidecar. A failure goes back as a row as well:
     raised here, it would reach the user as a page of Ray's own traceback."""
     try:
-        status = produce(job, row["number"], row["name"])
+        made = produce(job, row["number"], row["name"], row["shard_id"])
     except UserError as error:
         return _row(row["name"], error=str(error))
     except Exception as error:
         return _row(row["name"], error=repr(error), traceback=traceback.format_exc())
-    return _row(
-        row["name"],
-        samples=status["samples"],
-        rejected=[{k: entry[k] for k in ("key", "reason")} for entry in status["rejected"]],
-    )
+    return _row(row["name"]) | _numbers(made)
+
+
+def _numbers(made: Made) -> dict[str, Any]:
+    return asdict(made) | {"rejected": _keys(made.rejected)}
 
 
 def _row(
     shard: str,
     samples: int = 0,
-    rejected: list[dict[str, str]] | None = None,
+    rejected: list[dict[str, Any]] | None = None,
     error: str = "",
     traceback: str = "",
 ) -> dict[str, Any]:
     return {
         "shard": shard,
         "samples": samples,
-        "rejected": rejected or [],
+        "rejected": _keys(rejected or []),
+        "read_bytes": 0,
+        "stored_bytes": 0,
+        "wait_seconds": 0.0,
+        "work_seconds": 0.0,
         "error": error,
         "traceback": traceback,
     }
+
+
+def _keys(rejected: list[dict[str, Any]]) -> list[dict[str, str]]:
+    return [{"key": entry["key"], "reason": entry["reason"]} for entry in rejected]

@@ -1,72 +1,105 @@
-"""From a complete set of sidecars to a finished shard set: index, quarantine list, manifest."""
+"""From a complete set of sidecars to a finished shard set: index, quarantine list, manifest.
+
+Sidecars are read one after the other, and only their status stays in memory: the driver needs no
+more of it for a million pictures than for a thousand, but for the index files while it writes them.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import io
 from collections import Counter
+from collections.abc import Iterable, Iterator
+from importlib.metadata import version
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from pipelines import shards, storage
 from pipelines.plan import Plan, ShardPlan
 from pipelines.produce import codec_versions, quarantine_uri
-from pipelines.sources import Source
 
-Done = tuple[ShardPlan, pa.Table, dict[str, Any]]  # what its sidecar says
+NOT_MADE = "it was not made yet"
+Done = tuple[ShardPlan, dict[str, Any]]  # with the status of its sidecar
 
 
-def finished_shards(out: str, plan: Plan) -> tuple[list[Done], list[int]]:
-    """Shards whose sidecar and tar are there and agree, and the numbers of all others.
+def finished_shards(out: str, plan: Plan) -> tuple[list[Done], dict[int, str]]:
+    """(shards whose sidecar, tar and DALI index are there and agree, number → why not for others).
 
     A sidecar or tar that was damaged from outside is removed, to be built again. So is what
     another version of the codecs made: half a set each would be no reproducible set.
     """
-    sizes = dict(storage.list_files(out))
-    done, missing = [], []
-    for number, shard in enumerate(plan.shards):
-        uri = shards.sidecar_uri(out, shard.name)
-        if f"_meta/{shard.name}.parquet" not in sizes:
-            missing.append(number)
-            continue
-        try:
-            index, status = shards.unpack_sidecar(storage.read(uri))
-        except (ValueError, pa.ArrowException):
-            index, status = None, {}
-        if (
-            status.get("plan_id") == plan.plan_id
-            and status["bytes"] == sizes.get(f"{shard.name}.tar")
-            and status["versions"] == codec_versions()
-        ):
-            done.append((shard, index, status))
-            continue
-        storage.delete(uri)
-        storage.delete(storage.join(out, f"{shard.name}.tar"))
-        missing.append(number)
+    names = {name for name, _ in storage.list_files(storage.join(out, "_meta"))}
+    present = [
+        (number, shard)
+        for number, shard in enumerate(plan.shards)
+        if f"{shard.name}.parquet" in names
+    ]
+    done: list[Done] = []
+    missing = dict.fromkeys(range(len(plan.shards)), NOT_MADE)
+    sidecars = storage.read_each([shards.sidecar_uri(out, shard.name) for _, shard in present])
+    for (number, shard), data in zip(present, sidecars, strict=True):
+        status, fault = _status(out, data, shard)
+        if fault:
+            missing[number] = fault
+            remove(out, shard.name)
+        else:
+            del missing[number]
+            done.append((shard, status))
     return done, missing
 
 
-def finish(out: str, source: Source, plan: Plan, done: list[Done]) -> shards.Manifest:
+def _status(out: str, data: bytes, shard: ShardPlan) -> tuple[dict[str, Any], str | None]:
+    """What the sidecar says, and why the shard has to be made again, if so.
+
+    Asks for the tar itself: a listing may be from before another builder published it.
+    """
+    try:
+        _, status = shards.unpack_sidecar(data)
+    except (ValueError, pa.ArrowException):
+        return {}, "its sidecar was damaged"
+    if status.get("shard_id") != shard.id:
+        return {}, "it held other pictures"
+    tar, index = (storage.join(out, f"{shard.name}.{suffix}") for suffix in ("tar", "idx"))
+    if not storage.exists(tar) or storage.size(tar) != status["bytes"] or not storage.exists(index):
+        return {}, "its tar or index was damaged or gone"
+    if status["versions"] != codec_versions():
+        return {}, f"other codecs had made it ({status['versions']})"
+    return status, None
+
+
+def remove(out: str, shard: str) -> None:
+    """The sidecar first: without it the rest of a shard counts for nothing."""
+    storage.delete(shards.sidecar_uri(out, shard))
+    storage.delete(storage.join(out, f"{shard}.idx"))
+    storage.delete(storage.join(out, f"{shard}.tar"))
+
+
+def finish(out: str, plan: Plan, done: list[Done]) -> shards.Manifest:
     """Write everything that is derived from the shards, the manifest last."""
-    assert [shard for shard, _, _ in done] == list(plan.shards), "a shard is missing"
-    for shard, index, status in done:
-        assert index.num_rows + len(status["rejected"]) == shard.samples, f"{shard.name} lost some"
-    hashes = {f"{shard.name}.tar": status["sha256"] for shard, _, status in done}
+    assert [shard for shard, _ in done] == list(plan.shards), "a shard is missing"
+    hashes: dict[str, str] = {}
+    for shard, status in done:
+        assert status["samples"] + len(status["rejected"]) == shard.samples, f"{shard.name} lost"
+        hashes[f"{shard.name}.tar"] = status["sha256"]
+        hashes[f"{shard.name}.idx"] = status["dali_index_sha256"]
     for split in plan.identity["recipe"]["splits"]:
-        hashes |= _write_split(out, split, [entry for entry in done if entry[0].split == split])
-    document = _manifest(source, plan, done)
+        statuses = [status for _, status in done if status["split"] == split]
+        hashes |= _write_split(out, split, statuses)
+    document = _manifest(plan, [status for _, status in done])
     manifest = shards.canonical_json(document, indent=1)
     digest = hashes["manifest.json"] = hashlib.sha256(manifest).hexdigest()
     lines = "".join(f"{digest}  {name}\n" for name, digest in sorted(hashes.items()))
     storage.write(storage.join(out, "SHA256SUMS"), lines.encode())
     storage.write_new(storage.join(out, "manifest.json"), manifest)
+    storage.sweep(out)
     return shards.parse_manifest(document, digest)
 
 
-def _write_split(out: str, split: str, done: list[Done]) -> dict[str, str]:
+def _write_split(out: str, split: str, statuses: list[dict[str, Any]]) -> dict[str, str]:
     """Index, wids index and quarantine list of one split; returns name → sha256."""
-    index = pa.concat_tables([index for _, index, _ in done]).combine_chunks()
-    rejected = [entry for _, _, status in done for entry in status["rejected"]]
+    rejected = [entry for status in statuses for entry in status["rejected"]]
     rejected.sort(key=lambda entry: str(entry["key"]))
     wids = {
         "__kind__": "wids-shard-index-v1",
@@ -74,31 +107,49 @@ def _write_split(out: str, split: str, done: list[Done]) -> dict[str, str]:
         "name": split,
         "shardlist": [
             {
-                "url": f"{shard.name}.tar",
+                "url": f"{status['shard']}.tar",
                 "md5sum": status["md5"],
                 "nsamples": status["samples"],
                 "filesize": status["bytes"],
             }
-            for shard, _, status in done
+            for status in statuses
         ],
     }
-    files = {
-        f"index/{split}.parquet": shards.parquet_bytes(index),
-        f"shardindex-{split}.json": shards.canonical_json(wids, indent=1),
-        f"quarantine/{split}.jsonl": b"".join(map(shards.canonical_json, rejected)),
-    }
-    for name, data in files.items():
+    files: Iterable[tuple[str, bytes]] = (
+        (f"index/{split}.parquet", _index(out, statuses)),
+        (f"shardindex-{split}.json", shards.canonical_json(wids, indent=1)),
+        (f"quarantine/{split}.jsonl", b"".join(map(shards.canonical_json, rejected))),
+    )
+    hashes = {}
+    for name, data in files:
         storage.write(storage.join(out, name), data)
-    hashes = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
+        hashes[name] = hashlib.sha256(data).hexdigest()
     for entry in rejected:
         hashes[quarantine_uri("", split, entry["key"]).lstrip("/")] = entry["source_sha256"]
     return hashes
 
 
-def _manifest(source: Source, plan: Plan, done: list[Done]) -> dict[str, Any]:
+def _index(out: str, statuses: list[dict[str, Any]]) -> bytes:
+    """The rows of all sidecars, a row group per shard."""
+    buffer = io.BytesIO()
+    with pq.ParquetWriter(buffer, shards.INDEX) as writer:
+        for rows in _sidecar_rows(out, statuses):
+            if rows.num_rows:
+                writer.write_table(rows)
+    return buffer.getvalue()
+
+
+def _sidecar_rows(out: str, statuses: list[dict[str, Any]]) -> Iterator[pa.Table]:
+    uris = [shards.sidecar_uri(out, status["shard"]) for status in statuses]
+    for data, status in zip(storage.read_each(uris), statuses, strict=True):
+        rows, found = shards.unpack_sidecar(data)
+        assert found == status, f"the sidecar of {status['shard']} changed meanwhile"
+        yield rows
+
+
+def _manifest(plan: Plan, statuses: list[dict[str, Any]]) -> dict[str, Any]:
     """No clock and no absolute path: equal input gives an equal manifest."""
     recipe = plan.identity["recipe"]
-    statuses = [status for _, _, status in done]
     stats_split = recipe["splits"][0]  # train where there is one: the network must not see val
     fixes: Counter[str] = Counter()
     for status in statuses:
@@ -109,15 +160,16 @@ def _manifest(source: Source, plan: Plan, done: list[Done]) -> dict[str, Any]:
         "plan_id": plan.plan_id,
         "geometry": {"resize": recipe["resize"], "crop": recipe["crop"]},
         "codec": {"name": plan.identity["codec"], "quality": recipe["quality"]},
-        "versions": codec_versions(),
+        "versions": codec_versions() | {"pyarrow": version("pyarrow")},  # writes the index
+        "recipe": recipe,
         "seed": recipe["seed"],
-        "samples_per_shard": recipe["samples_per_shard"],
         "ordering": plan.identity["ordering"],
         "source": plan.identity["source"],
-        "labels_from": source.labels_from,
+        "labels_from": plan.labels_from,
         "partial": recipe["partial"],
-        "announced": source.announced,
-        "classes": {"wnids": list(source.wnids), "names": list(source.class_names)},
+        "official": plan.official,
+        "announced": plan.announced,
+        "classes": {"wnids": list(plan.wnids), "names": list(plan.class_names)},
         "pixels": {"split": stats_split} | _pixel_stats(statuses, stats_split),
         "shards": [
             {

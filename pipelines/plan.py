@@ -3,32 +3,38 @@
 `plan_id` is a hash of everything that decides the bytes of the output. Shard i is a function of
 (plan, i) alone, so a retry, a resumed build and a rebuild elsewhere give the same shard.
 
-Order: within a class pictures keep the source's order, and picture r of a class of n sorts at
-(r + ½) / n. Cutting that order into equal runs gives each shard a short contiguous run of every
-class: balanced shards, and few, long range reads. Inside a shard the order is then shuffled.
+Order of the pictures before they are cut into shards (`--shuffle`):
+  classes  within a class pictures keep the source's order, and picture r of a class of n sorts at
+           (r + ½) / n. Each shard gets a short contiguous run of every class: balanced shards,
+           and few, long range reads.
+  global   a random permutation of all. About one read per picture.
+  source   as the source has them: the longest reads, for sources that are mixed already.
+Inside a shard the order is always shuffled.
 """
 
 from __future__ import annotations
 
 import hashlib
-import io
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
+import pyarrow.compute as pc
 
 from alexnet.errors import UserError
 from alexnet.preprocess import NETWORK_SIDE
-from pipelines import shards, storage, tars
-from pipelines.sources import SPLITS, Source
+from pipelines import shards
+from pipelines.sources import SPLITS, Shuffle, Source, StoredAs
 from pipelines.transform import CODEC
 
-ORDERING = "class-runs-1"  # change it when the order or the shuffle below changes
+ORDERING = "runs-2"  # change it when an order or the shuffle below changes
 # Bytes per pixel of a photo by JPEG quality at 4:2:0; 19.7 kB for 227×227 at 90 was measured.
 _QUALITIES, _BYTES_PER_PIXEL = (50, 90, 95, 100), (0.16, 0.38, 0.53, 1.1)
 _TAR_OVERHEAD = 3072  # bytes per sample: three headers, padding, the label and the JSON
+_MAX_SHARD = 5 << 30  # bytes; what one S3 PUT takes
+
+Orientation = Literal["ignore", "apply"]
 
 
 @dataclass(frozen=True)
@@ -38,9 +44,13 @@ class Recipe:
     resize: int = 256
     crop: int = 227
     quality: int = 90
+    exif_orientation: Orientation = "ignore"
     samples_per_shard: int = 5005
+    shuffle: Shuffle = "classes"
     seed: int = 0
-    splits: tuple[str, ...] = SPLITS
+    splits: tuple[str, ...] = ("train", "val")
+    subset: tuple[str, ...] = ()  # WNIDs; empty for all
+    per_class: int | None = None
     partial: bool = False
 
     def __post_init__(self) -> None:
@@ -53,8 +63,28 @@ class Recipe:
             raise UserError(f"--quality {self.quality} is out of range; choose 1 to 100")
         if self.samples_per_shard < 1:
             raise UserError(f"--samples-per-shard {self.samples_per_shard} must be at least 1")
+        if self.samples_per_shard * self.bytes_per_sample > _MAX_SHARD:
+            raise UserError(
+                f"--samples-per-shard {self.samples_per_shard} makes shards of about "
+                f"{self.samples_per_shard * self.bytes_per_sample / 2**30:.1f} GiB, more than the "
+                f"5 GiB of one upload; choose at most {int(_MAX_SHARD / self.bytes_per_sample):,}"
+            )
+        if self.per_class is not None and self.per_class < 1:
+            raise UserError(f"--per-class {self.per_class} must be at least 1")
         if not self.splits or any(split not in SPLITS for split in self.splits):
             raise UserError(f"--splits {','.join(self.splits)}: choose from {','.join(SPLITS)}")
+        for flag, value, kind in (
+            ("--shuffle", self.shuffle, Shuffle),
+            ("--exif-orientation", self.exif_orientation, Orientation),
+        ):
+            if value not in get_args(kind):
+                raise UserError(f"{flag} {value}: choose from {', '.join(get_args(kind))}")
+
+    @property
+    def bytes_per_sample(self) -> float:
+        """Estimated, in a shard."""
+        per_pixel = float(np.interp(self.quality, _QUALITIES, _BYTES_PER_PIXEL))
+        return self.crop**2 * per_pixel + _TAR_OVERHEAD
 
 
 @dataclass(frozen=True)
@@ -62,6 +92,7 @@ class ShardPlan:
     name: str
     split: str
     samples: int
+    id: str  # hash of its rows and of what is done to them
 
 
 @dataclass(frozen=True)
@@ -69,17 +100,26 @@ class Plan:
     plan_id: str
     identity: dict[str, Any]  # what plan_id is the hash of
     shards: tuple[ShardPlan, ...]
-    table: pa.Table  # sources.TABLE, the rows of shard 0, then of shard 1, …
+    wnids: tuple[str, ...]
+    class_names: tuple[str, ...]
+    labels_from: dict[str, str]
+    announced: dict[str, int] | None
+    official: bool
+    table: pa.Table | None  # sources.TABLE in the order of the shards; None when read from OUT
 
     @property
-    def estimated_bytes(self) -> int:
-        recipe = self.identity["recipe"]
-        per_pixel = float(np.interp(recipe["quality"], _QUALITIES, _BYTES_PER_PIXEL))
-        return int(self.table.num_rows * (recipe["crop"] ** 2 * per_pixel + _TAR_OVERHEAD))
+    def recipe(self) -> Recipe:
+        fields = dict(self.identity["recipe"])
+        return Recipe(**fields | {name: tuple(fields[name]) for name in ("splits", "subset")})
+
+    @property
+    def pictures(self) -> int:
+        return sum(shard.samples for shard in self.shards)
 
 
 def make(source: Source, recipe: Recipe) -> Plan:
     """Same source content, recipe and seed give the same plan, wherever the source lies."""
+    _refuse_enlarging(recipe, source.stored)
     identity: dict[str, Any] = {
         "format_version": shards.FORMAT_VERSION,
         "ordering": ORDERING,
@@ -90,122 +130,115 @@ def make(source: Source, recipe: Recipe) -> Plan:
             "containers": [list(container) for container in source.containers],
             "pictures": source.table.num_rows,
             "table_sha256": _table_sha256(source),
+            "stored": asdict(source.stored) if source.stored else None,
         },
     }
-    plan_id = hashlib.sha256(shards.canonical_json(identity)).hexdigest()
-    order: list[np.ndarray[Any, Any]] = []
-    shard_plans: list[ShardPlan] = []
-    for split in identity["recipe"]["splits"]:
-        for number, rows in enumerate(_assign(source.table, split, recipe)):
-            order.append(rows)
-            shard_plans.append(ShardPlan(shards.shard_name(split, number), split, len(rows)))
-    table = source.table.take(pa.array(np.concatenate(order)))
-    return Plan(plan_id, identity, tuple(shard_plans), table)
+    identity["recipe"]["subset"] = sorted(recipe.subset)
+    work = [identity["format_version"], CODEC, recipe.resize, recipe.crop, recipe.quality]
+    work += [recipe.exif_orientation, identity["source"]["stored"]]
+    table, shard_plans = _cut(source.table, recipe, shards.canonical_json(work))
+    return Plan(
+        plan_id=hashlib.sha256(shards.canonical_json(identity)).hexdigest(),
+        identity=identity,
+        shards=tuple(shard_plans),
+        wnids=source.wnids,
+        class_names=source.class_names,
+        labels_from=source.labels_from,
+        announced=source.announced,
+        official=source.official,
+        table=table,
+    )
 
 
-def _table_sha256(source: Source) -> str:
-    """Over every picture's place, key and label, in an order of its own."""
-    digest = hashlib.sha256(shards.canonical_json([source.wnids, source.class_names]))
-    table = source.table.sort_by([("split", "ascending"), ("key", "ascending")])
-    for batch in table.combine_chunks().to_batches(max_chunksize=65536):
-        digest.update(shards.canonical_json(batch.to_pydict()))
-    return digest.hexdigest()
+def geometry(recipe: Recipe, stored: StoredAs | None) -> tuple[int, bool]:
+    """(the shorter side that a picture of the source is resized to, whether it can stay as it is).
+
+    A picture that is stored already shows the centre of the raw one, its shorter side scaled to
+    `stored.resize`; the same scale for the new one needs less than `recipe.resize` pixels.
+    """
+    if stored is None:
+        return recipe.resize, False
+    same = (recipe.resize, recipe.crop, recipe.quality) == (
+        stored.resize,
+        stored.crop,
+        stored.quality,
+    )
+    return round(stored.crop * recipe.resize / stored.resize), same
+
+
+def _refuse_enlarging(recipe: Recipe, stored: StoredAs | None) -> None:
+    side, _ = geometry(recipe, stored)
+    if stored and (recipe.resize > stored.resize or side < recipe.crop):
+        raise UserError(
+            f"--resize {recipe.resize} --crop {recipe.crop} needs more than these shards hold "
+            f"(resize {stored.resize}, crop {stored.crop}); build from the raw archives instead"
+        )
+
+
+def _cut(table: pa.Table, recipe: Recipe, work: bytes) -> tuple[pa.Table, list[ShardPlan]]:
+    runs = [
+        (split, number, rows)
+        for split in SPLITS
+        if split in recipe.splits
+        for number, rows in enumerate(_assign(table, split, recipe))
+    ]
+    shard_plans = []
+    for split, number, rows in runs:
+        name = shards.shard_name(split, number)
+        digest = hashlib.sha256(work + name.encode())
+        _hash_rows(digest, table, pa.array(rows))
+        shard_plans.append(ShardPlan(name, split, len(rows), digest.hexdigest()))
+    order = pa.array(np.concatenate([rows for _, _, rows in runs]))
+    return table.take(order).combine_chunks(), shard_plans
 
 
 def _assign(table: pa.Table, split: str, recipe: Recipe) -> list[np.ndarray[Any, Any]]:
     """Row numbers of `table` for each shard of the split."""
-    rows = np.flatnonzero(np.asarray(table["split"]) == split)
-    part = table.take(pa.array(rows))
-    by_place = np.asarray(
-        pa.compute.sort_indices(
-            part, sort_keys=[(name, "ascending") for name in ("label", "source", "offset")]
-        )
-    )
-    labels = part["label"].to_numpy()[by_place]
-    _, first, count = np.unique(labels, return_index=True, return_counts=True)
-    rank = np.arange(len(labels)) - np.repeat(first, count)
-    position = (rank + 0.5) / np.repeat(count, count)
-    ordered = rows[by_place[np.lexsort((labels, position))]]
-    runs = np.array_split(ordered, -(-len(ordered) // recipe.samples_per_shard))
+    rows = np.flatnonzero(pc.equal(table["split"], split).to_numpy())
+    if not len(rows):
+        raise UserError(f"--splits {','.join(recipe.splits)}: there is no {split} picture to store")
+    part = table.select(["label", "source", "offset"]).take(pa.array(rows))
+    if recipe.shuffle == "classes":
+        by_place = _sorted(part, "label", "source", "offset")
+        labels = part["label"].to_numpy()[by_place]
+        _, first, count = np.unique(labels, return_index=True, return_counts=True)
+        rank = np.arange(len(labels)) - np.repeat(first, count)
+        position = (rank + 0.5) / np.repeat(count, count)
+        order = by_place[np.lexsort((labels, position))]
+    else:
+        order = _sorted(part, "source", "offset")
+        if recipe.shuffle == "global":
+            order = order[_permutation(len(order), recipe.seed, split, "global")]
+    runs = np.array_split(rows[order], -(-len(order) // recipe.samples_per_shard))
     return [run[_permutation(len(run), recipe.seed, split, i)] for i, run in enumerate(runs)]
 
 
-def _permutation(length: int, seed: int, split: str, number: int) -> np.ndarray[Any, Any]:
+def _sorted(table: pa.Table, *columns: str) -> np.ndarray[Any, Any]:
+    keys = [(name, "ascending") for name in columns]
+    return np.asarray(pc.sort_indices(table, sort_keys=keys))
+
+
+def _permutation(length: int, seed: int, split: str, number: int | str) -> np.ndarray[Any, Any]:
     """From Philox's raw numbers: NumPy promises that stream for ever, unlike `permutation`'s."""
     digest = hashlib.sha256(f"{seed}/{split}/{number}".encode()).digest()
     draws = np.random.Philox(key=int.from_bytes(digest[:16], "little")).random_raw(length)
     return np.argsort(draws, kind="stable")
 
 
-# In OUT
+def _table_sha256(source: Source) -> str:
+    """Over every picture's place, key and label, in an order of its own."""
+    digest = hashlib.sha256(shards.canonical_json([source.wnids, source.class_names]))
+    _hash_rows(digest, source.table, pa.array(_sorted(source.table, "split", "key")))
+    return digest.hexdigest()
 
 
-def begin(out: str, source: Source, plan: Plan) -> None:
-    """Claim `out` for this plan, or join it there. Raises UserError when it is another's."""
-    location = storage.join(out, "_meta", "plan.json")
-    if not storage.exists(location):
-        if other := storage.list_files(out):
-            raise UserError(f"{out} is not empty ({other[0][0]}, …) and no shard set; choose --out")
-        document = {
-            "plan_id": plan.plan_id,
-            "identity": plan.identity,
-            "shards": [asdict(shard) for shard in plan.shards],
-            "classes": {"wnids": source.wnids, "names": source.class_names},
-            "labels_from": source.labels_from,
-            "announced": source.announced,
-        }
-        try:
-            storage.write_new(location, shards.canonical_json(document, indent=1))
-        except UserError:
-            if not storage.exists(location):  # else another builder was faster: whose plan is it?
-                raise
-    _check_same(out, shards.read_json(location), plan)
-    rows = storage.join(out, "_meta", "plan.parquet")
-    if not storage.exists(rows):
-        storage.write_new(rows, _rows_by_shard(plan))
-
-
-def read_rows(out: str, number: int) -> list[dict[str, Any]]:
-    """The planned samples of shard `number`, counted over all splits; dicts of sources.TABLE."""
-    uri = storage.join(out, "_meta", "plan.parquet")
-    file = io.BufferedReader(tars.RangeFile(uri, 0, storage.size(uri)), 1 << 16)
-    with pq.ParquetFile(file) as parquet:
-        rows: list[dict[str, Any]] = parquet.read_row_group(number, use_threads=False).to_pylist()
-    return rows
-
-
-def _rows_by_shard(plan: Plan) -> bytes:
-    """Parquet with one row group per shard, so that a task reads its own rows only."""
-    buffer = io.BytesIO()
-    start = 0
-    with pq.ParquetWriter(buffer, plan.table.schema) as writer:
-        for shard in plan.shards:
-            rows = plan.table.slice(start, shard.samples).combine_chunks()
-            writer.write_table(rows, row_group_size=shard.samples)
-            start += shard.samples
-    return buffer.getvalue()
-
-
-def _check_same(out: str, found: dict[str, Any], plan: Plan) -> None:
-    if found["plan_id"] == plan.plan_id:
-        return
-    theirs, ours = _flat(found["identity"]), _flat(plan.identity)
-    differing = [
-        f"{name} {theirs.get(name)} → {ours.get(name)}"
-        for name in sorted(theirs | ours)
-        if theirs.get(name) != ours.get(name)
-    ]
-    raise UserError(
-        f"{out} holds plan {found['plan_id'][:12]}, this is plan {plan.plan_id[:12]} "
-        f"({'; '.join(differing)}); choose another --out or the same source and flags"
-    )
-
-
-def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, item in value.items():
-        if isinstance(item, dict):
-            flat |= _flat(item, f"{prefix}{name}.")
+def _hash_rows(digest: Any, table: pa.Table, order: pa.Array) -> None:
+    """Column by column: int64 numbers (−1 for null), or the strings' int64 lengths and bytes."""
+    for whole in table.itercolumns():
+        column = whole.take(order).combine_chunks()  # one column at a time: a copy of all is large
+        if pa.types.is_string(column.type):
+            digest.update(pc.binary_length(column).to_numpy().astype("<i8"))
+            everything = pa.ListArray.from_arrays([0, len(column)], column)
+            digest.update(pc.binary_join(everything, "")[0].as_buffer())
         else:
-            flat[prefix + name] = str(item)[:40]
-    return flat
+            digest.update(pc.fill_null(column, -1).to_numpy().astype("<i8"))

@@ -6,12 +6,10 @@ Same plan and number, same bytes: so a retry, or two workers on the same shard, 
 from __future__ import annotations
 
 import hashlib
+import time
 from collections import Counter
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import version
-from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -19,42 +17,58 @@ import torch
 from PIL import features
 
 from alexnet.errors import UserError
-from pipelines import plan, shards, storage
+from pipelines import claim, reads, shards, storage, transform
+from pipelines.plan import Orientation
 from pipelines.transform import Pixels, Rejected, Stored, to_stored
-
-_MAX_GAP = 16 << 10  # bytes between two pictures that are cheaper to read than to skip
-_MAX_READ = 8 << 20  # bytes per request
-_READS_AHEAD = 4
 
 
 @dataclass(frozen=True)
 class Job:
-    """What every task of a build needs besides the number of its shard."""
+    """What every task of a build needs besides the shard that it makes."""
 
     raw: str
     out: str
     plan_id: str
-    resize: int
+    resize: int  # of the picture as it lies in RAW
     crop: int
     quality: int
+    exif_orientation: Orientation
+    keep: bool  # a stored picture that needs no change
     versions: dict[str, str]  # codec_versions() of the driver
 
 
-def produce(job: Job, number: int, name: str) -> dict[str, Any]:
-    """Publish shard `number` and return its status, the JSON of its sidecar."""
+@dataclass(frozen=True)
+class Made:
+    """How the making of a shard went; what it holds is in its sidecar."""
+
+    samples: int
+    rejected: list[dict[str, Any]]
+    read_bytes: int
+    stored_bytes: int
+    wait_seconds: float  # for the raw pictures
+    work_seconds: float  # in all, waiting included
+
+
+def produce(job: Job, number: int, name: str, shard_id: str) -> Made:
+    """Publish shard `number`, its index for DALI and its sidecar.
+
+    Raises UserError when RAW or OUT cannot be used, or changed behind the plan's back.
+    """
+    started = time.perf_counter()
     torch.set_num_threads(1)  # parallelism is by tasks; more threads would only fight
     if codec_versions() != job.versions:
         raise UserError(
             f"this worker has {codec_versions()}, the driver {job.versions}; install the same "
             "versions everywhere, or the shards would depend on who made them"
         )
-    rows = plan.read_rows(job.out, number)
+    rows = claim.read_rows(job.out, job.plan_id, number)
     samples: list[shards.Sample | None] = [None] * len(rows)
     rejected: list[dict[str, Any]] = []
     pixels = _PixelSums()
-    for position, raw in _pictures(job.raw, rows):
+    reader = reads.Reader(job.raw, rows)
+    for position, raw in reader:
         row = rows[position]
-        made = to_stored(raw, job.resize, job.crop, job.quality)
+        made = _transformed(job, raw)
         if isinstance(made, Rejected):
             storage.write_new(quarantine_uri(job.out, row["split"], row["key"]), raw)
             rejected.append(_lineage(row, raw) | {"reason": made.reason, "detail": made.detail})
@@ -63,23 +77,53 @@ def produce(job: Job, number: int, name: str) -> dict[str, Any]:
             samples[position] = _sample(row, raw, made)
     good = [sample for sample in samples if sample is not None]
     assert len(good) + len(rejected) == len(rows), f"{name}: a picture has no fate"
-    data, index = shards.pack(name, good)
-    storage.write_new(storage.join(job.out, f"{name}.tar"), data)
-    status = {
-        "plan_id": job.plan_id,
+    rejected.sort(key=lambda entry: str(entry["key"]))
+    packed = shards.pack(name, good)
+    status = _status(job, name, shard_id, rows[0]["split"], packed, good, rejected, pixels)
+    storage.write_new(storage.join(job.out, f"{name}.tar"), packed.tar)
+    storage.write_new(storage.join(job.out, f"{name}.idx"), packed.dali_index)
+    storage.write_new(shards.sidecar_uri(job.out, name), shards.pack_sidecar(packed.index, status))
+    return Made(
+        samples=len(good),
+        rejected=rejected,
+        read_bytes=reader.read_bytes,
+        stored_bytes=len(packed.tar),
+        wait_seconds=reader.wait_seconds,
+        work_seconds=time.perf_counter() - started,
+    )
+
+
+def _transformed(job: Job, raw: bytes) -> Stored | Rejected:
+    if job.keep:
+        return transform.keep_stored(raw, job.crop)
+    return to_stored(raw, job.resize, job.crop, job.quality)
+
+
+def _status(
+    job: Job,
+    name: str,
+    shard_id: str,
+    split: str,
+    packed: shards.Packed,
+    good: list[shards.Sample],
+    rejected: list[dict[str, Any]],
+    pixels: _PixelSums,
+) -> dict[str, Any]:
+    """No clock: two workers that make the same shard must write the same sidecar."""
+    return {
+        "shard_id": shard_id,
         "shard": name,
-        "split": rows[0]["split"],
+        "split": split,
         "samples": len(good),
-        "bytes": len(data),
-        "sha256": hashlib.sha256(data).hexdigest(),
-        "md5": hashlib.md5(data, usedforsecurity=False).hexdigest(),  # asked for by wids
+        "bytes": len(packed.tar),
+        "sha256": hashlib.sha256(packed.tar).hexdigest(),
+        "md5": hashlib.md5(packed.tar, usedforsecurity=False).hexdigest(),  # asked for by wids
+        "dali_index_sha256": hashlib.sha256(packed.dali_index).hexdigest(),
         "pixels": pixels.to_json(),
         "fixes": dict(Counter(fix for sample in good for fix in sample.fixes)),
-        "rejected": sorted(rejected, key=lambda entry: str(entry["key"])),
+        "rejected": rejected,
         "versions": job.versions,
     }
-    storage.write_new(shards.sidecar_uri(job.out, name), shards.pack_sidecar(index, status))
-    return status
 
 
 def _lineage(row: dict[str, Any], raw: bytes) -> dict[str, Any]:
@@ -88,7 +132,7 @@ def _lineage(row: dict[str, Any], raw: bytes) -> dict[str, Any]:
         "name": row["name"],
         "source": row["source"],
         "source_offset": row["offset"],
-        "source_size": row["size"],
+        "source_size": len(raw),
         "source_sha256": hashlib.sha256(raw).hexdigest(),
     }
 
@@ -140,46 +184,3 @@ class _PixelSums:
             "sums": self.sums.tolist(),
             "products": self.products.tolist(),
         }
-
-
-def _pictures(raw: str, rows: list[dict[str, Any]]) -> Iterator[tuple[int, bytes]]:
-    """(position in `rows`, raw bytes) in the source's order, with reads under way ahead."""
-    runs = iter(_runs(rows))
-    with ThreadPoolExecutor(_READS_AHEAD) as pool:
-        pending = [(run, pool.submit(_read, raw, rows, run)) for run in islice(runs, _READS_AHEAD)]
-        while pending:
-            run, reading = pending.pop(0)
-            data = reading.result()
-            if (following := next(runs, None)) is not None:
-                pending.append((following, pool.submit(_read, raw, rows, following)))
-            start = rows[run[0]]["offset"]
-            for position in run:
-                row = rows[position]
-                yield position, data[row["offset"] - start :][: row["size"]]
-
-
-def _runs(rows: list[dict[str, Any]]) -> list[list[int]]:
-    """Positions grouped by what one read fetches: neighbours in the same container."""
-    order = sorted(range(len(rows)), key=lambda i: (rows[i]["source"], rows[i]["offset"]))
-    runs: list[list[int]] = []
-    for position in order:
-        row = rows[position]
-        if runs:
-            first, last = rows[runs[-1][0]], rows[runs[-1][-1]]
-            gap = row["offset"] - (last["offset"] + last["size"])
-            length = row["offset"] + row["size"] - first["offset"]
-            if row["source"] == last["source"] and gap <= _MAX_GAP and length <= _MAX_READ:
-                runs[-1].append(position)
-                continue
-        runs.append([position])
-    return runs
-
-
-def _read(raw: str, rows: list[dict[str, Any]], run: list[int]) -> bytes:
-    first, last = rows[run[0]], rows[run[-1]]
-    length = last["offset"] + last["size"] - first["offset"]
-    uri = storage.join(raw, first["source"])
-    data = storage.read(uri, first["offset"], length)
-    if len(data) != length:
-        raise UserError(f"{uri} has changed: bytes {first['offset']} and on are gone; build anew")
-    return data

@@ -5,8 +5,12 @@
     OUT/manifest.json             written last: where it is, the set is complete
     OUT/SHA256SUMS                for `sha256sum -c`, of everything above and below but _meta/
     OUT/shardindex-train.json     the same shards for `wids`, derived
+    OUT/train-000000.idx          where the members of that tar lie, for NVIDIA DALI, derived
     OUT/quarantine/train.jsonl    the rejected images, their raw bytes in quarantine/train/KEY.bin
-    OUT/_meta/plan.json, plan.parquet, SHARD.parquet    the plan, and each finished shard's sidecar
+    OUT/_meta/plan.json, plan.parquet    the plan, and one row per planned picture
+    OUT/_meta/SHARD.parquet       the sidecar of each finished shard
+    OUT/_meta/raw.json            where RAW was, for repairs; no part of the set's identity
+    OUT/_meta/progress/           one journal for each time that somebody built
 
 Needs no ray, and no part of the builder: training reads shards through this module alone.
 """
@@ -194,30 +198,54 @@ def load_index(uri: str, split: str) -> pa.Table:
     return read_parquet(storage.read(location))
 
 
-def pack(name: str, samples: Iterable[Sample]) -> tuple[bytes, pa.Table]:
-    """The shard's tar and its `INDEX` rows, in the order given.
+@dataclass(frozen=True)
+class Packed:
+    tar: bytes
+    index: pa.Table  # its `INDEX` rows
+    dali_index: bytes
+
+
+def pack(name: str, samples: Iterable[Sample]) -> Packed:
+    """The shard's files, with the samples in the order given.
 
     The bytes depend on the samples alone: USTAR, no clock, no user, canonical JSON.
     """
     buffer = io.BytesIO()
     rows: list[dict[str, Any]] = []
+    lines: list[str] = []
     with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
         for sample in samples:
-            _add(tar, f"{sample.key}.cls", str(sample.label).encode())
-            offset = buffer.tell() + _TAR_BLOCK
-            _add(tar, f"{sample.key}.jpg", sample.jpeg)
             row = {field: getattr(sample, field) for field in INDEX.names if hasattr(sample, field)}
             row["fixes"] = list(sample.fixes)
-            _add(tar, f"{sample.key}.json", canonical_json({**row, "name": sample.name}))
-            row |= {"shard": name, "offset": offset, "size": len(sample.jpeg)}
+            members = {
+                "cls": str(sample.label).encode(),
+                "jpg": sample.jpeg,
+                "json": canonical_json({**row, "name": sample.name}),
+            }
+            places = {
+                suffix: _add(tar, buffer, f"{sample.key}.{suffix}", data)
+                for suffix, data in members.items()
+            }
+            lines.append(
+                " ".join(
+                    f"{suffix} {places[suffix]} {len(data)} {sample.key}.{suffix}"
+                    for suffix, data in members.items()
+                )
+            )
+            row |= {"shard": name, "offset": places["jpg"], "size": len(sample.jpeg)}
             rows.append({**row, "sha256": hashlib.sha256(sample.jpeg).hexdigest()})
-    return buffer.getvalue(), pa.Table.from_pylist(rows, schema=INDEX)
+    # "v1.2", then per sample: extension, offset of the data, bytes, name (DALI's wds2idx.py)
+    dali = "\n".join([f"v1.2 {len(lines)}", *lines]) + "\n"
+    return Packed(buffer.getvalue(), pa.Table.from_pylist(rows, schema=INDEX), dali.encode())
 
 
-def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+def _add(tar: tarfile.TarFile, buffer: io.BytesIO, name: str, data: bytes) -> int:
+    """The offset of its data."""
     member = tarfile.TarInfo(name)  # TarInfo's own defaults: mtime 0, uid and gid 0, no names
     member.size, member.mode = len(data), 0o444
+    offset = buffer.tell() + _TAR_BLOCK
     tar.addfile(member, io.BytesIO(data))
+    return offset
 
 
 def canonical_json(value: Any, indent: int | None = None) -> bytes:
@@ -251,12 +279,6 @@ def parquet_bytes(table: pa.Table, **options: Any) -> bytes:
     buffer = io.BytesIO()
     pq.write_table(table, buffer, **options)
     return buffer.getvalue()
-
-
-def _read_parquet(data: bytes) -> pa.Table:
-    """Without Arrow's threads: after a buffered read from Python's memory they may outlive the
-    interpreter and abort it, in a third of all short processes (apache/arrow#39162)."""
-    return pq.ParquetFile(pa.BufferReader(data), pre_buffer=False).read(use_threads=False)
 
 
 def read_json(uri: str) -> Any:

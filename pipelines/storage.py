@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import os
+import socket
 import tempfile
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +71,19 @@ def read(uri: str, offset: int = 0, length: int | None = None) -> bytes:
         return s3.read(uri, offset, length)
 
 
+def read_each(uris: Sequence[str], ahead: int = 16) -> Iterator[bytes]:
+    """The whole of each file, in the order given, with at most `ahead` reads under way or waiting
+    to be taken: on S3 thousands of small objects would otherwise cost a round trip each."""
+    pending = deque(uris)
+    with ThreadPoolExecutor(ahead if any(map(is_s3, uris)) else 1) as pool:
+        reads = deque(pool.submit(read, pending.popleft()) for _ in range(min(ahead, len(uris))))
+        while reads:
+            data = reads.popleft().result()
+            if pending:
+                reads.append(pool.submit(read, pending.popleft()))
+            yield data
+
+
 def list_files(uri: str) -> list[tuple[str, int]]:
     """(name relative to `uri`, bytes) of every file below it, sorted by name; [] if none."""
     with _told(uri):
@@ -105,6 +121,17 @@ def delete(uri: str) -> None:
             s3.delete(uri)
         else:
             Path(uri).unlink(missing_ok=True)
+
+
+def sweep(folder: str) -> None:
+    """Remove the unfinished files that killed writers of this host left in a local folder."""
+    if is_s3(folder):
+        return  # an unfinished PUT leaves nothing
+    with _told(folder):
+        for path in Path(folder).rglob(f".*~*{_TEMPORARY}"):
+            host, pid, _ = path.name[1:].split("~", 2)
+            if host == socket.gethostname() and not _is_alive(int(pid)):
+                path.unlink(missing_ok=True)
 
 
 def home() -> Path:
@@ -151,6 +178,16 @@ def _list_folder(folder: Path, prefix: str) -> Iterator[tuple[str, int]]:
                 yield prefix + entry.name, entry.stat().st_size
 
 
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)  # sends nothing
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # somebody else's
+        return True
+    return True
+
+
 def _is_temporary(name: str) -> bool:
     """What a writer killed with SIGKILL leaves behind: never a part of the data."""
     return name.startswith(".") and name.endswith(_TEMPORARY)
@@ -160,7 +197,8 @@ def _is_temporary(name: str) -> bool:
 def _temporary_beside(path: Path, data: bytes) -> Iterator[Path]:
     """`data` on disk in a hidden file next to `path`, gone afterwards unless it was renamed."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=_TEMPORARY)
+    writer = f".{socket.gethostname()}~{os.getpid()}~{path.name}."  # for `sweep`
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=writer, suffix=_TEMPORARY)
     temporary = Path(name)
     try:
         with os.fdopen(handle, "wb") as file:

@@ -32,9 +32,10 @@ def write_shard_set(
             name = shards.shard_name(split, number)
             samples = [_sample(split, i, classes, side, rng) for i in range(first, first + size)]
             first += size
-            data, rows = shards.pack(name, samples)
+            packed = shards.pack(name, samples)
+            data = packed.tar
             storage.write_new(storage.join(str(folder), f"{name}.tar"), data)
-            tables.append(rows)
+            tables.append(packed.index)
             infos.append((name, split, size, len(data), hashlib.sha256(data).hexdigest()))
             pixels += [np.asarray(Image.open(io.BytesIO(s.jpeg))) for s in samples]
         index = shards.parquet_bytes(pa.concat_tables(tables))

@@ -37,7 +37,7 @@ SAMPLES = [sample("n00000001_9", 1, seed=1), sample("n00000000_5", 0, seed=2)]
 
 
 def test_a_tar_holds_cls_jpg_json_of_each_sample_in_the_given_order() -> None:
-    data, _ = shards.pack("train-000000", SAMPLES)
+    data = shards.pack("train-000000", SAMPLES).tar
     with tarfile.open(fileobj=io.BytesIO(data)) as tar:
         found = [(info.name, tar.extractfile(info).read()) for info in tar]
     assert [name for name, _ in found] == [
@@ -51,8 +51,8 @@ def test_a_tar_holds_cls_jpg_json_of_each_sample_in_the_given_order() -> None:
 
 
 def test_a_tar_knows_no_clock_no_user_and_no_extended_headers() -> None:
-    data, _ = shards.pack("train-000000", SAMPLES)
-    assert shards.pack("train-000000", SAMPLES)[0] == data
+    data = shards.pack("train-000000", SAMPLES).tar
+    assert shards.pack("train-000000", SAMPLES).tar == data
     with tarfile.open(fileobj=io.BytesIO(data)) as tar:
         for info in tar:
             assert (info.mtime, info.uid, info.gid, info.uname, info.gname) == (0, 0, 0, "", "")
@@ -61,7 +61,8 @@ def test_a_tar_knows_no_clock_no_user_and_no_extended_headers() -> None:
 
 
 def test_the_index_finds_each_jpeg_by_its_byte_range() -> None:
-    data, index = shards.pack("train-000000", SAMPLES)
+    packed = shards.pack("train-000000", SAMPLES)
+    data, index = packed.tar, packed.index
     assert index.schema == shards.INDEX
     for row, packed in zip(index.to_pylist(), SAMPLES, strict=True):
         found = data[row["offset"] : row["offset"] + row["size"]]
@@ -95,7 +96,7 @@ def test_pixel_sums_become_numpys_mean_and_covariance() -> None:
 
 
 def test_a_sidecar_gives_back_rows_and_status() -> None:
-    _, index = shards.pack("train-000000", SAMPLES)
+    index = shards.pack("train-000000", SAMPLES).index
     data = shards.pack_sidecar(index, {"samples": 2})
     assert data == shards.pack_sidecar(index, {"samples": 2})
     rows, status = shards.unpack_sidecar(data)

@@ -105,16 +105,15 @@ def check(raw: str, table: pa.Table) -> None:
             f"{_MAX_KEY} ASCII characters without a blank, or a dot before the extension"
         )
     for split in SPLITS:
-        keys = table.filter(pc.equal(table["split"], split))["key"]
-        if len(pc.unique(keys)) == len(keys):
-            continue
-        counts = pc.value_counts(keys)
-        twice = counts.filter(pc.greater(counts.field("counts"), 1))
-        first = min(twice.to_pylist(), key=lambda entry: str(entry["values"]))
-        raise UserError(
-            f"{raw}: {first['counts']} {split} files are named {first['values']} "
-            f"({len(twice)} names in all are not unique); rename or remove them"
-        )
+        keys = table.filter(pc.equal(table["split"], split))["key"].combine_chunks()
+        keys = keys.take(pc.sort_indices(keys))
+        twice = keys[1:].filter(pc.equal(keys[1:], keys[:-1]))
+        if len(twice):
+            name = twice[0].as_py()
+            raise UserError(
+                f"{raw}: {pc.sum(pc.equal(keys, name)).as_py()} {split} files are named {name} "
+                f"({len(twice)} names too many in all); rename or remove them"
+            )
     unlabelled = pc.and_(pc.equal(table["label"], UNLABELLED), pc.not_equal(table["split"], "test"))
     assert not pc.any(unlabelled).as_py(), "a train or val picture has no label"
 

@@ -1,0 +1,160 @@
+"""A plan in OUT: claimed once, so that two sets never mix, and read back by every task."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import asdict
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from alexnet.errors import UserError
+from pipelines import shards, storage, tars
+from pipelines.plan import Plan, ShardPlan
+
+_PLAN = ("_meta", "plan.json")
+_ROWS = ("_meta", "plan.parquet")
+_RAW = ("_meta", "raw.json")
+_PLAN_ID = b"alexnet.plan_id"
+
+
+def begin(out: str, raw: str, plan: Plan) -> None:
+    """Claim `out` for this plan, or join it there. Raises UserError when it is another's."""
+    location = storage.join(out, *_PLAN)
+    if not storage.exists(location):
+        if other := [name for name, _ in storage.list_files(out)]:
+            raise UserError(f"{out} is not empty ({other[0]}, …) and no shard set; choose --out")
+        try:
+            storage.write_new(location, _document(plan))
+        except UserError:
+            if not storage.exists(location):  # else another builder was faster: whose plan is it?
+                raise
+    found = shards.read_json(location)
+    if found["plan_id"] != plan.plan_id:
+        raise UserError(
+            f"{out} holds plan {found['plan_id'][:12]}, this is plan {plan.plan_id[:12]} "
+            f"({_differences(found, plan)}); choose another --out or the same source and flags"
+        )
+    if _rows_belong_to(out) != plan.plan_id:  # or somebody was killed while replacing a plan
+        storage.write(storage.join(out, *_ROWS), _rows_by_shard(plan))
+    storage.write(storage.join(out, *_RAW), shards.canonical_json({"raw": raw}))
+
+
+def replace(out: str, raw: str, plan: Plan, shards_again: set[str]) -> None:
+    """Put `plan` in the place of the one in `out`, from which it may differ in `shards_again` only.
+
+    Raises UserError when other shards would change as well. What is interrupted is mended by
+    doing it again: the rows come first, and no finished shard names the plan it belonged to.
+    """
+    found = load(out)
+    if found.plan_id != plan.plan_id:
+        before = {shard.name: shard.id for shard in found.shards}
+        after = {shard.name: shard.id for shard in plan.shards}
+        changed = {name for name in before | after if before.get(name) != after.get(name)}
+        if strangers := sorted(changed - shards_again):
+            raise UserError(
+                f"{out}: the source has changed in more than the quarantined pictures "
+                f"({len(strangers)} other shards, first {strangers[0]}); build into another --out"
+            )
+    storage.write(storage.join(out, *_ROWS), _rows_by_shard(plan))
+    storage.write(storage.join(out, *_PLAN), _document(plan))
+    storage.write(storage.join(out, *_RAW), shards.canonical_json({"raw": raw}))
+
+
+def load(out: str) -> Plan:
+    """The plan of a set, finished or not, without its table. Raises UserError if there is none."""
+    location = storage.join(out, *_PLAN)
+    if not storage.exists(location):
+        raise UserError(f"{out}: no shard set was begun here (no _meta/plan.json)")
+    document = shards.read_json(location)
+    fields = {name: document[name] for name in ("labels_from", "announced", "official")}
+    return Plan(
+        plan_id=document["plan_id"],
+        identity=document["identity"],
+        shards=tuple(ShardPlan(**shard) for shard in document["shards"]),
+        wnids=tuple(document["classes"]["wnids"]),
+        class_names=tuple(document["classes"]["names"]),
+        table=None,
+        **fields,
+    )
+
+
+def raw_of(out: str) -> str | None:
+    """Where RAW was when somebody built last; None if that is not known."""
+    location = storage.join(out, *_RAW)
+    return str(shards.read_json(location)["raw"]) if storage.exists(location) else None
+
+
+def read_rows(out: str, plan_id: str, number: int) -> list[dict[str, Any]]:
+    """The planned samples of shard `number`, counted over all splits; dicts of sources.TABLE.
+
+    Raises UserError when the rows in `out` are those of another plan.
+    """
+    with _open_rows(out) as parquet:
+        if _plan_id(parquet) != plan_id:
+            raise UserError(f"{out} was given another plan meanwhile; start the same command again")
+        rows: list[dict[str, Any]] = parquet.read_row_group(number, use_threads=False).to_pylist()
+    return rows
+
+
+def _open_rows(out: str) -> pq.ParquetFile:
+    uri = storage.join(out, *_ROWS)
+    return pq.ParquetFile(io.BufferedReader(tars.RangeFile(uri, 0, storage.size(uri)), 1 << 16))
+
+
+def _plan_id(parquet: pq.ParquetFile) -> str:
+    return bytes((parquet.schema_arrow.metadata or {}).get(_PLAN_ID, b"")).decode()
+
+
+def _rows_belong_to(out: str) -> str | None:
+    if not storage.exists(storage.join(out, *_ROWS)):
+        return None
+    with _open_rows(out) as parquet:
+        return _plan_id(parquet)
+
+
+def _document(plan: Plan) -> bytes:
+    document = {
+        "plan_id": plan.plan_id,
+        "identity": plan.identity,
+        "shards": [asdict(shard) for shard in plan.shards],
+        "classes": {"wnids": plan.wnids, "names": plan.class_names},
+        "labels_from": plan.labels_from,
+        "announced": plan.announced,
+        "official": plan.official,
+    }
+    return shards.canonical_json(document, indent=1)
+
+
+def _rows_by_shard(plan: Plan) -> bytes:
+    """Parquet with one row group per shard, so that a task reads its own rows only."""
+    assert plan.table is not None, "a plan read back from OUT has no rows to write"
+    table = plan.table.replace_schema_metadata({_PLAN_ID: plan.plan_id})
+    buffer = io.BytesIO()
+    start = 0
+    with pq.ParquetWriter(buffer, table.schema) as writer:
+        for shard in plan.shards:
+            rows = table.slice(start, shard.samples)
+            writer.write_table(rows, row_group_size=shard.samples)
+            start += shard.samples
+    return buffer.getvalue()
+
+
+def _differences(found: dict[str, Any], plan: Plan) -> str:
+    theirs, ours = flat(found["identity"]), flat(plan.identity)
+    return "; ".join(
+        f"{name} {theirs.get(name)} → {ours.get(name)}"
+        for name in sorted(theirs | ours)
+        if theirs.get(name) != ours.get(name)
+    )
+
+
+def flat(value: dict[str, Any], prefix: str = "") -> dict[str, str]:
+    """Nested names joined by dots, each with its value in at most 40 characters."""
+    found: dict[str, str] = {}
+    for name, item in value.items():
+        if isinstance(item, dict):
+            found |= flat(item, f"{prefix}{name}.")
+        else:
+            found[prefix + name] = str(item)[:40]
+    return found
