@@ -1,0 +1,287 @@
+"""pipelines/progress.py and journal.py: what a build tells while it runs, and what it leaves."""
+
+import io
+import itertools
+import json
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from alexnet.errors import UserError
+from pipelines import journal, progress
+from pipelines.journal import Journal, Point
+from pipelines.progress import BuildFailed, MaxRejected, Progress
+
+NONE = MaxRejected(number=0)
+
+
+def row(samples: int, *rejected: str, **numbers: float) -> dict[str, Any]:
+    return {
+        "shard": "train-000000",
+        "samples": samples,
+        "rejected": [{"key": key, "reason": "truncated"} for key in rejected],
+        "read_bytes": 0,
+        "stored_bytes": 0,
+        "wait_seconds": 0.0,
+        "work_seconds": 0.0,
+        "error": "",
+        "traceback": "",
+        **numbers,
+    }
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    """A clock that stands still until it is told to go on."""
+    now = [1000.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+
+    def go_on(seconds: float) -> None:
+        now[0] += seconds
+
+    return go_on
+
+
+@pytest.fixture
+def often(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(journal, "SECONDS", 0.01)
+
+
+def journals(out: Path) -> list[Journal]:
+    names = [str(path.relative_to(out)) for path in out.rglob("*.json")]
+    return journal.load(str(out), names)
+
+
+@pytest.mark.parametrize(
+    ("text", "official", "pictures", "allowed"),
+    [
+        (None, True, 1_281_167, 0),
+        (None, False, 1000, 10),
+        ("25", True, 1000, 25),
+        ("0.5%", False, 1000, 5),
+        ("60%", False, 14, 8),
+        ("100%", False, 3, 3),
+        ("0", False, 1000, 0),
+    ],
+)
+def test_so_many_rejected_pictures_are_allowed_and_not_one_more(
+    text: str | None, official: bool, pictures: int, allowed: int
+) -> None:
+    limit = MaxRejected.parse(text, official)
+    assert not limit.exceeded(allowed, pictures)
+    assert limit.exceeded(allowed + 1, pictures)
+
+
+@pytest.mark.parametrize("text", ["", "%", "-1", "-1%", "101%", "nan%", "inf%", "1.5", "a few"])
+def test_a_limit_that_makes_no_sense_is_refused_in_one_line(text: str) -> None:
+    with pytest.raises(UserError, match=r"^--max-rejected .*: give a number such as 25 or a share"):
+        MaxRejected.parse(text)
+
+
+def test_too_many_rejected_fail_with_the_share_the_limit_and_examples() -> None:
+    told = Progress(3, 300, "/nowhere", MaxRejected.parse("1%"))
+    told.count(row(97, "d", "c", "b"))
+    with pytest.raises(BuildFailed) as failure:
+        told.count(row(99, "a"))
+    assert str(failure.value) == (
+        "4 of 300 pictures (1.3%) are unusable, more than --max-rejected 1%: a (truncated), "
+        "b (truncated), c (truncated); repair them or raise the limit"
+    )
+
+
+def test_what_was_rejected_by_an_earlier_build_counts_as_well() -> None:
+    told = Progress(2, 200, "/nowhere", NONE)
+    with pytest.raises(BuildFailed, match=r"^1 of 200 pictures .* a \(truncated\)"):
+        told.count(row(99, "a"), before=True)
+
+
+def test_rates_and_eta_follow_from_what_this_build_has_done(
+    tmp_path: Path, clock: Callable[[float], None]
+) -> None:
+    told = Progress(100, 100_000, str(tmp_path), MaxRejected(number=5))
+    told.count(row(10_000), before=True)
+    with told.running():
+        assert told.json_line()["eta_seconds"] is None
+        clock(10)
+        told.count(row(999, "a", read_bytes=50e6, wait_seconds=1, work_seconds=3))
+        facts = told.json_line()
+    assert facts["pictures"] == 11_000 and facts["shards"] == 2
+    assert facts["images_per_second"] == 100 and facts["read_bytes_per_second"] == 5e6
+    assert facts["eta_seconds"] == pytest.approx(89_000 / 100)
+    assert facts["rejected"] == 1 and facts["reasons"] == {"truncated": 1}
+    assert told.line() == (
+        "shards 2/100  images 11,000/100,000  100 img/s  5.0 MB/s  ETA 0:14:50  rejected 1  "
+        "waiting for reads 25%"
+    )
+
+
+def test_the_rate_is_of_the_last_minute_and_the_eta_of_the_whole_run(
+    tmp_path: Path, clock: Callable[[float], None]
+) -> None:
+    told = Progress(1000, 100_000, str(tmp_path), NONE)
+    record = Journal(1000, 100_000)
+    with told.running():
+        for second in range(0, 300, 5):
+            clock(5)
+            told.count(row(1000 if second < 150 else 100))
+            told._note(record)
+        facts = told.json_line()
+    assert facts["images_per_second"] == 20
+    assert facts["eta_seconds"] == pytest.approx((100_000 - 33_000) / (33_000 / 300))
+    assert len(told._points) <= 15
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0, "0:00:00"), (59.6, "0:01:00"), (3725, "1:02:05"), (360000, "100:00:00"), (None, "?")],
+)
+def test_times_are_hours_minutes_and_seconds(seconds: float | None, text: str) -> None:
+    assert progress.clock(seconds) == text
+
+
+@pytest.mark.usefixtures("often")
+def test_plain_lines_are_printed_while_shards_are_made(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told = Progress(1, 7, str(tmp_path), NONE)
+    with told.running():
+        time.sleep(0.1)
+        told.count(row(7))
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) >= 3
+    assert lines[0].startswith("shards 0/1  images 0/7  0 img/s") and "ETA ?" in lines[0]
+    assert lines[-1].startswith("shards 1/1  images 7/7") and "ETA 0:00:00" in lines[-1]
+    assert not any("\r" in line for line in lines)
+
+
+@pytest.mark.usefixtures("often")
+def test_on_a_terminal_one_line_is_renewed_and_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setattr(sys, "stdout", Terminal())
+    monkeypatch.setenv("COLUMNS", "40")
+    with Progress(1, 7, str(tmp_path), NONE).running():
+        time.sleep(0.1)
+    said = sys.stdout.getvalue()
+    assert said.count("\n") == 1 and said.endswith("\n")
+    first, *lines = said.rstrip("\n").split("\r\x1b[K")
+    assert first == "" and len(lines) >= 2
+    assert all(len(line) == 39 and line.startswith("shards 0/1") for line in lines)
+
+
+@pytest.mark.usefixtures("often")
+def test_machines_get_one_json_object_a_line_and_nothing_else(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told = Progress(1, 7, str(tmp_path), MaxRejected(number=1), as_json=True)
+    with told.running():
+        time.sleep(0.05)
+        told.count(row(6, "a"))
+    objects = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [found["state"] for found in objects[:-1]] == ["building"] * (len(objects) - 1)
+    last = objects[-1]
+    assert (last["state"], last["pictures"], last["rejected"]) == ("done", 7, 1)
+    assert last["eta_seconds"] == 0 and last["waiting_share"] is None
+
+
+@pytest.mark.usefixtures("often")
+@pytest.mark.parametrize(
+    ("error", "state", "message"),
+    [
+        (None, "done", ""),
+        (KeyboardInterrupt(), "stopped", ""),
+        (BuildFailed("shard train-000001: full\nand more"), "failed", "shard train-000001: full"),
+        (AssertionError(), "failed", "AssertionError()"),
+    ],
+)
+def test_the_journal_says_how_the_build_ended_and_the_thread_is_gone(
+    tmp_path: Path, error: BaseException | None, state: str, message: str
+) -> None:
+    told = Progress(2, 14, str(tmp_path), NONE)
+    before = time.time()
+    try:
+        with told.running():
+            (beginning,) = journals(tmp_path)
+            assert beginning.state == "building" and beginning.points[0].pictures == 0
+            told.count(row(7, read_bytes=5, stored_bytes=3))
+            if error is not None:
+                raise error
+    except BaseException as raised:
+        assert raised is error  # passed on as it was
+    assert not [thread for thread in threading.enumerate() if thread.name == "progress"]
+    (path,) = (tmp_path / "_meta" / "progress").iterdir()
+    document = json.loads(path.read_text())
+    assert path.stem == document["builder"]
+    assert document["builder"] == f"{document['host']}-{os.getpid()}-{document['started']:.3f}"
+    assert document["host"] == socket.gethostname() and document["pid"] == os.getpid()
+    assert before <= document["started"] <= document["updated"] <= time.time()
+    assert (document["state"], document["message"]) == (state, message)
+    assert (document["shards"], document["pictures"]) == (2, 14)
+    assert document["points"][-1][1:] == [1, 7, 5, 3, 0]
+
+
+@pytest.mark.usefixtures("often")
+def test_a_journal_that_cannot_be_written_is_told_once_and_ends_nothing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "_meta").write_text("a file where a folder belongs")
+    with Progress(1, 7, str(tmp_path), NONE).running():
+        time.sleep(0.1)
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "no journal for `status` and `report`" in caplog.text
+
+
+@pytest.mark.usefixtures("often")
+def test_a_reader_that_goes_away_does_not_end_the_build(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w", closefd=False) as pipe, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", pipe)
+        with Progress(1, 7, str(tmp_path), NONE).running():
+            time.sleep(0.05)
+        patch.undo()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), writing)  # for what the file still holds
+    os.close(writing)
+    assert journals(tmp_path)[0].state == "done"
+
+
+def test_a_long_journal_is_thinned_evenly_and_keeps_its_ends() -> None:
+    record = Journal(10, 10**6)
+    for second in range(0, 24 * 3600, 5):
+        journal.add(record, Point(float(second), 0, second * 10, 0, 0, 0))
+        assert len(record.points) <= journal.MAX_POINTS
+    seconds = [point.seconds for point in record.points]
+    assert seconds[0] == 0 and seconds[-1] == 24 * 3600 - 5
+    gaps = {later - earlier for earlier, later in itertools.pairwise(seconds[:-1])}
+    assert len(gaps) == 1
+    assert journal.rate(record.points) == 10
+
+
+def test_files_that_are_no_journals_are_passed_over(tmp_path: Path) -> None:
+    folder = tmp_path / "_meta" / "progress"
+    folder.mkdir(parents=True)
+    journal.save(str(tmp_path), Journal(1, 2, host="a", pid=7, started=5.0))
+    for name, text in (("a", ""), ("b", "[]"), ("c", '{"points": [[1]]}'), ("d", '{"points": 3}')):
+        (folder / f"{name}.json").write_text(text)
+    (only,) = journals(tmp_path)
+    assert only.builder == "a-7-5.000"
+
+
+def test_the_newest_journals_are_known_by_their_names() -> None:
+    names = [f"_meta/progress/host-{pid}-{started}.json" for pid, started in ((9, 1.5), (1, 20.5))]
+    names += ["_meta/plan.json", "_meta/progress/else.txt"]
+    assert journal.newest(names, 1) == [names[1]]
+    assert journal.newest(names, 9) == [names[1], names[0]]
