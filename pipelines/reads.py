@@ -1,18 +1,18 @@
 """Raw pictures of one shard, fetched by threads ahead of whoever decodes them.
 
 Pictures that are neighbours in a container come with one range read. Pictures in a parquet file
-come row group by row group: a row group is streamed, so that even one as large as its file takes
-little memory, but it is always read from its start to the last wanted row.
+come row group by row group, each streamed page by page up to its last wanted row.
 """
 
 from __future__ import annotations
 
+import contextlib
 import threading
-import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from itertools import chain, pairwise
 from types import TracebackType
 from typing import Any
 
@@ -23,47 +23,60 @@ import pyarrow.parquet as pq
 
 from alexnet.errors import UserError
 from pipelines import storage, tars
+from pipelines.ahead import Ahead, Room
 
 PARQUET = ".parquet"
 _MAX_GAP = 16 << 10  # bytes between two pictures that are cheaper to read than to skip
 _MAX_READ = 8 << 20  # bytes per request, unless one picture is larger
-_MAX_AHEAD = 64 << 20  # bytes read, or being read, that nobody has taken yet
+_MAX_AHEAD = 64 << 20  # bytes that are being read or wait to be taken
 _THREADS_S3, _THREADS_LOCAL = 16, 4
-_JOIN_SECONDS = 2.0  # for a request under way when the reader is closed; threads are daemons
 
-Numbers = np.ndarray[Any, np.dtype[np.int64]]
+_Numbers = np.ndarray[Any, np.dtype[np.int64]]
+_Flags = np.ndarray[Any, np.dtype[np.bool_]]
+_Picture = tuple[int, bytes]
+
+
+@dataclass(frozen=True)
+class _RowGroup:
+    footer: pq.FileMetaData
+    file_bytes: int
+    number: int
+    first_row: int
+
+
+@dataclass(frozen=True)
+class _Fetch:
+    """What one thread fetches at a time."""
+
+    source: str
+    positions: list[int]  # of its pictures, in the order of their offsets
+    group: _RowGroup | None = None  # of a parquet file; else all come with one range read
 
 
 class Reader:
-    """Iterating gives (position in `rows`, bytes) of every picture, in the source's order, once.
+    """Iterating gives (position in `rows`, bytes) of every picture, in the source's order.
 
-    Raises UserError while iterating when a container has changed or can't be read. `with` ends
-    the threads at once when the loop is left early; without it they end with the iterator.
+    Raises UserError while iterating when a container can't be read or has changed. `with` ends
+    the threads at once when the loop is left early; else they end with the iterator.
     """
 
     def __init__(self, raw: str, rows: Sequence[dict[str, Any]]) -> None:
-        self.read_bytes = 0  # fetched, with the gaps between pictures
         self.requests = 0
-        self.wait_seconds = 0.0  # that the consumer spent waiting for bytes
+        self.read_bytes = 0  # with the gaps between pictures
         self._raw = raw
         self._rows = rows
         self._threads = _THREADS_S3 if storage.is_s3(raw) else _THREADS_LOCAL
         self._counting = threading.Lock()
-        self._ahead: _Ahead | None = None
+        self._ahead: Ahead[_Fetch, _Picture] | None = None
 
-    def __iter__(self) -> Iterator[tuple[int, bytes]]:
-        started = time.perf_counter()
-        fetches = self._fetches()
-        self._ahead = ahead = _Ahead(fetches, self._fetch, self._threads)
-        try:
-            for fetch in fetches:
-                while (batch := ahead.next_of(fetch)) is not None:
-                    self.wait_seconds += time.perf_counter() - started
-                    yield from batch.pictures
-                    ahead.release(batch)
-                    started = time.perf_counter()
-        finally:
-            ahead.close()
+    @property
+    def wait_seconds(self) -> float:
+        """That the consumer spent waiting for bytes, so far."""
+        return self._ahead.wait_seconds if self._ahead else 0.0
+
+    def __iter__(self) -> Iterator[_Picture]:
+        self._ahead = Ahead(self._fetches(), self._fetch, self._threads, _MAX_AHEAD)
+        return iter(self._ahead)
 
     def __enter__(self) -> Reader:
         return self
@@ -74,140 +87,135 @@ class Reader:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        if self._ahead is not None:
+        if self._ahead:
             self._ahead.close()
 
     def _fetches(self) -> list[_Fetch]:
-        columns = {name: [row[name] for row in self._rows] for name in ("source", "offset", "size")}
-        order, starts = _runs(pa.table(columns, schema=_PLACES))
+        order, starts = _runs(pa.Table.from_pylist(list(self._rows), schema=_PLACES))
         runs = [run.tolist() for run in np.split(order, np.flatnonzero(starts)[1:])]
         by_source: dict[str, list[list[int]]] = {}
-        for run in runs:
-            if run:
-                by_source.setdefault(self._rows[run[0]]["source"], []).append(run)
-        footers = self._footers([source for source in by_source if source.endswith(PARQUET)])
-        fetches = []
-        for source, positions in by_source.items():
+        for run in runs if self._rows else []:
+            by_source.setdefault(self._rows[run[0]]["source"], []).append(run)
+        in_parquet = [source for source in by_source if source.endswith(PARQUET)]
+        footers = dict(zip(in_parquet, self._footers(in_parquet), strict=True))
+        fetches: list[_Fetch] = []
+        for source, parts in by_source.items():
             if source in footers:
-                fetches += self._by_row_group(source, footers[source], sum(positions, []))
+                fetches += self._by_row_group(source, *footers[source], list(chain(*parts)))
             else:
-                fetches += [_Fetch(source, run) for run in positions]
+                fetches += [_Fetch(source, run) for run in parts]
         return fetches
 
-    def _footers(self, sources: list[str]) -> dict[str, pq.FileMetaData]:
-        def read(source: str) -> pq.FileMetaData:
+    def _footers(self, sources: list[str]) -> list[tuple[pq.FileMetaData, int]]:
+        def read(source: str) -> tuple[pq.FileMetaData, int]:
             with _told(uri := storage.join(self._raw, source)):
-                return pq.read_metadata(_Counted(uri, self._count))
+                size = storage.size(uri)
+                return pq.read_metadata(_Counted(uri, size, self._count)), size
 
         with ThreadPoolExecutor(self._threads) as pool:
-            return dict(zip(sources, pool.map(read, sources), strict=True))
+            return list(pool.map(read, sources))
 
     def _by_row_group(
-        self, source: str, footer: pq.FileMetaData, positions: list[int]
+        self, source: str, footer: pq.FileMetaData, file_bytes: int, positions: list[int]
     ) -> list[_Fetch]:
-        counts = [footer.row_group(group).num_rows for group in range(footer.num_row_groups)]
-        first_after = np.cumsum(counts, dtype=np.int64)
+        counts = [footer.row_group(number).num_rows for number in range(footer.num_row_groups)]
+        ends = np.cumsum(counts, dtype=np.int64)
         wanted = np.array([self._rows[position]["offset"] for position in positions], np.int64)
         if wanted[-1] >= footer.num_rows:
-            uri = storage.join(self._raw, source)
             raise UserError(
-                f"{uri} has changed: row {wanted[-1]} is gone, it has {footer.num_rows}; build anew"
+                f"{storage.join(self._raw, source)} has changed: row {wanted[-1]:,} is gone, it "
+                f"has {footer.num_rows:,} rows now; build anew"
             )
-        groups = np.searchsorted(first_after, wanted, "right")
-        return [
-            _Fetch(
-                source,
-                [positions[i] for i in np.flatnonzero(groups == group)],
-                _RowGroup(footer, int(group), int(first_after[group]) - counts[group]),
-            )
-            for group in np.unique(groups)
-        ]
+        groups = np.searchsorted(ends, wanted, "right")
+        fetches = []
+        for number in np.unique(groups).tolist():
+            group = _RowGroup(footer, file_bytes, number, int(ends[number]) - counts[number])
+            here = [positions[i] for i in np.flatnonzero(groups == number)]
+            fetches.append(_Fetch(source, here, group))
+        return fetches
 
-    def _fetch(self, fetch: _Fetch, room: _Room) -> Iterator[_Batch]:
-        return (self._range if fetch.group is None else self._row_group)(fetch, room)
-
-    def _range(self, fetch: _Fetch, room: _Room) -> Iterator[_Batch]:
-        """One range read for all its pictures."""
+    def _fetch(self, fetch: _Fetch, room: Room) -> Iterator[list[_Picture]]:
+        if fetch.group is not None:
+            yield from self._row_group(fetch, fetch.group, room)
+            return
         first, last = self._rows[fetch.positions[0]], self._rows[fetch.positions[-1]]
         start = first["offset"]
         length = last["offset"] + last["size"] - start
-        if not room(length):
-            return
-        uri = storage.join(self._raw, fetch.source)
-        data = _read(uri, start, length)
-        self._count(len(data))
-        places = [(i, self._rows[i]["offset"] - start) for i in fetch.positions]
-        pictures = [(i, data[place : place + self._rows[i]["size"]]) for i, place in places]
-        yield _Batch(length, pictures)
+        if room(length):
+            data = _read(storage.join(self._raw, fetch.source), start, length)
+            self._count(len(data))
+            places = [(i, self._rows[i]["offset"] - start) for i in fetch.positions]
+            yield [(i, data[place : place + self._rows[i]["size"]]) for i, place in places]
 
-    def _row_group(self, fetch: _Fetch, room: _Room) -> Iterator[_Batch]:
-        """Its wanted rows, some 8 MiB at a time."""
-        assert fetch.group is not None
+    def _row_group(self, fetch: _Fetch, group: _RowGroup, room: Room) -> Iterator[list[_Picture]]:
         uri = storage.join(self._raw, fetch.source)
+        num_bytes = group.footer.row_group(group.number).total_byte_size
         wanted = deque(fetch.positions)
-        row = fetch.group.first_row
+        row = group.first_row
         with _told(uri):
-            batches = fetch.group.batches(_Counted(uri, self._count))
-            while wanted and room(_MAX_READ):
-                images = next(batches).column("image")
-                taken = []
-                while wanted and self._rows[wanted[0]]["offset"] < row + len(images):
+            batches = _batches(_Counted(uri, group.file_bytes, self._count), group)
+            held = min(num_bytes, _MAX_AHEAD)  # a page may be as large as its row group
+            while wanted and room(held):
+                images = next(batches, None)
+                if images is None:
+                    raise UserError(f"{uri} is damaged: row {row:,} is not there; fetch it again")
+                pictures = []
+                while wanted and (place := self._rows[wanted[0]]["offset"] - row) < len(images):
                     position = wanted.popleft()
-                    image = images[self._rows[position]["offset"] - row]
-                    taken.append((position, self._checked(uri, position, image)))
+                    pictures.append((position, self._checked(uri, position, images[place])))
                 row += len(images)
-                yield _Batch(_MAX_READ, taken)
+                held = _MAX_READ
+                yield pictures
 
     def _checked(self, uri: str, position: int, image: pa.StructScalar) -> bytes:
-        """The picture; b"" where the file has none, to be rejected as any empty picture is."""
+        """Its bytes; b"" where the file has none, to be rejected like any empty picture."""
         row = self._rows[position]
         found = picture_names(pa.array([image["path"].as_py()], pa.string()))[0].as_py()
         if found != row["name"]:
             raise UserError(
-                f"{uri} has changed: row {row['offset']} was {row['name']} and is {found}; "
+                f"{uri} has changed: row {row['offset']:,} was {row['name']} and is {found}; "
                 "build anew"
             )
         return image["bytes"].as_py() or b""
 
     def _count(self, num_bytes: int) -> None:
         with self._counting:
-            self.read_bytes += num_bytes
             self.requests += 1
+            self.read_bytes += num_bytes
 
 
 def cost(rows: pa.Table) -> tuple[int, int]:
-    """Requests and bytes (with gaps) that a Reader of these rows of sources.TABLE would need.
+    """Requests and bytes, with gaps, that a Reader of these rows of sources.TABLE needs.
 
-    Nothing is read, so of a parquet file neither sizes nor row groups are known: every stretch of
-    consecutive rows counts as one request and no bytes. The real number of requests is that of
-    the row groups touched, times one or more.
+    Nothing is read, so sizes and row groups of parquet files are unknown: there every stretch of
+    consecutive rows counts as one request and no bytes, which is less than is really needed.
     """
     order, starts = _runs(rows)
-    firsts = np.flatnonzero(starts)
-    lasts = np.append(firsts[1:], len(order)) - 1
     rows = rows.take(pa.array(order))
     offset, size = _numbers(rows["offset"]), _numbers(rows["size"])
+    firsts = np.flatnonzero(starts)
+    lasts = np.append(firsts[1:], len(order))[: len(firsts)] - 1
     lengths = offset[lasts] + size[lasts] - offset[firsts]
     return len(firsts), int(lengths[~_in_parquet(rows)[firsts]].sum())
 
 
 def picture_names(paths: pa.Array) -> pa.Array:
-    """Names of the raw files from `image.path` of Hugging Face's parquet files, which puts the
-    WNID at the end: n01440764_10026_n01440764.JPEG, ILSVRC2012_val_00000293_n01440764.JPEG."""
+    """Names of the raw files from `image.path` in Hugging Face's parquet files, which repeats the
+    WNID: n01440764_10026_n01440764.JPEG, ILSVRC2012_val_00000293_n01440764.JPEG."""
     names = pc.replace_substring_regex(paths, r"^.*/", "")
     return pc.replace_substring_regex(names, r"_n\d{8}(\.[^.]*)$", r"\1")
 
 
-# Which pictures one read fetches
+# What one read fetches
 
 _PLACES = pa.schema([("source", pa.string()), ("offset", pa.int64()), ("size", pa.int64())])
 
 
-def _runs(rows: pa.Table) -> tuple[Numbers, np.ndarray[Any, np.dtype[np.bool_]]]:
+def _runs(rows: pa.Table) -> tuple[_Numbers, _Flags]:
     """Row numbers in the source's order, and which of them begin a read."""
     keys = [("source", "ascending"), ("offset", "ascending")]
     order = pc.sort_indices(rows, sort_keys=keys).to_numpy().astype(np.int64)
-    rows = rows.take(pa.array(order)).combine_chunks()
+    rows = rows.take(pa.array(order))
     in_parquet = _in_parquet(rows)
     source = _numbers(rows["source"].combine_chunks().dictionary_encode().indices)
     offset = _numbers(rows["offset"])
@@ -215,21 +223,73 @@ def _runs(rows: pa.Table) -> tuple[Numbers, np.ndarray[Any, np.dtype[np.bool_]]]
     starts = np.ones(len(order), np.bool_)
     gap = np.where(in_parquet, 0, _MAX_GAP)
     starts[1:] = (source[1:] != source[:-1]) | (offset[1:] - end[:-1] > gap[1:])
-    bounds = np.append(np.flatnonzero(starts), len(order))
-    for first, stop in zip(bounds[:-1], bounds[1:], strict=True):
-        while end[stop - 1] - offset[first] > _MAX_READ:  # once per read, not per picture
+    bounds = np.append(np.flatnonzero(starts), len(order)).tolist()
+    for first, stop in pairwise(bounds):
+        while end[stop - 1] - offset[first] > _MAX_READ and first + 1 < stop:  # once per request
             fitting = np.searchsorted(end[first:stop], offset[first] + _MAX_READ, "right")
             first += max(1, int(fitting))
-            if first >= stop:
-                break
             starts[first] = True
     return order, starts
 
 
-def _in_parquet(rows: pa.Table) -> np.ndarray[Any, np.dtype[np.bool_]]:
+def _in_parquet(rows: pa.Table) -> _Flags:
     return np.asarray(pc.ends_with(rows["source"], PARQUET), np.bool_)
 
 
-def _numbers(column: Any) -> Numbers:
-    """int64; 0 where it is null."""
-    return np.asarray(pc.fill_null(column, 0).cast(pa.int64()), np.int64)
+def _numbers(column: Any) -> _Numbers:
+    """0 where it is null."""
+    return np.asarray(pc.fill_null(column.cast(pa.int64()), 0), np.int64)
+
+
+# Reads
+
+
+class _Counted(tars.RangeFile):
+    def __init__(self, uri: str, size: int, count: Callable[[int], None]) -> None:
+        super().__init__(uri, 0, size)
+        self._tell_count = count
+
+    def readinto(self, buffer: Any) -> int:
+        num_bytes = super().readinto(buffer)
+        self._tell_count(num_bytes)
+        return num_bytes
+
+
+def _batches(file: tars.RangeFile, group: _RowGroup) -> Iterator[pa.StructArray]:
+    """The images of a row group, some MiB at a time, without Arrow's threads."""
+    about = group.footer.row_group(group.number)
+    rows = _MAX_READ * about.num_rows // max(1, about.total_byte_size)
+    parquet = pq.ParquetFile(file, metadata=group.footer, pre_buffer=False, buffer_size=_MAX_READ)
+    batches = parquet.iter_batches(
+        batch_size=max(1, min(rows, about.num_rows)),
+        row_groups=[group.number],
+        columns=["image.bytes", "image.path"],
+        use_threads=False,
+    )
+    for batch in batches:
+        yield batch.column("image")
+
+
+def _read(uri: str, start: int, length: int) -> bytes:
+    with _told(uri):
+        data = storage.read(uri, start, length)
+    if len(data) != length:
+        raise UserError(
+            f"{uri} has changed: of bytes {start:,} to {start + length:,} only {len(data):,} are "
+            "there; build anew"
+        )
+    return data
+
+
+@contextlib.contextmanager
+def _told(uri: str) -> Iterator[None]:
+    """A container that was there when the build was planned and is not now, or is damaged."""
+    try:
+        yield
+    except UserError as error:
+        if storage.exists(uri):
+            raise
+        raise UserError(f"{uri} has changed: it is gone; put it back or build anew") from error
+    except (pa.ArrowException, OSError) as error:
+        line = " ".join(str(error).split())
+        raise UserError(f"{uri} is damaged ({line}); fetch it again") from error
