@@ -81,7 +81,7 @@ class Progress:
     _read_bytes: int = 0
     _stored_bytes: int = 0
     _wait_seconds: float = 0.0
-    _work_seconds: float = 0.0
+    _work_seconds: float = 0.0  # waiting included
     _examples: list[str] = field(default_factory=list)
     _state: journal.State = "building"
     _begun: float | None = None
@@ -130,7 +130,6 @@ class Progress:
             first, last = journal.window([*self._points, now], journal.RECENT_SECONDS)
             seconds = max(last.seconds - first.seconds, 1e-9)
             average = journal.rate([self._first or now, now])
-            busy = self._wait_seconds + self._work_seconds
             return {
                 "state": self._state,
                 "seconds": round(now.seconds, 3),
@@ -143,7 +142,9 @@ class Progress:
                 "eta_seconds": journal.eta(self.pictures_total - now.pictures, average),
                 "rejected": now.rejected,
                 "reasons": dict(sorted(self.reasons.items())),
-                "waiting_share": round(self._wait_seconds / busy, 4) if busy else None,
+                "waiting_share": round(self._wait_seconds / self._work_seconds, 4)
+                if self._work_seconds
+                else None,
             }
 
     @contextmanager

@@ -110,7 +110,7 @@ def test_rates_and_eta_follow_from_what_this_build_has_done(
     with told.running():
         assert told.json_line()["eta_seconds"] is None
         clock(10)
-        told.count(row(999, "a", read_bytes=50e6, wait_seconds=1, work_seconds=3))
+        told.count(row(999, "a", read_bytes=50e6, wait_seconds=1, work_seconds=4))
         facts = told.json_line()
     assert facts["pictures"] == 11_000 and facts["shards"] == 2
     assert facts["images_per_second"] == 100 and facts["read_bytes_per_second"] == 5e6
