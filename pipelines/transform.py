@@ -1,65 +1,112 @@
 """One raw picture to its stored JPEG, or the reason why not. Pure: no files, no ray.
 
-Plain JPEGs are decoded by simplejpeg, 1.3 times as fast as Pillow; everything else that ImageNet
-is known to hold goes through Pillow, and each departure from "plain RGB JPEG" is named in `fixes`.
-Orientation in EXIF is ignored, as torchvision, Caffe, TensorFlow and so every published result do.
+Every picture has a fate. What ImageNet's copies are known to hold besides plain RGB JPEGs is
+converted, and each departure is named in `fixes` and explained in FIXES; everything else is
+rejected for one of REASONS. Rules that are choices:
+
+- A file that lacks bytes is rejected, wherever the cut lies: in a later frame of an animation, or
+  when only the end mark is gone. ImageNet loses nothing by it: no loader by Pillow, such as
+  torchvision's, takes a JPEG without an end mark. What follows a JPEG's end mark is not looked at.
+- Claimed sizes are checked before anything is allocated, in every format. A picture at the limit
+  of MAX_PIXELS takes about 1 GB while it is decoded, whatever its format.
+- There is no smallest size: a picture of 1×1 becomes a stored picture of one colour. Long strips
+  are cut to their centre (see `resize_and_crop`).
+- Orientation in EXIF is ignored unless asked for, as torchvision, Caffe, TensorFlow and so every
+  published result do.
+- Transparent pixels show the colour that lies under them, 16-bit samples keep their high byte, and
+  an embedded colour profile is ignored: as `Image.convert("RGB")` does in every loader.
 """
 
 from __future__ import annotations
 
 import io
+import struct
 import warnings
+import zlib
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
-import simplejpeg
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from alexnet.preprocess import resize_and_crop
+from pipelines import jpegs, picture_files
+from pipelines.jpegs import Pixels
+from pipelines.picture_files import MAX_PIXELS, Unusable
 
-# Pillow's own threshold for decompression bombs: 268 MB once decoded. The largest picture of
-# ImageNet is several times smaller.
-MAX_PIXELS = 89_478_485
+__all__ = ["CODEC", "FIXES", "MAX_PIXELS", "REASONS", "Pixels", "Rejected", "Stored"]
+__all__ += ["decode", "keep_stored", "to_stored"]
+
 CODEC = "jpeg-pillow-420"  # Pillow's encoder: 0.06 dB better than simplejpeg's at the same size
-_FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP")  # MPO is found under JPEG
-_EXIF_ORIENTATION = 0x0112
-# What libjpeg says when picture data is missing or wrong, so that a part of it would be invented.
-_TRUNCATED = ("premature end",)
-_CORRUPT = ("bad huffman code", "restart marker", "arithmetic")
+MAX_UNPACKED = 64 << 20  # bytes inside a gzip; the largest picture file of ImageNet has a quarter
 
-Pixels = np.ndarray[tuple[int, ...], np.dtype[np.uint8]]
+REASONS = {
+    "zero_bytes": "The file is empty.",
+    "not_an_image": "The bytes begin like no JPEG, PNG, GIF, WebP or BMP.",
+    "unsupported": "A real picture of a kind whose wholeness cannot be judged or that cannot be "
+    "decoded: arithmetic-coded, lossless or 12-bit JPEG, or run-length BMP.",
+    "too_many_bytes": f"A gzip that unpacks to more than {MAX_UNPACKED >> 20} MiB.",
+    "too_many_pixels": f"The header claims more than {MAX_PIXELS} pixels; nothing was decoded.",
+    "truncated": "Picture data is missing, so that a part would have to be invented.",
+    "corrupt": "The data contradicts itself: wrong checksums, impossible codes or headers.",
+    "not_as_stored": "Asked to be kept as it is, but no RGB JPEG of exactly the stored side.",
+}
+FIXES = {
+    "grey": "One channel of grey was repeated for red, green and blue.",
+    "cmyk": "Four inks, stored inverted as Adobe does, were converted to RGB.",
+    "ycck": "Four inks, stored as luma and chroma with black, were converted to RGB.",
+    "palette": "Indices into a table of colours were looked up.",
+    "alpha_dropped": "Transparency was dropped; the colour under it shows.",
+    "16bit": "Samples of 16 bits were cut to their high byte.",
+    "png": "The file is a PNG, whatever its name says.",
+    "gif": "The file is a GIF, whatever its name says.",
+    "webp": "The file is a WebP, whatever its name says.",
+    "bmp": "The file is a BMP, whatever its name says.",
+    "mpo_first_frame": "A JPEG followed by others (MPO, as of 3D cameras): the first was taken.",
+    "first_frame": "The file is animated: the first frame was taken.",
+    "jpeg_warning_ignored": "Stray bytes or odd header values that cannot touch the pixels.",
+    "gzip": "The picture was packed with gzip and has been unpacked.",
+    "exif_orientation_ignored": "EXIF asks for a turn; the pixels were taken as they lie.",
+    "exif_orientation_applied": "The picture was turned upright, as EXIF asks.",
+}
+
+_EXIF_ORIENTATION = 0x0112
+_BROKEN_EXIF = (OSError, SyntaxError, ValueError, TypeError, KeyError, IndexError, struct.error)
+# What Pillow's readers raise on bytes that contradict themselves.
+_BROKEN = (*_BROKEN_EXIF, EOFError, OverflowError, zlib.error)
 
 
 @dataclass(frozen=True)
 class Stored:
     jpeg: bytes
-    width: int  # of the raw picture
+    width: int  # of the whole picture, after turning it upright if that was asked for
     height: int
-    fixes: tuple[str, ...]  # sorted
+    fixes: tuple[str, ...]  # sorted, of FIXES
     pixels: Pixels  # uint8 (3, crop, crop), what the encoder was given
 
 
 @dataclass(frozen=True)
 class Rejected:
-    reason: str  # zero_bytes, not_an_image, too_many_pixels, truncated, corrupt
+    reason: str  # one of REASONS
     detail: str
 
 
-class _Unusable(Exception):
-    def __init__(self, reason: str, detail: object) -> None:
-        self.rejected = Rejected(reason, " ".join(str(detail).split())[:200])
-
-
-def to_stored(raw: bytes, resize: int, crop: int, quality: int) -> Stored | Rejected:
+def to_stored(
+    raw: bytes,
+    resize: int,
+    crop: int,
+    quality: int,
+    exif_orientation: Literal["ignore", "apply"] = "ignore",
+) -> Stored | Rejected:
     """Decode strictly to RGB, shorter side to `resize`, centre `crop`, encode at `quality`, 4:2:0.
 
     The JPEG carries no EXIF, profile or comment.
     """
     try:
-        image, fixes = decode(raw)
-    except _Unusable as unusable:
-        return unusable.rejected
+        image, fixes = decode(raw, exif_orientation)
+    except Unusable as unusable:
+        return Rejected(unusable.reason, unusable.detail)
     height, width = image.shape[:2]
     pixels = resize_and_crop(torch.from_numpy(image).permute(2, 0, 1), resize, crop).numpy()
     buffer = io.BytesIO()
@@ -68,92 +115,133 @@ def to_stored(raw: bytes, resize: int, crop: int, quality: int) -> Stored | Reje
     return Stored(buffer.getvalue(), width, height, tuple(sorted(fixes)), pixels)
 
 
-def decode(raw: bytes) -> tuple[Pixels, set[str]]:
-    """Whole picture as uint8 (H, W, 3) RGB, and what had to be mended. Raises _Unusable."""
+def keep_stored(raw: bytes, crop: int) -> Stored | Rejected:
+    """`raw` itself as the stored JPEG, so that sharding anew costs no generation of quality.
+
+    It must be a clean RGB JPEG of crop × crop; `pixels` are its decoded ones.
+    """
+    try:
+        if not raw or picture_files.form(raw) != "JPEG":
+            raise Unusable("not_as_stored" if raw else "zero_bytes", _beginning(raw))
+        frame = jpegs.read(raw)
+        if (frame.width, frame.height, len(frame.components)) != (crop, crop, 3):
+            found = f"{frame.width}×{frame.height} in {len(frame.components)} components"
+            raise Unusable("not_as_stored", f"{found}, not {crop}×{crop} in 3")
+        pixels = jpegs.decode_strictly(raw, frame)
+    except Unusable as unusable:
+        return Rejected(unusable.reason, unusable.detail)
+    return Stored(raw, crop, crop, (), np.ascontiguousarray(pixels.transpose(2, 0, 1)))
+
+
+def decode(
+    raw: bytes, exif_orientation: Literal["ignore", "apply"] = "ignore"
+) -> tuple[Pixels, set[str]]:
+    """Whole picture as uint8 (H, W, 3) RGB, and what had to be mended. Raises Unusable."""
+    fixes: set[str] = set()
+    form = picture_files.form(raw)
+    if form == "GZIP":
+        fixes.add("gzip")
+        raw = _unpacked(raw)
+        form = picture_files.form(raw)
     if not raw:
-        raise _Unusable("zero_bytes", "file of 0 bytes")
+        raise Unusable("zero_bytes", "file of 0 bytes")
+    if form in ("", "GZIP"):
+        raise Unusable("not_an_image", _beginning(raw))
+    decode_form = _decode_jpeg if form == "JPEG" else _decode_other
     with warnings.catch_warnings():  # a damaged EXIF block is no news about the pixels
         warnings.simplefilter("ignore")
-        with _open(raw) as picture:
-            fixes = _facts(picture, raw)
-            if picture.format in ("JPEG", "MPO"):
-                pixels = _decode_jpeg(raw, picture, fixes)
-            else:
-                pixels = _decode_with_pillow(picture, raw, fixes)
+        pixels, found, orientation = decode_form(raw, form)
+    fixes |= found
+    if 2 <= orientation <= 8:
+        if exif_orientation == "apply":
+            pixels = _upright(pixels, orientation)
+        fixes.add(f"exif_orientation_{'applied' if exif_orientation == 'apply' else 'ignored'}")
     return pixels, fixes
 
 
-def _open(raw: bytes) -> Image.Image:
-    """Header only: nothing is decoded or allocated yet."""
+def _beginning(raw: bytes) -> str:
+    return f"{len(raw)} bytes beginning {raw[:16].decode('ascii', 'backslashreplace')!r}"
+
+
+def _unpacked(raw: bytes) -> bytes:
+    """At most MAX_UNPACKED bytes are ever made. What follows the first member is not looked at."""
+    unpacking = zlib.decompressobj(wbits=31)
     try:
-        picture = Image.open(io.BytesIO(raw), formats=_FORMATS)
-    except Image.DecompressionBombError as error:
-        raise _Unusable("too_many_pixels", error) from error
-    except UnidentifiedImageError as error:
-        start = raw[:16].decode("ascii", "backslashreplace")
-        raise _Unusable("not_an_image", f"{len(raw)} bytes beginning {start!r}") from error
-    except (OSError, SyntaxError, ValueError) as error:
-        raise _Unusable("corrupt", error) from error
-    if picture.width * picture.height > MAX_PIXELS:
-        size = f"{picture.width}×{picture.height} exceeds {MAX_PIXELS} pixels"
-        raise _Unusable("too_many_pixels", size)
-    return picture
+        data = unpacking.decompress(raw, MAX_UNPACKED)
+    except zlib.error as error:
+        raise Unusable("corrupt", f"gzip: {error}") from error
+    if unpacking.eof:
+        return data
+    if unpacking.unconsumed_tail:
+        raise Unusable("too_many_bytes", f"gzip of more than {MAX_UNPACKED} bytes")
+    raise Unusable("truncated", f"gzip ends early, after {len(raw)} bytes")
 
 
-def _facts(picture: Image.Image, raw: bytes) -> set[str]:
-    fixes = set()
-    if picture.format == "MPO":
+def _decode_jpeg(raw: bytes, _form: str) -> tuple[Pixels, set[str], int]:
+    frame = jpegs.read(raw)
+    pixels, fixes = jpegs.decode(raw, frame)
+    if frame.several:
         fixes.add("mpo_first_frame")
-    elif picture.format != "JPEG":
-        fixes.add(str(picture.format).lower())
-        if getattr(picture, "n_frames", 1) > 1:
-            fixes.add("first_frame")
+    if not frame.exif:
+        return pixels, fixes, 1
+    exif = Image.Exif()
     try:
-        orientation = picture.getexif().get(_EXIF_ORIENTATION, 1)
-    except (OSError, SyntaxError, ValueError, TypeError, KeyError):  # EXIF that cannot be parsed
-        orientation = 1
-    if orientation != 1:
-        fixes.add("exif_orientation_ignored")
-    return fixes
+        exif.load(frame.exif)
+    except _BROKEN_EXIF:
+        return pixels, fixes, 1
+    return pixels, fixes, _orientation(exif)
 
 
-def _decode_jpeg(raw: bytes, picture: Image.Image, fixes: set[str]) -> Pixels:
-    """Pillow passes JPEGs whose data ends early but correctly marked; libjpeg's warnings don't."""
-    four_colours = picture.mode == "CMYK"
+def _orientation(exif: Image.Exif) -> int:
+    """1 to 8, or 1 for what cannot be read."""
     try:
-        pixels = simplejpeg.decode_jpeg(raw, colorspace="CMYK" if four_colours else "RGB")
-    except ValueError as error:
-        said = str(error).lower()
-        if any(words in said for words in _TRUNCATED):
-            raise _Unusable("truncated", error) from error
-        if any(words in said for words in _CORRUPT):
-            raise _Unusable("corrupt", error) from error
-        fixes.add("jpeg_warning_ignored")  # such as stray bytes between markers
-        return _decode_with_pillow(picture, raw, fixes)
-    if four_colours:
-        return _decode_with_pillow(picture, raw, fixes)  # knows that Adobe stores it inverted
-    if picture.mode == "L":
-        fixes.add("grey")
-    return np.asarray(pixels, dtype=np.uint8)
+        value = exif.get(_EXIF_ORIENTATION, 1)
+    except _BROKEN_EXIF:
+        return 1
+    return value if isinstance(value, int) else 1
 
 
-def _decode_with_pillow(picture: Image.Image, raw: bytes, fixes: set[str]) -> Pixels:
-    try:
-        picture.load()
-    except (OSError, SyntaxError, ValueError, EOFError) as error:
-        reason = "truncated" if "truncated" in str(error) else "corrupt"
-        raise _Unusable(reason, error) from error
-    if picture.format == "PNG" and raw[24] == 16:  # IHDR's bit depth; Pillow keeps the high byte
+def _decode_other(raw: bytes, form: str) -> tuple[Pixels, set[str], int]:
+    """PNG, GIF, WebP or BMP, by Pillow once the file is known to be whole."""
+    header = picture_files.header(raw, form)
+    fixes = {form.lower()}
+    if header.frames > 1:
+        fixes.add("first_frame")
+    if header.sixteen_bit:
         fixes.add("16bit")
-    if picture.mode.startswith("I"):
-        grey = (np.asarray(picture, dtype=np.int64) >> 8).clip(0, 255).astype(np.uint8)
-        picture = Image.fromarray(grey)
-    if picture.mode == "CMYK":
-        fixes.add("cmyk")
+    try:
+        with Image.open(io.BytesIO(raw), formats=[form]) as picture:
+            picture.load()
+            try:
+                orientation = _orientation(picture.getexif())
+            except _BROKEN_EXIF:
+                orientation = 1
+            return _colours(picture, fixes), fixes, orientation
+    except Image.DecompressionBombError as error:
+        raise Unusable("too_many_pixels", error) from error
+    except _BROKEN as error:
+        raise Unusable("truncated" if "truncated" in str(error) else "corrupt", error) from error
+
+
+def _colours(picture: Image.Image, fixes: set[str]) -> Pixels:
     if picture.mode in ("P", "PA"):
         fixes.add("palette")
     if picture.has_transparency_data:
-        fixes.add("alpha_dropped")  # as `convert("RGB")` does in every loader
-    if picture.mode in ("1", "L", "LA"):
+        fixes.add("alpha_dropped")
+    if picture.mode in ("1", "L", "LA", "I", "I;16"):
         fixes.add("grey")
-    return np.array(picture.convert("RGB"))  # a copy: torch wants writable memory
+    if picture.mode.startswith("I"):
+        high = (np.asarray(picture) >> 8).astype(np.uint8)
+        return np.repeat(high[..., None], 3, axis=2)
+    return jpegs.to_rgb(picture)
+
+
+def _upright(pixels: Pixels, orientation: int) -> Pixels:
+    """Values 2 to 8 of the tag, Exif 2.32 section 4.6.4: where row 0 and column 0 shall be."""
+    if orientation >= 5:  # rows are columns
+        pixels = pixels.swapaxes(0, 1)
+    if orientation in (3, 4, 7, 8):
+        pixels = pixels[::-1]
+    if orientation in (2, 3, 6, 7):
+        pixels = pixels[:, ::-1]
+    return np.ascontiguousarray(pixels)

@@ -1,0 +1,172 @@
+"""What a picture file claims, and whether its bytes are all there, read from its headers alone.
+
+Nothing is decoded or allocated here, so that absurd claims are refused before they cost anything.
+A PNG, GIF, WebP or BMP must be whole up to its end mark, with every frame, even though only the
+first frame is ever used: half a file was half copied, and nobody knows what else that copy lost.
+JPEG has more to tell and a module of its own, `jpegs`.
+"""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from dataclasses import dataclass
+
+# Pillow's own threshold for decompression bombs: 268 MB once decoded. The largest picture of
+# ImageNet is several times smaller.
+MAX_PIXELS = 89_478_485
+_PNG_END = b"IEND"
+# INFOHEADER and its extensions, by size; and the old CORE header of OS/2.
+_BMP_HEADERS = (12, 40, 52, 56, 64, 108, 124)
+_BMP_DEPTHS = (1, 4, 8, 16, 24, 32)
+_BMP_PLAIN = (0, 3)  # rows as they are; the same with masks that say which bits are which colour
+
+
+class Unusable(Exception):
+    """No stored picture can come of these bytes. `reason` is one of `transform.REASONS`."""
+
+    def __init__(self, reason: str, detail: object) -> None:
+        super().__init__(reason, detail)
+        self.reason = reason
+        self.detail = " ".join(str(detail).split())[:200]
+
+
+@dataclass(frozen=True)
+class Header:
+    """width, height: in pixels, of the first frame on its canvas, within MAX_PIXELS."""
+
+    width: int
+    height: int
+    frames: int = 1
+    sixteen_bit: bool = False
+
+
+def form(raw: bytes) -> str:
+    """JPEG, PNG, GIF, WEBP, BMP or GZIP by the first bytes, or "" for anything else."""
+    if raw[:4] == b"RIFF" and raw[8:12] == b"WEBP":
+        return "WEBP"
+    if raw[:2] == b"BM" and int.from_bytes(raw[14:18], "little") in _BMP_HEADERS:
+        return "BMP"
+    starts = {b"\xff\xd8\xff": "JPEG", b"\x89PNG\r\n\x1a\n": "PNG", b"\x1f\x8b": "GZIP"}
+    starts |= {b"GIF87a": "GIF", b"GIF89a": "GIF"}
+    return next((name for start, name in starts.items() if raw.startswith(start)), "")
+
+
+def header(raw: bytes, name: str) -> Header:
+    """Of a PNG, GIF, WEBP or BMP, according to `form`. Raises Unusable."""
+    read = {"PNG": _png, "GIF": _gif, "WEBP": _webp, "BMP": _bmp}[name]
+    try:
+        return read(raw)
+    except (struct.error, IndexError) as error:  # a look behind the last byte
+        raise Unusable("truncated", f"{name} ends early, after {len(raw)} bytes") from error
+
+
+def check_size(width: int, height: int) -> None:
+    """Raises Unusable."""
+    if width < 1 or height < 1:
+        raise Unusable("corrupt", f"claims {width}×{height} pixels")
+    if width * height > MAX_PIXELS:
+        raise Unusable("too_many_pixels", f"{width}×{height} exceeds {MAX_PIXELS} pixels")
+
+
+def _png(raw: bytes) -> Header:
+    """Pillow trusts the checksums of IDAT without looking; here every critical chunk's is checked.
+
+    Layout: PNG specification, third edition, section 5.
+    """
+    width, height, depth = struct.unpack_from(">16x2IB", raw)
+    if raw[12:16] != b"IHDR":
+        raise Unusable("corrupt", f"PNG begins with {raw[12:16]!r}, not IHDR")
+    check_size(width, height)
+    position, kind, frames = 8, b"", 1
+    while kind != _PNG_END:
+        length, kind = struct.unpack_from(">I4s", raw, position)
+        (claimed,) = struct.unpack_from(">I", raw, position + 8 + length)
+        critical = kind[:1].isupper() or kind == b"tRNS"
+        if critical and zlib.crc32(raw[position + 4 : position + 8 + length]) != claimed:
+            raise Unusable("corrupt", f"PNG chunk {kind!r} at byte {position}: wrong checksum")
+        if kind == b"acTL":  # animation
+            (frames,) = struct.unpack_from(">I", raw, position + 8)
+        position += 12 + length
+    return Header(width, height, frames, sixteen_bit=depth == 16)
+
+
+def _gif(raw: bytes) -> Header:
+    """Layout: GIF89a specification, sections 18 to 27. A frame may reach beyond the screen."""
+    width, height, flags = struct.unpack_from("<6x2HB2x", raw)
+    position = 13 + _gif_palette(flags)
+    frames = 0
+    while (kind := raw[position]) != 0x3B:  # trailer
+        if kind == 0x21:  # extension
+            position = _after_gif_blocks(raw, position + 2)
+        elif kind == 0x2C:  # frame
+            left, top, wide, high, flags = struct.unpack_from("<x4HB", raw, position)
+            if not frames:
+                width, height = max(width, left + wide), max(height, top + high)
+                check_size(width, height)
+            frames += 1
+            position = _after_gif_blocks(raw, position + 11 + _gif_palette(flags))
+        elif kind == 0:  # padding, as some writers leave it
+            position += 1
+        else:
+            raise Unusable("corrupt", f"GIF has a block of unknown kind {kind} at byte {position}")
+    if not frames:
+        raise Unusable("corrupt", "GIF without a picture")
+    return Header(width, height, frames)
+
+
+def _gif_palette(flags: int) -> int:
+    return 3 << ((flags & 7) + 1) if flags & 0x80 else 0
+
+
+def _after_gif_blocks(raw: bytes, position: int) -> int:
+    while size := raw[position]:
+        position += 1 + size
+    return position + 1
+
+
+def _webp(raw: bytes) -> Header:
+    """Layout: RFC 9649, section 2. libwebp would allocate two whole canvases on opening."""
+    (size,) = struct.unpack_from("<I", raw, 4)
+    if 8 + size > len(raw):
+        raise Unusable("truncated", f"WebP of {8 + size} bytes ends early, after {len(raw)}")
+    kind = raw[12:16]
+    if kind == b"VP8X":
+        canvas = struct.unpack_from("<24x6B", raw)
+        width, height = (int.from_bytes(bytes(canvas[i : i + 3]), "little") + 1 for i in (0, 3))
+    elif kind == b"VP8L":
+        (packed,) = struct.unpack_from("<21xI", raw)
+        width, height = (packed & 0x3FFF) + 1, (packed >> 14 & 0x3FFF) + 1
+    elif kind == b"VP8 ":
+        packed_width, packed_height = struct.unpack_from("<26x2H", raw)
+        width, height = packed_width & 0x3FFF, packed_height & 0x3FFF
+    else:
+        raise Unusable("corrupt", f"WebP begins with {kind!r}")
+    check_size(width, height)
+    position, frames = 12, 0
+    while position + 8 <= 8 + size:
+        kind, length = struct.unpack_from("<4sI", raw, position)
+        frames += kind == b"ANMF"
+        position += 8 + length + length % 2
+    return Header(width, height, max(frames, 1))
+
+
+def _bmp(raw: bytes) -> Header:
+    """Layout: BITMAPFILEHEADER and BITMAPINFOHEADER, Windows GDI reference.
+
+    Run lengths may leave pixels out on purpose, so that a cut could not be told: unsupported.
+    """
+    start, size = struct.unpack_from("<10x2I", raw)
+    if size == 12:
+        width, height, depth = struct.unpack_from("<18x2H2xH", raw)
+        compression = 0
+    else:
+        width, height, depth, compression = struct.unpack_from("<18x2i2xHI", raw)
+    height = abs(height)  # negative: from top to bottom
+    check_size(width, height)
+    if depth not in _BMP_DEPTHS or compression not in _BMP_PLAIN:
+        raise Unusable("unsupported", f"BMP of {depth} bits with compression {compression}")
+    expected = start + (width * depth + 31) // 32 * 4 * height
+    if expected > len(raw):
+        raise Unusable("truncated", f"BMP of {expected} bytes ends early, after {len(raw)}")
+    return Header(width, height)
