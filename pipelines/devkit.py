@@ -1,100 +1,164 @@
-"""What ILSVRC2012_devkit_t12.tar.gz says: classes, their names and sizes, labels of val."""
+"""What a devkit says: classes, their names and announced sizes, and the labels of val (and test).
+
+ILSVRC2012_devkit_t12.tar.gz and ILSVRC2010_devkit-1.0.tar.gz have one form: data/meta.mat with the
+struct array `synsets` (its leaves, num_children 0, have the IDs 1 to 1,000) and a ground truth
+with one ID per line, in the order of the pictures' numbers. Source: their readme.txt.
+"""
 
 from __future__ import annotations
 
 import io
+import re
 import tarfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from alexnet.errors import UserError
 from pipelines import storage
 
 NAME = "ILSVRC2012_devkit_t12.tar.gz"
+NAME_2010 = "ILSVRC2010_devkit-1.0.tar.gz"
+TEST_TRUTH_2010 = "ILSVRC2010_test_ground_truth.txt"  # beside the devkit, not in it
 _META = "meta.mat"
-_GROUND_TRUTH = "ILSVRC2012_validation_ground_truth.txt"
 _MAX_MEMBER = 64 << 20  # bytes; the real meta.mat has under 2 MB
 
 
 @dataclass(frozen=True)
 class Devkit:
+    year: int
     wnids: tuple[str, ...]  # of the leaves, sorted: the position is the label
     words: dict[str, str]
     train_images: dict[str, int]  # announced, per WNID
-    val_wnids: tuple[str, ...]  # entry k belongs to ILSVRC2012_val_{k + 1:08d}
+    val_wnids: tuple[str, ...]  # entry k belongs to picture number k + 1
+    test_wnids: tuple[str, ...] = ()  # of 2010 alone: nobody has published those of 2012
+
+
+def find(raw: str, files: dict[str, int]) -> Devkit | None:
+    """The devkit that lies in RAW. Raises UserError as `load` does, and when there are two."""
+    found = [name for name in (NAME, NAME_2010) if name in files]
+    if len(found) > 1:
+        raise UserError(f"{raw} holds {' and '.join(found)}: two class lists; keep one of them")
+    return load(storage.join(raw, found[0])) if found else None
 
 
 def load(uri: str) -> Devkit:
     """Members are read in memory, by base name: no path of the archive touches the disk.
 
-    Raises UserError when it is damaged, lacks a file, or its files contradict each other.
+    The labels of the 2010 test pictures are taken from their file in the same folder, if there.
+    Raises UserError when the devkit is damaged, lacks a file, is that of another year than its
+    name says, or its files contradict each other.
     """
-    files = _read_members(uri)
-    synsets = _synsets(uri, files[_META])
-    wnid_of_id = {row["ILSVRC2012_ID"]: row["WNID"] for row in synsets}
+    folder, _, name = uri.rpartition("/")
+    year = 2010 if name == NAME_2010 else 2012
+    truth = f"ILSVRC{year}_validation_ground_truth.txt"
+    files = _read_members(uri, (_META, truth))
+    synsets = _synsets(uri, files[_META], f"ILSVRC{year}_ID")
+    wnid_of_id = {row["ID"]: row["WNID"] for row in synsets}
     if sorted(wnid_of_id) != list(range(1, len(synsets) + 1)):
-        raise UserError(f"{uri}: leaf ILSVRC2012_IDs are not 1 to {len(synsets)}, each once")
+        raise UserError(f"{uri}: leaf ILSVRC{year}_IDs are not 1 to {len(synsets)}, each once")
     if len(set(wnid_of_id.values())) != len(synsets):
         raise UserError(f"{uri}: a WNID appears twice in {_META}")
+    test = storage.join(folder, TEST_TRUTH_2010)
     return Devkit(
+        year=year,
         wnids=tuple(sorted(wnid_of_id.values())),
         words={row["WNID"]: row["words"] for row in synsets},
         train_images={row["WNID"]: row["num_train_images"] for row in synsets},
-        val_wnids=_val_wnids(uri, files[_GROUND_TRUTH], wnid_of_id),
+        val_wnids=_truth(f"{truth} in {uri}", files[truth], wnid_of_id, year),
+        test_wnids=_truth(test, storage.read(test), wnid_of_id, year)
+        if year == 2010 and storage.exists(test)
+        else (),
     )
 
 
-def _read_members(uri: str) -> dict[str, bytes]:
+def _read_members(uri: str, wanted: tuple[str, ...]) -> dict[str, bytes]:
     files: dict[str, bytes] = {}
     try:
         with tarfile.open(fileobj=io.BytesIO(storage.read(uri)), mode="r:gz") as tar:
             for info in tar:
                 name = info.name.rsplit("/", 1)[-1]
-                if info.isreg() and name in (_META, _GROUND_TRUTH) and info.size <= _MAX_MEMBER:
+                if info.isreg() and name in wanted and info.size <= _MAX_MEMBER:
                     file = tar.extractfile(info)
                     assert file is not None  # a regular member always has data
                     files[name] = file.read()
     except (tarfile.TarError, OSError, EOFError) as error:
         raise UserError(f"{uri} is damaged ({error}); fetch it again") from error
-    for name in (_META, _GROUND_TRUTH):
+    for name in wanted:
         if name not in files:
             raise UserError(f"{uri} holds no {name}; fetch it again")
     return files
 
 
-def _synsets(uri: str, meta: bytes) -> list[dict[str, Any]]:
+def _synsets(uri: str, meta: bytes, id_field: str) -> list[dict[str, Any]]:
     """The leaves: rows without children, whose IDs are 1 to their number."""
     from scipy.io import loadmat  # half a second to import, for this one file
 
     try:
         table = loadmat(io.BytesIO(meta), squeeze_me=True, variable_names=["synsets"])["synsets"]
+        fields = table.dtype.names
         rows = [
             {
-                "ILSVRC2012_ID": int(row["ILSVRC2012_ID"]),
+                "ID": int(row[id_field]),
                 "WNID": str(row["WNID"]),
                 "words": str(row["words"]),
                 "num_train_images": int(row["num_train_images"]),
             }
             for row in np.atleast_1d(table)
-            if int(row["num_children"]) == 0
+            if id_field in fields and int(row["num_children"]) == 0
         ]
     except Exception as error:  # scipy raises nearly anything for a damaged file
         raise UserError(f"{uri}: {_META} is damaged ({error}); fetch it again") from error
+    other = [name for name in fields if re.fullmatch(r"ILSVRC\d+_ID", name)]
+    if other and id_field not in other:
+        raise UserError(
+            f"{uri}: {_META} has {other[0]}, not {id_field}: it is the devkit of another year; "
+            "take the one that was published with the pictures"
+        )
     if not rows:
         raise UserError(f"{uri}: {_META} lists no class")
     return rows
 
 
-def _val_wnids(uri: str, text: bytes, wnid_of_id: dict[int, str]) -> tuple[str, ...]:
+def _truth(where: str, text: bytes, wnid_of_id: dict[int, str], year: int) -> tuple[str, ...]:
     wnids = []
-    for number, line in enumerate(text.decode("ascii", "replace").split(), start=1):
-        wnid = wnid_of_id.get(int(line)) if line.isdecimal() else None
+    for number, line in enumerate(text.decode("ascii", "replace").strip().splitlines(), start=1):
+        wnid = wnid_of_id.get(int(line)) if line.strip().isdecimal() else None
         if wnid is None:
             raise UserError(
-                f"{uri}: line {number} of {_GROUND_TRUTH} is {line!r}, not an ILSVRC2012_ID "
+                f"line {number} of {where} is {line.strip()[:20]!r}, not an ILSVRC{year}_ID "
                 f"from 1 to {len(wnid_of_id)}"
             )
         wnids.append(wnid)
     return tuple(wnids)
+
+
+# Pictures that carry a number instead of their class: ILSVRC2012_val_00000001.JPEG
+
+
+def numbers(where: str, names: pa.Array, prefix: str) -> pa.Array:
+    """int64, of base names PREFIX_00000001.JPEG. Raises UserError for any other name."""
+    found = pc.extract_regex(names, rf"^{prefix}_(?P<number>\d{{8}})\.[^.]+$")
+    if found.null_count:
+        strange = names.filter(pc.is_null(found))[0].as_py()
+        raise UserError(f"{where} holds {strange}; expected only {prefix}_*.JPEG")
+    return pc.struct_field(found, "number").cast(pa.int64())
+
+
+def wnids_by_number(where: str, names: pa.Array, prefix: str, truth: Sequence[str]) -> pa.Array:
+    """WNIDs (string) of such pictures; `truth` holds that of number 1 first.
+
+    Raises UserError for other names, and for a number that the truth lacks.
+    """
+    number = numbers(where, names, prefix)
+    outside = pc.or_(pc.less(number, 1), pc.greater(number, len(truth)))
+    if pc.any(outside).as_py():
+        raise UserError(
+            f"{where} holds {names.filter(outside)[0].as_py()} and {len(names):,} pictures in all, "
+            f"but the ground truth has {len(truth):,} lines; take both from the same release"
+        )
+    return pa.array(truth, pa.string()).take(pc.subtract(number, 1))

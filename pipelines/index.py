@@ -1,19 +1,22 @@
 """The members of raw archives, found once.
 
-ImageNet has 1.28 million headers, each a small read (on S3 a request), so the result stays under
-$ALEXNET_HOME/index for as long as the archive is the same: equal size and modification time, or
-ETag on S3.
+ImageNet has 1.28 million headers, so what was found stays under $ALEXNET_HOME/index for as long as
+the archive is the same: equal size and modification time, or ETag on S3. Everything is held by
+columns: a kept index is loaded in a second.
 """
 
 from __future__ import annotations
 
 import hashlib
 import logging
-from collections import Counter
+import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from alexnet.errors import UserError
 from pipelines import shards, storage, tars
@@ -21,81 +24,144 @@ from pipelines import shards, storage, tars
 logger = logging.getLogger(__name__)
 
 _S3_THREADS = 16
+_METER_SECONDS = 5
+_FORM = "members-2"  # change it when the columns below or their meaning change
 _SCHEMA = pa.schema(
-    [
-        ("outer", pa.string()),  # name of the inner tar; empty for a member of the archive itself
-        ("name", pa.string()),
-        ("offset", pa.int64()),
-        ("size", pa.int64()),
-    ]
+    [("outer", pa.string()), *tars.MEMBERS]  # outer: base name of the inner tar; else empty
 )
-
-Members = dict[str, list[tars.Member]]
-
-
-def flat(uri: str) -> list[tars.Member]:
-    """The files of a tar, in its order. Raises UserError as `tars.members` does."""
-    return _once(uri, "flat", lambda: {"": tars.members(uri, uri)}).get("", [])
+# What desktop systems leave in archives and folders: never a picture.
+_LITTER = r"(^|/)(\._[^/]*|\.DS_Store|Thumbs\.db|desktop\.ini|__MACOSX(/.*)?)$"
 
 
-def nested(uri: str) -> Members:
-    """The files of each tar inside a tar, with offsets in the outer one, by the inner tar's name.
+def flat(uri: str) -> pa.Table:
+    """The files of a tar, in its order: outer "", name with its folders, offset, size.
 
-    Raises UserError as `tars.members` does, and for an inner tar that is empty or there twice.
+    Raises UserError as `tars.members` does.
     """
-    return _once(uri, "nested", lambda: _read_nested(uri))
+    return _once(uri, "flat", _read_flat)
 
 
-def _read_nested(uri: str) -> Members:
-    outer = tars.members(uri, uri)
-    counts = Counter(member.name for member in outer)
-    if twice := [name for name, count in counts.items() if count > 1]:
-        raise UserError(f"{uri} holds {twice[0]} twice; fetch it again")
+def nested(uri: str) -> pa.Table:
+    """The files of each tar inside a tar: outer (base name of the inner tar), name, offset in the
+    outer tar, size. Litter beside the inner tars has the outer "".
 
-    if strange := [name for name in counts if not name.endswith(".tar")]:
+    Raises UserError as `tars.members` does, for a member that is no .tar, and for an inner tar
+    that holds no picture or is there twice.
+    """
+    return _once(uri, "nested", _read_nested)
+
+
+def litter(names: Any) -> Any:
+    """bool array: which names (string array, with folders) desktop systems left behind."""
+    return pc.match_substring_regex(names, _LITTER)
+
+
+def base_names(names: Any) -> Any:
+    return pc.replace_substring_regex(names, r"^.*/", "")
+
+
+def without_litter(name: str, found: pa.Table, notes: list[str]) -> pa.Table:
+    """The members of archive `name` but those that desktop systems left; tells `notes` of them."""
+    found = found.combine_chunks()
+    is_litter = litter(found["name"])
+    left = found.filter(is_litter)
+    if left.num_rows:
+        notes.append(
+            f"{name}: ignored {left.num_rows:,} files that desktop systems leave behind, "
+            f"first {left['name'][0].as_py()}"
+        )
+        found = found.filter(pc.invert(is_litter))
+    return found
+
+
+def first_but(values: pa.Array, good: pa.Array) -> str | None:
+    """The first value that is not good."""
+    bad = values.filter(pc.invert(good))
+    return str(bad[0].as_py()) if len(bad) else None
+
+
+def _read_flat(uri: str) -> pa.Table:
+    with Meter(f"indexing {uri}", storage.size(uri)) as meter:
+        return _with_outer("", tars.members(uri, uri, passed=meter.add))
+
+
+def _read_nested(uri: str) -> pa.Table:
+    found = tars.members(uri, uri)
+    left = litter(found["name"])
+    outer = found.filter(pc.invert(left)).to_pylist()
+    names = [member["name"].rsplit("/", 1)[-1] for member in outer]
+    if strange := [name for name in names if not name.endswith(".tar")]:
         raise UserError(f"{uri} holds {strange[0]}; expected only nXXXXXXXX.tar, one a class")
+    if len(set(names)) != len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise UserError(f"{uri} holds {twice} twice; fetch it again")
 
-    def read(member: tars.Member) -> list[tars.Member]:
-        label = f"{uri}: {member.name}"
-        inner = tars.members(uri, label, within=member)
-        if not inner:
+    def read(name: str, member: dict[str, int]) -> pa.Table:
+        label = f"{uri}: {name}"
+        inner = tars.members(uri, label, member["offset"], member["size"], meter.add)
+        if pc.all(litter(inner["name"])).as_py():
             raise UserError(f"{label} holds no picture; fetch {uri} again")
-        return inner
+        return _with_outer(name, inner)
 
     # Headers of different inner tars don't depend on each other; S3 answers many at once.
-    with ThreadPoolExecutor(_S3_THREADS if storage.is_s3(uri) else 1) as pool:
-        return dict(zip((member.name for member in outer), pool.map(read, outer), strict=True))
+    threads = _S3_THREADS if storage.is_s3(uri) else 1
+    total = sum(member["size"] for member in outer)
+    with Meter(f"indexing {uri}", total) as meter, ThreadPoolExecutor(threads) as pool:
+        try:
+            parts = list(pool.map(read, names, outer))
+        finally:
+            pool.shutdown(cancel_futures=True)  # the first damage ends it, not the last
+    return pa.concat_tables([_with_outer("", found.filter(left)), *parts]).combine_chunks()
 
 
-def _once(uri: str, kind: str, read: Callable[[], Members]) -> Members:
-    identity = repr((kind, uri, storage.size(uri), storage.version(uri)))
+def _with_outer(outer: str, members: pa.Table) -> pa.Table:
+    return pa.table([pa.repeat(outer, len(members)), *members.columns], schema=_SCHEMA)
+
+
+def _once(uri: str, kind: str, read: Callable[[str], pa.Table]) -> pa.Table:
+    identity = repr((_FORM, kind, uri, storage.size(uri), storage.version(uri)))
     name = f"{hashlib.sha256(identity.encode()).hexdigest()}.parquet"
     kept = storage.join(str(storage.home()), "index", name)
     if storage.exists(kept):
-        return _from_table(shards.read_parquet(storage.read(kept)))
-    found = read()
+        return shards.read_parquet(storage.read(kept))
+    found = read(uri)
     try:
-        storage.write(kept, shards.parquet_bytes(_to_table(found)))
+        storage.write(kept, shards.parquet_bytes(found))
     except UserError as error:  # a read-only home costs time, not the build
         logger.warning(f"the index of {uri} is not kept: {error}")
     return found
 
 
-def _to_table(found: Members) -> pa.Table:
-    rows = [(outer, member) for outer, members in found.items() for member in members]
-    columns = [
-        [outer for outer, _ in rows],
-        [member.name for _, member in rows],
-        [member.offset for _, member in rows],
-        [member.size for _, member in rows],
-    ]
-    return pa.table(columns, schema=_SCHEMA)
+class Meter:
+    """Says every few seconds how far a long reading is. Any thread may `add`."""
 
+    def __init__(self, what: str, total_bytes: int) -> None:
+        self._what, self._total = what, total_bytes
+        self._lock = threading.Lock()
+        self._members = self._bytes = 0
 
-def _from_table(table: pa.Table) -> Members:
-    found: Members = {}
-    for outer, *member in zip(
-        *(table[name].to_pylist() for name in table.column_names), strict=True
-    ):
-        found.setdefault(outer, []).append(tars.Member(*member))
-    return found
+    def __enter__(self) -> Meter:
+        self._started = self._said = time.monotonic()
+        return self
+
+    def __exit__(self, kind: Any, *_: Any) -> None:
+        if kind is None and self._said > self._started:
+            self._say(time.monotonic())
+
+    def add(self, members: int, num_bytes: int) -> None:
+        with self._lock:
+            self._members += members
+            self._bytes += num_bytes
+            if (now := time.monotonic()) - self._said >= _METER_SECONDS:
+                self._say(now)
+
+    def _say(self, now: float) -> None:
+        self._said, seconds = now, max(now - self._started, 1e-9)
+        share = min(self._bytes / max(self._total, 1), 1.0)
+        rate = f"{self._bytes / seconds / 1e6:,.0f} MB/s"
+        if self._members:
+            rate = f"{self._members:,} members, {self._members / seconds:,.0f}/s"
+        eta = f"ETA {seconds / share - seconds:,.0f} s" if share else "ETA ?"
+        print(
+            f"{self._what}: {rate}, {share:.0%} of {self._total / 1e9:,.1f} GB, {eta}", flush=True
+        )

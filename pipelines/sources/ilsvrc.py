@@ -1,138 +1,240 @@
-"""The published ILSVRC archives."""
+"""The published ILSVRC archives, of 2012 and of 2010 (the headline set of the AlexNet paper).
+
+Both years: a train tar of one tar a class, flat val and test tars, a devkit with class list and
+ground truth. 2012: test without labels. 2010: test with labels, and patch_images.tar, whose
+pictures replace blank ones of the same name; its publishers ask that all of them are applied.
+"""
 
 from __future__ import annotations
 
-import re
-from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from alexnet.errors import UserError
-from pipelines import devkit, index, storage, tars
+from pipelines import devkit, index, storage
+from pipelines.sources import official, patches
 from pipelines.sources.table import Source, labelled, part
 
 TRAIN_TAR = "ILSVRC2012_img_train.tar"
 VAL_TAR = "ILSVRC2012_img_val.tar"
-_TRAIN_NAME = re.compile(r"(n\d{8})_\d+")
-_VAL_NAME = re.compile(r"ILSVRC2012_val_(\d{8})")
+_OLD_TEST_TAR = "ILSVRC2012_img_test.tar"
+
+
+@dataclass(frozen=True)
+class _Edition:
+    year: int
+    archives: dict[str, tuple[str, ...]]  # of each split, the preferred name first
+    devkit: str
+    besides: dict[str, tuple[str, ...]]  # what else the labels of a split need
+    patches: str = ""
+
+
+_EDITIONS = (
+    _Edition(
+        2012,
+        {
+            "train": (TRAIN_TAR,),
+            "val": (VAL_TAR,),
+            "test": ("ILSVRC2012_img_test_v10102019.tar", _OLD_TEST_TAR),
+        },
+        devkit.NAME,
+        {"val": (devkit.NAME,), "test": (devkit.NAME,)},
+    ),
+    _Edition(
+        2010,
+        {
+            "train": ("ILSVRC2010_images_train.tar",),
+            "val": ("ILSVRC2010_images_val.tar",),
+            "test": ("ILSVRC2010_images_test.tar",),
+        },
+        devkit.NAME_2010,
+        {"val": (devkit.NAME_2010,), "test": (devkit.NAME_2010, devkit.TEST_TRUTH_2010)},
+        "patch_images.tar",
+    ),
+)
 
 
 def recognises(files: dict[str, int]) -> bool:
-    return TRAIN_TAR in files or VAL_TAR in files
+    return any(_has(edition, files) for edition in _EDITIONS)
 
 
 def scan(raw: str, files: dict[str, int], splits: Sequence[str], partial: bool) -> Source:
-    needed = {"train": [TRAIN_TAR], "val": [VAL_TAR, devkit.NAME]}
-    missing = [name for split in splits for name in needed[split] if name not in files]
-    if missing:
-        raise UserError(
-            f"{raw}: --splits {','.join(splits)} needs {' and '.join(missing)}, not there; add "
-            "what is missing or ask for fewer --splits"
-        )
-    kit = devkit.load(storage.join(raw, devkit.NAME)) if devkit.NAME in files else None
-    per_class = _index_train(raw) if "train" in splits else {}
-    wnids = kit.wnids if kit else tuple(sorted(per_class))
-    if strangers := sorted(set(per_class) - set(wnids)):
-        raise UserError(f"{raw}: {TRAIN_TAR} holds {strangers[0]}.tar, no class of the devkit")
-    rows = [
-        ("train", member, wnid, TRAIN_TAR)
-        for wnid, members in sorted(per_class.items())
-        for member in members
-    ]
-    labels_from = {"train": "name of the inner tar, equal to the prefix of the file name"}
-    if "val" in splits:
-        assert kit is not None  # among the needed files
-        rows += _label_val(raw, kit)
-        labels_from["val"] = (
-            "number in the file name, line of the ground truth, ILSVRC2012_ID, WNID of meta.mat"
-        )
+    edition = _edition(raw, files)
+    used = _needed(raw, files, edition, splits, partial)
+    kit = devkit.load(storage.join(raw, edition.devkit)) if edition.devkit in files else None
+    published = not partial and (kit is None or official.announces_published(kit))
+    containers = [*used.values(), *[name for name in (edition.patches,) if name in files]]
+    if published:
+        official.check_sizes(raw, files, containers)
+    notes: list[str] = []
+    parts = {split: _read(raw, edition, kit, split, name, notes) for split, name in used.items()}
+    if edition.patches in containers:
+        parts = patches.apply(raw, edition.patches, parts, partial, notes)
+    wnids = kit.wnids if kit else tuple(sorted(pc.unique(parts["train"]["wnid"]).to_pylist()))
+    table = labelled([*parts.values()], wnids)
+    _check_classes(raw, used, table)
     if kit and not partial:
-        check_promise(raw, kit, splits, rows)
-    used = [TRAIN_TAR] * ("train" in splits) + [VAL_TAR] * ("val" in splits)
+        check_promise(raw, kit, table, splits)
+    if published:
+        official.check_counts(raw, edition.year, table, used)
     return Source(
         raw=raw,
-        layout="ilsvrc2012",
-        table=_table(rows, wnids),
+        layout=f"ilsvrc{edition.year}",
+        table=table,
         wnids=wnids,
         class_names=tuple(kit.words[wnid] for wnid in wnids) if kit else wnids,
-        labels_from={split: labels_from[split] for split in splits},
-        containers=tuple((name, files[name]) for name in used),
+        labels_from={split: _labels_from(edition, split) for split in splits},
+        containers=tuple((name, files[name]) for name in containers),
         announced=announced(kit, splits),
-        notes=(),
+        notes=tuple(notes),
+        official=official.is_official(files, containers, kit),
     )
 
 
-_Row = tuple[str, tars.Member, str, str]  # split, where, WNID, container
-
-
-def _index_train(raw: str) -> dict[str, list[tars.Member]]:
-    uri = storage.join(raw, TRAIN_TAR)
-    per_class = {}
-    for name, pictures in index.nested(uri).items():
-        if not re.fullmatch(r"n\d{8}\.tar", name):
-            raise UserError(f"{uri} holds {name}; expected only nXXXXXXXX.tar, one a class")
-        wnid = name.removesuffix(".tar")
-        for picture in pictures:
-            match = _TRAIN_NAME.fullmatch(_stem(picture.name))
-            if match is None or match[1] != wnid:
-                raise UserError(f"{uri}: {name} holds {picture.name}; expected only {wnid}_*.JPEG")
-        per_class[wnid] = pictures
-    return per_class
-
-
-def _label_val(raw: str, kit: devkit.Devkit) -> list[_Row]:
-    uri = storage.join(raw, VAL_TAR)
-    pictures = index.flat(uri)
-    rows: list[_Row] = []
-    for picture in pictures:
-        match = _VAL_NAME.fullmatch(_stem(picture.name))
-        if match is None:
-            raise UserError(f"{uri} holds {picture.name}; expected only ILSVRC2012_val_*.JPEG")
-        number = int(match[1])
-        if not 1 <= number <= len(kit.val_wnids):
-            raise UserError(
-                f"{uri} holds {picture.name} and {len(pictures)} pictures in all, but the devkit's "
-                f"ground truth has {len(kit.val_wnids)} lines; take both from the same release"
-            )
-        rows.append(("val", picture, kit.val_wnids[number - 1], VAL_TAR))
-    return rows
-
-
-def check_promise(raw: str, kit: devkit.Devkit, splits: Sequence[str], rows: list[_Row]) -> None:
-    found = Counter((split, wnid) for split, _, wnid, _ in rows)
-    if "train" in splits:
-        wrong = [w for w in kit.wnids if found["train", w] != kit.train_images[w]]
-        if wrong:
-            total = sum(1 for row in rows if row[0] == "train")
-            raise UserError(
-                f"{raw}: {wrong[0]} has {found['train', wrong[0]]:,} train pictures, the devkit "
-                f"announces {kit.train_images[wrong[0]]:,} ({len(wrong)} of {len(kit.wnids)} "
-                f"classes differ; {total:,} of {sum(kit.train_images.values()):,} in all); add "
-                "the missing ones or pass --partial"
-            )
-    val = sum(1 for row in rows if row[0] == "val")
-    if "val" in splits and val != len(kit.val_wnids):
-        raise UserError(
-            f"{raw}: {VAL_TAR} holds {val:,} pictures, the devkit's ground truth has "
-            f"{len(kit.val_wnids):,} lines; add the missing ones or pass --partial"
-        )
-
-
 def announced(kit: devkit.Devkit | None, splits: Sequence[str]) -> dict[str, int] | None:
+    """Pictures per split; a split that nobody announced (2012's test without labels, when the
+    devkit is not the published one) is left out. None without a devkit."""
     if kit is None:
         return None
     counts = {"train": sum(kit.train_images.values()), "val": len(kit.val_wnids)}
-    return {split: counts[split] for split in splits}
+    if kit.test_wnids:
+        counts["test"] = len(kit.test_wnids)
+    elif official.announces_published(kit):
+        counts["test"] = official.PICTURES[kit.year]["test"]
+    return {split: counts[split] for split in splits if split in counts}
 
 
-def _stem(name: str) -> str:
-    return name.rpartition(".")[0]
+def check_promise(raw: str, kit: devkit.Devkit, table: pa.Table, splits: Sequence[str]) -> None:
+    """`table`: rows of `part` or `labelled`. Raises UserError when there are fewer or more
+    pictures than the devkit announces, of a class in train or of a whole split elsewhere."""
+    expected = announced(kit, splits) or {}
+    if "train" in splits:
+        wnids = table.filter(pc.equal(table["split"], "train"))["wnid"]
+        found = {row["values"]: row["counts"] for row in pc.value_counts(wnids).to_pylist()}
+        wrong = [w for w in kit.wnids if found.get(w, 0) != kit.train_images[w]]
+        if wrong:
+            raise UserError(
+                f"{raw}: {wrong[0]} has {found.get(wrong[0], 0):,} train pictures, the devkit "
+                f"announces {kit.train_images[wrong[0]]:,} ({len(wrong)} of {len(kit.wnids)} "
+                f"classes differ; {len(wnids):,} of {expected['train']:,} in all); add "
+                "the missing ones or pass --partial"
+            )
+    for split in ("val", "test"):
+        count = int(pc.sum(pc.equal(table["split"], split)).as_py() or 0)
+        if split in expected and count != expected[split]:
+            raise UserError(
+                f"{raw}: {split} has {count:,} pictures, the devkit's ground truth has "
+                f"{expected[split]:,} lines; add the missing ones or pass --partial"
+            )
 
 
-def _table(rows: list[_Row], wnids: Sequence[str]) -> pa.Table:
-    parts = [
-        part(split, [member.name], wnid, source, member.offset, member.size)
-        for split, member, wnid, source in rows
-    ]
-    return labelled(parts, wnids)
+# What is there
+
+
+def _has(edition: _Edition, files: dict[str, int]) -> bool:
+    return any(name in files for names in edition.archives.values() for name in names)
+
+
+def _edition(raw: str, files: dict[str, int]) -> _Edition:
+    found = [edition for edition in _EDITIONS if _has(edition, files)]
+    if len(found) > 1:
+        raise UserError(
+            f"{raw} is ambiguous: it holds archives of ILSVRC2012 and of ILSVRC2010; give each "
+            "year its own folder"
+        )
+    edition = found[0]
+    kits = [name for name in (devkit.NAME, devkit.NAME_2010) if name in files]
+    if kits and edition.devkit not in kits:
+        raise UserError(
+            f"{raw} holds archives of ILSVRC{edition.year}, but {kits[0]} is the devkit of another "
+            f"year with other classes; put {edition.devkit} in its place"
+        )
+    return edition
+
+
+def _needed(
+    raw: str, files: dict[str, int], edition: _Edition, splits: Sequence[str], partial: bool
+) -> dict[str, str]:
+    """The archive of each split. Raises UserError when anything that is needed is not there."""
+    used, missing = {}, []
+    for split in splits:
+        there = [name for name in edition.archives[split] if name in files]
+        used[split] = (there or edition.archives[split])[0]
+        needs = (used[split], *edition.besides.get(split, ()))
+        missing += [name for name in needs if name not in files]
+    if missing:
+        raise UserError(
+            f"{raw}: --splits {','.join(splits)} needs {' and '.join(dict.fromkeys(missing))}, "
+            "not there; add what is missing or ask for fewer --splits"
+        )
+    if edition.patches and edition.patches not in files and not partial:
+        raise UserError(
+            f"{raw}: {edition.patches} is not there, and without it some pictures of "
+            f"ILSVRC{edition.year} are blank; add it or pass --partial"
+        )
+    return used
+
+
+# Splits
+
+
+def _read(
+    raw: str, edition: _Edition, kit: devkit.Devkit | None, split: str, name: str, notes: list[str]
+) -> pa.Table:
+    """The rows of a split as `part` gives them; adds to `notes`."""
+    uri = storage.join(raw, name)
+    if name == _OLD_TEST_TAR:
+        notes.append(f"{name} is the archive before its patch of 10 October 2019")
+    found = index.without_litter(
+        name, index.nested(uri) if split == "train" else index.flat(uri), notes
+    )
+    names = index.base_names(found["name"].combine_chunks())
+    if split == "train":
+        wnids = _wnids_of_train(uri, found["outer"].combine_chunks(), names)
+    else:
+        assert kit is not None  # among the needed files
+        prefix = f"ILSVRC{edition.year}_{split}"
+        if devkit.TEST_TRUTH_2010 in edition.besides[split] or split == "val":
+            truth = kit.val_wnids if split == "val" else kit.test_wnids
+            wnids = devkit.wnids_by_number(uri, names, prefix, truth)
+        else:
+            devkit.numbers(uri, names, prefix)
+            wnids = ""
+    return part(split, names, wnids, name, found["offset"], found["size"])
+
+
+def _wnids_of_train(uri: str, outer: pa.Array, names: pa.Array) -> pa.Array:
+    """The name of the inner tar, which each picture's name must repeat."""
+    if (
+        strange := index.first_but(outer, pc.match_substring_regex(outer, r"^n\d{8}\.tar$"))
+    ) is not None:
+        raise UserError(f"{uri} holds {strange}; expected only nXXXXXXXX.tar, one a class")
+    wnids = pc.utf8_slice_codeunits(outer, 0, len("n00000000"))
+    prefixes = pc.extract_regex(names, r"^(?P<wnid>n\d{8})_\d+\.[^.]+$")
+    agree = pc.fill_null(pc.equal(pc.struct_field(prefixes, "wnid"), wnids), False)
+    if (strange := index.first_but(names, agree)) is not None:
+        wnid = index.first_but(wnids, agree)
+        raise UserError(f"{uri}: {wnid}.tar holds {strange}; expected only {wnid}_*.JPEG")
+    return wnids
+
+
+def _check_classes(raw: str, used: dict[str, str], table: pa.Table) -> None:
+    unknown = table.filter(pc.and_(pc.equal(table["label"], -1), pc.not_equal(table["wnid"], "")))
+    if unknown.num_rows:
+        raise UserError(
+            f"{raw}: {used['train']} holds {unknown['wnid'][0].as_py()}.tar, no class of the devkit"
+        )
+
+
+def _labels_from(edition: _Edition, split: str) -> str:
+    if split == "train":
+        return "name of the inner tar, equal to the prefix of the file name"
+    if split == "test" and edition.year == 2012:
+        return "nothing: these pictures were published without labels"
+    return (
+        "number in the file name, line of the ground truth, "
+        f"ILSVRC{edition.year}_ID, WNID of meta.mat"
+    )
