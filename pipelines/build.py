@@ -45,9 +45,6 @@ def build(
     """
     done, missing = finish.finished_shards(out, made_plan)
     progress = Progress(len(made_plan.shards), made_plan.pictures, out, max_rejected, as_json)
-    for reason in sorted({reason for reason in missing.values()} - {finish.NOT_MADE}):
-        again = [made_plan.shards[n].name for n, why in missing.items() if why == reason]
-        print(f"{', '.join(again)}: made again, because {reason}", file=sys.stderr, flush=True)
     for _, status in done:
         row = _row(status["shard"], status["samples"], status["rejected"])
         progress.count(row | {"stored_bytes": status["bytes"]}, before=True)
@@ -55,6 +52,7 @@ def build(
     if numbers:
         if done and not as_json:
             print(f"{len(done)} of {len(made_plan.shards)} shards are already there", flush=True)
+        _remove_faulty(out, made_plan, {number: missing[number] for number in numbers})
         with _ray():
             cluster.refuse_local_paths([raw, out], shared_fs=shared_fs)
             statuses = _statuses(job_for(made_plan, raw, out), made_plan, numbers, workers)
@@ -68,6 +66,14 @@ def build(
         names = ", ".join(made_plan.shards[number].name for number in missing)
         raise BuildFailed(f"{names} vanished meanwhile; the same command continues this build")
     return finish.finish(out, made_plan, done)
+
+
+def _remove_faulty(out: str, made_plan: Plan, reasons: dict[int, str]) -> None:
+    for reason in sorted(set(reasons.values()) - {finish.NOT_MADE}):
+        names = [made_plan.shards[n].name for n, why in reasons.items() if why == reason]
+        print(f"{', '.join(names)}: made again, because {reason}", file=sys.stderr, flush=True)
+        for name in names:
+            finish.remove(out, name)
 
 
 def job_for(made_plan: Plan, raw: str, out: str) -> Job:

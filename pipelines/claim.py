@@ -37,25 +37,28 @@ def begin(out: str, raw: str, plan: Plan) -> None:
         )
     if _rows_belong_to(out) != plan.plan_id:  # or somebody was killed while replacing a plan
         storage.write(storage.join(out, *_ROWS), _rows_by_shard(plan))
-    storage.write(storage.join(out, *_RAW), shards.canonical_json({"raw": raw}))
+    if raw_of(out) != raw:
+        storage.write(storage.join(out, *_RAW), shards.canonical_json({"raw": raw}))
 
 
-def replace(out: str, raw: str, plan: Plan, shards_again: set[str]) -> None:
-    """Put `plan` in the place of the one in `out`, from which it may differ in `shards_again` only.
+def check_replaceable(out: str, plan: Plan, again: set[str]) -> None:
+    """Raises UserError unless `plan` differs from the one in `out` in the shards `again` only."""
+    before = {shard.name: shard.id for shard in load(out).shards}
+    after = {shard.name: shard.id for shard in plan.shards}
+    changed = {name for name in before | after if before.get(name) != after.get(name)}
+    if strangers := sorted(changed - again):
+        raise UserError(
+            f"{out}: more has changed than quarantined pictures ({len(strangers)} other shards, "
+            f"first {strangers[0]}); build into another --out"
+        )
 
-    Raises UserError when other shards would change as well. What is interrupted is mended by
-    doing it again: the rows come first, and no finished shard names the plan it belonged to.
+
+def replace(out: str, raw: str, plan: Plan) -> None:
+    """Put `plan` in the place of the one in `out`.
+
+    What is interrupted is mended by doing it again: the rows name their plan, and no finished
+    shard names the plan it belonged to.
     """
-    found = load(out)
-    if found.plan_id != plan.plan_id:
-        before = {shard.name: shard.id for shard in found.shards}
-        after = {shard.name: shard.id for shard in plan.shards}
-        changed = {name for name in before | after if before.get(name) != after.get(name)}
-        if strangers := sorted(changed - shards_again):
-            raise UserError(
-                f"{out}: the source has changed in more than the quarantined pictures "
-                f"({len(strangers)} other shards, first {strangers[0]}); build into another --out"
-            )
     storage.write(storage.join(out, *_ROWS), _rows_by_shard(plan))
     storage.write(storage.join(out, *_PLAN), _document(plan))
     storage.write(storage.join(out, *_RAW), shards.canonical_json({"raw": raw}))

@@ -1,20 +1,21 @@
-"""python -m pipelines build | plan | verify | inspect | report | demo-raw
+"""python -m pipelines build | plan | verify | inspect | status | diff | report | fetch | demo-raw
 
-Exit codes: 0 done; 1 verification failed or build incomplete; 2 wrong usage or input; 130 Ctrl-C.
+Exit codes: 0 done; 1 verification failed, sets differ, or build incomplete; 2 wrong usage or input;
+130 Ctrl-C.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
-from typing import NoReturn
+from collections.abc import Callable, Sequence
+from typing import NoReturn, get_args
 
 from alexnet.errors import UserError
-from pipelines import storage
-from pipelines.plan import Plan, Recipe
-from pipelines.progress import BuildFailed, MaxRejected
-from pipelines.sources import SPLITS, Source
+from pipelines import commands
+from pipelines.plan import Orientation, Recipe
+from pipelines.progress import BuildFailed
+from pipelines.sources import SPLITS, Shuffle
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -28,145 +29,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"failed: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("stopped; finished shards are kept, the same command continues", file=sys.stderr)
+        print("stopped; what is finished is kept, the same command continues", file=sys.stderr)
         return 130
-
-
-def build(arguments: argparse.Namespace) -> int:
-    from pipelines.plan import begin
-
-    max_rejected = MaxRejected.parse(arguments.max_rejected)
-    source, plan = _plan(arguments)
-    out = _out(arguments, plan)
-    begin(out, source, plan)
-    if storage.exists(storage.join(out, "manifest.json")):
-        print(f"{out} is finished already (plan {plan.plan_id[:12]}); nothing to do")
-        _next_command(out)
-        return 0
-    print(_in_words(source, plan, out), flush=True)
-
-    import pipelines.build  # loads Ray: not before every check that needs none
-
-    manifest = pipelines.build.build(
-        source,
-        plan,
-        out,
-        max_rejected=max_rejected,
-        workers=arguments.workers,
-        shared_fs=arguments.shared_fs,
-    )
-    totals = manifest.document["totals"]
-    samples = " + ".join(f"{total['samples']:,} {split}" for split, total in totals.items())
-    num_bytes = sum(total["bytes"] for total in totals.values())
-    print(f"built {out}: {samples} samples in {len(plan.shards)} shards, {num_bytes / 1e6:,.1f} MB")
-    for what in ("fixes", "rejected"):
-        if counts := manifest.document[what]:
-            print(f"{what}: {', '.join(f'{count} {name}' for name, count in counts.items())}")
-    _next_command(out)
-    return 0
-
-
-def plan(arguments: argparse.Namespace) -> int:
-    source, plan = _plan(arguments)
-    out = _out(arguments, plan)
-    print(_in_words(source, plan, out))
-    for split in plan.identity["recipe"]["splits"]:
-        parts = [shard.samples for shard in plan.shards if shard.split == split]
-        sizes = f"{min(parts):,}" if min(parts) == max(parts) else f"{min(parts):,}-{max(parts):,}"
-        plural = "s" if len(parts) > 1 else ""
-        print(f"{split}: {sum(parts):,} pictures in {len(parts)} shard{plural} of {sizes}")
-        print(f"{split} labels: {source.labels_from[split]}")
-        if source.announced:
-            print(f"{split}: the devkit announces {source.announced[split]:,}")
-    print(f"about {plan.estimated_bytes / 1e6:,.1f} MB of shards; plan_id {plan.plan_id}")
-    return 0
-
-
-def verify(arguments: argparse.Namespace) -> int:
-    from pipelines.verify import verify
-
-    out = storage.absolute(arguments.out)
-    problems, checked = verify(out, full=arguments.full)
-    for problem in problems:
-        print(problem)
-    print(f"{out}: {checked}; {'no' if not problems else len(problems)} problems")
-    return 1 if problems else 0
-
-
-def inspect(arguments: argparse.Namespace) -> int:
-    from pipelines.verify import inspect
-
-    print(inspect(_existing(arguments.out), arguments.what))
-    return 0
-
-
-def report(arguments: argparse.Namespace) -> int:
-    from pipelines.report import report
-
-    print(report(storage.absolute(arguments.out)))
-    return 0
-
-
-def demo_raw(arguments: argparse.Namespace) -> int:
-    from pipelines.demo_raw import Drawing, draw
-
-    drawing = Drawing(arguments.classes, arguments.per_class, arguments.val_per_class)
-    print(draw(storage.absolute(arguments.dir), drawing, arguments.seed))
-    print(f"next: python -m pipelines build --raw {arguments.dir}")
-    return 0
-
-
-def _plan(arguments: argparse.Namespace) -> tuple[Source, Plan]:
-    from pipelines.plan import make
-    from pipelines.sources import scan
-
-    recipe = Recipe(
-        resize=arguments.resize,
-        crop=arguments.crop,
-        quality=arguments.quality,
-        samples_per_shard=arguments.samples_per_shard,
-        seed=arguments.seed,
-        splits=tuple(dict.fromkeys(arguments.splits.split(","))),
-        partial=arguments.partial,
-    )
-    if arguments.workers is not None and arguments.workers < 1:
-        raise UserError(f"--workers {arguments.workers} must be at least 1")
-    splits = [split for split in SPLITS if split in recipe.splits]
-    source = scan(storage.absolute(arguments.raw), splits, recipe.partial)
-    return source, make(source, recipe)
-
-
-def _out(arguments: argparse.Namespace, plan: Plan) -> str:
-    if arguments.out is not None:
-        return storage.absolute(arguments.out)
-    return str(storage.home() / "shards" / plan.plan_id[:12])
-
-
-def _existing(out: str | None) -> str:
-    found = storage.absolute(out) if out is not None else storage.newest_shards()
-    if found is None:
-        shards = storage.home() / "shards"
-        raise UserError(
-            f"no shard set under {shards}; pass --out, or build one with "
-            "`python -m pipelines build --raw RAW`"
-        )
-    return found
-
-
-def _in_words(source: Source, plan: Plan, out: str) -> str:
-    pictures = " + ".join(
-        f"{source.count(split):,} {split}" for split in plan.identity["recipe"]["splits"]
-    )
-    notes = "".join(f"\nnote: {note}" for note in source.notes)
-    partial = " (partial)" if plan.identity["recipe"]["partial"] else ""
-    return (
-        f"{source.raw}: {source.layout}{partial}, {pictures} pictures, {len(source.wnids)} classes"
-        f"{notes}\n{out}: {len(plan.shards)} shards, plan {plan.plan_id[:12]}"
-    )
-
-
-def _next_command(out: str) -> None:
-    print(f"next: ray job submit --working-dir . -- python training/run.py --data {out}")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -177,52 +41,103 @@ class _Parser(argparse.ArgumentParser):
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="python -m pipelines", description="Raw ImageNet to WebDataset shards.")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    for command, function, text in (
-        ("build", build, "make the shards, or continue making them"),
-        ("plan", plan, "say what build would do, and change nothing"),
-    ):
-        sub = commands.add_parser(command, help=text, allow_abbrev=False)
+    def command(
+        name: str,
+        function: Callable[[argparse.Namespace], int],
+        text: str,
+        aliases: Sequence[str] = (),
+        json: bool = True,
+    ) -> argparse.ArgumentParser:
+        sub = subparsers.add_parser(name, help=text, aliases=aliases, allow_abbrev=False)
         sub.set_defaults(command=function)
-        _add_build_flags(sub)
+        if json:
+            sub.add_argument("--json", action="store_true", help="JSON on stdout, for programs")
+        return sub
 
-    sub = commands.add_parser("verify", help="check a shard set", allow_abbrev=False)
-    sub.set_defaults(command=verify)
-    sub.add_argument("out", metavar="OUT", help="folder or s3:// prefix of the shard set")
-    sub.add_argument("--full", action="store_true", help="decode every picture as well")
-
-    sub = commands.add_parser("inspect", help="show a shard or a sample", allow_abbrev=False)
-    sub.set_defaults(command=inspect)
+    sub = command("build", commands.build, "make the shards, or go on making them", ["rebuild"])
+    _add_plan_flags(sub)
+    _add_build_flags(sub)
+    sub = command("plan", commands.plan, "say what build would do, and change nothing")
+    _add_plan_flags(sub)
+    _add_check_flags(command("verify", commands.verify, "check a shard set, or mend it"))
+    sub = command("inspect", commands.inspect, "show a shard or a sample, back to RAW")
     sub.add_argument("what", metavar="SHARD|KEY", help="such as train-000000 or n01440764_10026")
     sub.add_argument("--out", help="shard set; default: the newest under $ALEXNET_HOME")
-
-    sub = commands.add_parser("report", help="write OUT/report/index.html", allow_abbrev=False)
-    sub.set_defaults(command=report)
-    sub.add_argument("out", metavar="OUT")
-
-    sub = commands.add_parser("demo-raw", help="draw a small raw set", allow_abbrev=False)
-    sub.set_defaults(command=demo_raw)
-    sub.add_argument("dir", metavar="DIR")
-    sub.add_argument("--classes", type=int, default=10, help="2 to 10")
-    sub.add_argument("--per-class", type=int, default=60, help="train pictures of each class")
-    sub.add_argument("--val-per-class", type=int, default=10)
-    sub.add_argument("--seed", type=int, default=0)
+    sub = command("status", commands.status, "how far a running or stopped build is")
+    sub.add_argument("out", metavar="OUT", nargs="?")
+    sub = command("diff", commands.diff, "compare two shard sets")
+    sub.add_argument("a", metavar="A")
+    sub.add_argument("b", metavar="B")
+    sub = command("report", commands.report, "write OUT/report/index.html", json=False)
+    sub.add_argument("out", metavar="OUT", nargs="?")
+    _add_fetch_flags(command("fetch", commands.fetch, "download a public raw set", json=False))
+    _add_drawing_flags(command("demo-raw", commands.demo_raw, "draw a small raw set", json=False))
     return parser
 
 
-def _add_build_flags(parser: argparse.ArgumentParser) -> None:
+def _add_plan_flags(parser: argparse.ArgumentParser) -> None:
     default = Recipe()
     add = parser.add_argument
-    add("--raw", required=True, help="folder or s3:// prefix of archives or class folders")
+    add("--raw", required=True, help="folder or s3:// prefix of the raw data, in any known layout")
     add("--out", help="default: $ALEXNET_HOME/shards/PLAN")
-    add("--resize", type=int, default=default.resize, help="shorter side, pixels (%(default)s)")
-    add("--crop", type=int, default=default.crop, help="centre square, pixels (%(default)s)")
-    add("--quality", type=int, default=default.quality, help="of the JPEGs (%(default)s)")
-    add("--samples-per-shard", type=int, default=default.samples_per_shard, help="(%(default)s)")
-    add("--seed", type=int, default=default.seed, help="of the order inside shards (%(default)s)")
-    add("--splits", default=",".join(SPLITS), help="(%(default)s)")
-    add("--partial", action="store_true", help="accept fewer pictures than the devkit announces")
-    add("--max-rejected", default="1%", help="unusable pictures: N or P%%")
+    add("--resize", type=int, help=f"shorter side, pixels ({default.resize})")
+    add("--crop", type=int, help=f"centre square, pixels ({default.crop})")
+    add("--quality", type=int, help=f"of the JPEGs ({default.quality})")
+    add(
+        "--exif-orientation",
+        metavar="|".join(get_args(Orientation)),
+        help="of pictures that say they lie on their side (ignore, as published results do)",
+    )
+    add("--samples-per-shard", type=int, help=f"({default.samples_per_shard})")
+    add(
+        "--shuffle",
+        metavar="|".join(get_args(Shuffle)),
+        help="how pictures are spread over shards (what suits the layout)",
+    )
+    add("--seed", type=int, help=f"of every shuffle ({default.seed})")
+    add("--splits", default=",".join(default.splits), help=f"of {','.join(SPLITS)} (%(default)s)")
+    add("--subset", metavar="WNID,...|FILE", help="these classes only")
+    add("--per-class", type=int, metavar="N", help="at most N pictures of each class and split")
+    add("--partial", action="store_true", help="accept fewer pictures than are announced")
+    add("--verify-md5", action="store_true", help="hash the published archives first")
+
+
+def _add_build_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add(
+        "--max-rejected",
+        metavar="N|P%",
+        help="unusable pictures (1%%; of the published archives none)",
+    )
+    add("--only", metavar="12,40-44", help="these shards only, numbered as plan says, or by name")
+    add("--retry-quarantined", action="store_true", help="make shards with rejected pictures anew")
     add("--workers", type=int, help="most shards at once; default: one per CPU")
     add("--shared-fs", action="store_true", help="every node sees the local paths given")
+
+
+def _add_check_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("out", metavar="OUT", help="folder or s3:// prefix of the shard set")
+    add("--full", action="store_true", help="hash every byte, decode every picture")
+    add("--repair", action="store_true", help="make again what fails, from RAW")
+    add("--raw", help="with --full: compare labels with it; with --repair: if RAW has moved")
+    add("--shared-fs", action="store_true", help="every node sees the local paths given")
+
+
+def _add_fetch_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("name", metavar="NAME", help="imagenette: fast.ai's ten classes of ImageNet")
+    add("--to", required=True, metavar="RAW", help="folder to fill")
+    add("--size", default="160", help="shorter side: 160, 320 or full (%(default)s)")
+    add("--mirror", metavar="URL", help="where else the archive lies")
+
+
+def _add_drawing_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("dir", metavar="DIR")
+    add("--classes", type=int, default=10, help="2 to 10")
+    add("--per-class", type=int, default=60, help="train pictures of each class")
+    add("--val-per-class", type=int, default=10)
+    add("--seed", type=int, default=0)

@@ -27,8 +27,8 @@ Done = tuple[ShardPlan, dict[str, Any]]  # with the status of its sidecar
 def finished_shards(out: str, plan: Plan) -> tuple[list[Done], dict[int, str]]:
     """(shards whose sidecar, tar and DALI index are there and agree, number → why not for others).
 
-    A sidecar or tar that was damaged from outside is removed, to be built again. So is what
-    another version of the codecs made: half a set each would be no reproducible set.
+    What another version of the codecs made does not count: half a set each would be no
+    reproducible set.
     """
     names = {name for name, _ in storage.list_files(storage.join(out, "_meta"))}
     present = [
@@ -43,7 +43,6 @@ def finished_shards(out: str, plan: Plan) -> tuple[list[Done], dict[int, str]]:
         status, fault = _status(out, data, shard)
         if fault:
             missing[number] = fault
-            remove(out, shard.name)
         else:
             del missing[number]
             done.append((shard, status))
@@ -70,7 +69,7 @@ def _status(out: str, data: bytes, shard: ShardPlan) -> tuple[dict[str, Any], st
 
 
 def remove(out: str, shard: str) -> None:
-    """The sidecar first: without it the rest of a shard counts for nothing."""
+    """So that it can be made again. The sidecar first: without it the rest counts for nothing."""
     storage.delete(shards.sidecar_uri(out, shard))
     storage.delete(storage.join(out, f"{shard}.idx"))
     storage.delete(storage.join(out, f"{shard}.tar"))

@@ -19,7 +19,7 @@ from PIL import features
 from alexnet.errors import UserError
 from pipelines import claim, reads, shards, storage, transform
 from pipelines.plan import Orientation
-from pipelines.transform import Pixels, Rejected, Stored, to_stored
+from pipelines.transform import Pixels, Rejected, Stored, keep_stored, to_stored
 
 
 @dataclass(frozen=True)
@@ -65,16 +65,17 @@ def produce(job: Job, number: int, name: str, shard_id: str) -> Made:
     samples: list[shards.Sample | None] = [None] * len(rows)
     rejected: list[dict[str, Any]] = []
     pixels = _PixelSums()
-    reader = reads.Reader(job.raw, rows)
-    for position, raw in reader:
-        row = rows[position]
-        made = _transformed(job, raw)
-        if isinstance(made, Rejected):
-            storage.write_new(quarantine_uri(job.out, row["split"], row["key"]), raw)
-            rejected.append(_lineage(row, raw) | {"reason": made.reason, "detail": made.detail})
-        else:
-            pixels.add(made.pixels)
-            samples[position] = _sample(row, raw, made)
+    with reads.Reader(job.raw, rows) as reader:
+        for position, raw in reader:
+            row = rows[position]
+            made = _transformed(job, raw)
+            if isinstance(made, Rejected):
+                storage.write_new(quarantine_uri(job.out, row["split"], row["key"]), raw)
+                fate = {"reason": made.reason, "detail": made.detail}
+                rejected.append(_lineage(row, raw) | fate)
+            else:
+                pixels.add(made.pixels)
+                samples[position] = _sample(row, raw, made)
     good = [sample for sample in samples if sample is not None]
     assert len(good) + len(rejected) == len(rows), f"{name}: a picture has no fate"
     rejected.sort(key=lambda entry: str(entry["key"]))
@@ -95,8 +96,8 @@ def produce(job: Job, number: int, name: str, shard_id: str) -> Made:
 
 def _transformed(job: Job, raw: bytes) -> Stored | Rejected:
     if job.keep:
-        return transform.keep_stored(raw, job.crop)
-    return to_stored(raw, job.resize, job.crop, job.quality)
+        return keep_stored(raw, job.crop)
+    return to_stored(raw, job.resize, job.crop, job.quality, job.exif_orientation)
 
 
 def _status(

@@ -1,15 +1,17 @@
 """pipelines/plan.py: which picture goes where, and the plan's identity."""
 
+import subprocess
+import sys
 from collections import Counter
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pytest
+from drawn import ROOT
 
 from alexnet.errors import UserError
-from pipelines import plan, sources, storage
+from pipelines import plan, sources
 
 
 def drawn_source(counts: dict[str, int], *, raw: str = "/raw", val: int = 0) -> sources.Source:
@@ -27,7 +29,7 @@ def drawn_source(counts: dict[str, int], *, raw: str = "/raw", val: int = 0) -> 
         schema=sources.TABLE,
     )
     names = tuple(wnids)
-    return sources.Source(raw, "archives", table, names, names, {}, (("train.tar", 9),), None, ())
+    return sources.Source(raw, "ilsvrc2012", table, names, names, {}, (("train.tar", 9),), None, ())
 
 
 UNEVEN = {"n00000001": 10, "n00000002": 25, "n00000003": 67}
@@ -101,13 +103,17 @@ def test_plan_id_depends_on_everything_that_decides_the_bytes_and_nothing_else()
             {"samples_per_shard": 50},
             {"splits": ("train",)},
             {"partial": True},
+            {"shuffle": "global"},
+            {"exif_orientation": "apply"},
+            {"per_class": 9},
+            {"subset": ("n00000001",)},
         )
     ]
     other_name = replace(source, class_names=("a", "b", "c"))
     other_size = replace(source, containers=(("train.tar", 10),))
     other_file = drawn_source(UNEVEN | {"n00000003": 68}, val=3)
     changed += [plan.make(other, recipe).plan_id for other in (other_name, other_size, other_file)]
-    assert len({original, *changed}) == 11
+    assert len({original, *changed}) == 15
 
 
 @pytest.mark.parametrize(
@@ -117,7 +123,11 @@ def test_plan_id_depends_on_everything_that_decides_the_bytes_and_nothing_else()
         ({"crop": 257}, "227 <= crop <= resize"),
         ({"quality": 0}, "choose 1 to 100"),
         ({"samples_per_shard": 0}, "at least 1"),
-        ({"splits": ("test",)}, "choose from train,val"),
+        ({"samples_per_shard": 300_000}, "5 GiB of one upload"),
+        ({"per_class": 0}, "--per-class 0 must be at least 1"),
+        ({"shuffle": "much"}, "choose from classes, global, source"),
+        ({"exif_orientation": "yes"}, "choose from ignore, apply"),
+        ({"splits": ("dev",)}, "choose from train,val"),
         ({"splits": ()}, "choose from train,val"),
     ],
 )
@@ -126,39 +136,73 @@ def test_impossible_recipes_are_refused(change: dict[str, object], message: str)
         plan.Recipe(**change)
 
 
-def test_a_task_reads_the_rows_of_its_own_shard(tmp_path: Path) -> None:
-    source = drawn_source(UNEVEN, val=13)
-    made = plan.make(source, plan.Recipe(samples_per_shard=30))
-    plan.begin(str(tmp_path), source, made)
-    for number, rows in enumerate(by_shard(made).values()):
-        assert plan.read_rows(str(tmp_path), number) == rows
+def test_a_global_shuffle_takes_every_picture_once_and_mixes_the_classes() -> None:
+    source = drawn_source({f"n0000000{k}": 100 for k in range(8)})
+    recipe = plan.Recipe(samples_per_shard=100, shuffle="global", splits=("train",))
+    made = plan.make(source, recipe)
+    assert sorted(made.table["key"].to_pylist()) == sorted(source.table["key"].to_pylist())
+    counts = [Counter(row["wnid"] for row in rows) for rows in by_shard(made).values()]
+    # 12.5 of each class expected; six standard deviations of a hypergeometric draw are 19.
+    assert all(1 <= count[wnid] <= 31 for count in counts for wnid in source.wnids)
+    positions = source.table["offset"].to_pylist()
+    rank = {offset: i for i, offset in enumerate(positions)}
+    order = [rank[offset] for offset in made.table["offset"].to_pylist()]
+    assert abs(np.corrcoef(order, range(800))[0, 1]) < 0.15
+    assert plan.make(source, replace(recipe, seed=1)).table["key"] != made.table["key"]
 
 
-def test_another_plan_in_the_same_folder_is_refused_with_both_ids_and_the_difference(
-    tmp_path: Path,
-) -> None:
+def test_the_order_of_the_source_gives_each_shard_one_stretch_of_it() -> None:
     source = drawn_source(UNEVEN)
-    first = plan.make(source, plan.Recipe(splits=("train",)))
-    second = plan.make(source, plan.Recipe(splits=("train",), quality=95, seed=3))
-    plan.begin(str(tmp_path), source, first)
-    plan.begin(str(tmp_path), source, first)
-    with pytest.raises(UserError) as error:
-        plan.begin(str(tmp_path), source, second)
-    for part in (first.plan_id[:12], second.plan_id[:12], "quality 90 → 95", "seed 0 → 3"):
-        assert part in str(error.value)
+    recipe = plan.Recipe(samples_per_shard=26, shuffle="source", splits=("train",))
+    start = 0
+    for rows in by_shard(plan.make(source, recipe)).values():
+        offsets = sorted(row["offset"] for row in rows)
+        assert offsets == list(range(1000 * start, 1000 * (start + len(rows)), 1000))
+        start += len(rows)
 
 
-def test_a_claim_cut_short_is_completed_by_the_next_run(tmp_path: Path) -> None:
-    source = drawn_source(UNEVEN)
-    made = plan.make(source, plan.Recipe(splits=("train",)))
-    plan.begin(str(tmp_path), source, made)
-    storage.delete(str(tmp_path / "_meta" / "plan.parquet"))
-    plan.begin(str(tmp_path), source, made)
-    assert len(plan.read_rows(str(tmp_path), 0)) == 102
+def test_a_shard_s_identity_changes_with_its_pictures_and_recipe_alone() -> None:
+    source, recipe = drawn_source(UNEVEN, val=5), plan.Recipe(samples_per_shard=26)
+    ids = [shard.id for shard in plan.make(source, recipe).shards]
+    assert len(set(ids)) == 5
+    column = source.table.schema.get_field_index("size")
+    sizes = source.table["size"].to_pylist()
+    table = source.table.set_column(column, "size", pa.array([901, *sizes[1:]]))
+    mended = plan.make(replace(source, table=table), recipe)
+    differing = [a != b for a, b in zip(ids, (s.id for s in mended.shards), strict=True)]
+    assert differing == [True, False, False, False, False]
+    better = plan.make(source, replace(recipe, quality=95))
+    assert not {shard.id for shard in better.shards} & set(ids)
 
 
-def test_a_folder_with_something_else_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "thesis.tex").write_text("")
-    source = drawn_source(UNEVEN)
-    with pytest.raises(UserError, match=r"is not empty \(thesis\.tex"):
-        plan.begin(str(tmp_path), source, plan.make(source, plan.Recipe(splits=("train",))))
+def test_stored_pictures_scale_as_the_raw_ones_would_and_are_never_enlarged() -> None:
+    stored = sources.StoredAs(resize=256, crop=256, quality=90, digest="d")
+    assert plan.geometry(plan.Recipe(crop=256), stored) == (256, True)
+    assert plan.geometry(plan.Recipe(crop=227), stored) == (256, False)
+    assert plan.geometry(plan.Recipe(resize=240, crop=227), stored) == (240, False)
+    assert plan.geometry(plan.Recipe(crop=256, quality=95), stored) == (256, False)
+    assert plan.geometry(plan.Recipe(), None) == (256, False)
+    centre = replace(stored, crop=227)
+    source = replace(drawn_source(UNEVEN), stored=centre)
+    for change in ({"crop": 256}, {"resize": 300}, {"resize": 240}):
+        with pytest.raises(UserError, match=r"needs more than these shards hold \(resize 256, cro"):
+            plan.make(source, replace(plan.Recipe(splits=("train",)), **change))
+
+
+def test_a_split_without_pictures_is_refused() -> None:
+    with pytest.raises(UserError, match="there is no val picture"):
+        plan.make(drawn_source(UNEVEN), plan.Recipe())
+
+
+def test_imagenet_is_planned_within_a_gibibyte_and_a_minute() -> None:
+    """From members already indexed, as a second run has them; a fresh process, to see its peak."""
+    run = subprocess.run(
+        [sys.executable, ROOT / "tests" / "imagenet_plan.py"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    pictures, shards, peak_bytes = map(int, run.stdout.split())
+    assert (pictures, shards) == (1_281_167, 256)
+    assert peak_bytes < 1 << 30

@@ -1,0 +1,309 @@
+"""What each command does with its parsed flags. The flags themselves are in cli.py."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+from dataclasses import replace
+from typing import Any
+
+from alexnet.errors import UserError
+from pipelines import storage
+from pipelines.plan import Plan, Recipe
+from pipelines.progress import MaxRejected
+from pipelines.shards import Manifest
+from pipelines.sources import SPLITS, Source
+
+
+def build(arguments: argparse.Namespace) -> int:
+    from pipelines import claim, repair
+
+    MaxRejected.parse(arguments.max_rejected)  # before the long reading of RAW
+    if arguments.workers is not None and arguments.workers < 1:
+        raise UserError(f"--workers {arguments.workers} must be at least 1")
+    source, plan = _plan(arguments)
+    out = _out(arguments, plan)
+    only = parse_only(arguments.only, plan) if arguments.only else None
+    limit = MaxRejected.parse(arguments.max_rejected, plan.official)
+    if arguments.retry_quarantined:
+        again = repair.retry_quarantined(out, source.raw, plan)
+        _say(arguments, f"made again: {', '.join(again) or 'nothing, no picture is quarantined'}")
+    claim.begin(out, source.raw, plan)
+    if storage.exists(storage.join(out, "manifest.json")):
+        _say(arguments, f"{out} is finished already (plan {plan.plan_id[:12]}); nothing to do")
+        _say(arguments, _next_command(out))
+        return 0
+    _say(arguments, _in_words(source, plan, out))
+
+    import pipelines.build  # loads Ray: not before every check that needs none
+
+    manifest = pipelines.build.build(
+        plan,
+        source.raw,
+        out,
+        max_rejected=limit,
+        only=only,
+        workers=arguments.workers,
+        shared_fs=arguments.shared_fs,
+        as_json=arguments.json,
+    )
+    if manifest is None:
+        _say(arguments, f"{out}: the shards of --only are there; build without it to finish")
+    elif arguments.json:
+        print(json.dumps({"event": "built", "out": out, **_summary(manifest)}), flush=True)
+    else:
+        print(_built(manifest, out))
+    return 0
+
+
+def plan(arguments: argparse.Namespace) -> int:
+    source, plan = _plan(arguments)
+    out = _out(arguments, plan)
+    document = _plan_document(source, plan, out)
+    if arguments.json:
+        print(json.dumps(document, indent=1))
+        return 0
+    print(_in_words(source, plan, out))
+    first = 0
+    for split, entry in document["splits"].items():
+        last = first + entry["shards"] - 1
+        sizes = "-".join(f"{size:,}" for size in dict.fromkeys(entry["samples_per_shard"]))
+        print(f"{split}: {entry['pictures']:,} pictures in shards {first} to {last} of {sizes}")
+        size = f" of {entry['mean_read_bytes'] / 1e6:.2f} MB" if entry["read_bytes"] else ""
+        print(f"{split}: {entry['reads']:,} reads{size}")
+        print(f"{split} labels: {entry['labels_from']}")
+        if entry["announced"] is not None:
+            print(f"{split}: {entry['announced']:,} are announced")
+        first = last + 1
+    print(f"about {document['bytes'] / 1e6:,.1f} MB of shards; plan_id {plan.plan_id}")
+    return 0
+
+
+def verify(arguments: argparse.Namespace) -> int:
+    from pipelines import repair
+    from pipelines.verify import verify
+
+    out = storage.absolute(arguments.out)
+    raw = storage.absolute(arguments.raw) if arguments.raw else None
+    say = functools.partial(_say, arguments)
+    found = verify(out, full=arguments.full, raw=raw if arguments.full else None, say=say)
+    repaired = None
+    if found.problems and arguments.repair:
+        for problem in found.problems:
+            say(f"{problem.file}: {problem.text}")
+        repaired = repair.repair(out, found.bad_files, raw, shared_fs=arguments.shared_fs)
+        found = verify(out, full=arguments.full, say=say)
+    if arguments.json:
+        document = {
+            "out": out,
+            "problems": [vars(problem) for problem in found.problems],
+            "notes": list(found.notes),
+            "checked": found.checked,
+            "repaired": repaired is not None,
+        }
+        print(json.dumps(document, indent=1))
+    else:
+        lines = [f"{problem.file}: {problem.text}" for problem in found.problems]
+        lines += [f"note: {note}" for note in found.notes]
+        count = len(found.problems) or "no"
+        print(*lines, f"{out}: {found.checked}; {count} problems", sep="\n")
+    return 1 if found.problems else 0
+
+
+def inspect(arguments: argparse.Namespace) -> int:
+    from pipelines.inspect import inspect, text
+
+    document = inspect(_existing(arguments.out), arguments.what)
+    print(json.dumps(document, indent=1) if arguments.json else text(document))
+    return 0
+
+
+def status(arguments: argparse.Namespace) -> int:
+    from pipelines.status import status, text
+
+    document = status(_existing(arguments.out))
+    print(json.dumps(document, indent=1) if arguments.json else text(document))
+    return 0
+
+
+def diff(arguments: argparse.Namespace) -> int:
+    from pipelines.diff import diff, text
+
+    document = diff(storage.absolute(arguments.a), storage.absolute(arguments.b))
+    print(json.dumps(document, indent=1) if arguments.json else text(document))
+    return 0 if document["same"] else 1
+
+
+def report(arguments: argparse.Namespace) -> int:
+    from pipelines.report import report
+
+    print(report(_existing(arguments.out)))
+    return 0
+
+
+def fetch(arguments: argparse.Namespace) -> int:
+    from pipelines.fetch import fetch
+
+    print(fetch(arguments.name, storage.absolute(arguments.to), arguments.size, arguments.mirror))
+    print(f"next: python -m pipelines build --raw {arguments.to}")
+    return 0
+
+
+def demo_raw(arguments: argparse.Namespace) -> int:
+    from pipelines.demo_raw import Drawing, draw
+
+    drawing = Drawing(arguments.classes, arguments.per_class, arguments.val_per_class)
+    print(draw(storage.absolute(arguments.dir), drawing, arguments.seed))
+    print(f"next: python -m pipelines build --raw {arguments.dir}")
+    return 0
+
+
+def parse_only(text: str, plan: Plan) -> set[int]:
+    """Shard numbers from "12,40-44", counted over all splits as `plan` prints them, or from names
+    such as "val-000003". Raises UserError for what the plan does not have."""
+    names = {shard.name: number for number, shard in enumerate(plan.shards)}
+    numbers: set[int] = set()
+    for item in text.split(","):
+        first, _, last = item.partition("-")
+        if item in names:
+            numbers.add(names[item])
+        elif first.isdecimal() and (last or first).isdecimal() and int(first) <= int(last or first):
+            numbers |= set(range(int(first), int(last or first) + 1))
+        else:
+            raise UserError(f"--only {text}: {item!r} is no shard; write 12,40-44 or val-000003")
+    if beyond := sorted(numbers - set(names.values())):
+        raise UserError(f"--only {text}: there is no shard {beyond[0]}, only 0 to {len(names) - 1}")
+    return numbers
+
+
+def _plan(arguments: argparse.Namespace) -> tuple[Source, Plan]:
+    from pipelines.plan import make
+    from pipelines.sources import official, scan, subset
+
+    recipe = Recipe(  # without what depends on the source
+        splits=tuple(dict.fromkeys(arguments.splits.split(","))),
+        subset=subset.parse(arguments.subset) if arguments.subset else (),
+        per_class=arguments.per_class,
+        partial=arguments.partial,
+        **_given(arguments),
+    )
+    raw = storage.absolute(arguments.raw)
+    splits = [split for split in SPLITS if split in recipe.splits]
+    source = scan(raw, splits, recipe.partial)
+    if arguments.verify_md5:
+        official.verify_md5(raw, dict(source.containers))
+    source = subset.select(source, recipe.subset, recipe.per_class)
+    recipe = replace(recipe, **_defaults_of(source) | _given(arguments))
+    return source, make(source, recipe)
+
+
+def _given(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The flags whose default depends on the source, where the user set them."""
+    names = ("resize", "crop", "quality", "exif_orientation", "samples_per_shard", "shuffle")
+    values = {name: getattr(arguments, name) for name in (*names, "seed")}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _defaults_of(source: Source) -> dict[str, Any]:
+    """What suits this source unless the user says otherwise."""
+    defaults: dict[str, Any] = {"shuffle": source.shuffle}
+    if source.stored:
+        defaults |= {name: getattr(source.stored, name) for name in ("resize", "crop", "quality")}
+    return defaults
+
+
+def _out(arguments: argparse.Namespace, plan: Plan) -> str:
+    if arguments.out is not None:
+        return storage.absolute(arguments.out)
+    return str(storage.home() / "shards" / plan.plan_id[:12])
+
+
+def _existing(out: str | None) -> str:
+    found = storage.absolute(out) if out is not None else storage.newest_shards()
+    if found is None:
+        shards = storage.home() / "shards"
+        raise UserError(
+            f"no shard set under {shards}; pass --out, or build one with "
+            "`python -m pipelines build --raw RAW`"
+        )
+    return found
+
+
+def _say(arguments: argparse.Namespace, line: str) -> None:
+    if not arguments.json:
+        print(line, flush=True)
+
+
+def _in_words(source: Source, plan: Plan, out: str) -> str:
+    pictures = " + ".join(
+        f"{source.count(split):,} {split}" for split in plan.identity["recipe"]["splits"]
+    )
+    notes = "".join(f"\nnote: {note}" for note in source.notes)
+    partial = " (partial)" if plan.identity["recipe"]["partial"] else ""
+    return (
+        f"{source.raw}: {source.layout}{partial}, {pictures} pictures, {len(source.wnids)} classes"
+        f"{notes}\n{out}: {len(plan.shards)} shards, plan {plan.plan_id[:12]}"
+    )
+
+
+def _plan_document(source: Source, plan: Plan, out: str) -> dict[str, Any]:
+    from pipelines import reads
+
+    assert plan.table is not None, "just made"
+    splits: dict[str, dict[str, Any]] = {}
+    start = 0
+    for shard in plan.shards:
+        requests, num_bytes = reads.cost(plan.table.slice(start, shard.samples))
+        start += shard.samples
+        entry = splits.setdefault(shard.split, {"shards": 0, "reads": 0, "read_bytes": 0, "n": []})
+        entry["shards"] += 1
+        entry["reads"] += requests
+        entry["read_bytes"] += num_bytes
+        entry["n"].append(shard.samples)
+    for split, entry in splits.items():
+        sizes = entry.pop("n")
+        entry["pictures"] = sum(sizes)
+        entry["mean_read_bytes"] = entry["read_bytes"] / entry["reads"]
+        entry["samples_per_shard"] = [min(sizes), max(sizes)]
+        entry["labels_from"] = source.labels_from[split]
+        entry["announced"] = (source.announced or {}).get(split)
+    return {
+        "raw": source.raw,
+        "out": out,
+        "layout": source.layout,
+        "official": source.official,
+        "classes": len(source.wnids),
+        "notes": list(source.notes),
+        "splits": splits,
+        "bytes": int(plan.pictures * plan.recipe.bytes_per_sample),
+        "plan_id": plan.plan_id,
+        "identity": plan.identity,
+    }
+
+
+def _summary(manifest: Manifest) -> dict[str, Any]:
+    document = manifest.document
+    names = ("plan_id", "totals", "fixes", "rejected")
+    shards = {"shards": len(manifest.shards), "data_set": manifest.digest}
+    return {name: document[name] for name in names} | shards
+
+
+def _built(manifest: Manifest, out: str) -> str:
+    totals = manifest.document["totals"]
+    samples = " + ".join(f"{total['samples']:,} {split}" for split, total in totals.items())
+    num_bytes = sum(total["bytes"] for total in totals.values())
+    lines = [
+        f"built {out}: {samples} samples in {len(manifest.shards)} shards, "
+        f"{num_bytes / 1e6:,.1f} MB"
+    ]
+    for what in ("fixes", "rejected"):
+        if counts := manifest.document[what]:
+            lines.append(
+                f"{what}: {', '.join(f'{count} {name}' for name, count in counts.items())}"
+            )
+    return "\n".join([*lines, _next_command(out)])
+
+
+def _next_command(out: str) -> str:
+    return f"next: ray job submit --working-dir . -- python training/run.py --data {out}"

@@ -1,0 +1,99 @@
+"""pipelines/claim.py: one folder, one plan."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+from test_plan import UNEVEN, by_shard, drawn_source
+
+from alexnet.errors import UserError
+from pipelines import claim, plan, sources, storage
+
+
+def test_a_task_reads_the_rows_of_its_own_shard(tmp_path: Path) -> None:
+    source = drawn_source(UNEVEN, val=13)
+    made = plan.make(source, plan.Recipe(samples_per_shard=30))
+    claim.begin(str(tmp_path), source.raw, made)
+    for number, rows in enumerate(by_shard(made).values()):
+        assert claim.read_rows(str(tmp_path), made.plan_id, number) == rows
+
+
+def test_another_plan_in_the_same_folder_is_refused_with_both_ids_and_the_difference(
+    tmp_path: Path,
+) -> None:
+    source = drawn_source(UNEVEN)
+    first = plan.make(source, plan.Recipe(splits=("train",)))
+    second = plan.make(source, plan.Recipe(splits=("train",), quality=95, seed=3))
+    claim.begin(str(tmp_path), source.raw, first)
+    claim.begin(str(tmp_path), source.raw, first)
+    with pytest.raises(UserError) as error:
+        claim.begin(str(tmp_path), source.raw, second)
+    for part in (first.plan_id[:12], second.plan_id[:12], "quality 90 → 95", "seed 0 → 3"):
+        assert part in str(error.value)
+
+
+def test_a_claim_cut_short_is_completed_by_the_next_run(tmp_path: Path) -> None:
+    source = drawn_source(UNEVEN)
+    made = plan.make(source, plan.Recipe(splits=("train",)))
+    claim.begin(str(tmp_path), source.raw, made)
+    storage.delete(str(tmp_path / "_meta" / "plan.parquet"))
+    claim.begin(str(tmp_path), source.raw, made)
+    assert len(claim.read_rows(str(tmp_path), made.plan_id, 0)) == 102
+
+
+def test_a_folder_with_something_else_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("")
+    source = drawn_source(UNEVEN)
+    with pytest.raises(UserError, match=r"is not empty \(thesis\.tex"):
+        claim.begin(str(tmp_path), source.raw, plan.make(source, plan.Recipe(splits=("train",))))
+
+
+def mended(source: sources.Source, position: int) -> sources.Source:
+    """The same source, one picture of which has another size now."""
+    column = source.table.schema.get_field_index("size")
+    sizes = source.table["size"].to_pylist()
+    sizes[position] += 1
+    return replace(source, table=source.table.set_column(column, "size", pa.array(sizes)))
+
+
+def test_a_plan_is_replaced_only_if_no_other_shard_changes(tmp_path: Path) -> None:
+    source, recipe = drawn_source(UNEVEN), plan.Recipe(samples_per_shard=26, splits=("train",))
+    before, after = plan.make(source, recipe), plan.make(mended(source, 0), recipe)
+    claim.begin(str(tmp_path), source.raw, before)
+    claim.check_replaceable(str(tmp_path), after, {"train-000000", "train-000003"})
+    with pytest.raises(UserError, match="1 other shards, first train-000000"):
+        claim.check_replaceable(str(tmp_path), after, {"train-000003"})
+    claim.replace(str(tmp_path), "/mended", after)
+    assert claim.load(str(tmp_path)).plan_id == after.plan_id
+    assert claim.raw_of(str(tmp_path)) == "/mended"
+    assert claim.read_rows(str(tmp_path), after.plan_id, 0) == next(iter(by_shard(after).values()))
+
+
+def test_rows_of_a_plan_that_was_being_replaced_are_not_taken_for_the_old_one_s(
+    tmp_path: Path,
+) -> None:
+    source, recipe = drawn_source(UNEVEN), plan.Recipe(samples_per_shard=26, splits=("train",))
+    before, after = plan.make(source, recipe), plan.make(mended(source, 0), recipe)
+    claim.begin(str(tmp_path), source.raw, before)
+    document = storage.read(str(tmp_path / "_meta" / "plan.json"))
+    claim.replace(str(tmp_path), source.raw, after)
+    storage.write(str(tmp_path / "_meta" / "plan.json"), document)  # killed between the two files
+    with pytest.raises(UserError, match="given another plan meanwhile"):
+        claim.read_rows(str(tmp_path), before.plan_id, 0)
+    claim.begin(str(tmp_path), source.raw, before)
+    assert claim.read_rows(str(tmp_path), before.plan_id, 0) == next(
+        iter(by_shard(before).values())
+    )
+
+
+def test_a_plan_read_back_says_what_was_planned(tmp_path: Path) -> None:
+    source = replace(drawn_source(UNEVEN), labels_from={"train": "folder"}, official=True)
+    recipe = plan.Recipe(splits=("train",), subset=("n00000001",), per_class=4)
+    made = plan.make(source, recipe)
+    claim.begin(str(tmp_path), source.raw, made)
+    found = claim.load(str(tmp_path))
+    assert found == replace(made, table=None, identity=found.identity)
+    assert found.recipe == recipe and found.pictures == 102
+    with pytest.raises(UserError, match="no shard set was begun here"):
+        claim.load(str(tmp_path / "elsewhere"))
