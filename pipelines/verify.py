@@ -1,218 +1,259 @@
-"""Is a shard set what its manifest says? And where does a sample come from? Needs only OUT."""
+"""Is a shard set what its manifest says? Needs only OUT.
+
+Fast: one listing, the hashes of everything but tars and quarantined files, whose sizes are looked
+at; sidecars, index, manifest and SHA256SUMS against each other. `full` reads every byte.
+"""
 
 from __future__ import annotations
 
 import hashlib
-import io
-import json
-import os
-import tarfile
-import warnings
-from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from dataclasses import dataclass, field
 
 import pyarrow as pa
-import pyarrow.compute as pc
-from PIL import Image
 
-from alexnet.errors import UserError
-from pipelines import shards, storage
+from pipelines import audit, contents, duplicates, fates, shards, storage
+from pipelines.contents import MANIFEST, SUMS, Damaged, Problem, index_name, quarantine_name
 
-_MEMBERS = ("cls", "jpg", "json")
+_UNLISTED = ("report/", "_meta/")  # made later, or by and for the builder
+_SHOWN = 5  # names in a note
 
 
-def verify(out: str, *, full: bool = False) -> tuple[list[str], str]:
-    """(problems, one line each; what was checked, in words).
+@dataclass(frozen=True)
+class Findings:
+    problems: tuple[Problem, ...]
+    notes: tuple[str, ...]  # what a person should know and what is no fault
+    checked: str  # in words
 
-    Always: every hash of SHA256SUMS, sizes, index against manifest. `full` also decodes every
-    picture strictly and compares its members, label, hash and size with the index.
+    @property
+    def bad_files(self) -> tuple[str, ...]:
+        """Sorted names relative to OUT."""
+        return tuple(sorted({problem.file for problem in self.problems}))
+
+
+@dataclass(frozen=True)
+class _Set:
+    """OUT as far as it can be read; filled step by step."""
+
+    out: str
+    sizes: dict[str, int]
+    sums: dict[str, str]
+    manifest: shards.Manifest | None
+    indexes: dict[str, pa.Table] = field(default_factory=dict)  # whole ones, by split
+    rejected: dict[str, dict[str, int]] = field(default_factory=dict)  # key → bytes, by split
+
+    @property
+    def shards(self) -> tuple[shards.ShardInfo, ...]:
+        return self.manifest.shards if self.manifest else ()
+
+    @property
+    def splits(self) -> list[str]:
+        return list(self.manifest.document["totals"]) if self.manifest else []
+
+
+def _quiet(line: str) -> None:
+    pass
+
+
+def verify(
+    out: str, *, full: bool = False, raw: str | None = None, say: audit.Say = _quiet
+) -> Findings:
+    """Everything that is wrong with the finished set in `out`.
+
+    `full` also hashes the shards, decodes their pictures strictly and compares each sample with
+    index and plan, telling `say` how far it is; with `raw`, labels are looked up in RAW once more.
+    Raises UserError when there is no finished set, or a store or RAW cannot be read.
     """
-    manifest = shards.load_manifest(out)
-    sums = _sums(out)
-    problems: list[str] = []
-    if sums.get("manifest.json") != manifest.digest:
-        problems.append("manifest.json: not the one that SHA256SUMS lists")
-    for shard in manifest.shards:
-        if sums.get(f"{shard.name}.tar") != shard.sha256:
-            problems.append(f"{shard.name}.tar: manifest and SHA256SUMS disagree about its hash")
-    indexes = {split: shards.load_index(out, split) for split in manifest.document["totals"]}
-    for split, index in indexes.items():
-        problems += _check_index(manifest, split, index)
-    shard_of = {f"{shard.name}.tar": shard for shard in manifest.shards}
-    for name, expected in sorted(sums.items()):
-        data = _read_or_none(out, name)
-        if data is None:
-            problems.append(f"{name}: missing")
-        elif hashlib.sha256(data).hexdigest() != expected:
-            problems.append(f"{name}: its {len(data):,} bytes have another sha256")
-        elif full and name in shard_of:
-            shard = shard_of[name]
-            rows = indexes[shard.split].filter(pc.equal(indexes[shard.split]["shard"], shard.name))
-            problems += _check_shard(manifest, data, rows.to_pylist(), shard.name)
-    samples = sum(manifest.num_samples(split) for split in indexes)
-    decoded = f", {samples:,} pictures decoded" if full else ""
-    return problems, f"{len(manifest.shards)} shards, {len(sums)} files hashed{decoded}"
+    problems: list[Problem] = []
+    found = _open(out, problems)
+    hashed = _hash_small_files(found, problems)
+    problems += _against_manifest(found)
+    for split in found.splits:
+        problems += _check_split(found, split)
+    problems += _check_sidecars(found)
+    problems += _quarantine_sizes(found)
+    notes = [*_unlisted(found)]
+    checked = f"{len(found.shards):,} shards, {hashed:,} files hashed, the others by size"
+    if full:
+        jobs = _jobs(found)
+        problems += audit.audit(out, jobs, found.manifest, say)
+        problems += _check_fates(found, raw, notes)
+        decoded = {job.file for job in jobs if job.index is not None}
+        taken = sum(shard.samples for shard in found.shards if f"{shard.name}.tar" in decoded)
+        checked = f"{hashed + len(jobs):,} files hashed, {taken:,} pictures decoded"
+    told = [Problem(problem.file, contents.one_line(problem.text)) for problem in problems]
+    return Findings(tuple(dict.fromkeys(told)), tuple(notes), checked)
 
 
-def _sums(out: str) -> dict[str, str]:
-    text = storage.read(storage.join(out, "SHA256SUMS")).decode("utf-8", "replace")
-    pairs = [line.partition("  ") for line in text.splitlines()]
-    return {name: digest for digest, _, name in pairs}
-
-
-def _read_or_none(out: str, name: str) -> bytes | None:
-    uri = storage.join(out, name)
-    return storage.read(uri) if storage.exists(uri) else None
-
-
-def _check_index(manifest: shards.Manifest, split: str, index: pa.Table) -> Iterator[str]:
-    name = f"index/{split}.parquet"
-    if not index.schema.equals(shards.INDEX):
-        yield f"{name}: its columns are {index.schema.names}, not {shards.INDEX.names}"
-        return
-    expected = [(shard.name, shard.samples) for shard in manifest.split_shards(split)]
-    counts = Counter(index["shard"].to_pylist())
-    for shard_name, samples in expected:
-        if counts.pop(shard_name, 0) != samples:
-            yield f"{name}: other number of rows for {shard_name} than its {samples} samples"
-    if counts:
-        yield f"{name}: rows of shards that the manifest lacks: {', '.join(sorted(counts))}"
-    order = index.select(["shard", "offset"])
-    if not order.equals(order.sort_by([("shard", "ascending"), ("offset", "ascending")])):
-        yield f"{name}: rows are not in the order of shard and position"
-    keys = index["key"]
-    if len(pc.unique(keys)) != len(keys):
-        yield f"{name}: a key appears twice"
-    ranks = {wnid: label for label, wnid in enumerate(manifest.wnids)}
-    pairs = set(zip(index["wnid"].to_pylist(), index["label"].to_pylist(), strict=True))
-    for wnid, label in sorted(pairs):
-        if ranks.get(wnid) != label:
-            yield f"{name}: {wnid} has label {label}, the manifest says {ranks.get(wnid)}"
-
-
-def _check_shard(
-    manifest: shards.Manifest, data: bytes, rows: list[dict[str, Any]], name: str
-) -> list[str]:
-    """Read by `tarfile` and Pillow, which had no part in finding offsets or decoding for us."""
-    members: list[tuple[str, bytes, int]] = []
-    with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
-        for info in tar:
-            file = tar.extractfile(info)
-            members.append((info.name, file.read() if file else b"", info.offset_data))
-    wanted = [f"{row['key']}.{suffix}" for row in rows for suffix in _MEMBERS]
-    if [member for member, _, _ in members] != wanted:
-        return [f"{name}.tar: members are not KEY.cls KEY.jpg KEY.json in the order of the index"]
-
-    def check(position: int) -> list[str]:
-        (_, cls, _), (member, jpeg, offset), (_, text, _) = members[3 * position :][:3]
-        return [
-            f"{name}.tar {member}: {problem}"
-            for problem in _check_sample(manifest, rows[position], cls, jpeg, offset, text)
-        ]
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow decodes outside the GIL
-        return [problem for found in pool.map(check, range(len(rows))) for problem in found]
-
-
-def _check_sample(
-    manifest: shards.Manifest,
-    row: dict[str, Any],
-    cls: bytes,
-    jpeg: bytes,
-    offset: int,
-    text: bytes,
-) -> Iterator[str]:
-    if cls != str(row["label"]).encode():
-        yield f"label {cls!r}, the index says {row['label']}"
-    if (offset, len(jpeg)) != (row["offset"], row["size"]):
-        yield f"lies at {offset} with {len(jpeg)} bytes, the index says otherwise"
-    if hashlib.sha256(jpeg).hexdigest() != row["sha256"]:
-        yield "another sha256 than in the index"
-    document = json.loads(text)
-    shared = document.keys() & row.keys()
-    if {field: document[field] for field in shared} != {field: row[field] for field in shared}:
-        yield "its JSON and the index disagree"
+def _open(out: str, problems: list[Problem]) -> _Set:
+    sizes = dict(storage.list_files(out))
+    if MANIFEST not in sizes:
+        shards.load_manifest(out)  # raises, and says how to get a set
+    manifest = None
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            with Image.open(io.BytesIO(jpeg), formats=["JPEG"]) as picture:
-                picture.load()
-                found = (picture.width, picture.height, picture.mode)
-    except (OSError, SyntaxError, ValueError, Warning) as error:
-        yield f"cannot be decoded ({error})"
-        return
-    if found != (manifest.crop, manifest.crop, "RGB"):
-        yield f"is {found}, not {manifest.crop}×{manifest.crop} RGB"
+        manifest = contents.manifest(out)
+    except Damaged as damaged:
+        problems.append(Problem(damaged.file, damaged.text))
+    sums: dict[str, str] = {}
+    if SUMS in sizes:
+        sums, wrong = contents.sums(storage.read(storage.join(out, SUMS)))
+        problems += [Problem(SUMS, text) for text in wrong]
+    else:
+        problems.append(Problem(SUMS, "missing"))
+    return _Set(out, sizes, sums, manifest)
 
 
-def inspect(out: str, what: str) -> str:
-    """A text about one shard, or about one sample with its way back into the raw data.
-
-    Raises UserError when `what` is neither.
-    """
-    manifest = shards.load_manifest(out)
-    shard_name = what.rsplit("/", 1)[-1].removesuffix(".tar")
-    for shard in manifest.shards:
-        if shard.name == shard_name:
-            return _shard_text(out, manifest, shard)
-    key = what.partition(".")[0]
-    for split in manifest.document["totals"]:
-        index = shards.load_index(out, split)
-        rows = index.filter(pc.equal(index["key"], key)).to_pylist()
-        if rows:
-            return _sample_text(out, manifest, rows[0])
-        rejected = storage.read(storage.join(out, "quarantine", f"{split}.jsonl"))
-        for entry in map(json.loads, rejected.splitlines()):
-            if entry["key"] == key:
-                return _rejected_text(out, split, entry)
-    raise UserError(
-        f"{what}: no shard and no sample of {out}; shards are {manifest.shards[0].name} to "
-        f"{manifest.shards[-1].name}, keys are file names without extension"
-    )
+def _hash_small_files(found: _Set, problems: list[Problem]) -> int:
+    """How many were hashed; the tables among those that are whole are kept."""
+    names = {MANIFEST, *found.sums, *map(index_name, found.splits)}
+    names |= set(map(quarantine_name, found.splits))
+    names = {name for name in names if not _is_large(name)}
+    problems += [Problem(name, "missing") for name in sorted(names - found.sizes.keys())]
+    here = sorted(names & found.sizes.keys())
+    uris = [storage.join(found.out, name) for name in here]
+    for name, data in zip(here, storage.read_each(uris), strict=True):
+        expected = found.sums.get(name)
+        if expected is not None and hashlib.sha256(data).hexdigest() != expected:
+            problems.append(Problem(name, f"its {len(data):,} bytes have another sha256"))
+            continue
+        if expected is None and found.sums:
+            problems.append(Problem(SUMS, f"lacks {name}"))
+        try:
+            _keep(found, name, data)
+        except Damaged as damaged:
+            problems.append(Problem(damaged.file, damaged.text))
+    return len(here)
 
 
-def _shard_text(out: str, manifest: shards.Manifest, shard: shards.ShardInfo) -> str:
-    index = shards.load_index(out, shard.split)
-    rows = index.filter(pc.equal(index["shard"], shard.name))
-    counts = Counter(rows["label"].to_pylist())
-    share = max(counts.values(), default=0), min(counts.values(), default=0)
-    first, last = (rows["key"][0], rows["key"][-1]) if rows.num_rows else ("", "")
-    return "\n".join(
-        [
-            f"{storage.join(out, shard.name)}.tar",
-            f"  {shard.samples:,} samples, {shard.num_bytes:,} bytes, sha256 {shard.sha256}",
-            f"  {len(counts)} of {manifest.num_classes} classes, {share[1]} to {share[0]} of each",
-            f"  {first} … {last}",
-        ]
-    )
+def _is_large(name: str) -> bool:
+    return name.endswith(".tar") or (name.startswith("quarantine/") and name.endswith(".bin"))
 
 
-def _sample_text(out: str, manifest: shards.Manifest, row: dict[str, Any]) -> str:
-    name = manifest.class_names[row["label"]]
-    fixes = ", ".join(row["fixes"]) or "none"
-    return "\n".join(
-        [
-            f"{row['key']}: label {row['label']}, {row['wnid']}, {name}",
-            f"  stored  {storage.join(out, row['shard'])}.tar, bytes {row['offset']:,} + "
-            f"{row['size']:,}, sha256 {row['sha256']}",
-            f"  raw     {_origin(row)}",
-            f"          {row['width']}×{row['height']} pixels; fixes: {fixes}",
-        ]
-    )
+def _keep(found: _Set, name: str, data: bytes) -> None:
+    for split in found.splits:
+        if name == index_name(split):
+            found.indexes[split] = contents.parse_index(found.out, split, data)
+        if name == quarantine_name(split):
+            entries = contents.parse_quarantine(found.out, split, data)
+            found.rejected[split] = {entry["key"]: entry["source_size"] for entry in entries}
 
 
-def _rejected_text(out: str, split: str, entry: dict[str, Any]) -> str:
-    return "\n".join(
-        [
-            f"{entry['key']}: rejected, {entry['reason']} ({entry['detail']})",
-            f"  kept    {storage.join(out, 'quarantine', split, entry['key'])}.bin",
-            f"  raw     {_origin(entry)}",
-        ]
-    )
+def _against_manifest(found: _Set) -> Iterator[Problem]:
+    """Sizes of the shards, and the two lists of their hashes."""
+    for name in sorted(found.sums):
+        if _is_large(name) and name not in found.sizes:
+            yield Problem(name, "missing")
+    listed = {f"{shard.name}.tar": shard for shard in found.shards}
+    for name, shard in listed.items():
+        if name not in found.sizes:
+            yield Problem(name, "missing")
+        elif found.sizes[name] != shard.num_bytes:
+            size = found.sizes[name]
+            yield Problem(name, f"its {size:,} bytes should be {shard.num_bytes:,}")
+        if found.sums and found.sums.get(name) != shard.sha256:
+            yield Problem(SUMS, f"another sha256 of {name} than in {MANIFEST}, or none")
+    for name in sorted(found.sums) if found.manifest else ():
+        if name.endswith(".tar") and name not in listed:
+            yield Problem(SUMS, f"lists {name}, which {MANIFEST} does not")
 
 
-def _origin(row: dict[str, Any]) -> str:
-    place = f"RAW/{row['source']}, bytes {row['source_offset']:,} + {row['source_size']:,}"
-    return f"{place}, sha256 {row['source_sha256']}"
+def _check_split(found: _Set, split: str) -> Iterator[Problem]:
+    if split in found.indexes and found.manifest:
+        for text in fates.check_index(found.manifest, split, found.indexes[split]):
+            yield Problem(index_name(split), text)
+        totals = found.manifest.document["totals"][split]
+        samples = sum(shard.samples for shard in found.manifest.split_shards(split))
+        if not isinstance(totals, dict) or totals.get("samples") != samples:
+            yield Problem(MANIFEST, f"its total for {split} is not the sum over its shards")
+
+
+def _check_sidecars(found: _Set) -> Iterator[Problem]:
+    names = {shard.name: f"_meta/{shard.name}.parquet" for shard in found.shards}
+    here = [shard for shard in found.shards if names[shard.name] in found.sizes]
+    uris = [storage.join(found.out, names[shard.name]) for shard in here]
+    yield from (Problem(n, "missing") for n in names.values() if n not in found.sizes)
+    try:
+        planned = contents.planned_samples(found.out) if found.shards else {}
+    except Damaged as damaged:
+        yield Problem(damaged.file, damaged.text)
+        planned = {}
+    rejected: dict[str, list[str]] = {}
+    for shard, data in zip(here, storage.read_each(uris), strict=True):
+        try:
+            sidecar = contents.parse_sidecar(found.out, shard.name, data)
+        except Damaged as damaged:
+            yield Problem(damaged.file, damaged.text)
+            continue
+        rejected.setdefault(shard.split, []).extend(sidecar.rejected)
+        for text in _sidecar_problems(found, shard, sidecar):
+            yield Problem(names[shard.name], text)
+        fated = sidecar.samples + len(sidecar.rejected)
+        if planned.get(shard.name, fated) != fated:
+            text = f"{fated:,} pictures stored or rejected, {planned[shard.name]:,} planned"
+            yield Problem(f"{shard.name}.tar", text)
+    if len(here) == len(names):
+        yield from _check_quarantine(found, rejected)
+
+
+def _sidecar_problems(
+    found: _Set, shard: shards.ShardInfo, sidecar: contents.Sidecar
+) -> Iterator[str]:
+    said = (sidecar.sha256, sidecar.num_bytes, sidecar.samples)
+    if said != (shard.sha256, shard.num_bytes, shard.samples):
+        yield f"its sha256, bytes or samples are not those of {MANIFEST}"
+    if sidecar.rows.num_rows != sidecar.samples:
+        yield f"{sidecar.rows.num_rows:,} rows for {sidecar.samples:,} samples"
+    index = found.indexes.get(shard.split)
+    if index is not None and not sidecar.rows.equals(contents.rows_of(index, "shard", shard.name)):
+        yield f"its rows are not those of {index_name(shard.split)}"
+
+
+def _check_quarantine(found: _Set, rejected: dict[str, list[str]]) -> Iterator[Problem]:
+    for split, keys in found.rejected.items():
+        if sorted(keys) != sorted(rejected.get(split, [])):
+            text = f"lists {len(keys):,} pictures, not the {len(rejected.get(split, [])):,} that "
+            yield Problem(quarantine_name(split), f"{text}the sidecars say were rejected")
+
+
+def _quarantine_sizes(found: _Set) -> Iterator[Problem]:
+    for split, rejected in found.rejected.items():
+        for key, size in rejected.items():
+            name = f"quarantine/{split}/{key}.bin"
+            if found.sums and name not in found.sums:
+                yield Problem(SUMS, f"lacks {name}")
+            elif found.sizes.get(name, size) != size:
+                yield Problem(name, f"its {found.sizes[name]:,} bytes should be {size:,}")
+
+
+def _unlisted(found: _Set) -> Iterator[str]:
+    known = {SUMS, MANIFEST, *found.sums, *(f"{shard.name}.tar" for shard in found.shards)}
+    known |= {name(split) for split in found.splits for name in (index_name, quarantine_name)}
+    strange = [n for n in sorted(found.sizes.keys() - known) if not n.startswith(_UNLISTED)]
+    if strange and found.sums:
+        shown = ", ".join(strange[:_SHOWN]) + (", …" if len(strange) > _SHOWN else "")
+        yield f"{len(strange):,} files that {SUMS} does not list: {shown}"
+
+
+def _jobs(found: _Set) -> list[audit.Job]:
+    """Tars and quarantined files; what is known to be missing or of another size is left out."""
+    listed = {f"{shard.name}.tar": shard for shard in found.shards}
+    jobs = [
+        audit.Job(name, shard.num_bytes, shard.sha256, found.indexes.get(shard.split))
+        for name, shard in listed.items()
+        if found.sizes.get(name) == shard.num_bytes
+    ]
+    for name, digest in sorted(found.sums.items()):
+        if _is_large(name) and name in found.sizes and name not in listed:
+            jobs.append(audit.Job(name, found.sizes[name], digest))
+    return jobs
+
+
+def _check_fates(found: _Set, raw: str | None, notes: list[str]) -> Iterator[Problem]:
+    indexes = {name: table for name, table in found.indexes.items() if name in found.rejected}
+    try:
+        yield from fates.against_plan(contents.planned(found.out), indexes, found.rejected)
+        if raw is not None:
+            yield from fates.against_raw(raw, found.out, indexes, found.rejected)
+    except Damaged as damaged:
+        yield Problem(damaged.file, damaged.text)
+    notes += duplicates.find(found.indexes).lines() if found.indexes else []

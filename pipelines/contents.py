@@ -1,0 +1,218 @@
+"""The files of a finished shard set, read with suspicion: each damage is one line and a file name.
+
+`shards.py` reads sets that are whole; here bytes may have rotted, been cut, or been exchanged.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from alexnet.errors import UserError
+from pipelines import shards, storage
+from pipelines.sources import SPLITS
+
+SUMS = "SHA256SUMS"
+MANIFEST = "manifest.json"
+PLAN = "_meta/plan.json"
+PLANNED = "_meta/plan.parquet"
+_SUM = re.compile(r"([0-9a-f]{64})  ([\x21-\x7e]+)")
+_SHARD = re.compile(rf"(?:{'|'.join(SPLITS)})-\d{{6,}}")
+
+
+class Damaged(UserError):
+    """One file of the set is missing or says nothing that can be used."""
+
+    def __init__(self, out: str, file: str, text: str) -> None:
+        location = storage.join(out, file)
+        super().__init__(f"{location}: {text}; run: python -m pipelines verify {out}")
+        self.file, self.text = file, text
+
+
+@dataclass(frozen=True)
+class Problem:
+    file: str  # relative to OUT
+    text: str  # one line
+
+
+@dataclass(frozen=True)
+class Sidecar:
+    rows: pa.Table  # of schema shards.INDEX
+    samples: int
+    num_bytes: int
+    sha256: str
+    rejected: tuple[str, ...]  # keys
+
+
+def manifest(out: str) -> shards.Manifest:
+    """Raises UserError when no set is finished there, Damaged when its manifest cannot be read."""
+    if not storage.exists(storage.join(out, MANIFEST)):
+        return shards.load_manifest(out)  # raises, and says how to get a set
+    with _damage(out, MANIFEST):
+        json.loads(storage.read(storage.join(out, MANIFEST)))
+        found = shards.load_manifest(out)
+        for row in found.document["shards"]:
+            _check_type(row, {"name": str, "split": str, "samples": int, "bytes": int})
+            _check_type(row, {"sha256": str})
+            if not _SHARD.fullmatch(row["name"]) or not row["name"].startswith(row["split"] + "-"):
+                raise ValueError(f"{row['name']!r} of {row['split']!r} is no shard")
+        _check_type(found.document, {"plan_id": str, "totals": dict, "rejected": dict})
+        _check_type(found.document, {"fixes": dict})
+        if strangers := set(found.document["totals"]) - set(SPLITS):
+            raise ValueError(f"{strangers} is no split")
+        if not all(isinstance(name, str) for name in found.wnids + found.class_names):
+            raise TypeError("a class is no text")
+        if len(found.wnids) != len(found.class_names):
+            raise ValueError("more or fewer names than classes")
+        return found
+
+
+def sums(data: bytes) -> tuple[dict[str, str], list[str]]:
+    """(name → sha256, what is wrong with other lines) from the bytes of SHA256SUMS."""
+    found: dict[str, str] = {}
+    wrong = []
+    for number, line in enumerate(data.decode("utf-8", "replace").splitlines(), 1):
+        match = _SUM.fullmatch(line)
+        if match is None:
+            wrong.append(f"line {number} is no sha256 and file name")
+        elif match[2] in found:
+            wrong.append(f"line {number} names {match[2]} again")
+        else:
+            found[match[2]] = match[1]
+    return found, wrong
+
+
+def index_name(split: str) -> str:
+    return f"index/{split}.parquet"
+
+
+def index(out: str, split: str) -> pa.Table:
+    """`shards.load_index`, checked. Raises Damaged."""
+    return parse_index(out, split, _read(out, index_name(split)))
+
+
+def parse_index(out: str, split: str, data: bytes) -> pa.Table:
+    """Rows of schema shards.INDEX. Raises Damaged."""
+    with _damage(out, index_name(split)):
+        return _check_rows(shards.read_parquet(data))
+
+
+def parse_sidecar(out: str, shard: str, data: bytes) -> Sidecar:
+    """Raises Damaged."""
+    with _damage(out, f"_meta/{shard}.parquet"):
+        rows, status = shards.unpack_sidecar(data)
+        _check_type(status, {"samples": int, "bytes": int, "sha256": str, "rejected": list})
+        return Sidecar(
+            rows=_check_rows(rows),
+            samples=status["samples"],
+            num_bytes=status["bytes"],
+            sha256=status["sha256"],
+            rejected=tuple(str(entry["key"]) for entry in status["rejected"]),
+        )
+
+
+def quarantine_name(split: str) -> str:
+    return f"quarantine/{split}.jsonl"
+
+
+def quarantine(out: str, split: str) -> list[dict[str, Any]]:
+    """What is known of each rejected picture of the split. Raises Damaged."""
+    return parse_quarantine(out, split, _read(out, quarantine_name(split)))
+
+
+def parse_quarantine(out: str, split: str, data: bytes) -> list[dict[str, Any]]:
+    """One dict per rejected picture, its "key" a string. Raises Damaged."""
+    with _damage(out, quarantine_name(split)):
+        entries = [json.loads(line) for line in data.splitlines()]
+        for entry in entries:
+            _check_type(entry, {"key": str, "reason": str, "source": str, "source_size": int})
+        return entries
+
+
+def planned_samples(out: str) -> dict[str, int]:
+    """How many pictures were planned for each shard. Raises Damaged."""
+    data = _read(out, PLAN)
+    with _damage(out, PLAN):
+        rows = json.loads(data)["shards"]
+        for row in rows:
+            _check_type(row, {"name": str, "samples": int})
+        return {row["name"]: row["samples"] for row in rows}
+
+
+def selection(out: str) -> tuple[tuple[str, ...], int | None]:
+    """WNIDs (none for all) and cap per class that the set was built with. Raises Damaged."""
+    data = _read(out, PLAN)
+    with _damage(out, PLAN):
+        recipe = json.loads(data)["identity"]["recipe"]
+        per_class = recipe.get("per_class")
+        return tuple(recipe.get("subset", ())), None if per_class is None else int(per_class)
+
+
+def planned(out: str) -> pa.Table:
+    """The columns split, key, name, label and wnid of every planned picture. Raises Damaged."""
+    columns = ["split", "key", "name", "label", "wnid"]
+    data = _read(out, PLANNED)
+    with _damage(out, PLANNED):
+        file = pq.ParquetFile(pa.BufferReader(data), pre_buffer=False)
+        table = file.read(columns, use_threads=False).select(columns)
+        table.validate(full=True)
+        return table
+
+
+def one_line(text: str) -> str:
+    """Damaged names can hold anything, and terminals obey control characters."""
+    return "".join(c if c.isprintable() else "?" for c in " ".join(text.split()))
+
+
+def rows_of(table: pa.Table, column: str, value: str) -> pa.Table:
+    return table.filter(pc.equal(table[column], value))
+
+
+def _read(out: str, name: str) -> bytes:
+    if not storage.exists(storage.join(out, name)):
+        raise Damaged(out, name, "missing")
+    return storage.read(storage.join(out, name))
+
+
+def _check_rows(table: pa.Table) -> pa.Table:
+    """Arrow looks at neither text nor offsets while it reads; a damaged page can hold anything."""
+    if not table.schema.equals(shards.INDEX):
+        raise TypeError(f"its columns are {table.schema.names}, not {shards.INDEX.names}")
+    table.validate(full=True)
+    return table
+
+
+def _check_type(document: Any, fields: dict[str, type]) -> None:
+    if not isinstance(document, dict):
+        raise TypeError(f"{document!r} where fields were expected")
+    for name, kind in fields.items():
+        if not isinstance(document[name], kind):
+            raise TypeError(f"{name} is {document[name]!r}")
+
+
+@contextlib.contextmanager
+def _damage(out: str, file: str) -> Iterator[None]:
+    """What JSON, Arrow and Python say about bytes that nobody wrote like this, in one line."""
+    try:
+        yield
+    except (
+        pa.ArrowException,
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        MemoryError,
+        OSError,
+        RecursionError,
+        TypeError,
+        ValueError,
+    ) as error:
+        said = one_line(f"{type(error).__name__}: {error}")[:160]
+        raise Damaged(out, file, f"damaged ({said})") from error
