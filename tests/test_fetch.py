@@ -1,0 +1,207 @@
+"""pipelines/fetch.py: what lies in RAW afterwards, and what is refused before and after."""
+
+import fcntl
+import hashlib
+import json
+import subprocess
+import sys
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from archive_server import (
+    FILE,
+    PICTURES,
+    Server,
+    packed,
+    part_of,
+    pictures_in,
+    publish,
+    refusal,
+    run,
+    serving,
+)
+from drawn import ROOT
+
+from alexnet.errors import UserError
+from pipelines import fetch, sources
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    with serving(monkeypatch) as running:
+        yield running
+
+
+def test_the_pictures_and_no_litter_lie_in_class_folders_and_nothing_else_is_left(
+    server: Server, tmp_path: Path
+) -> None:
+    raw = tmp_path / "new" / "raw"
+    line = run(server, raw)
+    assert line == f"{raw}: fetched imagenette 160, 3 train + 2 val pictures"
+    assert pictures_in(raw) == PICTURES
+    assert [path.name for path in raw.parent.iterdir()] == ["raw"]
+    mapping = (raw / "LOC_synset_mapping.txt").read_text().splitlines()
+    assert (len(mapping), mapping[0]) == (10, "n01440764 tench, Tinca tinca")
+
+
+def test_what_was_fetched_is_an_imagefolder_to_the_builder(server: Server, tmp_path: Path) -> None:
+    run(server, tmp_path / "raw")
+    source = sources.scan(str(tmp_path / "raw"), ["train", "val"])
+    assert (source.layout, source.count("train"), source.count("val")) == ("imagefolder", 3, 2)
+    assert source.wnids == ("n01440764", "n03888257")
+    assert source.class_names == ("tench, Tinca tinca", "parachute, chute")
+    assert source.notes == ()
+
+
+def test_a_second_run_asks_nobody_and_says_it_is_there(server: Server, tmp_path: Path) -> None:
+    raw = tmp_path / "raw"
+    run(server, raw)
+    asked = len(server.seen)
+    assert run(server, raw) == f"{raw} holds imagenette 160 already, 3 train + 2 val pictures"
+    assert len(server.seen) == asked
+    (raw / "train/n01440764/n01440764_10026.JPEG").unlink()
+    with pytest.raises(UserError, match=r"holds 2 train \+ 2 val pictures instead of 3 train"):
+        run(server, raw)
+
+
+def link(name: str, kind: bytes) -> tarfile.TarInfo:
+    info = tarfile.TarInfo(name)
+    info.type, info.linkname = kind, "/etc/passwd"
+    return info
+
+
+@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE])
+def test_a_picture_that_is_no_plain_file_is_refused(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: bytes
+) -> None:
+    name = "imagenette2-160/train/n01440764/n01440764_1.JPEG"
+    publish(server, packed({name: link(name, kind)}), monkeypatch)
+    assert f"{name} is no plain file" in refusal(server, tmp_path / "raw")
+
+
+def test_nothing_is_written_outside_of_raw(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = [
+        "../train/n01440764/out.JPEG",
+        "x/train/n01440764/../../../../out.JPEG",
+        "x/train/n01440764/..",
+        "/x/train/n01440764/out.JPEG",
+        f"{tmp_path}/out.JPEG",
+        "x/train/n01440764/deeper/out.JPEG",
+        "x/train/n01440764/.hidden.JPEG",
+        "x/test/n01440764/out.JPEG",
+        "x/train/out/out.JPEG",
+    ]
+    evil = dict.fromkeys(names, b"out") | {"x/train": link("x/train", tarfile.SYMTYPE)}
+    good = {f"./x/{name}": data for name, data in PICTURES.items()}
+    publish(server, packed(evil | good), monkeypatch)
+    raw = tmp_path / "deep" / "er" / "raw"
+    run(server, raw)
+    assert pictures_in(raw) == PICTURES
+    assert sorted(path.name for path in raw.iterdir()) == [
+        "LOC_synset_mapping.txt",
+        "fetch.json",
+        "train",
+        "val",
+    ]
+    assert list(tmp_path.rglob("out*")) == []
+
+
+def test_a_run_killed_while_extracting_leaves_no_raw_and_is_repeated(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raw = tmp_path / "raw"
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run(server, raw)
+    assert not raw.exists()
+    run(server, raw)
+    assert len(server.seen) == 1  # the archive was whole
+    assert pictures_in(raw) == PICTURES
+    assert list(tmp_path.iterdir()) == [raw]
+
+
+def test_a_folder_with_anything_else_is_left_alone(server: Server, tmp_path: Path) -> None:
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    (raw / "thesis.txt").write_text("mine")
+    with pytest.raises(UserError, match=r"is not empty and holds thesis.txt; choose another --to"):
+        run(server, raw)
+    assert [path.name for path in raw.iterdir()] == ["thesis.txt"]
+    with pytest.raises(UserError, match="Not a directory"):
+        run(server, raw / "thesis.txt")
+    assert server.seen == []
+
+
+def test_another_size_is_not_mixed_into_a_fetched_folder(server: Server, tmp_path: Path) -> None:
+    raw = tmp_path / "raw"
+    run(server, raw)
+    with pytest.raises(UserError, match=r"holds imagenette 160; choose another --to"):
+        fetch.fetch("imagenette", str(raw), "320", server.url)
+
+
+def test_an_empty_folder_is_filled(server: Server, tmp_path: Path) -> None:
+    (tmp_path / "raw").mkdir()
+    run(server, tmp_path / "raw")
+    assert pictures_in(tmp_path / "raw") == PICTURES
+
+
+def test_two_at_once_are_not_let_into_one_folder(server: Server, tmp_path: Path) -> None:
+    with part_of(tmp_path / "raw").open("ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert "another process is fetching it" in refusal(server, tmp_path / "raw")
+
+
+def test_a_disk_that_is_too_small_is_told_before_the_download(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(fetch.SIZES, "160", fetch.Archive(FILE, 10**15, "0" * 32))
+    assert "GB free, imagenette2-160.tgz needs 2000000.00 GB" in refusal(server, tmp_path / "raw")
+    assert server.seen == []
+
+
+def test_a_disk_that_fills_up_is_one_line(server: Server, tmp_path: Path) -> None:
+    """A limit on the size of any one file stands for it: the system refuses to write more."""
+    code = (
+        "import json, resource, sys\n"
+        "from pipelines import fetch\n"
+        "to, url, archive = json.loads(sys.argv[1])\n"
+        "fetch.SIZES['160'] = fetch.Archive(*archive)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
+        "try:\n"
+        "    fetch.fetch('imagenette', to, '160', url)\n"
+        "except fetch.UserError as error:\n"
+        "    print(error)\n"
+    )
+    archive = [FILE, len(server.data), hashlib.md5(server.data).hexdigest()]
+    argument = json.dumps([str(tmp_path / "raw"), server.url, archive])
+    command = [sys.executable, "-c", code, argument]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == f"{tmp_path / 'raw'}: File too large"
+    assert not (tmp_path / "raw").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "to", "size", "mirror", "line"),
+    [
+        ("imagewoof", "raw", "160", None, "fetch imagewoof: not known; choose imagenette"),
+        ("imagenette", "raw", "224", None, "--size 224: choose 160, 320, full"),
+        ("imagenette", "s3://bucket/raw", "160", None, "--to s3://bucket/raw: give a local folder"),
+        ("imagenette", "/", "160", None, "--to / is a mount point; choose a folder in it"),
+        ("imagenette", "raw", "160", "file:///etc", "--mirror file:///etc: give a URL such as"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused_at_once(
+    name: str, to: str, size: str, mirror: str | None, line: str
+) -> None:
+    with pytest.raises(UserError) as refused:
+        fetch.fetch(name, to, size, mirror)
+    assert str(refused.value).startswith(line)
