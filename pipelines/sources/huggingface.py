@@ -1,13 +1,251 @@
-"""Being written."""
+"""Parquet files as Hugging Face's ILSVRC/imagenet-1k has them.
 
+{train,validation,test}-00000-of-00294.parquet in RAW or RAW/data, with the columns `image` (struct
+of bytes and path) and `label`. The path repeats the WNID, so that every label can be checked;
+label -1 is a test picture without one. Only paths and labels are read here, never pictures.
+"""
+
+from __future__ import annotations
+
+import json
+import re
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import pairwise
 
-from pipelines.sources.table import Source
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from alexnet.errors import UserError
+from pipelines import storage, tars
+from pipelines.reads import picture_names
+from pipelines.sources.table import UNLABELLED, Source, labelled, part
+
+_PART = re.compile(
+    r"(?P<series>(?:data/)?(?P<split>train|validation|val|test))-(?P<number>\d{5})-of-"
+    r"(?P<total>\d{5})(?:-[0-9a-f]{16})?\.parquet"
+)
+_THREADS_S3 = 16
+
+
+@dataclass(frozen=True)
+class _File:
+    name: str
+    split: str
+    series: str  # what all parts of a split begin with
+    number: int
+    total: int
 
 
 def recognises(files: dict[str, int]) -> bool:
-    return False
+    return any(name.endswith(".parquet") and _PART.fullmatch(name) for name in files)
 
 
 def scan(raw: str, files: dict[str, int], splits: Sequence[str], partial: bool) -> Source:
-    raise AssertionError
+    parts = _parts(raw, files, splits, partial)
+    with ThreadPoolExecutor(_THREADS_S3 if storage.is_s3(raw) else 1) as pool:
+        read = list(pool.map(lambda file: _read(raw, file), parts))
+    rows = pa.concat_tables([table for table, _ in read]).combine_chunks()
+    known = rows.filter(pc.not_equal(rows["label"], UNLABELLED)).combine_chunks()
+    labels, wnids = _ranking(raw, known)
+    names = next((names for _, names in read if names), ())
+    ranks = labels == list(range(len(labels)))
+    if labels and not partial and not (ranks and len(names) in (0, len(labels))):
+        raise UserError(
+            f"{raw}: {len(wnids)} classes have pictures, but the labels go to {max(labels)} and "
+            f"{len(names) or 'no'} classes are named; add what is missing or pass --partial"
+        )
+    note = f"labels are ranks among the {len(wnids)} classes with pictures, not those of the files"
+    found = [rows.filter(pc.equal(rows["split"], split)) for split in splits]
+    return Source(
+        raw=raw,
+        layout="huggingface",
+        table=labelled(
+            [
+                part(split, own["name"], own["wnid"], own["source"], own["row"], None)
+                for split, own in zip(splits, found, strict=True)
+            ],
+            wnids,
+        ),
+        wnids=wnids,
+        class_names=_class_names(names, labels, wnids),
+        labels_from={split: _origin(own) for split, own in zip(splits, found, strict=True)},
+        containers=tuple((file.name, files[file.name]) for file in parts if file.split in splits),
+        announced=None,
+        notes=() if ranks else (note,),
+        shuffle="source",
+    )
+
+
+def _parts(raw: str, files: dict[str, int], splits: Sequence[str], partial: bool) -> list[_File]:
+    """Every file there: of all splits, so that labels do not depend on the splits asked for.
+
+    Raises UserError when a split of `splits` has none, when there are two sets of files for a
+    split, and, unless `partial`, when some of a set are missing.
+    """
+    found = []
+    for name in sorted(files):
+        if match := _PART.fullmatch(name):
+            split = "val" if match["split"] == "validation" else match["split"]
+            number, total = int(match["number"]), int(match["total"])
+            found.append(_File(name, split, match["series"], number, total))
+    for split in sorted({file.split for file in found}):
+        own = [file for file in found if file.split == split]
+        sets = {(file.series, file.total): file.name for file in own}
+        numbers = {file.number for file in own}
+        if len(sets) > 1 or len(numbers) < len(own):
+            names = [*sets.values()] if len(sets) > 1 else [file.name for file in own]
+            raise UserError(
+                f"{raw} holds several sets of {split} files ({names[0]}, {names[1]}, …); keep one"
+            )
+        missing = sorted(set(range(own[0].total)) - numbers)
+        if missing and not partial:
+            raise UserError(
+                f"{raw}: {own[0].series}-{missing[0]:05d}-of-{own[0].total:05d}.parquet is not "
+                f"there ({len(missing)} of {own[0].total} missing); add them or pass --partial"
+            )
+    if absent := [split for split in splits if split not in {file.split for file in found}]:
+        expected = "validation" if absent[0] == "val" else absent[0]
+        raise UserError(
+            f"{raw}: --splits {','.join(splits)} needs {expected}-*.parquet, not there; "
+            "add them or ask for fewer --splits"
+        )
+    return found
+
+
+def _read(raw: str, file: _File) -> tuple[pa.Table, tuple[str, ...]]:
+    """Columns split, source, row, name, wnid, label of one file, and the class names it tells.
+
+    Without Arrow's threads and row group by row group, so that it takes little memory.
+    """
+    uri = storage.join(raw, file.name)
+    stored = tars.RangeFile(uri, 0, storage.size(uri))
+    try:
+        with pq.ParquetFile(stored, pre_buffer=False) as parquet:
+            _check_schema(uri, parquet.schema_arrow)
+            groups = [
+                parquet.read_row_group(number, ["image.path", "label"], use_threads=False)
+                for number in range(parquet.num_row_groups)
+            ]
+            names = _told_names(parquet.schema_arrow.metadata or {})
+            rows = pa.concat_tables([_columns(group) for group in groups] or [_EMPTY])
+    except (pa.ArrowException, OSError) as error:
+        line = " ".join(str(error).split())
+        raise UserError(f"{uri} is damaged ({line}); fetch it again") from error
+    rows = rows.combine_chunks()
+    wnid = _wnids(uri, file.split, rows)
+    columns = {
+        "split": pa.repeat(pa.scalar(file.split), len(rows)),
+        "source": pa.repeat(pa.scalar(file.name), len(rows)),
+        "row": pa.array(range(len(rows)), pa.int64()),
+        "name": picture_names(rows["path"]),
+        "wnid": wnid,
+        "label": rows["label"],
+    }
+    return pa.table(columns), names
+
+
+_EMPTY = pa.table({"path": pa.array([], pa.string()), "label": pa.array([], pa.int64())})
+
+
+def _columns(group: pa.Table) -> pa.Table:
+    path = pc.struct_field(group["image"], "path").cast(pa.string())
+    return pa.table({"path": path, "label": group["label"].cast(pa.int64())})
+
+
+def _check_schema(uri: str, schema: pa.Schema) -> None:
+    image = schema.field("image").type if "image" in schema.names else None
+    fields = {field.name for field in image} if pa.types.is_struct(image) else set()
+    if not fields >= {"bytes", "path"}:
+        raise UserError(
+            f"{uri}: column image is {image or 'not there'}, expected a struct of bytes and path; "
+            "take the files of a data set whose pictures are embedded"
+        )
+    label = schema.field("label").type if "label" in schema.names else None
+    if label is None or not pa.types.is_integer(label):
+        raise UserError(f"{uri}: column label is {label or 'not there'}, expected an integer")
+
+
+def _told_names(metadata: dict[bytes, bytes]) -> tuple[str, ...]:
+    """Of the ClassLabel feature, which Hugging Face keeps in the schema; () when there is none."""
+    try:
+        document = json.loads(metadata.get(b"huggingface", b"{}"))
+        names = document["info"]["features"]["label"]["names"]
+    except (ValueError, KeyError, TypeError):
+        return ()
+    return tuple(str(name) for name in names)
+
+
+def _wnids(uri: str, split: str, rows: pa.Table) -> pa.Array:
+    """The WNID that each path tells, "" for an unlabelled picture.
+
+    Raises UserError for a row without a path, for a path with two WNIDs, and for a label without
+    a WNID or a WNID without a label.
+    """
+    name = pc.replace_substring_regex(rows["path"], r"^.*/", "").combine_chunks()
+    label = pc.fill_null(rows["label"], UNLABELLED).combine_chunks()
+    first = _told(name, r"^(?P<wnid>n\d{8})_\d")
+    last = _told(name, r"_(?P<wnid>n\d{8})\.[^.]*$")
+    wnid = pc.coalesce(last, first)
+    unlabelled = pc.equal(label, UNLABELLED)
+    wrongs = (
+        (pc.is_null(name), "has no image.path, which tells the WNID"),
+        (pc.fill_null(pc.not_equal(first, last), False), "has two WNIDs in its path"),
+        (pc.less(label, UNLABELLED), "has an impossible label"),
+        (pc.and_(unlabelled, pa.scalar(split != "test")), f"is in {split} without a label"),
+        (pc.and_(unlabelled, pc.is_valid(wnid)), "has a WNID in its path, but no label"),
+        (pc.and_(pc.invert(unlabelled), pc.is_null(wnid)), "has a label, but no WNID in its path"),
+    )
+    for wrong, reason in wrongs:
+        if pc.any(wrong).as_py():
+            row = pc.index(wrong, True).as_py()
+            raise UserError(
+                f"{uri}: row {row:,} ({name[row].as_py()}, label {label[row].as_py()}) {reason} "
+                f"({pc.sum(wrong).as_py():,} such rows); expected NAME_WNID.JPEG and its rank"
+            )
+    return pc.fill_null(wnid, "")
+
+
+def _told(names: pa.Array, pattern: str) -> pa.Array:
+    return pc.struct_field(pc.extract_regex(names, pattern), "wnid")
+
+
+def _ranking(raw: str, rows: pa.Table) -> tuple[list[int], tuple[str, ...]]:
+    """The labels there are, and the WNID of each, both in sorted order.
+
+    Raises UserError unless labels and WNIDs belong to each other one to one and in that order.
+    """
+    table = rows.select(["label", "wnid"]).append_column("at", pa.array(np.arange(len(rows))))
+    grouped = table.group_by(["label", "wnid"], use_threads=False).aggregate([("at", "min")])
+    pairs = grouped.sort_by([("label", "ascending"), ("at_min", "ascending")]).to_pylist()
+    for one, other in pairwise(pairs):
+        if not (one["label"] < other["label"] and one["wnid"] < other["wnid"]):
+            told = [
+                f"{found['source']} row {found['row']:,} has {pair['wnid']} with label "
+                f"{pair['label']}"
+                for pair in (one, other)
+                for found in rows.slice(pair["at_min"], 1).to_pylist()
+            ]
+            raise UserError(
+                f"{raw}: {told[0]}, {told[1]}; labels must be ranks of sorted WNIDs: fetch both "
+                "files again"
+            )
+    return [pair["label"] for pair in pairs], tuple(pair["wnid"] for pair in pairs)
+
+
+def _class_names(
+    names: Sequence[str], labels: Sequence[int], wnids: Sequence[str]
+) -> tuple[str, ...]:
+    """Those that the files tell for their labels, if there are as many; else the WNIDs."""
+    if not labels or len(names) <= max(labels):
+        return tuple(wnids)
+    return tuple(names[label] for label in labels)
+
+
+def _origin(rows: pa.Table) -> str:
+    if pc.any(pc.not_equal(rows["label"], UNLABELLED)).as_py():
+        return "column label, equal to the rank of the WNID in image.path"
+    return "none: the pictures are unlabelled"
