@@ -171,8 +171,8 @@ def _download(url: str, archive: Archive, part: IO[bytes], etag: Path) -> None:
         furthest = max(furthest, part.tell())
         if failures == _TRIES:
             raise UserError(
-                f"{url} {problem}, {_TRIES} times in a row; check the network, or choose another "
-                f"--mirror (the {part.tell() / 1e6:.1f} MB already here are kept)"
+                f"{url} {problem}, {_TRIES} times in a row; check the network or choose another "
+                "--mirror (what came so far is kept)"
             )
         wait = _WAIT_SECONDS * 2 ** (failures - 1)
         print(f"the server {problem}; trying again in {wait:g} s", flush=True)
