@@ -120,7 +120,7 @@ def _synsets(uri: str, meta: bytes, id_field: str) -> list[dict[str, Any]]:
             "take the one that was published with the pictures"
         )
     if not rows:
-        raise UserError(f"{uri}: {_META} lists no class")
+        raise UserError(f"{uri}: {_META} lists no class by {id_field}; fetch it again")
     return rows
 
 

@@ -48,13 +48,6 @@ _LONG_NAME, _LONG_LINK, _PAX, _PAX_GLOBAL = b"L", b"K", (b"x", b"X"), b"g"
 _Passed = Callable[[int, int], None]  # takes members and bytes got past
 
 
-@dataclass(frozen=True)
-class Member:
-    name: str
-    offset: int
-    size: int
-
-
 def members(
     uri: str,
     label: str,

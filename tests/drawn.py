@@ -43,9 +43,16 @@ def tar(members: list[tuple[str, bytes]]) -> bytes:
     return buffer.getvalue()
 
 
-def devkit(wnids_by_id: list[str], announced: int, ground_truth: str) -> bytes:
-    """An ILSVRC2012 devkit whose leaf k + 1 is wnids_by_id[k], each with `announced` pictures."""
-    names = "ILSVRC2012_ID WNID words gloss num_children children wordnet_height num_train_images"
+def devkit(wnids_by_id: list[str], announced: int, ground_truth: str, year: int = 2012) -> bytes:
+    """A devkit whose leaf k + 1 is wnids_by_id[k], each with `announced` pictures."""
+    meta = synsets(wnids_by_id, announced, f"ILSVRC{year}_ID")
+    truth = (f"ILSVRC{year}_validation_ground_truth.txt", ground_truth.encode())
+    return packed_devkit([("meta.mat", meta), truth])
+
+
+def synsets(wnids_by_id: list[str], announced: int, id_field: str) -> bytes:
+    """A meta.mat: the leaves in the order of their IDs, then the node above them."""
+    names = f"{id_field} WNID words gloss num_children children wordnet_height num_train_images"
     table = np.empty((len(wnids_by_id) + 1, 1), [(name, object) for name in names.split()])
     for row, wnid in enumerate(wnids_by_id):
         table[row, 0] = (row + 1, wnid, f"name of {wnid}", "gloss", 0, [], 0, announced)
@@ -53,9 +60,11 @@ def devkit(wnids_by_id: list[str], announced: int, ground_truth: str) -> bytes:
     table[-1, 0] = (len(table), "n00000001", "entity", "", len(everything), everything, 1, 0)
     meta = io.BytesIO()
     savemat(meta, {"synsets": table})
-    files = {"meta.mat": meta.getvalue()}
-    files["ILSVRC2012_validation_ground_truth.txt"] = ground_truth.encode()
-    return gzip.compress(tar([(f"devkit/data/{name}", data) for name, data in files.items()]))
+    return meta.getvalue()
+
+
+def packed_devkit(files: list[tuple[str, bytes]]) -> bytes:
+    return gzip.compress(tar([(f"devkit/data/{name}", data) for name, data in files]))
 
 
 A, B, C = "n00000010", "n00000020", "n00000030"
@@ -86,6 +95,42 @@ def archives(folder: Path, **replaced: bytes | None) -> Path:
         if (data := made[key]) is not None:
             (folder / name).write_bytes(data)
     return folder
+
+
+def archives_2010(folder: Path, **replaced: bytes | None) -> Path:
+    """Two classes of two train pictures, two val and two test pictures, a patch for each split.
+
+    IDs B = 1, A = 2; val: A, B; test: B, A. `train`, `val`, `test`, `devkit`, `patches` or `truth`
+    replace a file; None leaves it out.
+    """
+    made = {
+        "train": tar(
+            [
+                (f"{wnid}.tar", tar([(f"{wnid}_{n}.JPEG", jpeg(10 * k + n)) for n in (1, 2)]))
+                for k, wnid in enumerate((A, B))
+            ]
+        ),
+        "val": tar([(f"val/ILSVRC2010_val_{n:08d}.JPEG", jpeg(100 + n)) for n in (2, 1)]),
+        "test": tar([(f"test/ILSVRC2010_test_{n:08d}.JPEG", jpeg(200 + n)) for n in (1, 2)]),
+        "patches": tar(
+            [
+                (f"patch_images/train/{B}_2.JPEG", jpeg(301)),
+                ("patch_images/val/ILSVRC2010_val_00000001.JPEG", jpeg(302)),
+                ("patch_images/test/ILSVRC2010_test_00000002.JPEG", jpeg(303)),
+            ]
+        ),
+        "devkit": devkit([B, A], 2, "2\n1\n", year=2010),
+        "truth": b"1\n2\n",
+    } | replaced
+    names = {
+        "train": "ILSVRC2010_images_train.tar",
+        "val": "ILSVRC2010_images_val.tar",
+        "test": "ILSVRC2010_images_test.tar",
+        "patches": "patch_images.tar",
+        "devkit": "ILSVRC2010_devkit-1.0.tar.gz",
+        "truth": "ILSVRC2010_test_ground_truth.txt",
+    }
+    return imagefolder(folder, {names[key]: data for key, data in made.items() if data is not None})
 
 
 def imagefolder(folder: Path, files: dict[str, bytes]) -> Path:

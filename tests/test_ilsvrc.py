@@ -1,16 +1,18 @@
-"""pipelines/sources.py, tars.py, devkit.py: which picture lies where, and what its label is."""
+"""pipelines/sources/ilsvrc.py, the archives of 2012: where each picture lies, what its label is."""
 
 import csv
 import gzip
-import io
 import tarfile
 from pathlib import Path
 
+import pyarrow.compute as pc
 import pytest
 from drawn import A, B, C, archives, devkit, imagefolder, jpeg, tar
 
 from alexnet.errors import UserError
-from pipelines import sources, storage, tars
+from pipelines import devkit as devkits
+from pipelines import sources, storage
+from pipelines.sources import ilsvrc
 
 BOTH = ("train", "val")
 ZEROS = bytes(1024)
@@ -54,9 +56,8 @@ def test_every_byte_range_is_the_picture_that_tarfile_extracts(drawn_raw: str) -
         assert data == expected[row["name"]]
 
 
-@pytest.mark.parametrize("layout", ["ilsvrc", "imagefolder"])
-def test_tiny20_has_the_labels_of_its_ground_truth(data_folder: Path, layout: str) -> None:
-    source = sources.scan(str(data_folder / "tiny20" / layout), BOTH, partial=True)
+def test_tiny20_has_the_labels_of_its_ground_truth(data_folder: Path) -> None:
+    source = sources.scan(str(data_folder / "tiny20" / "ilsvrc"), BOTH, partial=True)
     with (data_folder / "tiny20" / "ground_truth.csv").open() as file:
         truth = {
             (row["split"], row["file"]): (row["wnid"], int(row["index"]))
@@ -71,9 +72,12 @@ def test_tiny20_has_the_labels_of_its_ground_truth(data_folder: Path, layout: st
 
 def test_the_train_archive_alone_is_enough_for_train(tmp_path: Path) -> None:
     raw = str(archives(tmp_path, val=None, devkit=None))
-    source = sources.scan(raw, ["train"])
+    source = sources.scan(raw, ["train"], partial=True)
     assert source.wnids == source.class_names == (A, B, C)
     assert source.announced is None
+    assert not source.official
+    with pytest.raises(UserError, match=r"bytes, the published one 147,897,477,120; .*--partial"):
+        sources.scan(raw, ["train"])
 
 
 @pytest.mark.parametrize(
@@ -92,14 +96,14 @@ def test_what_is_missing_is_named(
         sources.scan(str(raw), splits)
 
 
-def test_both_layouts_at_once_are_ambiguous(tmp_path: Path) -> None:
+def test_two_layouts_at_once_are_ambiguous(tmp_path: Path) -> None:
     imagefolder(archives(tmp_path), {f"train/{A}/{A}_1.JPEG": b"x"})
-    with pytest.raises(UserError, match=r"ambiguous.*img_train\.tar.*train/"):
+    with pytest.raises(UserError, match=r"ambiguous: it holds ILSVRC archives and also class fold"):
         sources.scan(str(tmp_path), BOTH)
 
 
 def test_an_unknown_layout_says_what_is_expected_and_found(tmp_path: Path) -> None:
-    imagefolder(tmp_path, {"data/train-00000.parquet": b"x"})
+    imagefolder(tmp_path, {"data/readme.md": b"x"})
     with pytest.raises(UserError, match=r"no known layout; expected ILSVRC2012.*found data$"):
         sources.scan(str(tmp_path), BOTH)
     with pytest.raises(UserError, match=r"found nothing$"):
@@ -125,60 +129,6 @@ def test_ground_truth_of_another_length_is_refused_with_both_numbers(tmp_path: P
     assert sources.scan(str(long), BOTH, partial=True).count("val") == 3
 
 
-@pytest.mark.parametrize("line", ["0", "4", "-1", "x"])
-def test_a_ground_truth_line_that_is_no_id_is_refused(tmp_path: Path, line: str) -> None:
-    raw = archives(tmp_path, devkit=devkit([C, A, B], 2, f"3\n{line}\n2\n"))
-    with pytest.raises(UserError, match=r"line 2 of .* not an ILSVRC2012_ID from 1 to 3"):
-        sources.scan(str(raw), BOTH)
-
-
-def test_a_damaged_devkit_is_refused(tmp_path: Path) -> None:
-    good = devkit([C, A, B], 2, "3\n1\n2\n")
-    no_meta = gzip.compress(tar([("ILSVRC2012_validation_ground_truth.txt", b"1\n")]))
-    bad_meta = gzip.compress(
-        tar([("meta.mat", b"x" * 500), ("ILSVRC2012_validation_ground_truth.txt", b"1\n")])
-    )
-    for number, data in enumerate((good[: len(good) // 2], b"not gzip", no_meta, bad_meta)):
-        raw = archives(tmp_path / str(number), devkit=data)
-        with pytest.raises(UserError, match=r"devkit_t12\.tar\.gz.*(damaged|holds no meta)"):
-            sources.scan(str(raw), BOTH)
-
-
-def test_no_path_in_a_devkit_reaches_the_disk(tmp_path: Path) -> None:
-    inner = gzip.decompress(devkit([C, A, B], 2, "3\n1\n2\n"))
-    with tarfile.open(fileobj=io.BytesIO(inner)) as source:
-        members = [(info.name, source.extractfile(info).read()) for info in source]
-    evil = [(f"../../../{name}", data) for name, data in members] + [("/etc/evil", b"x")]
-    raw = archives(tmp_path / "raw", devkit=gzip.compress(tar(evil)))
-    before = sorted(tmp_path.rglob("*"))
-    assert sources.scan(str(raw), BOTH).wnids == (A, B, C)
-    assert sorted(tmp_path.rglob("*")) == before
-
-
-def test_a_tar_cut_anywhere_is_refused(tmp_path: Path) -> None:
-    whole = tar([(f"ILSVRC2012_val_{n:08d}.JPEG", jpeg(n)) for n in range(1, 4)])
-    ends = [member.offset for member in tars.members(str(written(tmp_path, whole)), "it")]
-    last_end = ends[-1] + len(jpeg(3))
-    for length in [0, 300, *(end - 512 for end in ends), *(end + 5 for end in ends), last_end]:
-        path = written(tmp_path, whole[:length])
-        with pytest.raises(UserError, match=r"cut|no uncompressed tar"):
-            tars.members(str(path), "it")
-
-
-def written(folder: Path, data: bytes) -> Path:
-    (folder / "it.tar").write_bytes(data)
-    return folder / "it.tar"
-
-
-def test_zeros_or_rubbish_inside_a_tar_are_not_taken_for_its_end(tmp_path: Path) -> None:
-    whole = bytearray(tar([(f"ILSVRC2012_val_{n:08d}.JPEG", jpeg(n)) for n in range(1, 4)]))
-    second = tars.members(str(written(tmp_path, bytes(whole))), "it")[1].offset - 512
-    for rubbish in (bytes(1024), b"\xff" * 1024):
-        whole[second : second + 1024] = rubbish
-        with pytest.raises(UserError, match=rf"no valid member at byte {second:,}"):
-            tars.members(str(written(tmp_path, bytes(whole))), "it")
-
-
 def test_a_cut_inner_tar_is_refused_by_its_name(tmp_path: Path) -> None:
     inner = tar([(f"{A}_1.JPEG", jpeg(1)), (f"{A}_2.JPEG", jpeg(2))])
     raw = archives(tmp_path, train=tar([(f"{A}.tar", inner[: len(inner) // 2])]))
@@ -188,7 +138,7 @@ def test_a_cut_inner_tar_is_refused_by_its_name(tmp_path: Path) -> None:
 
 def test_a_compressed_archive_is_refused(tmp_path: Path) -> None:
     raw = archives(tmp_path, train=gzip.compress(tar([(f"{A}.tar", ZEROS)])))
-    with pytest.raises(UserError, match="no uncompressed tar"):
+    with pytest.raises(UserError, match=r"img_train\.tar is gzip-compressed; gunzip"):
         sources.scan(str(raw), ["train"])
 
 
@@ -197,10 +147,13 @@ def test_a_compressed_archive_is_refused(tmp_path: Path) -> None:
     [
         ([(f"{A}.tar", tar([(f"{B}_1.JPEG", b"x")]))], rf"{A}\.tar holds {B}_1\.JPEG"),
         ([(f"{A}.tar", tar([("readme.txt", b"x")]))], r"holds readme\.txt"),
-        ([(f"{A}.tar", tar([]))], "holds no picture"),
+        ([(f"{A}.tar", tar([]))], rf"{A}\.tar holds no file"),
+        ([(f"{A}.tar", gzip.compress(tar([("x", b"x")])))], rf"{A}\.tar is gzip-compressed"),
+        ([("._x.tar", b"x")], r"img_train\.tar holds no picture"),
+        ([("n1.tar", tar([("n1_1.JPEG", b"x")]))], r"holds n1\.tar; expected only nXXXXXXXX"),
         ([("readme.txt", b"x")], r"holds readme\.txt"),
         ([(f"{A}.tar", tar([(f"{A}_1.JPEG", b"x")]))] * 2, rf"holds {A}\.tar twice"),
-        ([(f"{A}.tar", tar([(f"{A}_1.JPEG", b"x")] * 2))], rf"2 train files are named {A}_1"),
+        ([(f"{A}.tar", tar([(f"{A}_1.JPEG", b"x")] * 2))], rf"{A}\.tar holds {A}_1\.JPEG twice"),
         ([("n99999999.tar", tar([("n99999999_1.JPEG", b"x")]))], "no class of the devkit"),
     ],
 )
@@ -212,14 +165,83 @@ def test_strange_members_of_the_train_archive_are_refused(
         sources.scan(str(raw), ["train"], partial=True)
 
 
-def test_a_link_in_an_archive_is_refused(tmp_path: Path) -> None:
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w") as archive:
-        info = tarfile.TarInfo("ILSVRC2012_val_00000001.JPEG")
-        info.type, info.linkname = tarfile.SYMTYPE, "/etc/passwd"
-        archive.addfile(info)
-    with pytest.raises(UserError, match="is a link"):
-        sources.scan(str(archives(tmp_path, val=buffer.getvalue())), ["val"])
+def test_litter_of_desktop_systems_is_left_out_and_told(tmp_path: Path) -> None:
+    inner = tar([(f"{A}_1.JPEG", jpeg(1)), (f"._{A}_1.JPEG", b"x"), (".DS_Store", b"x")])
+    train = tar([(f"{A}.tar", inner), (f"__MACOSX/._{A}.tar", b"x")])
+    source = sources.scan(str(archives(tmp_path, train=train)), ["train"], partial=True)
+    assert source.table["name"].to_pylist() == [f"{A}_1.JPEG"]
+    (note,) = source.notes
+    assert "img_train.tar: ignored 3 files that desktop systems leave behind" in note
+
+
+@pytest.mark.parametrize(
+    "name", ["ILSVRC2012_img_test_v10102019.tar", "ILSVRC2012_img_test.tar"], ids=["new", "old"]
+)
+@pytest.mark.parametrize("prefix", ["", "test/"], ids=["flat", "folder"])
+def test_the_test_split_has_no_labels(tmp_path: Path, name: str, prefix: str) -> None:
+    pictures = [(f"{prefix}ILSVRC2012_test_{n:08d}.JPEG", jpeg(n)) for n in (2, 1)]
+    raw = imagefolder(archives(tmp_path), {name: tar(pictures)})
+    source = sources.scan(str(raw), ("train", "val", "test"))
+    rows = [row for row in source.table.to_pylist() if row["split"] == "test"]
+    assert [(row["name"], row["wnid"], row["label"], row["source"]) for row in rows] == [
+        ("ILSVRC2012_test_00000002.JPEG", "", -1, name),
+        ("ILSVRC2012_test_00000001.JPEG", "", -1, name),
+    ]
+    assert source.wnids == (A, B, C)
+    assert source.announced == {"train": 6, "val": 3}
+    assert "without labels" in source.labels_from["test"]
+    told = [note for note in source.notes if "before its patch of 10 October 2019" in note]
+    assert len(told) == (name == "ILSVRC2012_img_test.tar")
+
+
+def test_the_archive_after_the_patch_is_preferred(tmp_path: Path) -> None:
+    new, old = "ILSVRC2012_img_test_v10102019.tar", "ILSVRC2012_img_test.tar"
+    data = tar([("ILSVRC2012_test_00000001.JPEG", b"x")])
+    raw = imagefolder(archives(tmp_path), {new: data, old: data})
+    source = sources.scan(str(raw), ["test"])
+    assert source.containers == ((new, len(data)),)
+    assert source.notes == ()
+
+
+@pytest.mark.parametrize("other", ["ILSVRC2012_val_00000001.JPEG", "ILSVRC2012_test_1.JPEG", "x"])
+def test_foreign_members_of_flat_archives_are_refused(tmp_path: Path, other: str) -> None:
+    test = tar([("ILSVRC2012_test_00000001.JPEG", b"x"), (other, b"x")])
+    raw = imagefolder(archives(tmp_path), {"ILSVRC2012_img_test.tar": test})
+    with pytest.raises(UserError, match=f"holds {other}; expected only ILSVRC2012_test_"):
+        sources.scan(str(raw), ["test"], partial=True)
+    val = tar([("ILSVRC2012_test_00000001.JPEG", b"x")])
+    with pytest.raises(UserError, match="expected only ILSVRC2012_val_"):
+        sources.scan(str(archives(tmp_path, val=val)), ["val"], partial=True)
+
+
+def test_the_same_name_in_two_folders_is_refused(tmp_path: Path) -> None:
+    val = tar([(f"{folder}/ILSVRC2012_val_00000001.JPEG", b"x") for folder in "ab"])
+    with pytest.raises(UserError, match="2 val files are named ILSVRC2012_val_00000001"):
+        sources.scan(str(archives(tmp_path, val=val)), ["val"], partial=True)
+
+
+def test_archives_of_two_years_or_a_devkit_of_the_other_are_refused(tmp_path: Path) -> None:
+    raw = archives(tmp_path / "kit", devkit=None)
+    imagefolder(raw, {"ILSVRC2010_devkit-1.0.tar.gz": b"x"})
+    with pytest.raises(UserError, match=r"2010_devkit-1\.0\.tar\.gz is the devkit of another year"):
+        sources.scan(str(raw), ["train"], partial=True)
+    raw = imagefolder(archives(tmp_path / "both"), {"ILSVRC2010_images_val.tar": b"x"})
+    with pytest.raises(UserError, match="archives of ILSVRC2012 and of ILSVRC2010"):
+        sources.scan(str(raw), BOTH)
+
+
+def test_a_promise_is_checked_on_any_table_of_split_and_wnid(tmp_path: Path) -> None:
+    kit = devkits.load(str(archives(tmp_path) / devkits.NAME))
+    rows = sources.scan(str(tmp_path), BOTH).table
+    assert ilsvrc.announced(kit, BOTH) == {"train": 6, "val": 3}
+    assert ilsvrc.announced(None, BOTH) is None
+    ilsvrc.check_promise("RAW", kit, rows, BOTH)
+    with pytest.raises(UserError, match=f"RAW: {C} has 1 train pictures, the devkit announces 2"):
+        ilsvrc.check_promise("RAW", kit, rows.filter(pc.not_equal(rows["key"], f"{C}_3")), BOTH)
+    without_val = rows.filter(pc.equal(rows["split"], "train"))
+    ilsvrc.check_promise("RAW", kit, without_val, ["train"])
+    with pytest.raises(UserError, match=r"RAW: val has 0 pictures, .* 3 lines"):
+        ilsvrc.check_promise("RAW", kit, without_val, BOTH)
 
 
 def test_s3_gives_the_same_table_as_the_disk(drawn_raw: str, s3: str) -> None:

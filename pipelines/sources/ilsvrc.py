@@ -125,9 +125,11 @@ def check_promise(raw: str, kit: devkit.Devkit, table: pa.Table, splits: Sequenc
     for split in ("val", "test"):
         count = int(pc.sum(pc.equal(table["split"], split)).as_py() or 0)
         if split in expected and count != expected[split]:
+            truth = split == "val" or bool(kit.test_wnids)
+            by = "the devkit's ground truth has" if truth else "the published set has"
             raise UserError(
-                f"{raw}: {split} has {count:,} pictures, the devkit's ground truth has "
-                f"{expected[split]:,} lines; add the missing ones or pass --partial"
+                f"{raw}: {split} has {count:,} pictures, {by} {expected[split]:,}"
+                f"{' lines' * truth}; add the missing ones or pass --partial"
             )
 
 
@@ -191,6 +193,8 @@ def _read(
     found = index.without_litter(
         name, index.nested(uri) if split == "train" else index.flat(uri), notes
     )
+    if not found.num_rows:
+        raise UserError(f"{uri} holds no picture; fetch it again")
     names = index.base_names(found["name"].combine_chunks())
     if split == "train":
         wnids = _wnids_of_train(uri, found["outer"].combine_chunks(), names)

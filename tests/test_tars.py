@@ -1,0 +1,219 @@
+"""pipelines/tars.py: each member lies where tarfile finds it; whatever is damaged is refused."""
+
+import bz2
+import gzip
+import io
+import lzma
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from drawn import jpeg, tar
+
+from alexnet.errors import UserError
+from pipelines import storage, tars
+
+PICTURES = [(f"val/ILSVRC2012_val_{n:08d}.JPEG", jpeg(n)) for n in range(1, 4)]
+
+
+def written(folder: Path, data: bytes) -> str:
+    (folder / "it.tar").write_bytes(data)
+    return str(folder / "it.tar")
+
+
+def refused(folder: Path, data: bytes, message: str) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        tars.members(written(folder, data), "it")
+    assert "\n" not in str(caught.value)
+
+
+def packed(infos: list[tarfile.TarInfo], form: int = tarfile.PAX_FORMAT) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=form) as archive:
+        for info in infos:
+            archive.addfile(info, io.BytesIO(bytes(info.size)))
+    return buffer.getvalue()
+
+
+def info(name: str, kind: bytes = tarfile.REGTYPE, size: int = 0, **fields: object):
+    made = tarfile.TarInfo(name)
+    made.type, made.size = kind, size
+    for field, value in fields.items():
+        setattr(made, field, value)
+    return made
+
+
+def by_tarfile(path: str) -> Iterator[tuple[str, bytes]]:
+    with tarfile.open(path) as archive:
+        for member in archive:
+            if member.isreg():
+                yield member.name, archive.extractfile(member).read()
+
+
+@pytest.mark.parametrize(
+    ("form", "depth"),  # 290 characters, of a name 40 folders deep, don't fit ustar
+    [
+        *((form, depth) for form in (tarfile.GNU_FORMAT, tarfile.PAX_FORMAT) for depth in (1, 40)),
+        *((tarfile.USTAR_FORMAT, depth) for depth in (1, 12)),
+    ],
+)
+def test_members_are_those_of_tarfile_in_every_format(
+    tmp_path: Path, form: int, depth: int
+) -> None:
+    name = "/".join(["folder"] * depth) + "/n00000010_1.JPEG"
+    infos = [
+        info("folder", tarfile.DIRTYPE),
+        info(name, size=700, mtime=1.5),  # pax stores a fraction of a second in a record
+        info("ü.JPEG", size=512),
+        info("plain.JPEG", size=0),
+    ]
+    path = written(tmp_path, packed(infos, form))
+    found = tars.members(path, "it").to_pylist()
+    read = [(row["name"], storage.read(path, row["offset"], row["size"])) for row in found]
+    assert read == list(by_tarfile(path))
+    assert len(read) == 3
+
+
+def test_an_inner_tar_is_found_by_its_range(tmp_path: Path) -> None:
+    path = written(tmp_path, tar([("a.tar", tar(PICTURES[:1])), ("b.tar", tar(PICTURES[1:]))]))
+    for row, pictures in zip(
+        tars.members(path, "it").to_pylist(), (PICTURES[:1], PICTURES[1:]), strict=True
+    ):
+        inner = tars.members(path, "it", row["offset"], row["size"]).to_pylist()
+        assert [(r["name"], storage.read(path, r["offset"], r["size"])) for r in inner] == pictures
+
+
+def test_a_size_that_needs_gnus_binary_form_is_read(tmp_path: Path) -> None:
+    size = 9 << 30
+    header = info("big.JPEG", size=size).tobuf(tarfile.GNU_FORMAT)
+    with Path(written(tmp_path, header)).open("r+b") as file:
+        file.truncate(512 + size + 1024)  # no block of it is stored
+    (row,) = tars.members(str(tmp_path / "it.tar"), "it").to_pylist()
+    assert (row["offset"], row["size"]) == (512, size)
+
+
+def test_checksums_of_signed_bytes_are_accepted(tmp_path: Path) -> None:
+    header = bytearray(info("ü.JPEG", size=0).tobuf(tarfile.GNU_FORMAT))
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(b - 256 if b > 127 else b for b in header)
+    path = written(tmp_path, bytes(header) + bytes(1024))
+    assert tars.members(path, "it")["name"].to_pylist() == ["ü.JPEG"]
+
+
+def test_a_tar_cut_anywhere_is_refused(tmp_path: Path) -> None:
+    whole = tar(PICTURES)
+    offsets = tars.members(written(tmp_path, whole), "it")["offset"].to_pylist()
+    last_end = offsets[-1] + len(PICTURES[-1][1])
+    for length in [300, *(at - 512 for at in offsets[1:]), *(at + 5 for at in offsets), last_end]:
+        refused(tmp_path, whole[:length], "it is cut: .*fetch it again")
+    refused(tmp_path, b"", r"it is empty \(0 bytes\)")
+
+
+@pytest.mark.parametrize("rubbish", [bytes(1024), b"\xff" * 1024], ids=["zeros", "ones"])
+@pytest.mark.parametrize("member", [1, 2])
+def test_rubbish_inside_a_tar_is_not_taken_for_its_end(
+    tmp_path: Path, rubbish: bytes, member: int
+) -> None:
+    whole = bytearray(tar(PICTURES))
+    at = tars.members(written(tmp_path, bytes(whole)), "it")["offset"][member].as_py() - 512
+    whole[at : at + 1024] = rubbish
+    refused(tmp_path, bytes(whole), rf"it is damaged: no valid member at byte {at:,}")
+
+
+def test_one_wrong_bit_in_a_header_is_found(tmp_path: Path) -> None:
+    whole = bytearray(tar(PICTURES))
+    at = tars.members(written(tmp_path, bytes(whole)), "it")["offset"][1].as_py() - 512
+    for place in (0, 30, 130, 150, 156, 260):
+        damaged = bytearray(whole)
+        damaged[at + place] ^= 1
+        refused(tmp_path, bytes(damaged), rf"no valid member at byte {at:,} \(")
+
+
+def test_what_follows_the_end_mark_is_refused(tmp_path: Path) -> None:
+    end = tars.members(written(tmp_path, tar(PICTURES)), "it")
+    refused(tmp_path, tar(PICTURES) + tar(PICTURES), "an end mark, and .* bytes follow")
+    refused(tmp_path, tar(PICTURES) + b"x", "an end mark, and .* bytes follow")
+    refused(tmp_path, tar(PICTURES) + bytes(2 << 20), "an end mark, and .* bytes follow")
+    padded = written(tmp_path, tar(PICTURES) + bytes(10240))
+    assert tars.members(padded, "it").equals(end)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (gzip.compress(tar(PICTURES)), "it is gzip-compressed; gunzip it first"),
+        (bz2.compress(tar(PICTURES)), "it is bzip2-compressed"),
+        (lzma.compress(tar(PICTURES)), "it is xz-compressed"),
+        (b"PK\x03\x04" + bytes(600), "it is zip-compressed"),
+        (b"\n<!DOCTYPE html><title>Log in</title>" + b" " * 600, "HTML or XML page, not a tar"),
+        (b"<html>", "HTML or XML page, not a tar"),
+        (jpeg(1), "no uncompressed tar"),
+        (tar([]), "it holds no file"),
+    ],
+)
+def test_what_is_no_tar_says_what_it_is(tmp_path: Path, data: bytes, message: str) -> None:
+    refused(tmp_path, data, message)
+
+
+@pytest.mark.parametrize(
+    ("member", "message"),
+    [
+        (info("a.JPEG", tarfile.SYMTYPE, linkname="/etc/passwd"), r"a\.JPEG is a link or device"),
+        (info("a.JPEG", tarfile.LNKTYPE, linkname="b.JPEG"), r"a\.JPEG is a link or device"),
+        (info("a.JPEG", tarfile.CHRTYPE), r"a\.JPEG is a link or device"),
+        (info("a.JPEG", tarfile.FIFOTYPE), r"a\.JPEG is a link or device"),
+        (info("a.JPEG", tarfile.GNUTYPE_SPARSE), r"a\.JPEG is stored sparse"),
+        (
+            info("a.JPEG", pax_headers={"GNU.sparse.major": "1", "GNU.sparse.minor": "0"}),
+            r"a\.JPEG is stored sparse",
+        ),
+        (info("/etc/evil.JPEG"), r"/etc/evil\.JPEG is an absolute path"),
+        (info("a/../../evil.JPEG"), r"a/\.\./\.\./evil\.JPEG is an absolute path or holds '\.\.'"),
+        (info("../" * 60 + "evil.JPEG"), r"evil\.JPEG is an absolute path or holds '\.\.'"),
+    ],
+)
+def test_members_that_are_no_picture_of_the_archive_are_refused(
+    tmp_path: Path, member: tarfile.TarInfo, message: str
+) -> None:
+    refused(tmp_path, packed([info("good.JPEG", size=3), member]), message)
+
+
+def test_a_name_that_appears_twice_is_refused(tmp_path: Path) -> None:
+    refused(tmp_path, tar([*PICTURES, PICTURES[1]]), rf"it holds {PICTURES[1][0]} twice")
+
+
+@pytest.mark.parametrize("record", [b"99 path=a\n", b"path=a\n", b"0 path=a\n", b"8 path=a", b"x"])
+def test_an_unreadable_pax_record_is_refused(tmp_path: Path, record: bytes) -> None:
+    pax = info("records", tarfile.XHDTYPE, size=len(record)).tobuf(tarfile.USTAR_FORMAT)
+    data = pax + record.ljust(512, b"\0") + tar(PICTURES)
+    refused(tmp_path, data, "pax record at byte 512 is unreadable")
+
+
+def test_an_absurd_extension_is_refused_before_it_is_read(tmp_path: Path) -> None:
+    long_name = info("././@LongLink", tarfile.GNUTYPE_LONGNAME, size=5 << 30)
+    header = long_name.tobuf(tarfile.GNU_FORMAT)
+    refused(tmp_path, header + tar(PICTURES), "a name of 5,368,709,120 bytes")
+
+
+def test_close_headers_cost_few_requests_on_s3_and_distant_ones_no_pictures(
+    s3: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reads: list[int] = []
+    read = storage.read
+
+    def counted(uri: str, offset: int = 0, length: int | None = None) -> bytes:
+        reads.append(length or 0)
+        return read(uri, offset, length)
+
+    small = tar([(f"{n}.JPEG", bytes(3000)) for n in range(600)])
+    large = tar([(f"{n}.JPEG", bytes(1 << 20)) for n in range(8)])
+    storage.write(f"{s3}/windows/small.tar", small)
+    storage.write(f"{s3}/windows/large.tar", large)
+    monkeypatch.setattr(storage, "read", counted)
+    assert len(tars.members(f"{s3}/windows/small.tar", "it")) == 600
+    assert len(reads) < 12  # 600 headers; pieces of 64 KiB, 128 KiB, …
+    reads.clear()
+    assert len(tars.members(f"{s3}/windows/large.tar", "it")) == 8
+    assert len(reads) <= 10
+    assert sum(reads) < len(large) / 8
