@@ -3,6 +3,9 @@
 ImageNet has 1.28 million headers, so what was found stays under $ALEXNET_HOME/index for as long as
 the archive is the same: equal size and modification time, or ETag on S3. Everything is held by
 columns: a kept index is loaded in a second.
+
+The first time takes about a minute for ImageNet on a local disk. On S3 most of the archive is read
+through, in pieces of 4 MiB: some 50 thousand requests, not 1.28 million.
 """
 
 from __future__ import annotations

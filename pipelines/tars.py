@@ -204,12 +204,13 @@ def _extended(header: _Header, said: dict[str, str]) -> _Header:
 
 
 def _check(header: _Header, label: str, length: int) -> None:
-    name, end = header.name, header.data + header.size
+    name = header.name if header.name.isprintable() else repr(header.name)
+    end = header.data + header.size
     if header.kind == _SPARSE:
         raise UserError(f"{label}: {name} is stored sparse; pack it again without --sparse")
     if header.kind not in (*_REGULAR, _FOLDER):
         raise UserError(f"{label}: {name} is a link or device, not a picture")
-    if name.startswith("/") or ".." in name.split("/"):
+    if header.name.startswith("/") or ".." in header.name.split("/"):
         raise UserError(
             f"{label}: {name} is an absolute path or holds '..'; no published archive does: "
             "fetch it again"

@@ -8,6 +8,7 @@ import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 from drawn import jpeg, tar
 
@@ -194,6 +195,25 @@ def test_an_absurd_extension_is_refused_before_it_is_read(tmp_path: Path) -> Non
     long_name = info("././@LongLink", tarfile.GNUTYPE_LONGNAME, size=5 << 30)
     header = long_name.tobuf(tarfile.GNU_FORMAT)
     refused(tmp_path, header + tar(PICTURES), "a name of 5,368,709,120 bytes")
+
+
+def test_random_damage_is_refused_in_one_line_or_leaves_every_range_inside(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    long = [info("f/" * 80 + f"{n}.JPEG", size=100) for n in range(3)]
+    wholes = [packed(long, form) for form in (tarfile.GNU_FORMAT, tarfile.PAX_FORMAT)]
+    refusals = 0
+    for _ in range(300):
+        data = bytearray(wholes[rng.integers(2)])
+        for _ in range(rng.integers(1, 4)):
+            data[rng.integers(len(data))] = rng.integers(256)
+        try:
+            found = tars.members(written(tmp_path, bytes(data)), "it")
+        except UserError as error:
+            assert "\n" not in str(error)
+            refusals += 1
+        else:
+            assert all(row["offset"] + row["size"] <= len(data) for row in found.to_pylist())
+    assert refusals > 50
 
 
 def test_close_headers_cost_few_requests_on_s3_and_distant_ones_no_pictures(
