@@ -38,6 +38,7 @@ _MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd7\xff]")
 _STRAY = re.compile(r"(\d+) extraneous bytes before marker 0x([0-9a-f]{2})")
 _MAX_MENDS = 8
 _BAND = 256  # rows
+_CONTINUED = bytes(167 * i % 255 for i in range(1, 255))  # no marker among them
 
 
 @dataclass(frozen=True)
@@ -218,7 +219,7 @@ def _decode_unusual(raw: bytes, frame: Frame) -> Pixels:
     parts, position, last = [], 0, 0
     for marker, start, _ in _segments(raw):
         if last == _SCAN:
-            parts += [raw[position:start], bytes(range(1, 255))]
+            parts += [raw[position:start], _CONTINUED]
             position = start
         last = marker
     if last != _END:

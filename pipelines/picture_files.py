@@ -15,7 +15,10 @@ from dataclasses import dataclass
 # Pillow's own threshold for decompression bombs: 268 MB once decoded. The largest picture of
 # ImageNet is several times smaller.
 MAX_PIXELS = 89_478_485
-_PNG_END = b"IEND"
+_PNG_CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # by colour type
+# First column and row, and the steps between them, of each pass of an interlaced PNG.
+_ADAM7 = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2))
+_ADAM7 += ((0, 1, 1, 2),)
 # INFOHEADER and its extensions, by size; and the old CORE header of OS/2.
 _BMP_HEADERS = (12, 40, 52, 56, 64, 108, 124)
 _BMP_DEPTHS = (1, 4, 8, 16, 24, 32)
@@ -70,25 +73,59 @@ def check_size(width: int, height: int) -> None:
 
 
 def _png(raw: bytes) -> Header:
-    """Pillow trusts the checksums of IDAT without looking; here every critical chunk's is checked.
+    """Pillow neither looks at IDAT's checksums nor minds rows that never came: both count here.
 
     Layout: PNG specification, third edition, section 5.
     """
-    width, height, depth = struct.unpack_from(">16x2IB", raw)
-    if raw[12:16] != b"IHDR":
-        raise Unusable("corrupt", f"PNG begins with {raw[12:16]!r}, not IHDR")
+    width, height, depth, colour, interlaced = struct.unpack_from(">16x2I2B2xB", raw)
+    if raw[12:16] != b"IHDR" or colour not in _PNG_CHANNELS:
+        raise Unusable("corrupt", f"PNG begins with {raw[12:16]!r}, colour type {colour}")
     check_size(width, height)
-    position, kind, frames = 8, b"", 1
-    while kind != _PNG_END:
+    position, kind, frames, packed = 8, b"", 1, []
+    while kind != b"IEND":
         length, kind = struct.unpack_from(">I4s", raw, position)
+        body = raw[position + 8 : position + 8 + length]
         (claimed,) = struct.unpack_from(">I", raw, position + 8 + length)
         critical = kind[:1].isupper() or kind == b"tRNS"
-        if critical and zlib.crc32(raw[position + 4 : position + 8 + length]) != claimed:
+        if critical and zlib.crc32(body, zlib.crc32(kind)) != claimed:
             raise Unusable("corrupt", f"PNG chunk {kind!r} at byte {position}: wrong checksum")
         if kind == b"acTL":  # animation
-            (frames,) = struct.unpack_from(">I", raw, position + 8)
+            (frames,) = struct.unpack_from(">I", body)
+        elif kind == b"IDAT":
+            packed.append(body)
         position += 12 + length
+    bits = depth * _PNG_CHANNELS[colour]
+    _check_rows(b"".join(packed), _png_bytes(width, height, bits, bool(interlaced)))
     return Header(width, height, frames, sixteen_bit=depth == 16)
+
+
+def _png_bytes(width: int, height: int, bits: int, interlaced: bool) -> int:
+    """Of the unpacked rows, each led by its filter's number."""
+    if not interlaced:
+        return height * (1 + (width * bits + 7) // 8)
+    sizes = [
+        (-(-(width - left) // right), -(-(height - top) // down))
+        for left, top, right, down in _ADAM7
+    ]
+    return sum(
+        rows * (1 + (columns * bits + 7) // 8) for columns, rows in sizes if columns > 0 < rows
+    )
+
+
+def _check_rows(packed: bytes, expected: int) -> None:
+    unpacking = zlib.decompressobj()
+    found = 0
+    try:
+        while found < expected and not unpacking.eof:
+            part = unpacking.decompress(packed, 1 << 20)
+            packed = unpacking.unconsumed_tail
+            found += len(part)
+            if not part and not packed:
+                break
+    except zlib.error as error:
+        raise Unusable("corrupt", error) from error
+    if found < expected:
+        raise Unusable("truncated", f"PNG holds {found} of {expected} bytes of pixels")
 
 
 def _gif(raw: bytes) -> Header:

@@ -7,8 +7,9 @@ rejected for one of REASONS. Rules that are choices:
 - A file that lacks bytes is rejected, wherever the cut lies: in a later frame of an animation, or
   when only the end mark is gone. ImageNet loses nothing by it: no loader by Pillow, such as
   torchvision's, takes a JPEG without an end mark. What follows a JPEG's end mark is not looked at.
-- Claimed sizes are checked before anything is allocated, in every format. A picture at the limit
-  of MAX_PIXELS takes about 1 GB while it is decoded, whatever its format.
+- Claimed sizes are checked before anything is allocated, in every format. At the limit of
+  MAX_PIXELS decoding takes, as measured, 0.3 GB for a plain JPEG, 0.8 GB for a progressive one
+  without subsampling, 1.0 GB for four inks, 0.6 GB for PNG and BMP and 1.4 GB for WebP.
 - There is no smallest size: a picture of 1×1 becomes a stored picture of one colour. Long strips
   are cut to their centre (see `resize_and_crop`).
 - Orientation in EXIF is ignored unless asked for, as torchvision, Caffe, TensorFlow and so every
@@ -102,6 +103,10 @@ def to_stored(
     """Decode strictly to RGB, shorter side to `resize`, centre `crop`, encode at `quality`, 4:2:0.
 
     The JPEG carries no EXIF, profile or comment.
+
+    Measured on 200 photos of ImageNet against Lanczos in floating point: 56.5 dB before encoding,
+    and the JPEG is 0.015 dB worse than one of the exact pixels (0.30 dB at worst, where hard edges
+    between black and white make the 8-bit step between rows and columns clip).
     """
     try:
         image, fixes = decode(raw, exif_orientation)
