@@ -21,7 +21,7 @@ _MISSING = {"404", "NoSuchKey", "NotFound"}
 
 
 @functools.cache
-def _client_for(endpoint: str | None, access_key: str | None) -> Any:
+def _client_for(*_: str | None) -> Any:
     import boto3
     from botocore.config import Config
 
@@ -31,7 +31,8 @@ def _client_for(endpoint: str | None, access_key: str | None) -> Any:
 
 
 def _client() -> Any:
-    return _client_for(os.environ.get("AWS_ENDPOINT_URL"), os.environ.get("AWS_ACCESS_KEY_ID"))
+    names = ("AWS_ENDPOINT_URL", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
+    return _client_for(*map(os.environ.get, names))
 
 
 def bucket_and_key(uri: str) -> tuple[str, str]:

@@ -216,11 +216,14 @@ def pack(name: str, samples: Iterable[Sample]) -> Packed:
     with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
         for sample in samples:
             row = {field: getattr(sample, field) for field in INDEX.names if hasattr(sample, field)}
+            # Text, not a list: readers that guess types from the first samples (Hugging Face's)
+            # take an empty list for one of nulls, and fail at the first picture with a fix.
+            text = {**row, "name": sample.name, "fixes": " ".join(sample.fixes)}
             row["fixes"] = list(sample.fixes)
             members = {
                 "cls": str(sample.label).encode(),
                 "jpg": sample.jpeg,
-                "json": canonical_json({**row, "name": sample.name}),
+                "json": canonical_json(text),
             }
             places = {
                 suffix: _add(tar, buffer, f"{sample.key}.{suffix}", data)
@@ -268,7 +271,10 @@ def pack_sidecar(rows: pa.Table, status: dict[str, Any]) -> bytes:
 
 def unpack_sidecar(data: bytes) -> tuple[pa.Table, dict[str, Any]]:
     """Rows and status. Raises ValueError when the bytes are not a sidecar."""
-    table = read_parquet(data)
+    try:
+        table = read_parquet(data)
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"no parquet file: {error}") from error
     metadata = table.schema.metadata or {}
     if _STATUS not in metadata:
         raise ValueError("no shard status in the parquet metadata")

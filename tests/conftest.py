@@ -49,18 +49,12 @@ def drawn_raw(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="session")
 def drawn_shards(drawn_raw: str, tmp_path_factory: pytest.TempPathFactory) -> str:
     """`drawn_raw` as shards of 8 samples, made without Ray. Not to be changed by a test."""
-    from pipelines import claim, finish, plan, sources
-    from pipelines.build import job_for
-    from pipelines.produce import produce
+    from made import made_shards
+
+    from pipelines.plan import Recipe
 
     out = str(tmp_path_factory.mktemp("shards") / "drawn")
-    source = sources.scan(drawn_raw, ["train", "val"])
-    made = plan.make(source, plan.Recipe(samples_per_shard=8))
-    claim.begin(out, drawn_raw, made)
-    job = job_for(made, drawn_raw, out)
-    for number, shard in enumerate(made.shards):
-        produce(job, number, shard.name, shard.id)
-    finish.finish(out, made, finish.finished_shards(out, made)[0])
+    made_shards(drawn_raw, out, Recipe(samples_per_shard=8))
     return out
 
 

@@ -1,15 +1,13 @@
 """python -m pipelines as a user meets it: words, exit codes, one line for each mistake."""
 
-import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
-from drawn import ROOT, A, B, C, archives, devkit, imagefolder, jpeg
+from drawn import A, B, C, archives, devkit, imagefolder, jpeg
+from made import started
 
 from pipelines import storage
 from pipelines.cli import main
@@ -35,10 +33,10 @@ def test_plan_says_what_build_would_do_and_changes_nothing(
     before = sorted(Path(raw).parent.rglob("*"))
     assert main(["plan", "--raw", raw, "--samples-per-shard", "4"]) == 0
     said = capsys.readouterr().out
-    assert "archives, 6 train + 3 val pictures, 3 classes" in said
-    assert "train: 6 pictures in 2 shards of 3" in said
-    assert "val: 3 pictures in 1 shard of 3" in said
-    assert "train: the devkit announces 6" in said
+    assert "ilsvrc2012, 6 train + 3 val pictures, 3 classes" in said
+    assert "train: 6 pictures in shards 0 to 1 of 3" in said
+    assert "val: 3 pictures in shards 2 to 2 of 3" in said
+    assert "train: 6 are announced" in said
     assert "MB of shards; plan_id " in said
     assert sorted(Path(raw).parent.rglob("*")) == before
 
@@ -49,7 +47,12 @@ def test_plan_says_what_build_would_do_and_changes_nothing(
         (["--qualty", "90"], "unrecognized arguments: --qualty 90; see `python -m pipelines"),
         (["--crop", "many"], "invalid int value: 'many'"),
         (["--crop", "100"], "--crop 100 with --resize 256"),
-        (["--splits", "train,test"], "choose from train,val"),
+        (["--splits", "train,dev"], "choose from train,val,test"),
+        (["--only", "0,7"], "there is no shard 7, only 0 to 1"),
+        (["--only", "first"], "'first' is no shard"),
+        (["--shuffle", "well"], "choose from classes, global, source"),
+        (["--subset", "n99999999"], "n99999999"),
+        (["--verify-md5"], "md5"),
         (["--max-rejected", "lots"], "--max-rejected lots"),
         (["--workers", "0"], "--workers 0 must be at least 1"),
         (["--out", "gs://bucket/x"], "only local paths and s3://"),
@@ -131,14 +134,14 @@ def test_build_runs_from_any_folder_and_exits_1_when_too_much_is_rejected(
 ) -> None:
     out = tmp_path / "out"
     flags = ["--raw", drawn_raw, "--out", str(out), "--samples-per-shard", "8"]
-    run = _pipelines(["build", *flags, "--max-rejected", "0"], local_ray, tmp_path)
+    run = started(["build", *flags, "--max-rejected", "0"], tmp_path, {"RAY_ADDRESS": local_ray})
     _, errors = run.communicate(timeout=120)
     assert run.returncode == 1
     line = errors.splitlines()[-1]
     assert line.startswith("failed: 1 of 44 pictures (2.3%) are unusable, more than --max-rejected")
     assert not (out / "manifest.json").exists()
 
-    run = _pipelines(["build", *flags, "--max-rejected", "3%"], local_ray, tmp_path)
+    run = started(["build", *flags, "--max-rejected", "3%"], tmp_path, {"RAY_ADDRESS": local_ray})
     said, errors = run.communicate(timeout=120)
     assert run.returncode == 0, errors
     assert "images 44/44" in said and "rejected 1" in said
@@ -151,7 +154,7 @@ def test_ctrl_c_says_how_to_continue_and_exits_130(
 ) -> None:
     out = tmp_path / "out"
     flags = ["--raw", drawn_raw, "--out", str(out), "--samples-per-shard", "8", "--workers", "1"]
-    run = _pipelines(["build", *flags, "--max-rejected", "3%"], local_ray, tmp_path)
+    run = started(["build", *flags, "--max-rejected", "3%"], tmp_path, {"RAY_ADDRESS": local_ray})
     deadline = time.monotonic() + 60
     while not storage.exists(str(out / "train-000000.tar")) and time.monotonic() < deadline:
         time.sleep(0.02)
@@ -161,15 +164,3 @@ def test_ctrl_c_says_how_to_continue_and_exits_130(
     assert "the same command continues" in errors.splitlines()[-1]
     assert not (out / "manifest.json").exists()
     assert not list(out.rglob("*.tmp"))
-
-
-def _pipelines(argv: list[str], address: str, folder: Path) -> subprocess.Popen[str]:
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import pipelines.__main__"
-    return subprocess.Popen(
-        [sys.executable, "-c", code, *argv],
-        cwd=folder,
-        env=os.environ | {"RAY_ADDRESS": address, "PYTHONPATH": ""},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )

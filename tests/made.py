@@ -1,0 +1,46 @@
+"""Shard sets made without Ray, and what is in them."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from drawn import ROOT
+
+from pipelines import claim, finish, plan, shards, sources, storage
+from pipelines.build import job_for
+from pipelines.produce import produce
+
+
+def made_shards(raw: str, out: str, recipe: plan.Recipe) -> shards.Manifest:
+    """Every shard of the plan, one after the other, as the tasks of a build make them."""
+    source = sources.scan(raw, recipe.splits, recipe.partial)
+    made = plan.make(source, recipe)
+    claim.begin(out, raw, made)
+    job = job_for(made, raw, out)
+    for number, shard in enumerate(made.shards):
+        produce(job, number, shard.name, shard.id)
+    return finish.finish(out, made, finish.finished_shards(out, made)[0])
+
+
+def contents(out: str) -> dict[str, bytes]:
+    """Everything that must not depend on who built when."""
+    return {
+        name: storage.read(f"{out}/{name}")
+        for name, _ in storage.list_files(out)
+        if name != "_meta/raw.json" and not name.startswith("_meta/progress/")
+    }
+
+
+def started(argv: list[str], folder: Path, environment: dict[str, str]) -> subprocess.Popen[str]:
+    """`python -m pipelines ARGV` as somebody in `folder` runs it, in a session of its own."""
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import pipelines.__main__"
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *argv],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": ""} | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
