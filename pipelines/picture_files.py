@@ -17,8 +17,15 @@ from dataclasses import dataclass
 MAX_PIXELS = 89_478_485
 _PNG_CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # by colour type
 # First column and row, and the steps between them, of each pass of an interlaced PNG.
-_ADAM7 = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2))
-_ADAM7 += ((0, 1, 1, 2),)
+_ADAM7 = (
+    (0, 0, 8, 8),
+    (4, 0, 8, 8),
+    (0, 4, 4, 8),
+    (2, 0, 4, 4),
+    (0, 2, 2, 4),
+    (1, 0, 2, 2),
+    (0, 1, 1, 2),
+)
 # INFOHEADER and its extensions, by size; and the old CORE header of OS/2.
 _BMP_HEADERS = (12, 40, 52, 56, 64, 108, 124)
 _BMP_DEPTHS = (1, 4, 8, 16, 24, 32)

@@ -1,12 +1,10 @@
-"""Geometry against Pillow, colour noise against NumPy, positions on pictures that say where."""
+"""Views: colour noise against NumPy, positions on pictures that say where, draws by formula."""
 
-import json
 import math
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from scipy import ndimage, stats
 
 import alexnet.preprocess as preprocess
@@ -16,7 +14,6 @@ from alexnet.preprocess import (
     InputSpec,
     average_probabilities,
     centre_view,
-    resize_and_crop,
     ten_crop,
     train_view,
 )
@@ -51,94 +48,6 @@ def view(images, augment, spec=None, *, seed=0, epoch=0, ids=None) -> torch.Tens
     ids = torch.arange(len(images)) if ids is None else torch.tensor(ids)
     spec = spec or spec_of(images.shape[-1], COVARIANCE)
     return train_view(images, spec, augment, seed=seed, epoch=epoch, sample_ids=ids)
-
-
-# ---- geometry
-
-
-def smooth_picture(height: int, width: int) -> np.ndarray:
-    """uint8 (height, width, 3): waves, sharp edges and a little noise."""
-    y, x = np.mgrid[:height, :width]
-    waves = 128 + 60 * np.sin(x / 9 + y / 17) + 40 * np.cos(y / 5)
-    picture = np.stack([waves, waves.T if height == width else 255 - waves, 0.7 * waves], axis=-1)
-    picture[height // 3 : height // 2, width // 4 : width // 2] = (250, 10, 60)
-    noise = np.random.default_rng(0).normal(0, 10, picture.shape)
-    return (picture + noise).clip(0, 255).astype(np.uint8)
-
-
-def pillow_resize_and_crop(picture: np.ndarray, resize: int, crop: int) -> np.ndarray:
-    height, width = picture.shape[:2]
-    short = min(height, width)
-    size = (math.floor(width * resize / short + 0.5), math.floor(height * resize / short + 0.5))
-    resized = Image.fromarray(picture).resize(size, Image.Resampling.LANCZOS)
-    left, top = (size[0] - crop) // 2, (size[1] - crop) // 2
-    return np.asarray(resized.crop((left, top, left + crop, top + crop)))
-
-
-@pytest.mark.parametrize(
-    ("height", "width", "resize", "crop"),
-    [
-        (375, 500, 256, 227),
-        (500, 333, 256, 256),
-        (97, 130, 256, 227),
-        (256, 256, 256, 227),
-        (227, 227, 227, 227),
-        (1201, 800, 300, 241),
-        (60, 480, 256, 227),
-        (800, 101, 256, 227),
-    ],
-)
-def test_resize_and_crop_gives_pillows_lanczos_pixels(height, width, resize, crop):
-    picture = smooth_picture(height, width)
-    ours = resize_and_crop(torch.from_numpy(picture).permute(2, 0, 1), resize, crop)
-    assert ours.shape == (3, crop, crop) and ours.dtype == torch.uint8
-    theirs = pillow_resize_and_crop(picture, resize, crop).transpose(2, 0, 1)
-    difference = np.abs(ours.numpy().astype(int) - theirs)
-    assert difference.max() <= 2  # torch's integer weights have fewer bits than Pillow's
-    assert difference.mean() < 0.02
-
-
-def test_memory_layout_does_not_change_the_pixels():
-    rows_of_pixels = torch.from_numpy(smooth_picture(301, 407)).permute(2, 0, 1)
-    planes = rows_of_pixels.contiguous()
-    assert rows_of_pixels.stride() != planes.stride()
-    assert torch.equal(resize_and_crop(rows_of_pixels, 256, 227), resize_and_crop(planes, 256, 227))
-
-
-@pytest.mark.parametrize(("height", "width"), [(1, 10_000), (10_000, 1), (1, 1), (3, 5000)])
-def test_strips_do_not_explode(height, width, monkeypatch):
-    sizes = []
-    interpolate = preprocess.F.interpolate
-
-    def recording(*arguments, **options):
-        sizes.append(options["size"])
-        return interpolate(*arguments, **options)
-
-    monkeypatch.setattr(preprocess.F, "interpolate", recording)
-    picture = torch.full((3, height, width), 77, dtype=torch.uint8)
-    assert torch.equal(
-        resize_and_crop(picture, 256, 227), torch.full((3, 227, 227), 77, dtype=torch.uint8)
-    )
-    assert max(sizes[0]) <= 8 * 256
-
-
-def test_a_strip_keeps_the_centre_that_pillow_shows():
-    """A ramp along the strip: the cut may move it by a pixel of source and result, not more."""
-    length = 9 * 60
-    ramp = np.linspace(0, 255, length).astype(np.uint8)
-    strip = np.broadcast_to(ramp[None, :, None], (60, length, 3)).copy()
-    ours = resize_and_crop(torch.from_numpy(strip).permute(2, 0, 1), 256, 227)
-    theirs = pillow_resize_and_crop(strip, 256, 227).transpose(2, 0, 1)
-    assert np.abs(ours.numpy().astype(int) - theirs).max() <= 2
-
-
-def test_a_torch_without_lanczos_is_named(monkeypatch):
-    def old_interpolate(*_arguments, **_options):
-        raise NotImplementedError("Input Error")
-
-    monkeypatch.setattr(preprocess.F, "interpolate", old_interpolate)
-    with pytest.raises(UserError, match=r"no Lanczos resize; install torch 2\.13 or later"):
-        resize_and_crop(torch.zeros(3, 300, 300, dtype=torch.uint8), 256, 227)
 
 
 # ---- random numbers
@@ -276,7 +185,7 @@ def test_resized_crops_keep_the_promised_area_and_ratio():
 
 
 def test_a_resized_crop_is_scipys_bilinear_sample_of_its_window():
-    image = torch.from_numpy(smooth_picture(227, 227)).permute(2, 0, 1)[None]
+    image = noise_pictures(1, 227)
     augment = Augment(crop="resized", flip=False, colour_sigma=0.0)
     top, bottom, left, right = window_of(view(coordinates(1, 227), augment, ids=[11])[0])
     steps = (np.arange(227) + 0.5) / 227
@@ -380,41 +289,3 @@ def test_probabilities_are_averaged_not_logits():
     expected = (powers / powers.sum(-1, keepdims=True)).mean(1)
     ours = average_probabilities(torch.from_numpy(logits).float()).numpy()
     np.testing.assert_allclose(ours, expected, rtol=1e-5)
-
-
-# ---- specification
-
-
-def test_input_spec_survives_json():
-    spec = spec_of(240, COVARIANCE, mean=(123.456, 117.1, 104.0), std=(58.4, 57.1, 57.4))
-    document = json.loads(json.dumps(spec.to_json()))
-    assert InputSpec.from_json(document) == spec
-    assert document == spec.to_json()
-    assert hash(InputSpec.from_json(document)) == hash(spec)
-
-
-@pytest.mark.parametrize(
-    "change", [{"mean": [1, 2]}, {"covariance": [1, 2, 3]}, {"crop": None}, {"std": "abc"}]
-)
-def test_a_damaged_specification_is_refused(change):
-    with pytest.raises(UserError, match="input specification is damaged"):
-        InputSpec.from_json(spec_of(227).to_json() | change)
-
-
-def test_a_specification_without_a_field_names_it():
-    document = spec_of(227).to_json()
-    del document["std"]
-    with pytest.raises(UserError, match="'std'"):
-        InputSpec.from_json(document)
-
-
-@pytest.mark.parametrize(("resize", "crop"), [(256, 226), (240, 241), (200, 227)])
-def test_impossible_geometry_is_refused(resize, crop):
-    with pytest.raises(UserError, match="choose 227 <= crop <= resize"):
-        InputSpec(resize, crop, (0.0,) * 3, (1.0,) * 3, IDENTITY)
-
-
-@pytest.mark.parametrize("value", [0.0, math.nan, math.inf])
-def test_pixels_without_spread_are_refused(value):
-    with pytest.raises(UserError, match="must be positive in every channel"):
-        spec_of(227, std=(1.0, value, 1.0))
