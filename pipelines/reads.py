@@ -30,6 +30,7 @@ _MAX_GAP = 16 << 10  # bytes between two pictures that are cheaper to read than 
 _MAX_READ = 8 << 20  # bytes per request, unless one picture is larger
 _MAX_AHEAD = 64 << 20  # bytes that are being read or wait to be taken
 _THREADS_S3, _THREADS_LOCAL = 16, 4
+_PLACE_BITS = 42  # enough for a container of 4 TiB, and for two million containers
 
 _Numbers = np.ndarray[Any, np.dtype[np.int64]]
 _Flags = np.ndarray[Any, np.dtype[np.bool_]]
@@ -138,14 +139,16 @@ class Reader:
         if fetch.group is not None:
             yield from self._row_group(fetch, fetch.group, room)
             return
-        first, last = self._rows[fetch.positions[0]], self._rows[fetch.positions[-1]]
-        start = first["offset"]
-        length = last["offset"] + last["size"] - start
+        rows = [self._rows[position] for position in fetch.positions]
+        start = rows[0]["offset"]
+        length = max(row["offset"] + row["size"] for row in rows) - start
         if room(length):
             data = _read(storage.join(self._raw, fetch.source), start, length)
             self._count(len(data))
-            places = [(i, self._rows[i]["offset"] - start) for i in fetch.positions]
-            yield [(i, data[place : place + self._rows[i]["size"]]) for i, place in places]
+            starts = [row["offset"] - start for row in rows]
+            ends = [first + row["size"] for first, row in zip(starts, rows, strict=True)]
+            pictures = [data[first:end] for first, end in zip(starts, ends, strict=True)]
+            yield list(zip(fetch.positions, pictures, strict=True))
 
     def _row_group(self, fetch: _Fetch, group: _RowGroup, room: Room) -> Iterator[list[_Picture]]:
         uri = storage.join(self._raw, fetch.source)
@@ -194,9 +197,9 @@ def cost(rows: pa.Table) -> tuple[int, int]:
     rows = rows.take(pa.array(order))
     offset, size = _numbers(rows["offset"]), _numbers(rows["size"])
     firsts = np.flatnonzero(starts)
-    lasts = np.append(firsts[1:], len(order))[: len(firsts)] - 1
-    lengths = offset[lasts] + size[lasts] - offset[firsts]
-    return len(firsts), int(lengths[~_in_parquet(rows)[firsts]].sum())
+    ends = np.maximum.reduceat(offset + size, firsts) if len(firsts) else offset
+    lengths = np.where(_in_parquet(rows)[firsts], 0, ends - offset[firsts])
+    return len(firsts), int(lengths.sum())
 
 
 def picture_names(paths: pa.Array) -> pa.Array:
@@ -218,11 +221,11 @@ def _runs(rows: pa.Table) -> tuple[_Numbers, _Flags]:
     rows = rows.take(pa.array(order))
     in_parquet = _in_parquet(rows)
     source = _numbers(rows["source"].combine_chunks().dictionary_encode().indices)
-    offset = _numbers(rows["offset"])
-    end = offset + np.where(in_parquet, 1, _numbers(rows["size"]))
+    offset = (source << _PLACE_BITS) + _numbers(rows["offset"])  # one line of all containers
+    size = np.where(in_parquet, 1, _numbers(rows["size"]))
+    end = np.maximum.accumulate(offset + size)  # of the pictures so far: they may overlap
     starts = np.ones(len(order), np.bool_)
-    gap = np.where(in_parquet, 0, _MAX_GAP)
-    starts[1:] = (source[1:] != source[:-1]) | (offset[1:] - end[:-1] > gap[1:])
+    starts[1:] = offset[1:] - end[:-1] > np.where(in_parquet, 0, _MAX_GAP)[1:]
     bounds = np.append(np.flatnonzero(starts), len(order)).tolist()
     for first, stop in pairwise(bounds):
         while end[stop - 1] - offset[first] > _MAX_READ and first + 1 < stop:  # once per request

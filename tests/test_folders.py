@@ -3,12 +3,16 @@
 from pathlib import Path
 
 import pytest
-from drawn import A, B, C, imagefolder, jpeg
+from drawn import A, B, C, devkit, imagefolder, jpeg
 
 from alexnet.errors import UserError
 from pipelines import sources
+from pipelines.sources import folders
 
 BOTH = ("train", "val")
+DEVKIT = "ILSVRC2012_devkit_t12.tar.gz"
+VAL = [f"val/ILSVRC2012_val_{n:08d}.JPEG" for n in (1, 2, 3)]
+TRAIN = {f"train/{wnid}/{wnid}_{n}.JPEG": b"x" for wnid in (A, B, C) for n in (1, 2)}
 
 
 def labels(source: sources.Source) -> dict[str, tuple[str, int]]:
@@ -28,25 +32,35 @@ def test_class_folders_rank_in_the_union_of_both_splits(tmp_path: Path) -> None:
             "LOC_synset_mapping.txt": f"{A} tench, Tinca tinca\n{C} crane\n".encode(),
         },
     )
-    source = sources.scan(str(tmp_path), BOTH)
+    source = sources.scan(str(tmp_path), BOTH, partial=True)
     assert source.wnids == (A, B, C)
     assert source.class_names == ("tench, Tinca tinca", B, "crane")
     assert [label for _, label in labels(source).values()] == [0, 2, 1, 2]
     assert source.notes == (f"ignored 1 files that are no pictures, first train/{C}/.DS_Store",)
     # The same labels when only one split is built.
-    assert list(labels(sources.scan(str(tmp_path), ["val"])).values()) == [(B, 1), (C, 2)]
+    val = sources.scan(str(tmp_path), ["val"], partial=True)
+    assert list(labels(val).values()) == [(B, 1), (C, 2)]
+
+
+def test_every_row_is_a_whole_file(tmp_path: Path) -> None:
+    imagefolder(tmp_path, {name: name.encode() for name in TRAIN})
+    rows = sources.scan(str(tmp_path), ["train"]).table.to_pylist()
+    assert [row["source"] for row in rows] == sorted(TRAIN)
+    assert {(row["offset"], row["size"] - len(row["source"])) for row in rows} == {(0, 0)}
 
 
 @pytest.mark.parametrize(
     ("files", "named"),
     [
-        ({"val/ILSVRC2012_val_00000001.JPEG": b"x"}, "lies in no class folder"),
-        ({f"train/{A}/{B}_1.JPEG": b"x"}, "contradicts its folder"),
-        ({f"train/{A}/deeper/{A}_1.JPEG": b"x"}, "contradicts its folder"),
+        (TRAIN | {VAL[0]: b"x"}, rf"{VAL[0]} lies in no class folder"),
+        ({"train/1.JPEG": b"x"}, r"train/1\.JPEG lies in no class folder.*expected train/WNID/"),
+        ({f"train/{A}/{B}_1.JPEG": b"x"}, rf"train/{A}/{B}_1\.JPEG contradicts .* name says {B}"),
+        ({f"train/{A}/deeper/{A}_1.JPEG": b"x"}, "lies too deep"),
         ({f"train/{A}/a.b.JPEG": b"x"}, "a dot before the extension"),
         ({f"train/{A}/{'x' * 91}.JPEG": b"x"}, "at most 90"),
         ({f"train/{A}/1.JPEG": b"x", f"train/{B}/1.JPEG": b"x"}, "2 train files are named 1"),
         ({f"train/{A}/notes.txt": b"x"}, r"needs pictures in train/WNID/, not there"),
+        ({f"train/{B}/{B}_1.JPEG": b"x"}, rf"val/{A} is no class of train.*--partial"),
     ],
 )
 def test_strange_class_folders_are_refused(
@@ -55,3 +69,90 @@ def test_strange_class_folders_are_refused(
     imagefolder(tmp_path, {f"val/{A}/v1.JPEG": b"x"} | files)
     with pytest.raises(UserError, match=named):
         sources.scan(str(tmp_path), BOTH)
+
+
+def test_flat_val_takes_its_labels_from_the_ground_truth(tmp_path: Path) -> None:
+    # IDs: C = 1, A = 2, B = 3
+    kit = {DEVKIT: devkit([C, A, B], 2, "3\n1\n2\n")}
+    imagefolder(tmp_path, TRAIN | kit | dict.fromkeys(VAL, b"x"))
+    source = sources.scan(str(tmp_path), BOTH)
+    val = source.table.filter(sources.table.pc.equal(source.table["split"], "val"))
+    assert val["wnid"].to_pylist() == [B, C, A]
+    assert val["label"].to_pylist() == [1, 2, 0]
+    assert source.class_names == (f"name of {A}", f"name of {B}", f"name of {C}")
+    assert source.announced == {"train": 6, "val": 3}
+    assert "ground truth" in source.labels_from["val"]
+
+
+def test_flat_val_without_a_devkit_says_what_to_add(tmp_path: Path) -> None:
+    imagefolder(tmp_path, TRAIN | dict.fromkeys(VAL, b"x"))
+    with pytest.raises(UserError, match=rf"val has no class folders.*add {DEVKIT}"):
+        sources.scan(str(tmp_path), BOTH, partial=True)
+
+
+def test_a_val_folder_that_contradicts_the_ground_truth_is_refused(tmp_path: Path) -> None:
+    kit = {DEVKIT: devkit([C, A, B], 2, "3\n1\n2\n")}
+    sorted_val = [f"val/{wnid}/{name[4:]}" for wnid, name in zip((B, C, A), VAL, strict=True)]
+    imagefolder(tmp_path, TRAIN | kit | dict.fromkeys(sorted_val, b"x"))
+    assert sources.scan(str(tmp_path), BOTH).count("val") == 3
+    (tmp_path / sorted_val[1]).rename(tmp_path / "val" / B / Path(sorted_val[1]).name)
+    with pytest.raises(UserError, match=rf"val/{B}/\S+ in .* devkit, whose .* truth says {C}"):
+        sources.scan(str(tmp_path), BOTH)
+
+
+def test_the_devkit_counts_the_pictures_unless_partial(tmp_path: Path) -> None:
+    kit = {DEVKIT: devkit([C, A, B], 1300, "3\n1\n2\n")}
+    imagefolder(tmp_path, TRAIN | kit)
+    with pytest.raises(UserError, match=r"has 2 train pictures, the devkit announces 1,300"):
+        sources.scan(str(tmp_path), ["train"])
+    assert sources.scan(str(tmp_path), ["train"], partial=True).count("train") == 6
+    imagefolder(tmp_path, {"train/n99999999/1.JPEG": b"x"})
+    with pytest.raises(UserError, match="n99999999 is no class of the devkit"):
+        sources.scan(str(tmp_path), ["train"], partial=True)
+
+
+def test_test_pictures_are_unlabelled_unless_in_class_folders(tmp_path: Path) -> None:
+    imagefolder(tmp_path / "flat", TRAIN | {"test/b.JPEG": b"x", "test/a.JPEG": b"x"})
+    source = sources.scan(str(tmp_path / "flat"), ["train", "test"])
+    test = source.table.filter(sources.table.pc.equal(source.table["split"], "test"))
+    assert test.select(["key", "label", "wnid"]).to_pylist() == [
+        {"key": "a", "label": -1, "wnid": ""},
+        {"key": "b", "label": -1, "wnid": ""},
+    ]
+    assert "unlabelled" in source.labels_from["test"]
+    imagefolder(tmp_path / "sorted", TRAIN | {f"test/{C}/a.JPEG": b"x"})
+    source = sources.scan(str(tmp_path / "sorted"), ["test"])
+    assert labels(source) == {"a.JPEG": (C, 2)}
+    imagefolder(tmp_path / "sorted", {"test/dummy/b.JPEG": b"x"})
+    with pytest.raises(UserError, match="test/dummy is no class of train"):
+        sources.scan(str(tmp_path / "sorted"), ["test"])
+
+
+def test_classes_may_have_any_name_and_pictures_any_usual_extension(tmp_path: Path) -> None:
+    kinds = ("jpeg", "JPG", "Png", "webp", "BMP", "gif")
+    files = {f"train/hot dog/{number}.{kind}": b"x" for number, kind in enumerate(kinds)}
+    litter = {
+        "train/cat/notes.txt": b"x",
+        "train/cat/._1.jpg": b"x",
+        "train/.ipynb_checkpoints/1.jpg": b"x",
+        "train/__MACOSX/1.jpg": b"x",
+        "train/list.csv": b"x",
+    }
+    imagefolder(tmp_path, files | litter | {"train/cat/100.jpg": b"x"})
+    source = sources.scan(str(tmp_path), ["train"])
+    assert source.wnids == source.class_names == ("cat", "hot dog")
+    assert labels(source)["5.gif"] == ("hot dog", 1)
+    assert source.table.num_rows == 7
+    (note,) = source.notes
+    assert note.startswith("ignored 5 files that are no pictures, first train/.ipynb")
+
+
+def test_a_full_train_set_needs_a_val_of_the_same_thousand_classes(tmp_path: Path) -> None:
+    wnids = [f"n{number:08d}" for number in range(1000)]
+    files = {f"train/{wnid}/{wnid}_1.JPEG": 1 for wnid in wnids}
+    files |= {f"val/{wnid}/v{wnid}.JPEG": 1 for wnid in wnids[1:]}
+    with pytest.raises(UserError, match=r"train has 1000 classes and val 999, without n00000000"):
+        folders.scan(str(tmp_path), files, BOTH, partial=False)
+    assert folders.scan(str(tmp_path), files, BOTH, partial=True).count("val") == 999
+    files[f"val/{wnids[0]}/v.JPEG"] = 1
+    assert folders.scan(str(tmp_path), files, BOTH, partial=False).count("val") == 1000

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -157,8 +158,8 @@ def _columns(group: pa.Table) -> pa.Table:
 
 
 def _check_schema(uri: str, schema: pa.Schema) -> None:
-    image = schema.field("image").type if "image" in schema.names else None
-    fields = {field.name for field in image} if pa.types.is_struct(image) else set()
+    image: Any = schema.field("image").type if "image" in schema.names else None
+    fields = {field.name for field in image} if image and pa.types.is_struct(image) else set()
     if not fields >= {"bytes", "path"}:
         raise UserError(
             f"{uri}: column image is {image or 'not there'}, expected a struct of bytes and path; "

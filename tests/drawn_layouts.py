@@ -1,0 +1,96 @@
+"""Kaggle's layout and Hugging Face's parquet files, drawn for tests."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from drawn import A, B, C, imagefolder
+
+DATA = "ILSVRC/Data/CLS-LOC"
+SETS = "ILSVRC/ImageSets/CLS-LOC"
+HEADER = "ImageId,PredictionString\n"
+IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+
+
+def kaggle(folder: Path, changes: dict[str, bytes | None] | None = None) -> Path:
+    """Three classes of two train pictures, three val pictures, two of test.
+
+    `changes` replaces or adds files; None leaves one out. A picture's bytes are its own name.
+    """
+    train = [f"{wnid}_{n}" for wnid in (A, B, C) for n in (7, 3)]
+    val = [f"ILSVRC2012_val_{n:08d}" for n in (1, 2, 3)]
+    test = [f"ILSVRC2012_test_{n:08d}" for n in (1, 2)]
+    paths = [f"train/{key.split('_')[0]}/{key}" for key in train]
+    paths += [f"val/{key}" for key in val] + [f"test/{key}" for key in test]
+    train_list = [f"{key.split('_')[0]}/{key}" for key in train]
+    files: dict[str, bytes | None] = {
+        f"{DATA}/{path}.JPEG": path.rsplit("/", 1)[-1].encode() for path in paths
+    }
+    for name, keys in (("train_cls", train_list), ("val", val), ("test", test)):
+        lines = [f"{key} {number}\n" for number, key in enumerate(keys, start=1)]
+        files[f"{SETS}/{name}.txt"] = "".join(lines).encode()
+    files["LOC_synset_mapping.txt"] = f"{A} tench, Tinca tinca\n{B} jacamar\n{C} yurt\n".encode()
+    # Only some train pictures have boxes; the rows of both files are in no order.
+    files["LOC_train_solution.csv"] = (
+        f"{HEADER}{C}_3,{C} 1 1 223 223 \n{A}_7,{A} 0 0 9 9 {A} 10 10 20 20 \n"
+    ).encode()
+    files["LOC_val_solution.csv"] = (
+        f"{HEADER}{val[2]},{A} 1 2 3 4 \n{val[0]},{C} 1 2 3 4 {C} 5 6 7 8 \n{val[1]},{B} 1 2 3 4 \n"
+    ).encode()
+    files |= changes or {}
+    return imagefolder(folder, {name: data for name, data in files.items() if data is not None})
+
+
+Row = tuple[str | None, int | None]  # image.path, label
+
+
+def parquet(
+    path: Path,
+    rows: Sequence[Row],
+    *,
+    names: Sequence[str] = (),
+    row_group: int = 2,
+    size: int = 50,
+) -> None:
+    """As `datasets` writes it. A picture is the canonical name, repeated to `size` bytes."""
+    metadata = {}
+    if names:
+        feature = {"label": {"names": list(names), "_type": "ClassLabel"}}
+        metadata = {"huggingface": json.dumps({"info": {"features": feature}})}
+    images: list[dict[str, Any]] = [
+        {"path": name, "bytes": ((name or "") * size).encode()[:size]} for name, _ in rows
+    ]
+    columns = [pa.array(images, IMAGE), pa.array([label for _, label in rows], pa.int64())]
+    schema = pa.schema([("image", IMAGE), ("label", pa.int64())], metadata=metadata)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table(columns, schema=schema), path, row_group_size=row_group)
+
+
+def train_row(wnid: str, number: int, label: int | None) -> Row:
+    return f"{wnid}_{number}_{wnid}.JPEG", label
+
+
+def val_row(number: int, wnid: str, label: int | None) -> Row:
+    return f"ILSVRC2012_val_{number:08d}_{wnid}.JPEG", label
+
+
+TRAIN = [train_row(B, 1, 1), train_row(A, 5, 0), train_row(C, 2, 2), train_row(A, 4, 0)]
+VAL = [val_row(1, C, 2), val_row(2, A, 0), val_row(3, B, 1)]
+TEST: list[Row] = [("ILSVRC2012_test_00000001.JPEG", -1), ("ILSVRC2012_test_00000002.JPEG", -1)]
+NAMES = ("tench", "jacamar", "yurt")
+
+
+def hugging_face(
+    folder: Path, *, train: Sequence[Row] = TRAIN, val: Sequence[Row] = VAL, **options: Any
+) -> Path:
+    """Two train files, one each of validation and test, in folder/data."""
+    data, options = folder / "data", {"names": NAMES} | options
+    half = -(-len(train) // 2)
+    parquet(data / "train-00000-of-00002.parquet", train[:half], **options)
+    parquet(data / "train-00001-of-00002.parquet", train[half:], **options)
+    parquet(data / "validation-00000-of-00001.parquet", val, **options)
+    parquet(data / "test-00000-of-00001.parquet", TEST, **options)
+    return folder

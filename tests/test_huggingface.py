@@ -1,0 +1,183 @@
+"""pipelines/sources/huggingface.py: parquet files with embedded pictures."""
+
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from drawn import A, B, C
+from drawn_layouts import TRAIN, VAL, Row, hugging_face, parquet, train_row, val_row
+
+from alexnet.errors import UserError
+from pipelines import sources
+
+BOTH = ("train", "val")
+ALL = ("train", "val", "test")
+TEST = "data/test-00000-of-00001.parquet"
+FIRST, SECOND = "data/train-00000-of-00002.parquet", "data/train-00001-of-00002.parquet"
+VALIDATION = "data/validation-00000-of-00001.parquet"
+
+
+def test_rows_name_file_and_row_and_have_the_canonical_name(tmp_path: Path) -> None:
+    source = sources.scan(str(hugging_face(tmp_path)), ALL)
+    assert source.table.drop_columns(["size", "key"]).to_pylist() == [
+        {"split": split, "name": name, "label": label, "wnid": wnid, "source": file, "offset": row}
+        for split, name, label, wnid, file, row in [
+            ("train", f"{B}_1.JPEG", 1, B, FIRST, 0),
+            ("train", f"{A}_5.JPEG", 0, A, FIRST, 1),
+            ("train", f"{C}_2.JPEG", 2, C, SECOND, 0),
+            ("train", f"{A}_4.JPEG", 0, A, SECOND, 1),
+            ("val", "ILSVRC2012_val_00000001.JPEG", 2, C, VALIDATION, 0),
+            ("val", "ILSVRC2012_val_00000002.JPEG", 0, A, VALIDATION, 1),
+            ("val", "ILSVRC2012_val_00000003.JPEG", 1, B, VALIDATION, 2),
+            (
+                "test",
+                "ILSVRC2012_test_00000001.JPEG",
+                -1,
+                "",
+                "data/test-00000-of-00001.parquet",
+                0,
+            ),
+            (
+                "test",
+                "ILSVRC2012_test_00000002.JPEG",
+                -1,
+                "",
+                "data/test-00000-of-00001.parquet",
+                1,
+            ),
+        ]
+    ]
+    assert source.table["size"].null_count == 9
+    assert source.class_names == ("tench", "jacamar", "yurt")
+    assert source.shuffle == "source"
+    names = (TEST, FIRST, SECOND, VALIDATION)
+    assert source.containers == tuple((name, (tmp_path / name).stat().st_size) for name in names)
+
+
+def test_pictures_are_not_read(tmp_path: Path) -> None:
+    raw = hugging_face(tmp_path, size=3000)
+    expected = sources.scan(str(raw), BOTH).table
+    for path in raw.rglob("*.parquet"):
+        data = bytearray(path.read_bytes())
+        with pq.ParquetFile(path) as file:
+            for group in range(file.num_row_groups):
+                chunk = file.metadata.row_group(group).column(0)
+                assert chunk.path_in_schema == "image.bytes"
+                start = min(filter(None, (chunk.dictionary_page_offset, chunk.data_page_offset)))
+                data[start : start + chunk.total_compressed_size] = b"\xff" * (
+                    chunk.total_compressed_size
+                )
+        path.write_bytes(data)
+    assert sources.scan(str(raw), BOTH).table.equals(expected)
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (
+            {"train": [*TRAIN[:2], train_row(C, 2, 1), TRAIN[3]]},
+            rf"{FIRST} row 0 has {B} with label 1, {SECOND} row 0 has {C} with label 1",
+        ),
+        (
+            {"train": [train_row(A, 1, 0)], "val": [val_row(1, A, 1)]},
+            rf"{FIRST} row 0 has {A} with label 0, {VALIDATION} row 0 has {A} with label 1",
+        ),
+        (
+            {"train": [train_row(A, 1, 2), train_row(C, 1, 0)], "val": [val_row(1, B, 1)]},
+            rf"has {C} with label 0, .* has {B} with label 1; labels must be ranks of sorted",
+        ),
+        ({"train": [(f"{A}_1_{B}.JPEG", 0)]}, rf"row 0 \({A}_1_{B}\.JPEG, label 0\) has two WNIDs"),
+        ({"train": [TRAIN[0], train_row(A, 1, -1)]}, "row 0 .* is in train without a label"),
+        ({"val": [val_row(1, A, None)]}, "row 0 .* is in val without a label"),
+        ({"val": [("ILSVRC2012_val_00000001.JPEG", 0)]}, "has a label, but no WNID in its path"),
+        ({"train": [TRAIN[0], (None, 0)]}, r"row 0 \(None, label 0\) has no image\.path"),
+        ({"train": [train_row(A, 1, -2)]}, "impossible label"),
+    ],
+)
+def test_contradictions_are_refused_with_file_and_row(
+    tmp_path: Path, options: dict[str, list[Row]], named: str
+) -> None:
+    raw = str(hugging_face(tmp_path, **options))
+    with pytest.raises(UserError, match=named):
+        sources.scan(raw, BOTH, partial=True)
+
+
+def test_an_unlabelled_picture_with_a_wnid_is_refused(tmp_path: Path) -> None:
+    raw = hugging_face(tmp_path)
+    parquet(tmp_path / TEST, [train_row(A, 9, -1)])
+    with pytest.raises(UserError, match="has a WNID in its path, but no label"):
+        sources.scan(str(raw), BOTH, partial=True)
+
+
+def test_all_parts_must_be_there_unless_partial(tmp_path: Path) -> None:
+    raw = hugging_face(tmp_path)
+    (raw / SECOND).unlink()
+    with pytest.raises(UserError, match=rf"{SECOND} is not there \(1 of 2 missing\).*--partial"):
+        sources.scan(str(raw), BOTH)
+    assert sources.scan(str(raw), BOTH, partial=True).count("train") == 2
+    (raw / VALIDATION).unlink()
+    with pytest.raises(UserError, match=r"needs validation-\*\.parquet, not there"):
+        sources.scan(str(raw), BOTH, partial=True)
+
+
+def test_labels_of_a_partial_set_are_ranks_among_its_classes(tmp_path: Path) -> None:
+    names = tuple(f"name {label}" for label in range(1000))
+    rows = [train_row(C, 1, 700), train_row(A, 1, 3)]
+    raw = str(hugging_face(tmp_path, train=rows, val=[val_row(1, B, 40)], names=names))
+    with pytest.raises(UserError, match=r"3 classes have pictures, but the labels go to 700"):
+        sources.scan(raw, BOTH)
+    source = sources.scan(raw, ["train"], partial=True)
+    assert source.table.select(["wnid", "label"]).to_pylist() == [
+        {"wnid": C, "label": 2},
+        {"wnid": A, "label": 0},
+    ]
+    assert source.class_names == ("name 3", "name 40", "name 700")
+    assert source.notes[0].startswith("labels are ranks among the 3 classes")
+
+
+def test_class_names_are_the_wnids_when_the_files_tell_none(tmp_path: Path) -> None:
+    raw = str(hugging_face(tmp_path, names=()))
+    assert sources.scan(raw, BOTH).class_names == (A, B, C)
+
+
+def test_files_may_lie_in_raw_itself_and_have_a_hash(tmp_path: Path) -> None:
+    parquet(tmp_path / "train-00000-of-00001-0123456789abcdef.parquet", [train_row(A, 1, 0)])
+    assert sources.scan(str(tmp_path), ["train"]).table.num_rows == 1
+    parquet(tmp_path / "data" / "train-00000-of-00001.parquet", [train_row(A, 1, 0)])
+    with pytest.raises(UserError, match="several sets of train files"):
+        sources.scan(str(tmp_path), ["train"])
+
+
+@pytest.mark.parametrize(
+    ("columns", "named"),
+    [
+        ({"image": ["a.JPEG"], "label": [0]}, "column image is string, expected a struct"),
+        ({"label": [0]}, "column image is not there"),
+        ({"image": [{"bytes": b"x"}], "label": [0]}, r"column image is struct<bytes: binary>"),
+        ({"image": [{"bytes": b"x", "path": "a"}]}, "column label is not there"),
+        ({"image": [{"bytes": b"x", "path": "a"}], "label": ["a"]}, "column label is string"),
+    ],
+)
+def test_other_columns_are_refused(
+    tmp_path: Path, columns: dict[str, list[Any]], named: str
+) -> None:
+    pq.write_table(pa.table(columns), tmp_path / "train-00000-of-00001.parquet")
+    with pytest.raises(UserError, match=named):
+        sources.scan(str(tmp_path), ["train"])
+
+
+def test_a_damaged_file_is_refused(tmp_path: Path) -> None:
+    raw = hugging_face(tmp_path)
+    data = (raw / FIRST).read_bytes()
+    for damaged in (b"", b"PAR1" + bytes(200), data[: len(data) // 2]):
+        (raw / FIRST).write_bytes(damaged)
+        with pytest.raises(UserError, match=rf"{FIRST} is damaged .*fetch it again"):
+            sources.scan(str(raw), BOTH)
+
+
+def test_rows_of_val_and_train_rank_together(tmp_path: Path) -> None:
+    """The same labels whichever splits are built."""
+    raw = str(hugging_face(tmp_path, train=TRAIN[:2], val=VAL[:1]))
+    assert sources.scan(raw, ["val"]).table["label"].to_pylist() == [2]
