@@ -83,7 +83,9 @@ def _serve() -> None:
     from PIL import ImageFile
 
     ImageFile.LOAD_TRUNCATED_IMAGES = True
-    resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))
+    _, most = resource.getrlimit(resource.RLIMIT_AS)
+    memory = _MEMORY if most == resource.RLIM_INFINITY else min(_MEMORY, most)
+    resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
     while True:
         try:
             raw = _received(sys.stdin.buffer)

@@ -31,7 +31,7 @@ def columns(caption: str, counts: Numbers, ticks: Ticks, mark: float | None = No
     if mark is not None:
         at = f"{mark * len(counts):.3f}"
         line = f'<line class="mark" x1="{at}" x2="{at}" y1="0" y2="-{most}"/>'
-    shapes = f'<path class="fill0" d="{bars}"/>{line}'
+    shapes = f'<path class="bar" d="{bars}"/>{line}'
     return _plot(caption, f"0 -{most} {max(len(counts), 1)} {most}", shapes, ticks, _heights(most))
 
 
@@ -41,7 +41,7 @@ def rows(names: Sequence[str], counts: Numbers) -> str:
     lines = [
         f'<span title="{escape(name)}">{escape(name)}</span>'
         f'<svg viewBox="0 0 {most} 1" preserveAspectRatio="none" role="img" '
-        f'aria-label="{n:,}"><path class="fill0" d="M0 0h{n}v1h-{n}z"/></svg><b>{n:,}</b>'
+        f'aria-label="{n:,}"><path class="bar" d="M0 0h{n}v1h-{n}z"/></svg><b>{n:,}</b>'
         for name, n in zip(names, counts.tolist(), strict=True)
     ]
     return f'<div class="bars">{"".join(lines)}</div>'
@@ -76,7 +76,7 @@ def density(caption: str, width: Numbers, height: Numbers, mark: int) -> str:
         cells = "".join(f"M{x} -{y + 1}h1v1h-1z" for x, y in np.argwhere(levels == level).tolist())
         if cells:
             opacity = f"{0.12 + 0.88 * level / _LEVELS:.2f}"
-            shapes.append(f'<path class="fill0" fill-opacity="{opacity}" d="{cells}"/>')
+            shapes.append(f'<path class="bar" fill-opacity="{opacity}" d="{cells}"/>')
     if (at := _place(mark, edges)) is not None:
         place = f"{at * _CELLS:.3f}"
         shapes.append(f'<line class="mark" x1="{place}" x2="{place}" y1="0" y2="-{_CELLS}"/>')

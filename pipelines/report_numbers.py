@@ -7,11 +7,13 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from pipelines import duplicates, report_charts, shards
 from pipelines.duplicates import Group, Repeats
+from pipelines.plan import Recipe, geometry
 from pipelines.report_page import folded, note, share, table
-from pipelines.sources import UNLABELLED
+from pipelines.sources import UNLABELLED, StoredAs
 
 _LYING_BARS = 40  # classes; more are drawn as columns without names
 _MARKS = 6  # on the axis of labels
@@ -22,7 +24,7 @@ def classes(manifest: shards.Manifest, indexes: dict[str, pa.Table], names: dict
     """Pictures of each class in each split, drawn and as a table."""
     counts = {
         split: np.bincount(
-            index.filter(pa.compute.not_equal(index["label"], UNLABELLED))["label"].to_numpy(),
+            index.filter(pc.not_equal(index["label"], UNLABELLED))["label"].to_numpy(),
             minlength=manifest.num_classes,
         )
         for split, index in indexes.items()
@@ -46,7 +48,7 @@ def sizes(manifest: shards.Manifest, indexes: dict[str, pa.Table]) -> str:
     if not len(width):
         return "<p>No picture was stored.</p>"
     short = np.minimum(width, height)
-    side = manifest.resize
+    side = _scaled_to(manifest)
     enlarged = int((short < side).sum())
     told = (
         f"The shorter side was scaled to {side} pixels (dashed). {enlarged:,} of {len(short):,} "
@@ -108,6 +110,12 @@ def _class_chart(
     marks = range(0, len(counts), step)
     ticks = [((label + 0.5) / len(counts), f"{label:,}") for label in marks]
     return head + told + report_charts.columns("Pictures by label", counts, ticks)
+
+
+def _scaled_to(manifest: shards.Manifest) -> int:
+    recipe = Recipe(resize=manifest.resize, crop=manifest.crop, quality=manifest.quality)
+    stored = manifest.document["source"]["stored"]
+    return geometry(recipe, StoredAs(**stored) if stored else None)[0]
 
 
 def _size_row(split: str, index: pa.Table, side: int) -> list[Any]:

@@ -178,7 +178,7 @@ details { margin: .6rem 0; } summary { cursor: pointer; padding: .2rem 0; }
 .names { display: flex; flex-wrap: wrap; gap: .2rem 1.2rem; font-size: .85rem; max-width: none; }
 .plot .y { right: 100%; transform: translate(-.35rem, 50%); }
 .plot path, .plot polyline, .plot line { vector-effect: non-scaling-stroke; }
-.fill0, .key0 { fill: var(--a); } .fill1 { fill: var(--b); } .fill2 { fill: var(--c); }
+.bar { fill: var(--a); }
 .line0 { stroke: var(--a); color: var(--a); } .line1 { stroke: var(--b); color: var(--b); }
 .line2 { stroke: var(--c); color: var(--c); } .line3 { stroke: var(--d); color: var(--d); }
 .line4 { stroke: var(--e); color: var(--e); }

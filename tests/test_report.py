@@ -1,0 +1,463 @@
+"""pipelines/report.py: a page that is whole, safe and bounded; its numbers are the index's."""
+
+import base64
+import io
+import itertools
+import json
+import re
+import shutil
+from collections import Counter
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from drawn import jpeg
+from PIL import Image
+
+from pipelines import (
+    journal,
+    report_charts,
+    report_numbers,
+    report_pace,
+    report_pictures,
+    report_quarantine,
+    shards,
+    storage,
+)
+from pipelines.journal import Journal, Point
+from pipelines.report import report
+from pipelines.transform import FIXES, REASONS
+
+VOID = {"meta", "img"}
+HOSTILE = (
+    '</style></details><img src=x onerror="alert(1)"><script>alert(2)</script>\u202e\x1b[31m&amp;'
+)
+
+
+class Page(HTMLParser):
+    """Parsed; raises when it is not well-formed or could load or run anything."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.open: list[str] = []
+        self.section = ""
+        self.text: dict[str, str] = {}  # by section
+        self.images: dict[str, list[tuple[str, bytes]]] = {}  # (alt, JPEG) by section
+        self.shapes: dict[str, list[tuple[str, dict[str, str]]]] = {}
+        self.feed(html)
+        self.close()
+        assert self.open == []
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self._seen(tag, attrs)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self._seen(tag, attrs)
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if "style" in self.open:
+            assert "url(" not in data and "@import" not in data
+        else:
+            self.text[self.section] = self.text.get(self.section, "") + data + "\n"
+
+    def _seen(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        found = {name: value or "" for name, value in attrs}
+        assert tag not in {"script", "link", "iframe", "object", "embed", "base", "form"}
+        assert not [name for name in found if name.startswith("on")]
+        assert all(value.startswith("#") for name, value in found.items() if name == "href")
+        if tag == "section":
+            self.section = found["id"]
+        if tag == "img":
+            kind, _, data = found["src"].partition(",")
+            assert kind == "data:image/jpeg;base64"
+            decoded = base64.b64decode(data, validate=True)
+            self.images.setdefault(self.section, []).append((found["alt"], decoded))
+        else:
+            assert "src" not in found
+        self.shapes.setdefault(self.section, []).append((tag, found))
+
+
+def page(out: Path | str) -> Page:
+    return Page(storage.read(report(str(out))).decode())
+
+
+@pytest.fixture
+def copy(drawn_shards: str, tmp_path: Path) -> Path:
+    shutil.copytree(drawn_shards, tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+def edit(copy: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    document = json.loads((copy / "manifest.json").read_text())
+    change(document)
+    (copy / "manifest.json").write_bytes(shards.canonical_json(document))
+
+
+def put_index(copy: Path, split: str, **columns: Any) -> None:
+    table = shards.load_index(str(copy), split)
+    for name, values in columns.items():
+        position = table.column_names.index(name)
+        column = pa.array(values, shards.INDEX.field(name).type)
+        table = table.set_column(position, shards.INDEX.field(name), column)
+    (copy / "index" / f"{split}.parquet").write_bytes(shards.parquet_bytes(table))
+
+
+def put_rejected(copy: Path, entries: list[tuple[dict[str, Any], bytes]]) -> None:
+    """Instead of what is in the quarantine of train."""
+    lines = []
+    for number, (entry, raw) in enumerate(entries):
+        line = {
+            "key": f"k{number}",
+            "name": f"k{number}.JPEG",
+            "reason": "truncated",
+            "detail": "",
+            "source": "train.tar",
+            "source_offset": 512,
+            "source_size": len(raw),
+        }
+        lines.append(shards.canonical_json(line | entry))
+        (copy / "quarantine" / "train" / f"k{number}.bin").write_bytes(raw)
+    (copy / "quarantine" / "train.jsonl").write_bytes(b"".join(lines))
+    counts = Counter(json.loads(line)["reason"] for line in lines)
+    edit(copy, lambda document: document.update(rejected=dict(counts)))
+
+
+def column_heights(shapes: list[tuple[str, dict[str, str]]]) -> list[dict[int, int]]:
+    """Of each chart of upright bars: position → height, in data units."""
+    paths = [found["d"] for tag, found in shapes if tag == "path" and "v-" in found.get("d", "")]
+    return [
+        {int(at): int(height) for at, height in re.findall(r"M(\d+) 0v-(\d+)h1v\2z", path)}
+        for path in paths
+    ]
+
+
+def test_the_page_is_well_formed_loads_nothing_and_is_written_beside_the_set(copy: Path) -> None:
+    location = Path(report(str(copy)))
+    assert location == copy / "report" / "index.html"
+    text = location.read_text()
+    assert not re.search(r"https?:", text)
+    found = Page(text)
+    anchors = re.findall(r'href="#(\w+)"', text)
+    assert anchors == re.findall(r'<section id="(\w+)"', text) == [*found.text][-len(anchors) :]
+    manifest = shards.load_manifest(str(copy))
+    assert manifest.plan_id in found.text[""] and manifest.digest in found.text[""]
+    for shard in manifest.shards:
+        assert shard.name in found.text["shards"] and shard.sha256[:16] in found.text["shards"]
+    for name, version in manifest.document["versions"].items():
+        assert f"{name}\n{version}\n" in found.text["made"]
+    assert "sha256sum --check SHA256SUMS" in found.text["verify"]
+
+
+def test_the_same_set_gives_the_same_page_on_disk_and_on_s3(s3: str, copy: Path) -> None:
+    first = Path(report(str(copy))).read_bytes()
+    assert Path(report(str(copy))).read_bytes() == first
+    for name, _ in storage.list_files(str(copy)):
+        if not name.startswith("report/"):
+            storage.write(f"{s3}/report-of/{name}", (copy / name).read_bytes())
+    assert storage.read(report(f"{s3}/report-of")) == first
+
+
+def test_every_picture_of_a_small_set_is_shown_as_it_is_stored(
+    drawn_shards: str, copy: Path
+) -> None:
+    shown = page(copy).images["pictures"]
+    rows = {
+        row["key"]: row
+        for split in ("train", "val")
+        for row in shards.load_index(drawn_shards, split).to_pylist()
+    }
+    assert sorted(key for key, _ in shown) == sorted(rows)
+    for key, small in shown:
+        row = rows[key]
+        tar = Path(drawn_shards, f"{row['shard']}.tar").read_bytes()
+        stored = Image.open(io.BytesIO(tar[row["offset"] :][: row["size"]]))
+        expected, found = (
+            np.asarray(picture.resize((8, 8), Image.Resampling.BOX), np.float64)
+            for picture in (stored, Image.open(io.BytesIO(small)))
+        )
+        assert np.abs(expected - found).max() < 8
+
+
+def test_totals_and_labels_are_the_manifests(copy: Path) -> None:
+    text = page(copy).text["totals"]
+    document = shards.load_manifest(str(copy)).document
+    for split, total in document["totals"].items():
+        cells = [total[name] for name in ("pictures", "samples", "rejected", "bytes")]
+        row = [split, document["announced"][split], *cells, document["labels_from"][split]]
+        lines = "\n".join(f"{cell:,}" if isinstance(cell, int) else cell for cell in row)
+        assert lines in text
+
+
+def test_bars_of_few_classes_carry_their_names_and_the_counts_of_the_index(copy: Path) -> None:
+    found = page(copy)
+    manifest = shards.load_manifest(str(copy))
+    bars = [attrs["d"] for tag, attrs in found.shapes["classes"] if tag == "path"]
+    expected = []
+    for split in ("train", "val"):
+        labels = shards.load_index(str(copy), split)["label"].to_pylist()
+        expected += [labels.count(label) for label in range(manifest.num_classes)]
+    assert bars == [f"M0 0h{count}v1h-{count}z" for count in expected]
+    for wnid, name in zip(manifest.wnids, manifest.class_names, strict=True):
+        assert f"{name} ({wnid})" in found.text["classes"]
+
+
+def test_a_thousand_classes_are_columns_with_the_counts_of_the_index_and_one_picture_each(
+    copy: Path,
+) -> None:
+    rng = np.random.default_rng(0)
+    rows = shards.load_index(str(copy), "train")
+    labels = np.concatenate([np.arange(1000), rng.integers(0, 1000, 19_000)])
+    many = rows.take(pa.array(rng.integers(0, rows.num_rows, len(labels))))
+    position = many.column_names.index("label")
+    many = many.set_column(position, shards.INDEX.field("label"), pa.array(labels))
+    (copy / "index" / "train.parquet").write_bytes(shards.parquet_bytes(many))
+    classes = {"wnids": [f"n{i:08}" for i in range(1000)], "names": [HOSTILE] * 1000}
+    edit(copy, lambda document: document.update(classes=classes))
+    found = page(copy)
+    assert len(found.images["pictures"]) == 1000 + 12
+    (train,) = column_heights(found.shapes["classes"])[:1]
+    assert train == dict(Counter(labels.tolist()))
+    assert "train: 1,000 of 20,000 pictures, 1,000 classes" in found.text["pictures"]
+    assert (copy / "report" / "index.html").stat().st_size < 15e6
+
+
+def test_pictures_that_do_not_fit_are_left_out_and_that_is_told(
+    copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = page(copy).images["pictures"]
+    room = sum(4 * len(data) // 3 for _, data in whole[:31]) // 2
+    monkeypatch.setattr(report_pictures, "_SHEET_ROOM", room)
+    found = page(copy)
+    shown = len(found.images["pictures"]) - 12
+    assert 8 <= shown < 31
+    assert re.search(rf"train: {shown} of 31 pictures, [123] of 4 classes", found.text["pictures"])
+
+
+def test_more_classes_than_pictures_are_chosen_evenly() -> None:
+    index = pa.table({"label": np.repeat(np.arange(5000), 3)[::-1]})
+    labels, rows = report_pictures._first_of_each(index, 1000)
+    assert len(labels) == len(rows) == 1000
+    assert labels[0] == 0 and labels[-1] == 4999 and set(np.diff(labels)) <= {4, 5, 6}
+    assert index["label"].to_numpy()[rows].tolist() == labels.tolist()
+
+
+def test_the_charts_of_sizes_hold_every_picture_once(copy: Path) -> None:
+    rng = np.random.default_rng(1)
+    width = [1, 30000, *rng.integers(100, 900, 29).tolist()]
+    height = [30000, 1, *rng.integers(100, 900, 29).tolist()]
+    put_index(copy, "train", width=width, height=height)
+    found = page(copy)
+    sides, shapes = column_heights(found.shapes["sizes"])
+    assert sum(sides.values()) == sum(shapes.values()) == 31 + 12
+    assert shapes[0] >= 1 and shapes[max(shapes)] >= 1  # the strips, in the outermost bars
+    tables = {split: shards.load_index(str(copy), split) for split in ("train", "val")}
+    short = np.concatenate(
+        [np.minimum(t["width"].to_numpy(), t["height"].to_numpy()) for t in tables.values()]
+    )
+    assert f"{(short < 256).sum()} of 43 pictures" in found.text["sizes"]
+    assert "30,000.00 : 1" in found.text["sizes"]
+
+
+def test_dark_cells_lie_where_the_pictures_are() -> None:
+    width, height = np.array([100] * 50 + [1000]), np.array([1000] * 50 + [100])
+    svg = report_charts.density("c", width, height, 256)
+    cells = dict(re.findall(r'fill-opacity="([\d.]+)" d="(M\S+ \S+?h)', svg))
+    last = report_charts._CELLS
+    assert cells == {"1.00": f"M0 -{last}h", "0.34": f"M{last - 1} -1h"}
+
+
+def test_fixes_are_counted_explained_and_shown(copy: Path) -> None:
+    found = page(copy)
+    text = found.text["fixes"]
+    counted = shards.load_manifest(str(copy)).document["fixes"]
+    assert counted
+    for fix, count in counted.items():
+        block = text[text.index(f"{fix}\n{FIXES[fix]}") :]
+        numbers = re.findall(r"(\d+) (?:train|val) \(", block.split("\n")[2])
+        assert sum(map(int, numbers)) == count
+    with_fixes = {
+        row["key"]
+        for split in ("train", "val")
+        for row in shards.load_index(str(copy), split).to_pylist()
+        if row["fixes"]
+    }
+    assert {key for key, _ in found.images["fixes"]} == with_fixes
+
+
+def test_a_rejected_picture_is_shown_with_reason_sentence_and_place(copy: Path) -> None:
+    found = page(copy)
+    text = found.text["quarantine"]
+    (line,) = (copy / "quarantine" / "train.jsonl").read_text().splitlines()
+    entry = json.loads(line)
+    for part in (entry["name"], entry["detail"], REASONS["truncated"], entry["source"]):
+        assert part in text
+    assert f"at byte {entry['source_offset']:,}" in text
+    ((key, small),) = found.images["quarantine"]
+    assert key == entry["key"]
+    assert max(Image.open(io.BytesIO(small)).size) == 160
+
+
+def test_what_shows_no_picture_is_shown_as_bytes(copy: Path) -> None:
+    html = b"<html>" + bytes(range(256))
+    parquet = {"reason": "zero_bytes", "source": "data/train.parquet", "source_offset": 17}
+    put_rejected(copy, [({"reason": "not_an_image"}, html), (parquet, b"")])
+    found = page(copy)
+    assert "quarantine" not in found.images
+    lines = re.findall(r"^((?:[0-9a-f]{2} ?){1,8}) ", found.text["quarantine"], re.MULTILINE)
+    assert bytes.fromhex("".join(lines)) == html[:64]
+    assert "3c 68 74 6d 6c 3e 00 01  <html>··" in found.text["quarantine"]
+    assert "no bytes" in found.text["quarantine"]
+    assert "row 17 of data/train.parquet" in found.text["quarantine"]
+
+
+def test_every_reason_has_its_turn_in_the_gallery_and_the_rest_is_listed(
+    copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(report_quarantine, "_GALLERY", 3)
+    monkeypatch.setattr(report_quarantine, "_LISTED", 4)
+    cut = jpeg()[:-300]
+    entries: list[tuple[dict[str, Any], bytes]] = [({}, cut)] * 8
+    put_rejected(copy, [*entries, ({"reason": "corrupt"}, cut)])
+    found = page(copy)
+    assert [key for key, _ in found.images["quarantine"]] == ["k0", "k1", "k8"]
+    assert "4 more" in found.text["quarantine"]
+    assert "2 more are in quarantine/SPLIT.jsonl" in found.text["quarantine"]
+
+
+def test_nothing_that_a_name_can_hold_becomes_a_tag(copy: Path) -> None:
+    wnids = [f"n{i}{HOSTILE}" for i in range(4)]
+    edit(copy, lambda document: document.update(classes={"wnids": wnids, "names": [HOSTILE] * 4}))
+    edit(copy, lambda document: document["labels_from"].update(train=HOSTILE))
+    edit(copy, lambda document: document["source"].update(containers=[[HOSTILE, 1]]))
+    hostile = dict.fromkeys(("name", "detail", "source", "reason"), HOSTILE)
+    put_rejected(copy, [(hostile, HOSTILE.encode()), (hostile, jpeg())])
+    put_index(copy, "val", key=[f"{i}{HOSTILE}" for i in range(12)], fixes=[[HOSTILE]] * 12)
+    put_index(copy, "val", source_sha256=["0" * 64] * 12, wnid=[HOSTILE] * 12)
+    entry = Journal(6, 44, host=HOSTILE, builder="b", state="failed", message=HOSTILE)
+    entry.points = [Point(0, 0, 0, 0, 0, 0), Point(9, 6, 44, 0, 0, 0)]
+    journal.save(str(copy), entry)
+    found = page(copy)  # refuses scripts, handlers and foreign images
+    shown = HOSTILE.replace("\u202e", "\\u202e").replace("\x1b", "\\u001b")
+    for section in ("totals", "pictures", "classes", "fixes", "quarantine", "duplicates"):
+        assert shown in found.text[section], section
+    for section in ("throughput", "made"):
+        assert shown in found.text[section], section
+
+
+def test_a_test_split_without_labels_is_called_unlabelled(copy: Path) -> None:
+    table = shards.load_index(str(copy), "val")
+    (copy / "index" / "test.parquet").write_bytes(shards.parquet_bytes(table))
+    put_index(copy, "test", label=[-1] * 12, wnid=[""] * 12)
+    (copy / "quarantine" / "test.jsonl").write_bytes(b"")
+    edit(copy, lambda document: document["totals"].update(test=document["totals"]["val"]))
+    found = page(copy)
+    assert "test: 8 of 12 pictures, 1 class\nunlabelled\n" in found.text["pictures"]
+    assert "12 pictures are unlabelled." in found.text["classes"]
+    order = [found.text["totals"].index(f"{split}\n") for split in ("train", "val", "test")]
+    assert order == sorted(order)
+
+
+def test_duplicates_and_leaks_are_told_with_their_samples(copy: Path) -> None:
+    assert "None: no raw file and no stored picture occurs twice." in page(copy).text["duplicates"]
+    train, val = (shards.load_index(str(copy), split) for split in ("train", "val"))
+    sums = val["source_sha256"].to_pylist()
+    sums[3] = train["source_sha256"][5].as_py()
+    put_index(copy, "val", source_sha256=sums)
+    text = page(copy).text["duplicates"]
+    labels = "the same" if val["label"][3] == train["label"][5] else "different"
+    assert f"equal raw files\ntwo splits\n{labels}\n1\n2\n" in text
+    assert f"train {train['key'][5]} (" in text and f"val {val['key'][3]} (" in text
+
+
+def a_journal(start: float, rates: list[tuple[float, float]], **fields: Any) -> Journal:
+    """With a point every 5 s; `rates`: (seconds, pictures per second) one after the other."""
+    entry = Journal(100, 10**6, host="h", pid=1, started=start, **fields)
+    entry.updated = start
+    now, pictures = 0.0, 0.0
+    journal.add(entry, Point(0, 0, 0, 0, 0, 0))
+    for seconds, rate in rates:
+        for _ in range(int(seconds / 5)):
+            now, pictures = now + 5, pictures + 5 * rate
+            journal.add(entry, Point(now, 1, int(pictures), int(pictures) * 10**5, 0, 0))
+            entry.updated = start + now
+    return entry
+
+
+def test_a_line_of_throughput_follows_the_journal() -> None:
+    course = report_pace._course(a_journal(1000.0, [(300, 200), (300, 50)]))
+    assert course[0][0] == 1000 and course[-1][0] == 1600
+    assert {round(rate, 6) for at, rate in course if at < 1290} == {200}
+    assert {round(rate, 6) for at, rate in course if at > 1310} == {50}
+
+
+def test_a_shard_that_is_long_in_the_making_is_no_burst() -> None:
+    entry = Journal(2, 10**4, started=0.0)
+    for second in range(0, 1001, 5):
+        journal.add(entry, Point(float(second), 0, 5000 * (second // 500), 0, 0, 0))
+    assert {round(rate, 6) for _, rate in report_pace._course(entry)} == {10}
+
+
+def test_pauses_are_shaded_and_drawn_short_and_each_builder_has_a_line(copy: Path) -> None:
+    day = 86400.0
+    for entry in (
+        a_journal(0.0, [(600, 100)], state="stopped"),
+        a_journal(day, [(300, 100)], state="failed", message="disk full"),
+        a_journal(day + 100, [(300, 50)]),
+    ):
+        entry.builder = f"h-1-{entry.started:.3f}"
+        storage.write(f"{copy}/_meta/progress/{entry.builder}.json", b"")
+        journal.save(str(copy), entry)
+    found = page(copy)
+    shapes = found.shapes["throughput"]
+    courses = [attrs["points"] for tag, attrs in shapes if tag == "polyline"]
+    assert len(courses) == 3
+    (gap,) = (attrs["d"] for tag, attrs in shapes if attrs.get("class") == "gap")
+    begin, end = (float(x) for x in re.search(r"M([\d.]+) .*H([\d.]+)V", gap).groups())
+    assert begin == pytest.approx(1000 * 600 / 1080, abs=0.2)
+    assert end - begin == pytest.approx(1000 * 80 / 1080, abs=0.2)
+    text = found.text["throughput"]
+    assert "stopped" in text and "failed: disk full" in text and "without a word" in text
+    assert "1970-01-02 00:00:00\n0:05:00\n1\n30,000\n100\n10\n" in text
+    assert "1970-01-01 00:00:00 to " in found.text[""]
+
+
+def test_a_set_without_journals_or_pictures_has_a_page_as_well(copy: Path) -> None:
+    for split in ("train", "val"):
+        empty = shards.load_index(str(copy), split).slice(0, 0)
+        (copy / "index" / f"{split}.parquet").write_bytes(shards.parquet_bytes(empty))
+    found = page(copy)
+    assert "No picture was stored." in found.text["sizes"]
+    assert "No builder left a journal here." in found.text["throughput"]
+    assert "not recorded" in found.text[""]
+
+
+def test_a_stored_picture_that_cannot_be_decoded_is_told_by_its_name(copy: Path) -> None:
+    row = shards.load_index(str(copy), "val").to_pylist()[0]
+    tar = bytearray((copy / f"{row['shard']}.tar").read_bytes())
+    tar[row["offset"] : row["offset"] + 100] = bytes(100)
+    (copy / f"{row['shard']}.tar").write_bytes(tar)
+    found = page(copy)
+    assert f"{row['key']} cannot be decoded" in found.text["pictures"]
+    assert len(found.images["pictures"]) == 42
+
+
+def test_long_tables_are_cut_and_that_is_told() -> None:
+    from pipelines.report_page import table
+
+    text = table(["n"], [[n] for n in itertools.repeat(1, 2500)])
+    assert text.count("<td") == 2000 and "500 more rows are not shown" in text
+
+
+def test_pictures_of_a_set_made_from_shards_were_scaled_from_the_stored_side(copy: Path) -> None:
+    stored = {"resize": 512, "crop": 454, "quality": 90, "digest": "0" * 64}
+    edit(copy, lambda document: document["source"].update(stored=stored))
+    assert report_numbers._scaled_to(shards.load_manifest(str(copy))) == 227
