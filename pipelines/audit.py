@@ -40,6 +40,7 @@ class Job:
     size: int
     sha256: str  # that it should have
     index: pa.Table | None = None  # of its split if the file is a shard and is to be taken apart
+    dali_index: str | None = None  # sha256 of its .idx
 
 
 class Stopped(Exception):
@@ -101,7 +102,7 @@ def _check(out: str, job: Job, manifest: Manifest | None, meter: _Meter) -> list
     problems: list[str] = []
     if job.index is not None and manifest is not None:
         rows = rows_of(job.index, "shard", job.file.removesuffix(".tar")).to_pylist()
-        problems = list(_shard_problems(reader, rows, manifest.crop))
+        problems = list(_shard_problems(reader, rows, manifest.crop, job.dali_index))
     if reader.finish() != job.sha256:
         problems.insert(0, f"its {job.size:,} bytes have another sha256")
     meter.count(0, files=1)
@@ -145,8 +146,11 @@ class _Reader:
         return bool(data)
 
 
-def _shard_problems(reader: _Reader, rows: list[dict[str, Any]], crop: int) -> Iterator[str]:
+def _shard_problems(
+    reader: _Reader, rows: list[dict[str, Any]], crop: int, dali_index: str | None
+) -> Iterator[str]:
     members = _members(reader)
+    places = hashlib.sha256(f"v1.2 {len(rows)}\n".encode())
     try:
         for row in rows:
             found = [(suffix, next(members, None)) for suffix in _MEMBERS]
@@ -156,10 +160,16 @@ def _shard_problems(reader: _Reader, rows: list[dict[str, Any]], crop: int) -> I
                 yield f"{' '.join(names)} where the index has {' '.join(wanted)}"
                 return
             parts = {suffix: member for suffix, member in found if member}
+            words = [
+                f"{suffix} {at} {len(data)} {name}" for suffix, (name, data, at) in parts.items()
+            ]
+            places.update((" ".join(words) + "\n").encode())
             for problem in _sample_problems(row, parts, crop):
                 yield f"{row['key']}: {problem}"
         if (extra := next(members, None)) is not None:
             yield f"{extra[0]} follows the last sample of the index"
+        elif places.hexdigest() != (dali_index or places.hexdigest()):
+            yield "its members do not lie where its .idx says"
     except (tarfile.TarError, ValueError, OverflowError) as error:
         yield f"no tar that can be read ({error})"
 
@@ -208,6 +218,7 @@ def _agree(text: bytes, row: dict[str, Any]) -> bool:
         return False
     if not isinstance(document, dict) or not {"key", "label", "wnid"} <= document.keys():
         return False
+    row = row | {"fixes": " ".join(row["fixes"])}
     return all(document[name] == row[name] for name in document.keys() & row.keys())
 
 

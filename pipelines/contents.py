@@ -49,6 +49,8 @@ class Sidecar:
     samples: int
     num_bytes: int
     sha256: str
+    md5: str
+    dali_index_sha256: str
     rejected: tuple[str, ...]  # keys
 
 
@@ -73,6 +75,11 @@ def manifest(out: str) -> shards.Manifest:
         if len(found.wnids) != len(found.class_names):
             raise ValueError("more or fewer names than classes")
         return found
+
+
+def splits(manifest: shards.Manifest) -> list[str]:
+    """Those that the set was built with, train first."""
+    return [split for split in SPLITS if split in manifest.document["totals"]]
 
 
 def sums(data: bytes) -> tuple[dict[str, str], list[str]]:
@@ -109,12 +116,15 @@ def parse_sidecar(out: str, shard: str, data: bytes) -> Sidecar:
     """Raises Damaged."""
     with _damage(out, f"_meta/{shard}.parquet"):
         rows, status = shards.unpack_sidecar(data)
-        _check_type(status, {"samples": int, "bytes": int, "sha256": str, "rejected": list})
+        _check_type(status, {"samples": int, "bytes": int, "rejected": list})
+        _check_type(status, {"sha256": str, "md5": str, "dali_index_sha256": str})
         return Sidecar(
             rows=_check_rows(rows),
             samples=status["samples"],
             num_bytes=status["bytes"],
             sha256=status["sha256"],
+            md5=status["md5"],
+            dali_index_sha256=status["dali_index_sha256"],
             rejected=tuple(str(entry["key"]) for entry in status["rejected"]),
         )
 
@@ -133,8 +143,21 @@ def parse_quarantine(out: str, split: str, data: bytes) -> list[dict[str, Any]]:
     with _damage(out, quarantine_name(split)):
         entries = [json.loads(line) for line in data.splitlines()]
         for entry in entries:
-            _check_type(entry, {"key": str, "reason": str, "source": str, "source_size": int})
+            _check_type(entry, {"key": str, "reason": str, "source": str})
+            _check_type(entry, {"source_size": int, "source_sha256": str})
         return entries
+
+
+def wids_name(split: str) -> str:
+    return f"shardindex-{split}.json"
+
+
+def parse_wids(out: str, split: str, data: bytes) -> list[dict[str, Any]]:
+    """The entry of each shard. Raises Damaged."""
+    with _damage(out, wids_name(split)):
+        document = json.loads(data)
+        _check_type(document, {"shardlist": list})
+        return list(document["shardlist"])
 
 
 def planned_samples(out: str) -> dict[str, int]:
@@ -187,6 +210,10 @@ def _check_rows(table: pa.Table) -> pa.Table:
     if not table.schema.equals(shards.INDEX):
         raise TypeError(f"its columns are {table.schema.names}, not {shards.INDEX.names}")
     table.validate(full=True)
+    columns = {name: table[name] for name in table.column_names}
+    columns["fixes' values"] = pc.list_flatten(table["fixes"])
+    if nulls := [name for name, column in columns.items() if column.null_count]:
+        raise ValueError(f"no value in some rows of {', '.join(nulls)}")
     return table
 
 

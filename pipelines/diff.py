@@ -80,7 +80,7 @@ def _classes(one: Manifest, two: Manifest) -> dict[str, dict[str, Any]]:
 def _splits(a: str, b: str, one: Manifest, two: Manifest) -> dict[str, dict[str, Any]]:
     if one.digest == two.digest:  # it holds the hash of every shard
         return {}
-    splits = one.document["totals"].keys() | two.document["totals"].keys()
+    splits = contents.splits(one) + contents.splits(two)
     return {
         split: _samples(_index(a, one, split), _index(b, two, split))
         for split in SPLITS
@@ -89,9 +89,7 @@ def _splits(a: str, b: str, one: Manifest, two: Manifest) -> dict[str, dict[str,
 
 
 def _index(out: str, manifest: Manifest, split: str) -> pa.Table:
-    return (
-        contents.index(out, split) if split in manifest.document["totals"] else INDEX.empty_table()
-    )
+    return contents.index(out, split) if split in contents.splits(manifest) else INDEX.empty_table()
 
 
 def _samples(one: pa.Table, two: pa.Table) -> dict[str, Any]:

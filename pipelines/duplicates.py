@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 
 from pipelines.sources import UNLABELLED
 
-_SAMPLES_SHOWN = 10  # of one group: a blank picture may occur thousands of times
+_SAMPLES_SHOWN = 5  # of one group and split: a blank picture may occur thousands of times
 
 
 @dataclass(frozen=True)
@@ -78,8 +78,8 @@ class Duplicates:
         return [*_lines("raw file", self.files), *_lines("stored picture", self.pictures)]
 
 
-def find(indexes: dict[str, pa.Table], examples: int = 20) -> Duplicates:
-    """From tables of `shards.INDEX` by split; shows at most `examples` groups, the gravest first.
+def find(indexes: dict[str, pa.Table], examples: int = 5) -> Duplicates:
+    """From tables of `shards.INDEX` by split; shows at most `examples` groups of each kind.
 
     By columns: 1.28 million samples take seconds and a few hundred megabytes.
     """
@@ -140,8 +140,10 @@ def _groups(indexes: dict[str, pa.Table], column: str) -> pa.Table:
 def _examples(
     indexes: dict[str, pa.Table], column: str, groups: pa.Table, examples: int
 ) -> tuple[Group, ...]:
-    order = [("across", "descending"), ("other", "descending"), ("digest", "ascending")]
-    chosen = groups.sort_by(order).slice(0, examples).to_pylist()
+    chosen = []
+    for across, other in ((1, 1), (1, 0), (0, 1), (0, 0)):
+        kind = pc.and_(pc.equal(groups["across"], across), pc.equal(groups["other"], other))
+        chosen += groups.filter(kind).sort_by("digest").slice(0, examples).to_pylist()
     digests = [row["digest"] for row in chosen]
     shown: dict[str, list[tuple[str, str, str]]] = {digest: [] for digest in digests}
     for split, index in indexes.items():
@@ -156,7 +158,7 @@ def _examples(
             size=row["sample_count"],
             across_splits=bool(row["across"]),
             other_labels=bool(row["other"]),
-            samples=tuple(shown[row["digest"]][:_SAMPLES_SHOWN]),
+            samples=tuple(shown[row["digest"]]),
         )
         for row in chosen
     )
@@ -181,6 +183,7 @@ def _first(examples: Sequence[Group], across: bool, other: bool) -> str:
     for group in examples:
         if (group.across_splits, group.other_labels) == (across, other):
             return ", such as " + " and ".join(
-                f"{split} {key} ({wnid or 'unlabelled'})" for split, key, wnid in group.samples[:2]
+                f"{split} {key} ({wnid or 'unlabelled'})"
+                for split, key, wnid in (group.samples[0], group.samples[-1])
             )
     return ""

@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 
 from pipelines import storage
 from pipelines.contents import Problem, index_name, quarantine_name, rows_of, selection
-from pipelines.shards import INDEX, Manifest
+from pipelines.shards import Manifest
 from pipelines.sources import SPLITS, UNLABELLED
 
 Rejected = Mapping[str, Collection[str]]  # keys of the rejected pictures by split
@@ -20,9 +20,6 @@ Rejected = Mapping[str, Collection[str]]  # keys of the rejected pictures by spl
 
 def check_index(manifest: Manifest, split: str, index: pa.Table) -> Iterator[str]:
     """What contradicts the manifest, or itself, in a table of schema INDEX."""
-    if nulls := [name for name in INDEX.names if index[name].null_count]:
-        yield f"no value in some rows of {', '.join(nulls)}"
-        return
     counts = {row["values"]: row["counts"] for row in pc.value_counts(index["shard"]).to_pylist()}
     for shard in manifest.split_shards(split):
         if (rows := counts.pop(shard.name, 0)) != shard.samples:

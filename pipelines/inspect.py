@@ -58,7 +58,7 @@ def _shard(out: str, manifest: shards.Manifest, shard: shards.ShardInfo) -> dict
 
 
 def _samples(out: str, manifest: shards.Manifest, key: str) -> list[dict[str, Any]]:
-    indexes = {split: contents.index(out, split) for split in manifest.document["totals"]}
+    indexes = {split: contents.index(out, split) for split in contents.splits(manifest)}
     planned: pa.Table | None = None
     found = []
     for split, index in indexes.items():

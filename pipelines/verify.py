@@ -8,12 +8,22 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import pyarrow as pa
 
 from pipelines import audit, contents, duplicates, fates, shards, storage
-from pipelines.contents import MANIFEST, SUMS, Damaged, Problem, index_name, quarantine_name
+from pipelines.contents import (
+    MANIFEST,
+    SUMS,
+    Damaged,
+    Problem,
+    Sidecar,
+    index_name,
+    quarantine_name,
+    wids_name,
+)
 
 _UNLISTED = ("report/", "_meta/")  # made later, or by and for the builder
 _SHOWN = 5  # names in a note
@@ -40,7 +50,9 @@ class _Set:
     sums: dict[str, str]
     manifest: shards.Manifest | None
     indexes: dict[str, pa.Table] = field(default_factory=dict)  # whole ones, by split
-    rejected: dict[str, dict[str, int]] = field(default_factory=dict)  # key → bytes, by split
+    # By split: key → bytes and sha256 of the raw file
+    rejected: dict[str, dict[str, tuple[int, str]]] = field(default_factory=dict)
+    wids: dict[str, list[dict[str, Any]]] = field(default_factory=dict)  # entries, by split
 
     @property
     def shards(self) -> tuple[shards.ShardInfo, ...]:
@@ -48,7 +60,7 @@ class _Set:
 
     @property
     def splits(self) -> list[str]:
-        return list(self.manifest.document["totals"]) if self.manifest else []
+        return contents.splits(self.manifest) if self.manifest else []
 
 
 def _quiet(line: str) -> None:
@@ -135,7 +147,11 @@ def _keep(found: _Set, name: str, data: bytes) -> None:
             found.indexes[split] = contents.parse_index(found.out, split, data)
         if name == quarantine_name(split):
             entries = contents.parse_quarantine(found.out, split, data)
-            found.rejected[split] = {entry["key"]: entry["source_size"] for entry in entries}
+            found.rejected[split] = {
+                entry["key"]: (entry["source_size"], entry["source_sha256"]) for entry in entries
+            }
+        if name == wids_name(split):
+            found.wids[split] = contents.parse_wids(found.out, split, data)
 
 
 def _against_manifest(found: _Set) -> Iterator[Problem]:
@@ -177,30 +193,30 @@ def _check_sidecars(found: _Set) -> Iterator[Problem]:
     except Damaged as damaged:
         yield Problem(damaged.file, damaged.text)
         planned = {}
-    rejected: dict[str, list[str]] = {}
+    read: dict[str, Sidecar] = {}
     for shard, data in zip(here, storage.read_each(uris), strict=True):
         try:
             sidecar = contents.parse_sidecar(found.out, shard.name, data)
         except Damaged as damaged:
             yield Problem(damaged.file, damaged.text)
             continue
-        rejected.setdefault(shard.split, []).extend(sidecar.rejected)
         for text in _sidecar_problems(found, shard, sidecar):
             yield Problem(names[shard.name], text)
         fated = sidecar.samples + len(sidecar.rejected)
         if planned.get(shard.name, fated) != fated:
             text = f"{fated:,} pictures stored or rejected, {planned[shard.name]:,} planned"
             yield Problem(f"{shard.name}.tar", text)
-    if len(here) == len(names):
-        yield from _check_quarantine(found, rejected)
+        read[shard.name] = replace(sidecar, rows=None)
+    if len(read) == len(names):
+        yield from _check_derived(found, read)
 
 
-def _sidecar_problems(
-    found: _Set, shard: shards.ShardInfo, sidecar: contents.Sidecar
-) -> Iterator[str]:
+def _sidecar_problems(found: _Set, shard: shards.ShardInfo, sidecar: Sidecar) -> Iterator[str]:
     said = (sidecar.sha256, sidecar.num_bytes, sidecar.samples)
     if said != (shard.sha256, shard.num_bytes, shard.samples):
         yield f"its sha256, bytes or samples are not those of {MANIFEST}"
+    if found.sums.get(f"{shard.name}.idx", sidecar.dali_index_sha256) != sidecar.dali_index_sha256:
+        yield f"its sha256 of {shard.name}.idx is not that of {SUMS}"
     if sidecar.rows.num_rows != sidecar.samples:
         yield f"{sidecar.rows.num_rows:,} rows for {sidecar.samples:,} samples"
     index = found.indexes.get(shard.split)
@@ -208,21 +224,30 @@ def _sidecar_problems(
         yield f"its rows are not those of {index_name(shard.split)}"
 
 
-def _check_quarantine(found: _Set, rejected: dict[str, list[str]]) -> Iterator[Problem]:
-    for split, keys in found.rejected.items():
-        if sorted(keys) != sorted(rejected.get(split, [])):
-            text = f"lists {len(keys):,} pictures, not the {len(rejected.get(split, [])):,} that "
-            yield Problem(quarantine_name(split), f"{text}the sidecars say were rejected")
+def _check_derived(found: _Set, sidecars: dict[str, Sidecar]) -> Iterator[Problem]:
+    """The files of each split that only repeat what the sidecars say."""
+    for split in found.splits:
+        of_split = {name: s for name, s in sidecars.items() if name.startswith(f"{split}-")}
+        keys = sorted(key for sidecar in of_split.values() for key in sidecar.rejected)
+        if split in found.rejected and sorted(found.rejected[split]) != keys:
+            text = (
+                f"lists {len(found.rejected[split]):,} pictures, the sidecars {len(keys):,} others"
+            )
+            yield Problem(quarantine_name(split), text)
+        entries = [
+            {"url": f"{name}.tar", "md5sum": s.md5, "nsamples": s.samples, "filesize": s.num_bytes}
+            for name, s in of_split.items()
+        ]
+        if found.wids.get(split, entries) != entries:
+            yield Problem(wids_name(split), "its shards are not those of the sidecars")
 
 
 def _quarantine_sizes(found: _Set) -> Iterator[Problem]:
-    for split, rejected in found.rejected.items():
-        for key, size in rejected.items():
-            name = f"quarantine/{split}/{key}.bin"
-            if found.sums and name not in found.sums:
-                yield Problem(SUMS, f"lacks {name}")
-            elif found.sizes.get(name, size) != size:
-                yield Problem(name, f"its {found.sizes[name]:,} bytes should be {size:,}")
+    for name, (size, digest) in _quarantined(found).items():
+        if found.sums and found.sums.get(name) != digest:
+            yield Problem(SUMS, f"another sha256 of {name} than in its list, or none")
+        elif found.sizes.get(name, size) != size:
+            yield Problem(name, f"its {found.sizes[name]:,} bytes should be {size:,}")
 
 
 def _unlisted(found: _Set) -> Iterator[str]:
@@ -237,15 +262,28 @@ def _unlisted(found: _Set) -> Iterator[str]:
 def _jobs(found: _Set) -> list[audit.Job]:
     """Tars and quarantined files; what is known to be missing or of another size is left out."""
     listed = {f"{shard.name}.tar": shard for shard in found.shards}
-    jobs = [
-        audit.Job(name, shard.num_bytes, shard.sha256, found.indexes.get(shard.split))
-        for name, shard in listed.items()
-        if found.sizes.get(name) == shard.num_bytes
-    ]
+    jobs = []
+    for name, shard in listed.items():
+        if found.sizes.get(name) == shard.num_bytes:
+            index, places = found.indexes.get(shard.split), found.sums.get(f"{shard.name}.idx")
+            jobs.append(audit.Job(name, shard.num_bytes, shard.sha256, index, places))
+    sizes = {name: size for name, (size, _) in _quarantined(found).items()}
     for name, digest in sorted(found.sums.items()):
-        if _is_large(name) and name in found.sizes and name not in listed:
-            jobs.append(audit.Job(name, found.sizes[name], digest))
+        size = found.sizes.get(name)
+        if size is None or name in listed or not _is_large(name):
+            continue
+        if sizes.get(name, size) == size:
+            jobs.append(audit.Job(name, size, digest))
     return jobs
+
+
+def _quarantined(found: _Set) -> dict[str, tuple[int, str]]:
+    """File → bytes and sha256."""
+    return {
+        f"quarantine/{split}/{key}.bin": known
+        for split, rejected in found.rejected.items()
+        for key, known in rejected.items()
+    }
 
 
 def _check_fates(found: _Set, raw: str | None, notes: list[str]) -> Iterator[Problem]:

@@ -1,0 +1,194 @@
+"""pipelines/verify.py, audit.py, fates.py: sets whose hashes are right and contents are not.
+
+Somebody, or a defect of the builder, may write wrong files and list them faithfully.
+"""
+
+import hashlib
+import json
+import re
+import shutil
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+from drawn import encoded, picture
+
+from pipelines import shards
+from pipelines.verify import Findings, verify
+
+
+@pytest.fixture
+def copy(drawn_shards: str, tmp_path: Path) -> Path:
+    shutil.copytree(drawn_shards, tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+def told(findings: Findings) -> list[str]:
+    return [f"{problem.file}: {problem.text}" for problem in findings.problems]
+
+
+def forge(copy: Path, name: str, data: bytes) -> None:
+    """Replace a file and its line in SHA256SUMS, as a careful liar would."""
+    old = hashlib.sha256((copy / name).read_bytes()).hexdigest()
+    (copy / name).write_bytes(data)
+    sums = copy / "SHA256SUMS"
+    sums.write_text(sums.read_text().replace(old, hashlib.sha256(data).hexdigest()))
+
+
+def forge_index(copy: Path, change: Callable[[list[dict]], None]) -> None:
+    rows = shards.load_index(str(copy), "val").to_pylist()
+    change(rows)
+    table = pa.Table.from_pylist(rows, schema=shards.INDEX)
+    forge(copy, "index/val.parquet", shards.parquet_bytes(table))
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (lambda rows: rows[0].update(label=3 - rows[0]["label"]), "has label"),
+        (lambda rows: rows[0].update(label=-1, wnid=""), "'' has label -1, the manifest says"),
+        (lambda rows: rows[0].update(shard="val-000009"), "other number of rows"),
+        (lambda rows: rows[0].update(shard="val-000009"), "shards that the manifest lacks"),
+        (lambda rows: rows[0].update(key=rows[1]["key"]), "a key appears twice"),
+        (lambda rows: rows[0].update(sha256=None), "no value in some rows of sha256"),
+        (lambda rows: rows.reverse(), "not in the order of shard and position"),
+    ],
+)
+def test_an_index_that_contradicts_itself_or_the_manifest_is_found(
+    copy: Path, change: Callable[[list[dict]], None], text: str
+) -> None:
+    forge_index(copy, change)
+    lines = [line for line in told(verify(str(copy))) if line.startswith("index/val.parquet: ")]
+    assert any(text in line for line in lines), lines
+
+
+def test_a_plausible_forgery_of_the_index_is_found_by_the_sidecars(copy: Path) -> None:
+    forge_index(copy, lambda rows: rows[0].update(width=7))
+    expected = "_meta/val-000000.parquet: its rows are not those of index/val.parquet"
+    assert told(verify(str(copy))) == [expected]
+
+
+@pytest.mark.parametrize("name", ["shardindex-val.json", "quarantine/train.jsonl"])
+def test_a_list_that_contradicts_the_sidecars_is_found(copy: Path, name: str) -> None:
+    text = (copy / name).read_bytes()
+    forge(copy, name, text.replace(b"val-000000.tar", b"val-000001.tar").replace(b"_19", b"_18"))
+    assert name in verify(str(copy)).bad_files
+
+
+def test_full_compares_every_sample_with_the_index(copy: Path) -> None:
+    forge_index(copy, lambda rows: rows[0].update(sha256="0" * 64, width=7))
+    key = shards.load_index(str(copy), "val")["key"][0].as_py()
+    lines = told(verify(str(copy), full=True))
+    assert [line.partition(": ")[2] for line in lines if line.startswith("val-000000.tar")] == [
+        f"{key}: another sha256 than in the index",
+        f"{key}: its JSON and the index disagree",
+    ]
+
+
+def forge_shard(copy: Path, samples: list[shards.Sample]) -> None:
+    """val-000000 with other contents, and everything that describes it changed with it."""
+    packed = shards.pack("val-000000", samples)
+    path = copy / "_meta" / "val-000000.parquet"
+    _, status = shards.unpack_sidecar(path.read_bytes())
+    digest = hashlib.sha256(packed.tar).hexdigest()
+    status |= {"sha256": digest, "bytes": len(packed.tar), "samples": len(samples)}
+    status["dali_index_sha256"] = hashlib.sha256(packed.dali_index).hexdigest()
+    path.write_bytes(shards.pack_sidecar(packed.index, status))
+    forge(copy, "val-000000.idx", packed.dali_index)
+    forge(copy, "val-000000.tar", packed.tar)
+    manifest = json.loads((copy / "manifest.json").read_text())
+    row = next(row for row in manifest["shards"] if row["name"] == "val-000000")
+    row |= {name: status[name] for name in ("sha256", "bytes", "samples")}
+    rows = [row["samples"] for row in manifest["shards"] if row["split"] == "val"]
+    manifest["totals"]["val"]["samples"] = sum(rows)
+    forge(copy, "manifest.json", json.dumps(manifest).encode())
+    wids = json.loads((copy / "shardindex-val.json").read_text())
+    wids["shardlist"][0] |= {"filesize": len(packed.tar), "nsamples": len(samples)}
+    forge(copy, "shardindex-val.json", json.dumps(wids).encode())
+    index = shards.load_index(str(copy), "val")
+    rest = index.filter(pa.compute.not_equal(index["shard"], "val-000000"))
+    table = pa.concat_tables([packed.index, rest]).combine_chunks()
+    forge(copy, "index/val.parquet", shards.parquet_bytes(table))
+
+
+def stored_samples(copy: Path) -> list[shards.Sample]:
+    index = shards.load_index(str(copy), "val")
+    rows = index.filter(pa.compute.equal(index["shard"], "val-000000")).to_pylist()
+    data = (copy / "val-000000.tar").read_bytes()
+    places = ("shard", "offset", "size", "sha256")
+    return [
+        shards.Sample(
+            **{name: value for name, value in row.items() if name not in places},
+            jpeg=data[row["offset"] : row["offset"] + row["size"]],
+            name=f"{row['key']}.JPEG",
+        )
+        for row in rows
+    ]
+
+
+def changed(sample: shards.Sample, **fields: object) -> shards.Sample:
+    return shards.Sample(**(vars(sample) | fields))
+
+
+def test_a_wrong_label_is_found_although_the_whole_set_agrees_on_it(copy: Path) -> None:
+    samples = stored_samples(copy)
+    other = next(sample for sample in samples if sample.label != samples[0].label)
+    wrong = changed(samples[0], label=other.label, wnid=other.wnid)
+    forge_shard(copy, [wrong, *samples[1:]])
+    assert told(verify(str(copy))) == []
+    assert told(verify(str(copy), full=True)) == [
+        f"val-000000.tar: 1 sample with another class, first {wrong.key}: {other.wnid} here, "
+        f"{samples[0].wnid} planned"
+    ]
+
+
+@pytest.mark.parametrize("spoiled", ["cut", "small", "grey"])
+def test_a_picture_that_was_stored_badly_is_found(copy: Path, spoiled: str) -> None:
+    samples = stored_samples(copy)
+    jpeg = {
+        "cut": samples[0].jpeg[:-400] + b"\xff\xd9",
+        "small": encoded(picture(226, 227)),
+        "grey": encoded(picture(227, 227).convert("L")),
+    }[spoiled]
+    forge_shard(copy, [changed(samples[0], jpeg=jpeg), *samples[1:]])
+    line, *rest = told(verify(str(copy), full=True))
+    assert rest == [], rest
+    expected = {
+        "cut": r"cannot be decoded \(.*\)",
+        "small": "is 227×226 YCbCr, not 227×227 in colour",
+        "grey": "is 227×227 Gray, not 227×227 in colour",
+    }[spoiled]
+    assert re.fullmatch(rf"val-000000\.tar: {samples[0].key}: {expected}", line)
+
+
+def test_a_lost_picture_is_missed_although_the_whole_set_agrees_on_it(copy: Path) -> None:
+    samples = stored_samples(copy)
+    forge_shard(copy, samples[1:])
+    lines = told(verify(str(copy), full=True))
+    assert "val-000000.tar: 5 pictures stored or rejected, 6 planned" in lines
+    lost = f"1 picture (first {samples[0].key}) planned, but neither stored nor in quarantine"
+    assert f"index/val.parquet: {lost}" in lines
+
+
+def test_members_that_tar_allows_and_the_format_does_not_are_found(copy: Path) -> None:
+    link = tarfile.TarInfo("n01.cls")
+    link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+    for name, damage, text in (
+        (
+            "train-000000.tar",
+            lambda data: link.tobuf() + data[512:],
+            "n01.cls at byte 0 is no plain",
+        ),
+        (
+            "train-000001.tar",
+            lambda data: data[:-512] + b"x" * 512,
+            "something follows the end mark",
+        ),
+        ("train-000002.tar", lambda data: b"\0" * len(data), "its end its end its end where"),
+        ("train-000003.tar", lambda data: b"\1" + data[1:], "bad checksum"),
+    ):
+        (copy / name).write_bytes(damage((copy / name).read_bytes()))
+        lines = [line for line in told(verify(str(copy), full=True)) if line.startswith(name)]
+        assert len(lines) == 2 and "another sha256" in lines[0] and text in lines[1]

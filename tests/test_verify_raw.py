@@ -1,0 +1,167 @@
+"""pipelines/verify.py: labels looked up in RAW again, unlabelled pictures, S3, large shards."""
+
+import re
+import shutil
+import threading
+from pathlib import Path
+
+import pytest
+from built import build_set, write_folders
+
+from alexnet.errors import UserError
+from pipelines import audit, storage
+from pipelines.plan import Recipe
+from pipelines.verify import Findings, verify
+
+# No WNIDs: nothing but the folder says what the class is. Every picture is another one.
+TRAIN = {f"train/{c}/{c}{i}.jpg": 10 * k + i for k, c in enumerate("ab") for i in range(4)}
+VAL = {f"val/{c}/v{c}{i}.jpg": 50 + 10 * k + i for k, c in enumerate("ab") for i in range(2)}
+
+
+def told(findings: Findings) -> list[str]:
+    return [f"{problem.file}: {problem.text}" for problem in findings.problems]
+
+
+@pytest.fixture
+def raw(tmp_path: Path) -> Path:
+    write_folders(tmp_path / "raw", TRAIN | VAL)
+    return tmp_path / "raw"
+
+
+@pytest.fixture
+def out(raw: Path, tmp_path: Path) -> str:
+    return build_set(str(raw), tmp_path / "out", Recipe(samples_per_shard=4, partial=True))
+
+
+def test_labels_that_raw_gives_otherwise_now_are_told_with_both(raw: Path, out: str) -> None:
+    (raw / "train/a/a1.jpg").rename(raw / "train/b/a1.jpg")
+    (raw / "train/a/a2.jpg").rename(raw / "train/b/a2.jpg")
+    assert told(verify(out, full=True)) == []
+    (line,) = told(verify(out, full=True, raw=str(raw)))
+    start = "index/train.parquet: 2 samples with another class, first "
+    assert re.fullmatch(rf"{start}a[12]: a here, b in {re.escape(str(raw))}", line)
+
+
+def test_pictures_that_came_to_raw_or_went_are_counted(raw: Path, out: str) -> None:
+    (raw / "val/a/va0.jpg").unlink()
+    write_folders(raw, {"val/a/vnew1.jpg": 90, "val/a/vnew2.jpg": 91})
+    assert told(verify(out, full=True, raw=str(raw))) == [
+        f"index/val.parquet: 1 picture (first va0) not in {raw}",
+        f"index/val.parquet: 2 pictures (first vnew1) in {raw} alone",
+    ]
+
+
+def test_raw_that_cannot_be_read_is_the_users_to_mend(out: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no known layout"):
+        verify(out, full=True, raw=str(tmp_path / "nothing"))
+
+
+def test_a_subset_is_compared_with_the_same_subset_of_raw(raw: Path, tmp_path: Path) -> None:
+    write_folders(raw, {"train/c/c0.jpg": 70, "val/c/vc0.jpg": 71})
+    recipe = Recipe(subset=("a", "c"), per_class=2, partial=True)
+    out = build_set(str(raw), tmp_path / "subset", recipe)
+    findings = verify(out, full=True, raw=str(raw))
+    assert told(findings) == [] and "6 pictures decoded" in findings.checked
+
+
+def test_test_pictures_may_be_unlabelled(raw: Path, tmp_path: Path) -> None:
+    write_folders(raw, {"test/t0.jpg": 80, "test/t1.jpg": 81})
+    out = build_set(
+        str(raw), tmp_path / "unlabelled", Recipe(splits=("train", "val", "test"), partial=True)
+    )
+    findings = verify(out, full=True, raw=str(raw))
+    assert told(findings) == [] and "14 pictures decoded" in findings.checked
+
+
+def test_duplicates_are_told_and_are_no_fault(raw: Path, tmp_path: Path) -> None:
+    write_folders(raw, {"val/b/vcopy.jpg": (raw / "train/a/a1.jpg").read_bytes()})
+    out = build_set(str(raw), tmp_path / "copies", Recipe(partial=True))
+    findings = verify(out, full=True)
+    assert told(findings) == []
+    where = "more than once across splits, with different labels (2 samples)"
+    assert findings.notes == tuple(
+        f"1 {what} {where}, such as train a1 (a) and val vcopy (b)"
+        for what in ("raw file", "stored picture")
+    )
+    assert verify(out).notes == ()
+
+
+def test_a_shard_is_read_in_chunks_and_once(out: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    reads: list[tuple[int, int]] = []
+    read = storage.read
+
+    def counted(uri: str, offset: int = 0, length: int | None = None) -> bytes:
+        data = read(uri, offset, length)
+        if uri.endswith(".tar"):
+            reads.append((offset, len(data)))
+        return data
+
+    monkeypatch.setattr(storage, "read", counted)
+    assert told(verify(out)) == [] and reads == []
+    monkeypatch.setattr(audit, "_CHUNK", 3000)  # less than a picture: members span chunks
+    assert told(verify(out, full=True)) == []
+    assert max(size for _, size in reads) == 3000
+    tars = [path.stat().st_size for path in Path(out).glob("*.tar")]
+    assert sum(size for _, size in reads) == sum(tars)
+
+
+def test_progress_is_told_while_shards_are_read(out: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines: list[str] = []
+    said = threading.Event()
+    read = storage.read
+
+    def slow(uri: str, offset: int = 0, length: int | None = None) -> bytes:
+        assert not uri.endswith(".tar") or said.wait(20)
+        return read(uri, offset, length)
+
+    def say(line: str) -> None:
+        lines.append(line)
+        said.set()
+
+    monkeypatch.setattr(storage, "read", slow)
+    monkeypatch.setattr(audit, "_SAY_EVERY", 0.0)
+    assert told(verify(out, full=True, say=say)) == []
+    assert lines[0] == "verified 0 of 3 files, 0 of 0 MB, 0.0 MB/s, ETA unknown"
+    line = r"verified \d of 3 files, 0 of 0 MB, [\d.,]+ MB/s, ETA (unknown|\d:\d\d:\d\d)"
+    assert all(re.fullmatch(line, said) for said in lines)
+
+
+def test_a_store_that_fails_stops_every_thread_and_is_told(
+    out: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = storage.read
+
+    def forbidden(uri: str, offset: int = 0, length: int | None = None) -> bytes:
+        if uri.endswith("train-000001.tar"):  # root may read every local file
+            raise UserError(f"{uri}: Permission denied")
+        return read(uri, offset, length)
+
+    monkeypatch.setattr(storage, "read", forbidden)
+    with pytest.raises(UserError, match=r"train-000001\.tar: Permission denied"):
+        verify(out, full=True)
+
+
+def test_a_set_in_s3_is_verified_as_a_local_one(
+    s3: str, raw: Path, out: str, tmp_path: Path
+) -> None:
+    remote = f"{s3}/{tmp_path.name}"
+    for name, _ in storage.list_files(out):
+        storage.write(f"{remote}/{name}", Path(out, name).read_bytes())
+    assert told(verify(remote)) == []
+    assert told(verify(remote, full=True, raw=str(raw))) == []
+    data = bytearray(Path(out, "val-000000.tar").read_bytes())
+    data[700] ^= 1
+    storage.write(f"{remote}/val-000000.tar", bytes(data))
+    storage.delete(f"{remote}/train-000000.tar")
+    assert verify(remote).bad_files == ("train-000000.tar",)
+    assert verify(remote, full=True).bad_files == ("train-000000.tar", "val-000000.tar")
+
+
+def test_a_set_whose_manifest_is_damaged_is_still_hashed(out: str) -> None:
+    Path(out, "manifest.json").write_text('{"format": "alexnet-shards", "format_version": 1}')
+    path = Path(out, "val-000000.tar")
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    assert verify(out).bad_files == ("manifest.json",)
+    assert verify(out, full=True).bad_files == ("manifest.json", "val-000000.tar")
+    shutil.rmtree(Path(out, "index"))
+    assert "index/val.parquet" in verify(out).bad_files
