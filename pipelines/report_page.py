@@ -190,7 +190,9 @@ polyline { fill: none; stroke-width: 1.8; stroke-linejoin: round; }
 .bars span { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; max-width: 18rem; }
 .bars svg { width: 100%; height: .8rem; display: block; }
 .bars b { font-weight: 400; text-align: right; font-variant-numeric: tabular-nums; }
-@media (max-width: 34rem) { .bars { grid-template-columns: minmax(4rem, 9rem) 1fr max-content; }
+@media (max-width: 34rem) {
+  .bars { grid-template-columns: minmax(4rem, max-content) 1fr max-content; }
+  .bars span { max-width: 9rem; }
   .facts dt { flex-basis: 100%; } td.long { min-width: 12rem; } td, th { padding-right: .9rem; }
   .plot { margin-left: 2.6rem; margin-right: .9rem; } .thumbs img, .blank { width: 72px;
   height: 72px; } }
