@@ -52,7 +52,7 @@ def test_rows_name_file_and_row_and_have_the_canonical_name(tmp_path: Path) -> N
     assert source.table["size"].null_count == 9
     assert source.class_names == ("tench", "jacamar", "yurt")
     assert source.shuffle == "source"
-    names = (TEST, FIRST, SECOND, VALIDATION)
+    names = (FIRST, SECOND, VALIDATION, TEST)
     assert source.containers == tuple((name, (tmp_path / name).stat().st_size) for name in names)
 
 

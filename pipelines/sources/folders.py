@@ -31,33 +31,35 @@ def recognises(files: dict[str, int]) -> bool:
 
 def scan(raw: str, files: dict[str, int], splits: Sequence[str], partial: bool) -> Source:
     found, notes = pictures(files)
-    foldered = _splits(found, {"train", "val", *splits})  # one ranking, whatever the splits
-    foldered = foldered.filter(pc.not_equal(foldered["folder"], ""))
-    check_folders(raw, foldered)
-    found = of_splits(raw, found, splits, "WNID/")
+    require(raw, found, splits, "WNID/")
+    classes = {  # one ranking, whatever the splits
+        split: check_folders(raw, split, rows, split in splits)
+        for split, rows in found.items()
+        if split in {"train", "val", *splits}
+    }
+    wnids = tuple(sorted(set().union(*classes.values())))
     kit = devkit.find(raw, files)
+    if kit:
+        if strangers := sorted(set(wnids) - set(kit.wnids)):
+            raise UserError(f"{raw}: folder {strangers[0]} is no class of the devkit")
+        wnids, names = kit.wnids, tuple(kit.words[wnid] for wnid in kit.wnids)
+    else:
+        names = _names(raw, files, wnids)
+        if not partial:
+            _check_classes(raw, classes)
     parts, labels_from = [], {}
     for split in splits:
-        rows = found.filter(pc.equal(found["split"], split))
-        wnids, labels_from[split] = _wnids(raw, split, rows, kit)
-        parts.append(part(split, rows["name"], wnids, rows["source"], 0, rows["size"]))
-    classes = tuple(sorted(pc.unique(foldered["folder"]).to_pylist()))
-    if kit:
-        if strangers := sorted(set(classes) - set(kit.wnids)):
-            raise UserError(f"{raw}: folder {strangers[0]} is no class of the devkit")
-        classes, names = kit.wnids, tuple(kit.words[wnid] for wnid in kit.wnids)
-    else:
-        names = _names(raw, files, classes)
-        if not partial:
-            _check_classes(raw, foldered)
-    table = labelled(parts, classes)
+        rows = found[split]
+        of_rows, labels_from[split] = _wnids(raw, split, rows, kit)
+        parts.append(part(split, rows["name"], of_rows, rows["source"], 0, rows["size"]))
+    table = labelled(parts, wnids)
     if kit and not partial:
         check_promise(raw, kit, table, splits)
     return Source(
         raw=raw,
         layout="imagefolder",
         table=table,
-        wnids=classes,
+        wnids=wnids,
         class_names=names,
         labels_from=labels_from,
         containers=(),
@@ -66,77 +68,73 @@ def scan(raw: str, files: dict[str, int], splits: Sequence[str], partial: bool) 
     )
 
 
-def pictures(files: dict[str, int], below: str = "") -> tuple[pa.Table, tuple[str, ...]]:
+def pictures(
+    files: dict[str, int], below: str = ""
+) -> tuple[dict[str, pa.RecordBatch], tuple[str, ...]]:
     """The pictures under train/, val/ and test/ of the folder `below`, and a note on other files.
 
-    Columns split, folder ("" where there is none), name, source (relative to RAW), size (bytes).
+    Columns folder ("" where there is none), name, source (relative to RAW), size (bytes), in the
+    order of `files`. A split without pictures is left out.
     """
-    source, size = pa.array(list(files), pa.string()), pa.array(list(files.values()), pa.int64())
-    place = rf"^{re.escape(below)}(?P<split>train|val|test)/(?:(?P<folder>.*)/)?(?P<name>[^/]+)$"
-    found = pc.extract_regex(source, place)
-    columns = {name: pc.struct_field(found, name) for name in ("split", "folder", "name")}
-    table = pa.table({**columns, "source": source, "size": size})
-    table = table.filter(pc.is_valid(table["split"])).combine_chunks()
-    picture = pc.match_substring_regex(table["source"], _IS_PICTURE)
-    litter = pc.match_substring_regex(table["source"], _IS_LITTER)
-    ignored = table.filter(pc.or_(pc.invert(picture), litter))
-    table = table.filter(pc.and_(picture, pc.invert(litter)))
-    if not ignored.num_rows:
-        return table, ()
-    first = pc.min(ignored["source"]).as_py()
-    return table, (f"ignored {ignored.num_rows} files that are no pictures, first {first}",)
+    sources, sizes = pa.array(list(files), pa.string()), pa.array(list(files.values()), pa.int64())
+    found, litter = {}, []
+    for split in SPLITS:
+        inside = pc.starts_with(sources, f"{below}{split}/")
+        source, size = sources.filter(inside), sizes.filter(inside)
+        good = pc.match_substring_regex(source, _IS_PICTURE)
+        good = pc.and_not(good, pc.match_substring_regex(source, _IS_LITTER))
+        litter.append(source.filter(pc.invert(good)))
+        source, size = source.filter(good), size.filter(good)
+        place = rf"^{re.escape(below)}{split}/(?:(?P<folder>.*)/)?(?P<name>[^/]+)$"
+        folder, name = pc.extract_regex(source, place).flatten()
+        if len(source):
+            columns = {"folder": folder, "name": name, "source": source, "size": size}
+            found[split] = pa.record_batch(columns)
+    ignored = pa.concat_arrays(litter)
+    note = f"ignored {len(ignored)} files that are no pictures, first {pc.min(ignored).as_py()}"
+    return found, (note,) if len(ignored) else ()
 
 
-def of_splits(raw: str, found: pa.Table, splits: Sequence[str], below: str) -> pa.Table:
-    """The `pictures` of `splits`, in sorted order.
+def require(raw: str, found: Collection[str], splits: Sequence[str], below: str) -> None:
+    if absent := [split for split in splits if split not in found]:
+        raise UserError(
+            f"{raw}: --splits {','.join(splits)} needs pictures in {absent[0]}/{below}, not there; "
+            "add them or ask for fewer --splits"
+        )
 
-    Raises UserError when a split has none, when only some of its pictures are in class folders,
-    and when train pictures are in none.
+
+def check_folders(raw: str, split: str, rows: pa.RecordBatch, wanted: bool) -> set[str]:
+    """The class folders of one split's `pictures`.
+
+    Raises UserError for pictures below a class folder or in that of another class, and, if the
+    split is wanted, when only some are in class folders, or a train picture is in none.
     """
-    found = _splits(found, splits)
-    for split in splits:
-        if not pc.any(pc.equal(found["split"], split)).as_py():
-            raise UserError(
-                f"{raw}: --splits {','.join(splits)} needs pictures in {split}/{below}, not there; "
-                "add them or ask for fewer --splits"
-            )
-    foldered = pc.not_equal(found["folder"], "")
-    for split in splits:
-        here = pc.equal(found["split"], split)
-        flat = found.filter(pc.and_(here, pc.invert(foldered)))
-        if flat.num_rows and (split == "train" or flat.num_rows < pc.sum(here).as_py()):
-            raise UserError(
-                f"{raw}: {flat['source'][0].as_py()} lies in no class folder "
-                f"({flat.num_rows:,} such pictures); expected {split}/WNID/"
-            )
-    return found.sort_by("source").combine_chunks()
-
-
-def _splits(found: pa.Table, splits: Collection[str]) -> pa.Table:
-    return found.filter(pc.is_in(found["split"], value_set=pa.array([*splits], pa.string())))
-
-
-def check_folders(raw: str, found: pa.Table) -> None:
-    """Raises UserError for `pictures` below a class folder, or in that of another class."""
-    named = pc.extract_regex(found["name"], r"^(?P<wnid>n\d{8})_\d+\.[^.]+$")
-    prefix = pc.struct_field(named, "wnid")
-    deep = found.filter(pc.match_substring(found["folder"], "/"))
+    deep = rows.filter(pc.match_substring(rows["folder"], "/"))
     if deep.num_rows:
         raise UserError(
             f"{raw}: {deep['source'][0].as_py()} lies too deep ({deep.num_rows:,} such pictures); "
-            "expected SPLIT/WNID/NAME"
+            f"expected {split}/WNID/NAME"
         )
-    astray = pc.fill_null(pc.not_equal(prefix, found["folder"]), False)
+    (prefix,) = pc.extract_regex(rows["name"], r"^(?P<wnid>n\d{8})_\d+\.[^.]+$").flatten()
+    foldered = pc.not_equal(rows["folder"], "")
+    astray = pc.and_(foldered, pc.fill_null(pc.not_equal(prefix, rows["folder"]), False))
     if pc.any(astray).as_py():
         raise UserError(
-            f"{raw}: {found.filter(astray)['source'][0].as_py()} contradicts its folder: the name "
+            f"{raw}: {rows.filter(astray)['source'][0].as_py()} contradicts its folder: the name "
             f"says {prefix.filter(astray)[0].as_py()} ({pc.sum(astray).as_py():,} such pictures); "
             "put it where it belongs"
         )
+    flat = rows.filter(pc.invert(foldered))
+    if wanted and flat.num_rows and (split == "train" or flat.num_rows < rows.num_rows):
+        raise UserError(
+            f"{raw}: {flat['source'][0].as_py()} lies in no class folder "
+            f"({flat.num_rows:,} such pictures); expected {split}/WNID/"
+        )
+    return set(pc.unique(rows["folder"]).to_pylist()) - {""}
 
 
 def _wnids(
-    raw: str, split: str, rows: pa.Table, kit: devkit.Devkit | None
+    raw: str, split: str, rows: pa.RecordBatch, kit: devkit.Devkit | None
 ) -> tuple[pa.Array | str, str]:
     """The WNIDs of one split's pictures, "" without a label, and where they come from."""
     truth = {"val": kit.val_wnids, "test": kit.test_wnids}.get(split, ()) if kit else ()
@@ -147,8 +145,7 @@ def _wnids(
             _check_truth(where, rows, prefix, truth)
         return rows["folder"], _BY_FOLDER
     if truth:
-        names = rows["name"].combine_chunks()
-        return devkit.wnids_by_number(where, names, prefix, truth), _BY_NUMBER
+        return devkit.wnids_by_number(where, rows["name"], prefix, truth), _BY_NUMBER
     if split == "test":
         return "", "none: the pictures are unlabelled"
     raise UserError(
@@ -157,39 +154,33 @@ def _wnids(
     )
 
 
-def _check_truth(where: str, rows: pa.Table, prefix: str, truth: Sequence[str]) -> None:
+def _check_truth(where: str, rows: pa.RecordBatch, prefix: str, truth: Sequence[str]) -> None:
     """Raises UserError when a folder contradicts the ground truth of a numbered picture."""
     rows = rows.filter(pc.match_substring_regex(rows["name"], rf"^{prefix}_\d{{8}}\.[^.]+$"))
-    told = devkit.wnids_by_number(where, rows["name"].combine_chunks(), prefix, truth)
+    told = devkit.wnids_by_number(where, rows["name"], prefix, truth)
     wrong = pc.not_equal(rows["folder"], told)
     if pc.any(wrong).as_py():
         name = rows.filter(wrong)["source"][0].as_py()
         raise UserError(
             f"{name} in {where.rpartition('/')[0]} contradicts the devkit, whose ground truth says "
-            f"{told.filter(wrong.combine_chunks())[0].as_py()} ({pc.sum(wrong).as_py():,} such "
+            f"{told.filter(wrong)[0].as_py()} ({pc.sum(wrong).as_py():,} such "
             "pictures); take both from the same release"
         )
 
 
-def _check_classes(raw: str, foldered: pa.Table) -> None:
+def _check_classes(raw: str, classes: dict[str, set[str]]) -> None:
     """Raises UserError when val or test cannot be the same classes as train."""
-    classes = {
-        split: set(
-            pc.unique(foldered.filter(pc.equal(foldered["split"], split))["folder"]).to_pylist()
-        )
-        for split in SPLITS
-    }
-    train = classes["train"]
+    train, val = classes.get("train", set()), classes.get("val", set())
     for split in ("val", "test"):
-        if strangers := sorted(classes[split] - train if train else ()):
+        if strangers := sorted(classes.get(split, set()) - train if train else ()):
             raise UserError(
                 f"{raw}: {split}/{strangers[0]} is no class of train ({len(strangers)} such "
                 "folders); add train pictures of it, remove it, or pass --partial"
             )
-    if len(train) == _FULL_SET and classes["val"] and classes["val"] != train:
-        missing = min(train - classes["val"])
+    if len(train) == _FULL_SET and val and val != train:
+        missing = min(train - val)
         raise UserError(
-            f"{raw}: train has {_FULL_SET} classes and val {len(classes['val'])}, without "
+            f"{raw}: train has {_FULL_SET} classes and val {len(val)}, without "
             f"{missing}; add what is missing or pass --partial"
         )
 

@@ -41,18 +41,24 @@ class _File:
     total: int
 
 
+@dataclass(frozen=True)
+class _Found:
+    file: _File
+    rows: pa.Table  # of `part`
+    classes: pa.Table  # columns label, wnid, source, row: where each pair of them is first
+    names: tuple[str, ...]  # of the classes, if the file tells
+
+
 def recognises(files: dict[str, int]) -> bool:
     return any(name.endswith(".parquet") and _PART.fullmatch(name) for name in files)
 
 
 def scan(raw: str, files: dict[str, int], splits: Sequence[str], partial: bool) -> Source:
-    parts = _parts(raw, files, splits, partial)
+    files_there = _parts(raw, files, splits, partial)
     with ThreadPoolExecutor(_THREADS_S3 if storage.is_s3(raw) else 1) as pool:
-        read = list(pool.map(lambda file: _read(raw, file), parts))
-    rows = pa.concat_tables([table for table, _ in read]).combine_chunks()
-    known = rows.filter(pc.not_equal(rows["label"], UNLABELLED)).combine_chunks()
-    labels, wnids = _ranking(raw, known)
-    names = next((names for _, names in read if names), ())
+        read = list(pool.map(lambda file: _read(raw, file), files_there))
+    labels, wnids = _ranking(raw, pa.concat_tables([found.classes for found in read]))
+    names = next((found.names for found in read if found.names), ())
     ranks = labels == list(range(len(labels)))
     if labels and not partial and not (ranks and len(names) in (0, len(labels))):
         raise UserError(
@@ -60,21 +66,15 @@ def scan(raw: str, files: dict[str, int], splits: Sequence[str], partial: bool) 
             f"{len(names) or 'no'} classes are named; add what is missing or pass --partial"
         )
     note = f"labels are ranks among the {len(wnids)} classes with pictures, not those of the files"
-    found = [rows.filter(pc.equal(rows["split"], split)) for split in splits]
+    used = [found for split in splits for found in read if found.file.split == split]
     return Source(
         raw=raw,
         layout="huggingface",
-        table=labelled(
-            [
-                part(split, own["name"], own["wnid"], own["source"], own["row"], None)
-                for split, own in zip(splits, found, strict=True)
-            ],
-            wnids,
-        ),
+        table=labelled([found.rows for found in used], wnids),
         wnids=wnids,
         class_names=_class_names(names, labels, wnids),
-        labels_from={split: _origin(own) for split, own in zip(splits, found, strict=True)},
-        containers=tuple((file.name, files[file.name]) for file in parts if file.split in splits),
+        labels_from={split: _origin(split, used) for split in splits},
+        containers=tuple((found.file.name, files[found.file.name]) for found in used),
         announced=None,
         notes=() if ranks else (note,),
         shuffle="source",
@@ -117,11 +117,8 @@ def _parts(raw: str, files: dict[str, int], splits: Sequence[str], partial: bool
     return found
 
 
-def _read(raw: str, file: _File) -> tuple[pa.Table, tuple[str, ...]]:
-    """Columns split, source, row, name, wnid, label of one file, and the class names it tells.
-
-    Without Arrow's threads and row group by row group, so that it takes little memory.
-    """
+def _read(raw: str, file: _File) -> _Found:
+    """Without Arrow's threads and row group by row group, so that it takes little memory."""
     uri = storage.join(raw, file.name)
     stored = tars.RangeFile(uri, 0, storage.size(uri))
     try:
@@ -138,15 +135,17 @@ def _read(raw: str, file: _File) -> tuple[pa.Table, tuple[str, ...]]:
         raise UserError(f"{uri} is damaged ({line}); fetch it again") from error
     rows = rows.combine_chunks()
     wnid = _wnids(uri, file.split, rows)
-    columns = {
-        "split": pa.repeat(pa.scalar(file.split), len(rows)),
-        "source": pa.repeat(pa.scalar(file.name), len(rows)),
-        "row": pa.array(range(len(rows)), pa.int64()),
-        "name": picture_names(rows["path"]),
-        "wnid": wnid,
-        "label": rows["label"],
-    }
-    return pa.table(columns), names
+    number = pa.array(np.arange(len(rows)))
+    pairs = pa.table({"label": rows["label"], "wnid": wnid, "row": number})
+    pairs = pairs.filter(pc.not_equal(pairs["label"], UNLABELLED))
+    first = pairs.group_by(["label", "wnid"], use_threads=False).aggregate([("row", "min")])
+    source = pa.repeat(pa.scalar(file.name), len(first))
+    return _Found(
+        file,
+        part(file.split, picture_names(rows["path"]), wnid, file.name, number, None),
+        first.rename_columns(["label", "wnid", "row"]).append_column("source", source),
+        names,
+    )
 
 
 _EMPTY = pa.table({"path": pa.array([], pa.string()), "label": pa.array([], pa.int64())})
@@ -214,27 +213,23 @@ def _told(names: pa.Array, pattern: str) -> pa.Array:
     return pc.struct_field(pc.extract_regex(names, pattern), "wnid")
 
 
-def _ranking(raw: str, rows: pa.Table) -> tuple[list[int], tuple[str, ...]]:
+def _ranking(raw: str, classes: pa.Table) -> tuple[list[int], tuple[str, ...]]:
     """The labels there are, and the WNID of each, both in sorted order.
 
     Raises UserError unless labels and WNIDs belong to each other one to one and in that order.
     """
-    table = rows.select(["label", "wnid"]).append_column("at", pa.array(np.arange(len(rows))))
-    grouped = table.group_by(["label", "wnid"], use_threads=False).aggregate([("at", "min")])
-    pairs = grouped.sort_by([("label", "ascending"), ("at_min", "ascending")]).to_pylist()
+    keys = [(name, "ascending") for name in ("label", "source", "row")]
+    pairs: dict[tuple[int, str], str] = {}
+    for row in classes.sort_by(keys).to_pylist():
+        pairs.setdefault((row["label"], row["wnid"]), f"{row['source']} row {row['row']:,}")
     for one, other in pairwise(pairs):
-        if not (one["label"] < other["label"] and one["wnid"] < other["wnid"]):
-            told = [
-                f"{found['source']} row {found['row']:,} has {pair['wnid']} with label "
-                f"{pair['label']}"
-                for pair in (one, other)
-                for found in rows.slice(pair["at_min"], 1).to_pylist()
-            ]
+        if not (one[0] < other[0] and one[1] < other[1]):
+            told = [f"{pairs[pair]} has {pair[1]} with label {pair[0]}" for pair in (one, other)]
             raise UserError(
                 f"{raw}: {told[0]}, {told[1]}; labels must be ranks of sorted WNIDs: fetch both "
                 "files again"
             )
-    return [pair["label"] for pair in pairs], tuple(pair["wnid"] for pair in pairs)
+    return [label for label, _ in pairs], tuple(wnid for _, wnid in pairs)
 
 
 def _class_names(
@@ -246,7 +241,7 @@ def _class_names(
     return tuple(names[label] for label in labels)
 
 
-def _origin(rows: pa.Table) -> str:
-    if pc.any(pc.not_equal(rows["label"], UNLABELLED)).as_py():
+def _origin(split: str, used: Sequence[_Found]) -> str:
+    if any(len(found.classes) for found in used if found.file.split == split):
         return "column label, equal to the rank of the WNID in image.path"
     return "none: the pictures are unlabelled"

@@ -18,8 +18,8 @@ from pipelines import storage
 from pipelines.sources.folders import (
     SYNSET_MAPPING,
     check_folders,
-    of_splits,
     pictures,
+    require,
     synset_mapping,
 )
 from pipelines.sources.table import Source, labelled, part
@@ -52,12 +52,12 @@ def scan(raw: str, files: dict[str, int], splits: Sequence[str], partial: bool) 
         )
     wnids, names = _classes(raw, files)
     found, notes = pictures(files, _DATA)
-    found = of_splits(raw, found, splits, "")
-    check_folders(raw, found)
+    require(raw, found, splits, "")
     parts, labels_from, announced = [], {}, {}
     for split in splits:
-        rows = found.filter(pc.equal(found["split"], split)).combine_chunks()
-        keys = pc.replace_substring_regex(rows["name"], r"\.[^.]*$", "").combine_chunks()
+        rows = found[split]
+        check_folders(raw, split, rows, wanted=True)
+        keys = pc.replace_substring_regex(rows["name"], r"\.[^.]*$", "")
         listed = _listed(raw, split) if _LISTS[split] in files else None
         solution = _solution(raw, split) if _SOLUTION.format(split) in files else None
         if not partial:
@@ -145,7 +145,7 @@ def _solution(raw: str, split: str) -> pa.Table:
 
 def _lines(uri: str) -> pa.Array:
     """Without those that are blank."""
-    text = storage.read(uri).decode("utf-8", "replace").replace("\r", "")
+    text = storage.read(uri).replace(b"\r", b"").decode("utf-8", "replace")
     lines = pc.split_pattern(pa.array([text]), "\n").flatten()
     return lines.filter(pc.match_substring_regex(lines, r"\S"))
 
@@ -176,7 +176,7 @@ def _check_complete(
 
 
 def _wnids(
-    raw: str, split: str, rows: pa.Table, keys: pa.Array, solution: pa.Table | None
+    raw: str, split: str, rows: pa.RecordBatch, keys: pa.Array, solution: pa.Table | None
 ) -> pa.Array | str:
     """The WNIDs of one split's pictures, "" without a label. Raises UserError when the folder and
     the solution contradict each other, or when a val picture has no label."""
@@ -185,7 +185,7 @@ def _wnids(
     if solution is not None:
         places = pc.index_in(keys, value_set=solution["key"].combine_chunks())
         told = solution["wnid"].combine_chunks().take(places)
-    folder = rows["folder"].combine_chunks()
+    folder = rows["folder"]
     if folder[0].as_py() != "":  # val, too, where it was sorted by hand
         wrong = pc.fill_null(pc.not_equal(folder, told), False)
         if pc.any(wrong).as_py():
@@ -206,7 +206,7 @@ def _wnids(
     return told
 
 
-def _origin(split: str, rows: pa.Table, solution: pa.Table | None) -> str:
+def _origin(split: str, rows: pa.RecordBatch, solution: pa.Table | None) -> str:
     file = _SOLUTION.format(split)
     if rows["folder"][0].as_py() != "":
         return "name of the class folder" + f", equal to {file}" * (solution is not None)
@@ -217,9 +217,9 @@ def _check_classes(
     raw: str, table: pa.Table, wnids: Sequence[str], splits: Sequence[str], partial: bool
 ) -> None:
     known = pc.is_in(table["wnid"], value_set=pa.array([*wnids, ""], pa.string()))
-    if strange := table.filter(pc.invert(known))["wnid"][:1].to_pylist():
+    if strange := table["wnid"].filter(pc.invert(known))[:1].to_pylist():
         raise UserError(f"{raw}: {strange[0]} is no class of {SYNSET_MAPPING}; remove its pictures")
-    found = set(pc.unique(table.filter(pc.equal(table["split"], "train"))["wnid"]).to_pylist())
+    found = set(pc.unique(table["wnid"].filter(pc.equal(table["split"], "train"))).to_pylist())
     if "train" in splits and not partial and len(found) < len(wnids):
         raise UserError(
             f"{raw}: {min(set(wnids) - found)} of {SYNSET_MAPPING} has no train pictures "
