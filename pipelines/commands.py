@@ -5,15 +5,14 @@ from __future__ import annotations
 import argparse
 import functools
 import json
-from dataclasses import replace
 from typing import Any
 
 from alexnet.errors import UserError
-from pipelines import storage
-from pipelines.plan import Plan, Recipe
+from pipelines import flags, storage
+from pipelines.plan import Plan
 from pipelines.progress import MaxRejected
 from pipelines.shards import Manifest
-from pipelines.sources import SPLITS, Source
+from pipelines.sources import Source
 
 
 def build(arguments: argparse.Namespace) -> int:
@@ -22,9 +21,9 @@ def build(arguments: argparse.Namespace) -> int:
     MaxRejected.parse(arguments.max_rejected)  # before the long reading of RAW
     if arguments.workers is not None and arguments.workers < 1:
         raise UserError(f"--workers {arguments.workers} must be at least 1")
-    source, plan = _plan(arguments)
-    out = _out(arguments, plan)
-    only = parse_only(arguments.only, plan) if arguments.only else None
+    source, plan = flags.planned(arguments)
+    out = flags.out_of(arguments, plan)
+    only = flags.only_of(arguments.only, plan) if arguments.only else None
     limit = MaxRejected.parse(arguments.max_rejected, plan.official)
     if arguments.retry_quarantined:
         again = repair.retry_quarantined(out, source.raw, plan)
@@ -58,8 +57,8 @@ def build(arguments: argparse.Namespace) -> int:
 
 
 def plan(arguments: argparse.Namespace) -> int:
-    source, plan = _plan(arguments)
-    out = _out(arguments, plan)
+    source, plan = flags.planned(arguments)
+    out = flags.out_of(arguments, plan)
     document = _plan_document(source, plan, out)
     if arguments.json:
         print(json.dumps(document, indent=1))
@@ -92,7 +91,9 @@ def verify(arguments: argparse.Namespace) -> int:
     if found.problems and arguments.repair:
         for problem in found.problems:
             say(f"{problem.file}: {problem.text}")
-        repaired = repair.repair(out, found.bad_files, raw, shared_fs=arguments.shared_fs)
+        repaired = repair.repair(
+            out, found.bad_files, raw, shared_fs=arguments.shared_fs, as_json=arguments.json
+        )
         found = verify(out, full=arguments.full, say=say)
     if arguments.json:
         document = {
@@ -102,7 +103,7 @@ def verify(arguments: argparse.Namespace) -> int:
             "checked": found.checked,
             "repaired": repaired is not None,
         }
-        print(json.dumps(document, indent=1))
+        print(json.dumps(document))  # in one line, as those of a repair's progress
     else:
         lines = [f"{problem.file}: {problem.text}" for problem in found.problems]
         lines += [f"note: {note}" for note in found.notes]
@@ -114,7 +115,7 @@ def verify(arguments: argparse.Namespace) -> int:
 def inspect(arguments: argparse.Namespace) -> int:
     from pipelines.inspect import inspect, text
 
-    document = inspect(_existing(arguments.out), arguments.what)
+    document = inspect(flags.existing(arguments.out), arguments.what)
     print(json.dumps(document, indent=1) if arguments.json else text(document))
     return 0
 
@@ -122,7 +123,7 @@ def inspect(arguments: argparse.Namespace) -> int:
 def status(arguments: argparse.Namespace) -> int:
     from pipelines.status import status, text
 
-    document = status(_existing(arguments.out))
+    document = status(flags.existing(arguments.out))
     print(json.dumps(document, indent=1) if arguments.json else text(document))
     return 0
 
@@ -138,7 +139,7 @@ def diff(arguments: argparse.Namespace) -> int:
 def report(arguments: argparse.Namespace) -> int:
     from pipelines.report import report
 
-    print(report(_existing(arguments.out)))
+    print(report(flags.existing(arguments.out)))
     return 0
 
 
@@ -157,77 +158,6 @@ def demo_raw(arguments: argparse.Namespace) -> int:
     print(draw(storage.absolute(arguments.dir), drawing, arguments.seed))
     print(f"next: python -m pipelines build --raw {arguments.dir}")
     return 0
-
-
-def parse_only(text: str, plan: Plan) -> set[int]:
-    """Shard numbers from "12,40-44", counted over all splits as `plan` prints them, or from names
-    such as "val-000003". Raises UserError for what the plan does not have."""
-    names = {shard.name: number for number, shard in enumerate(plan.shards)}
-    numbers: set[int] = set()
-    for item in text.split(","):
-        first, _, last = item.partition("-")
-        if item in names:
-            numbers.add(names[item])
-        elif first.isdecimal() and (last or first).isdecimal() and int(first) <= int(last or first):
-            numbers |= set(range(int(first), int(last or first) + 1))
-        else:
-            raise UserError(f"--only {text}: {item!r} is no shard; write 12,40-44 or val-000003")
-    if beyond := sorted(numbers - set(names.values())):
-        raise UserError(f"--only {text}: there is no shard {beyond[0]}, only 0 to {len(names) - 1}")
-    return numbers
-
-
-def _plan(arguments: argparse.Namespace) -> tuple[Source, Plan]:
-    from pipelines.plan import make
-    from pipelines.sources import official, scan, subset
-
-    recipe = Recipe(  # without what depends on the source
-        splits=tuple(dict.fromkeys(arguments.splits.split(","))),
-        subset=subset.parse(arguments.subset) if arguments.subset else (),
-        per_class=arguments.per_class,
-        partial=arguments.partial,
-        **_given(arguments),
-    )
-    raw = storage.absolute(arguments.raw)
-    splits = [split for split in SPLITS if split in recipe.splits]
-    source = scan(raw, splits, recipe.partial)
-    if arguments.verify_md5:
-        official.verify_md5(raw, dict(source.containers))
-    source = subset.select(source, recipe.subset, recipe.per_class)
-    recipe = replace(recipe, **_defaults_of(source) | _given(arguments))
-    return source, make(source, recipe)
-
-
-def _given(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The flags whose default depends on the source, where the user set them."""
-    names = ("resize", "crop", "quality", "exif_orientation", "samples_per_shard", "shuffle")
-    values = {name: getattr(arguments, name) for name in (*names, "seed")}
-    return {name: value for name, value in values.items() if value is not None}
-
-
-def _defaults_of(source: Source) -> dict[str, Any]:
-    """What suits this source unless the user says otherwise."""
-    defaults: dict[str, Any] = {"shuffle": source.shuffle}
-    if source.stored:
-        defaults |= {name: getattr(source.stored, name) for name in ("resize", "crop", "quality")}
-    return defaults
-
-
-def _out(arguments: argparse.Namespace, plan: Plan) -> str:
-    if arguments.out is not None:
-        return storage.absolute(arguments.out)
-    return str(storage.home() / "shards" / plan.plan_id[:12])
-
-
-def _existing(out: str | None) -> str:
-    found = storage.absolute(out) if out is not None else storage.newest_shards()
-    if found is None:
-        shards = storage.home() / "shards"
-        raise UserError(
-            f"no shard set under {shards}; pass --out, or build one with "
-            "`python -m pipelines build --raw RAW`"
-        )
-    return found
 
 
 def _say(arguments: argparse.Namespace, line: str) -> None:

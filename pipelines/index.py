@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -165,6 +166,5 @@ class Meter:
         if self._members:
             rate = f"{self._members:,} members, {self._members / seconds:,.0f}/s"
         eta = f"ETA {seconds / share - seconds:,.0f} s" if share else "ETA ?"
-        print(
-            f"{self._what}: {rate}, {share:.0%} of {self._total / 1e9:,.1f} GB, {eta}", flush=True
-        )
+        line = f"{self._what}: {rate}, {share:.0%} of {self._total / 1e9:,.1f} GB, {eta}"
+        print(line, file=sys.stderr, flush=True)  # stdout may be JSON for a program

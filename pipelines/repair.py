@@ -14,7 +14,12 @@ from pipelines.progress import BuildFailed, MaxRejected
 
 
 def repair(
-    out: str, bad_files: Collection[str], raw: str | None, *, shared_fs: bool = False
+    out: str,
+    bad_files: Collection[str],
+    raw: str | None,
+    *,
+    shared_fs: bool = False,
+    as_json: bool = False,
 ) -> shards.Manifest:
     """Make the shards of `bad_files` (names in `out`) again from `raw`, and all that is derived.
 
@@ -38,7 +43,9 @@ def repair(
     for name in names:
         finish.remove(out, name)
     no_limit = MaxRejected(number=plan.pictures)
-    manifest = pipelines.build.build(plan, raw, out, max_rejected=no_limit, shared_fs=shared_fs)
+    manifest = pipelines.build.build(
+        plan, raw, out, max_rejected=no_limit, shared_fs=shared_fs, as_json=as_json
+    )
     assert manifest is not None, "a build of all shards ends with a manifest"
     if expected and manifest.digest not in expected:
         raise BuildFailed(

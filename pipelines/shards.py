@@ -53,7 +53,7 @@ INDEX = pa.schema(
     ]
 )
 _TAR_BLOCK = 512
-_STATUS = b"alexnet.status"
+STATUS = b"alexnet.status"
 
 
 @dataclass(frozen=True)
@@ -266,7 +266,7 @@ def sidecar_uri(uri: str, shard: str) -> str:
 
 def pack_sidecar(rows: pa.Table, status: dict[str, Any]) -> bytes:
     """A shard's index rows with its status (plan_id, samples, bytes, sha256, …) in the metadata."""
-    return parquet_bytes(rows.replace_schema_metadata({_STATUS: canonical_json(status)}))
+    return parquet_bytes(rows.replace_schema_metadata({STATUS: canonical_json(status)}))
 
 
 def unpack_sidecar(data: bytes) -> tuple[pa.Table, dict[str, Any]]:
@@ -276,9 +276,9 @@ def unpack_sidecar(data: bytes) -> tuple[pa.Table, dict[str, Any]]:
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"no parquet file: {error}") from error
     metadata = table.schema.metadata or {}
-    if _STATUS not in metadata:
+    if STATUS not in metadata:
         raise ValueError("no shard status in the parquet metadata")
-    return table.replace_schema_metadata(None), json.loads(metadata[_STATUS])
+    return table.replace_schema_metadata(None), json.loads(metadata[STATUS])
 
 
 def parquet_bytes(table: pa.Table, **options: Any) -> bytes:

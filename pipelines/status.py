@@ -116,7 +116,7 @@ def _footer(out: str, name: str, size: int) -> dict[str, Any] | None:
     file = pa.PythonFile(tars.RangeFile(shards.sidecar_uri(out, name), 0, size), mode="r")
     try:
         metadata = pq.read_schema(file).metadata or {}
-        found: dict[str, Any] = json.loads(metadata.get(shards._STATUS, b""))
+        found: dict[str, Any] = json.loads(metadata.get(shards.STATUS, b""))
     except (ValueError, pa.ArrowException, OSError):
         return None
     return found

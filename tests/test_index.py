@@ -140,7 +140,7 @@ def test_a_long_reading_says_how_far_it_is(
         for _ in range(4):
             clock[0] += 3
             meter.add(1500, 500_000_000)
-    assert capsys.readouterr().out.splitlines() == [
+    assert capsys.readouterr().err.splitlines() == [
         "indexing x.tar: 3,000 members, 500/s, 25% of 4.0 GB, ETA 18 s",
         "indexing x.tar: 6,000 members, 500/s, 50% of 4.0 GB, ETA 12 s",
         "indexing x.tar: 6,000 members, 500/s, 50% of 4.0 GB, ETA 12 s",
@@ -148,7 +148,7 @@ def test_a_long_reading_says_how_far_it_is(
     with index.Meter("MD5 of x.tar", 4_000_000_000) as meter:
         clock[0] += 10
         meter.add(0, 1_000_000_000)
-    assert capsys.readouterr().out.startswith("MD5 of x.tar: 100 MB/s, 25% of 4.0 GB, ETA 30 s")
+    assert capsys.readouterr().err.startswith("MD5 of x.tar: 100 MB/s, 25% of 4.0 GB, ETA 30 s")
     with index.Meter("short", 10) as meter:
         meter.add(1, 10)
-    assert capsys.readouterr().out == ""
+    assert capsys.readouterr().err == ""

@@ -1,16 +1,24 @@
 """python -m pipelines as a user meets it: words, exit codes, one line for each mistake."""
 
+import io
+import json
 import shutil
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from drawn import A, B, C, archives, devkit, imagefolder, jpeg
-from made import started
+from made import made_shards, started
+from PIL import Image
 
-from pipelines import storage
+from pipelines import shards, storage
 from pipelines.cli import main
+from pipelines.plan import Recipe
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:ray.data.context")
 
 
 @pytest.fixture
@@ -118,7 +126,7 @@ def test_the_other_commands_say_what_they_did(
     capsys.readouterr()
     (out / "val-000001.tar").write_bytes(b"")
     assert main(["verify", str(out)]) == 1
-    assert "val-000001.tar: its 0 bytes have another sha256" in capsys.readouterr().out
+    assert "val-000001.tar: its 0 bytes should be" in capsys.readouterr().out
 
 
 def test_missing_shard_sets_are_one_line_and_exit_2(
@@ -164,3 +172,85 @@ def test_ctrl_c_says_how_to_continue_and_exits_130(
     assert "the same command continues" in errors.splitlines()[-1]
     assert not (out / "manifest.json").exists()
     assert not list(out.rglob("*.tmp"))
+
+
+def test_json_is_all_that_programs_get(
+    local_ray: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    raw, out = str(archives(tmp_path / "raw")), str(tmp_path / "out")
+
+    def said(*argv: str, code: int = 0) -> list[dict[str, Any]]:
+        assert main([*argv, "--json"]) == code
+        text = capsys.readouterr().out
+        return (
+            [json.loads(text)] if text.startswith("{\n") else [*map(json.loads, text.splitlines())]
+        )
+
+    (plan,) = said("plan", "--raw", raw, "--out", out, "--samples-per-shard", "4")
+    assert plan["splits"]["train"]["samples_per_shard"] == [3, 3]
+    assert plan["splits"]["val"]["announced"] == 3
+    lines = said("build", "--raw", raw, "--out", out, "--samples-per-shard", "4")
+    assert lines[-1]["event"] == "built" and lines[-1]["plan_id"] == plan["plan_id"]
+    assert lines[-1]["totals"]["train"]["samples"] == 6
+    (status,) = said("status", out)
+    assert status["plan_id"] == plan["plan_id"]
+    (shard,) = said("inspect", "train-000000", "--out", out)
+    assert "train-000000" in json.dumps(shard)
+    (same,) = said("diff", out, out)
+    assert same["same"] is True
+    (found,) = said("verify", out)
+    assert found["problems"] == [] and found["repaired"] is False
+    Path(out, "val-000000.tar").write_bytes(b"")
+    (found,) = said("verify", out, code=1)
+    assert found["problems"][0]["file"] == "val-000000.tar"
+    *_, found = said("verify", out, "--repair")
+    assert found["problems"] == [] and found["repaired"] is True
+
+
+def test_another_set_differs_with_exit_1(
+    drawn_shards: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = str(tmp_path / "other")
+    made_shards(str(archives(tmp_path / "raw")), other, Recipe())
+    assert main(["diff", drawn_shards, other]) == 1
+    assert "samples_per_shard: 8 -> 5005" in capsys.readouterr().out.replace("→", "->")
+
+
+def test_shards_of_one_size_become_shards_of_another_and_of_other_lengths(
+    local_ray: str, drawn_raw: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    large, same, small = (str(tmp_path / name) for name in ("large", "same", "small"))
+    made_shards(drawn_raw, large, Recipe(crop=256, samples_per_shard=8))
+    argv = ["build", "--raw", large, "--samples-per-shard", "20", "--out"]
+    assert main([*argv, same]) == 0
+    assert main([*argv, small, "--crop", "227"]) == 0
+    before = {row["key"]: row for row in shards.load_index(large, "train").to_pylist()}
+    kept = {row["key"]: row for row in shards.load_index(same, "train").to_pylist()}
+    assert {key: row["sha256"] for key, row in kept.items()} == {
+        key: row["sha256"] for key, row in before.items()
+    }
+    assert shards.load_manifest(same).crop == 256 and shards.load_manifest(small).crop == 227
+    row = shards.load_index(small, "train").to_pylist()[0]
+    assert row["label"] == before[row["key"]]["label"]
+
+    def pixels(out: str, row: dict[str, Any]) -> np.ndarray:
+        data = storage.read(f"{out}/{row['shard']}.tar", row["offset"], row["size"])
+        return np.asarray(Image.open(io.BytesIO(data)), dtype=float)
+
+    centre = pixels(large, before[row["key"]])[14:241, 14:241]
+    assert np.abs(pixels(small, row) - centre).mean() < 3
+    capsys.readouterr()
+    enlarged = ["--resize", "300", "--crop", "260"]
+    assert "needs more than these shards hold" in refused(capsys, *argv[:3], *enlarged)
+
+
+def test_a_subset_is_ranked_by_its_own_classes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    raw = str(archives(tmp_path / "raw"))
+    argv = ["plan", "--raw", raw, "--subset", f"{C},{B}", "--per-class", "1", "--json"]
+    assert main(argv) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["classes"] == 2
+    assert document["splits"]["train"]["pictures"] == document["splits"]["val"]["pictures"] == 2
+    assert document["identity"]["recipe"]["subset"] == [B, C]
