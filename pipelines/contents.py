@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 
 from alexnet.errors import UserError
 from pipelines import shards, storage
-from pipelines.sources import SPLITS
+from pipelines.sources import SPLITS, TABLE
 
 SUMS = "SHA256SUMS"
 MANIFEST = "manifest.json"
@@ -67,7 +67,8 @@ def manifest(out: str) -> shards.Manifest:
             if not _SHARD.fullmatch(row["name"]) or not row["name"].startswith(row["split"] + "-"):
                 raise ValueError(f"{row['name']!r} of {row['split']!r} is no shard")
         _check_type(found.document, {"plan_id": str, "totals": dict, "rejected": dict})
-        _check_type(found.document, {"fixes": dict})
+        _check_type(found.document, {"fixes": dict, "source": dict})
+        _check_type(found.document["source"], {"layout": str})
         if strangers := set(found.document["totals"]) - set(SPLITS):
             raise ValueError(f"{strangers} is no split")
         if not all(isinstance(name, str) for name in found.wnids + found.class_names):
@@ -144,7 +145,7 @@ def parse_quarantine(out: str, split: str, data: bytes) -> list[dict[str, Any]]:
         entries = [json.loads(line) for line in data.splitlines()]
         for entry in entries:
             _check_type(entry, {"key": str, "reason": str, "source": str})
-            _check_type(entry, {"source_size": int, "source_sha256": str})
+            _check_type(entry, {"source_offset": int, "source_size": int, "source_sha256": str})
         return entries
 
 
@@ -186,8 +187,7 @@ def planned(out: str) -> pa.Table:
     with _damage(out, PLANNED):
         file = pq.ParquetFile(pa.BufferReader(data), pre_buffer=False)
         table = file.read(columns, use_threads=False).select(columns)
-        table.validate(full=True)
-        return table
+        return _check_values(table, pa.schema([TABLE.field(name) for name in columns]))
 
 
 def one_line(text: str) -> str:
@@ -206,13 +206,18 @@ def _read(out: str, name: str) -> bytes:
 
 
 def _check_rows(table: pa.Table) -> pa.Table:
+    table = _check_values(table, shards.INDEX)
+    if pc.list_flatten(table["fixes"]).null_count:
+        raise ValueError("no value in some rows of fixes")
+    return table
+
+
+def _check_values(table: pa.Table, schema: pa.Schema) -> pa.Table:
     """Arrow looks at neither text nor offsets while it reads; a damaged page can hold anything."""
-    if not table.schema.equals(shards.INDEX):
-        raise TypeError(f"its columns are {table.schema.names}, not {shards.INDEX.names}")
+    if not table.schema.equals(schema):
+        raise TypeError(f"its columns are {table.schema.names}, not {schema.names}")
     table.validate(full=True)
-    columns = {name: table[name] for name in table.column_names}
-    columns["fixes' values"] = pc.list_flatten(table["fixes"])
-    if nulls := [name for name, column in columns.items() if column.null_count]:
+    if nulls := [name for name in schema.names if table[name].null_count]:
         raise ValueError(f"no value in some rows of {', '.join(nulls)}")
     return table
 

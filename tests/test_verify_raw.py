@@ -165,3 +165,10 @@ def test_a_set_whose_manifest_is_damaged_is_still_hashed(out: str) -> None:
     assert verify(out, full=True).bad_files == ("manifest.json", "val-000000.tar")
     shutil.rmtree(Path(out, "index"))
     assert "index/val.parquet" in verify(out).bad_files
+
+
+def test_a_set_of_real_pictures_is_whole(data_folder: Path, tmp_path: Path) -> None:
+    raw = str(data_folder / "tiny20" / "imagefolder")
+    out = build_set(raw, tmp_path / "real", Recipe(samples_per_shard=50, partial=True))
+    findings = verify(out, full=True, raw=raw)
+    assert told(findings) == [] and findings.notes == ()
