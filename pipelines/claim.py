@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import io
+import json
 from dataclasses import asdict
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from alexnet.errors import UserError
@@ -22,14 +24,13 @@ def begin(out: str, raw: str, plan: Plan) -> None:
     """Claim `out` for this plan, or join it there. Raises UserError when it is another's."""
     location = storage.join(out, *_PLAN)
     if not storage.exists(location):
-        if other := [name for name, _ in storage.list_files(out)]:
-            raise UserError(f"{out} is not empty ({other[0]}, …) and no shard set; choose --out")
+        _refuse_strangers(out, plan)
         try:
             storage.write_new(location, _document(plan))
         except UserError:
             if not storage.exists(location):  # else another builder was faster: whose plan is it?
                 raise
-    found = shards.read_json(location)
+    found = _read_plan(location)
     if found["plan_id"] != plan.plan_id:
         raise UserError(
             f"{out} holds plan {found['plan_id'][:12]}, this is plan {plan.plan_id[:12]} "
@@ -69,7 +70,7 @@ def load(out: str) -> Plan:
     location = storage.join(out, *_PLAN)
     if not storage.exists(location):
         raise UserError(f"{out}: no shard set was begun here (no _meta/plan.json)")
-    document = shards.read_json(location)
+    document = _read_plan(location)
     fields = {name: document[name] for name in ("labels_from", "announced", "official")}
     return Plan(
         plan_id=document["plan_id"],
@@ -79,6 +80,29 @@ def load(out: str) -> Plan:
         class_names=tuple(document["classes"]["names"]),
         table=None,
         **fields,
+    )
+
+
+def _refuse_strangers(out: str, plan: Plan) -> None:
+    """A folder without a plan must be empty, or a set of this very plan that lost it."""
+    if not (other := [name for name, _ in storage.list_files(out)]):
+        return
+    manifest = storage.join(out, "manifest.json")
+    if storage.exists(manifest) and shards.read_json(manifest).get("plan_id") == plan.plan_id:
+        return
+    raise UserError(f"{out} is not empty ({other[0]}, …) and no shard set; choose --out")
+
+
+def _read_plan(location: str) -> Any:
+    try:
+        document = json.loads(storage.read(location))
+        if {"plan_id", "identity", "shards", "classes"} <= document.keys():
+            return document
+    except (ValueError, AttributeError):
+        pass
+    raise UserError(
+        f"{location} is damaged; delete it and start the build command of this set again: it "
+        "writes the plan anew and keeps every good shard"
     )
 
 
@@ -112,8 +136,11 @@ def _plan_id(parquet: pq.ParquetFile) -> str:
 def _rows_belong_to(out: str) -> str | None:
     if not storage.exists(storage.join(out, *_ROWS)):
         return None
-    with _open_rows(out) as parquet:
-        return _plan_id(parquet)
+    try:
+        with _open_rows(out) as parquet:
+            return _plan_id(parquet)
+    except (pa.ArrowException, OSError):  # damaged
+        return None
 
 
 def _document(plan: Plan) -> bytes:

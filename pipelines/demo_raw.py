@@ -18,7 +18,8 @@ import numpy as np
 from PIL import Image
 
 from alexnet.errors import UserError
-from pipelines import devkit, shards, storage
+from pipelines import shards, storage
+from pipelines.sources import devkit
 from pipelines.sources.ilsvrc import TRAIN_TAR, VAL_TAR
 
 _NOTE = "demo-raw.json"  # what was drawn, so that a second run knows it again

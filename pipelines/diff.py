@@ -8,9 +8,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipelines import contents
 from pipelines.shards import INDEX, Manifest
 from pipelines.sources import SPLITS
+from pipelines.verify import contents
 
 _SHOWN = 10  # keys or names of each kind
 _VALUE = 70  # characters of a value that is printed

@@ -9,8 +9,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from alexnet.errors import UserError
-from pipelines import contents, shards, storage
+from pipelines import shards, storage
 from pipelines.sources import UNLABELLED
+from pipelines.verify import contents
 
 _COPIES_SHOWN = 20
 _OWN_SHARD = re.compile(r"(train|val|test)-\d{6,}\.tar")

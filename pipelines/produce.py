@@ -17,7 +17,7 @@ import torch
 from PIL import features
 
 from alexnet.errors import UserError
-from pipelines import claim, reads, shards, storage, transform
+from pipelines import claim, reads, shards, storage
 from pipelines.plan import Orientation
 from pipelines.transform import Pixels, Rejected, Stored, keep_stored, to_stored
 

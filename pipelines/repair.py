@@ -29,6 +29,11 @@ def repair(
     """
     import pipelines.build  # loads Ray: not before every check that needs none
 
+    if lost := sorted({"_meta/plan.json", "_meta/plan.parquet"} & set(bad_files)):
+        raise UserError(
+            f"{out}/{lost[0]} is damaged; delete it and start the build command of this set "
+            "again: it writes the plan anew and keeps every good shard"
+        )
     plan = claim.load(out)
     raw = raw or claim.raw_of(out)
     if raw is None:

@@ -10,6 +10,7 @@ import base64
 import functools
 import hashlib
 import os
+import threading
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 from alexnet.errors import UserError
 
 _TRIES = 5
+_making = threading.Lock()
 _MISSING = {"404", "NoSuchKey", "NotFound"}
 
 
@@ -31,8 +33,10 @@ def _client_for(*_: str | None) -> Any:
 
 
 def _client() -> Any:
+    # One at a time: threads that arrive first together would each spend a second on making one.
     names = ("AWS_ENDPOINT_URL", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
-    return _client_for(*map(os.environ.get, names))
+    with _making:
+        return _client_for(*map(os.environ.get, names))
 
 
 def bucket_and_key(uri: str) -> tuple[str, str]:

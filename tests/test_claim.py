@@ -8,7 +8,7 @@ import pytest
 from test_plan import UNEVEN, by_shard, drawn_source
 
 from alexnet.errors import UserError
-from pipelines import claim, plan, sources, storage
+from pipelines import claim, plan, shards, sources, storage
 
 
 def test_a_task_reads_the_rows_of_its_own_shard(tmp_path: Path) -> None:
@@ -97,3 +97,23 @@ def test_a_plan_read_back_says_what_was_planned(tmp_path: Path) -> None:
     assert found.recipe == recipe and found.pictures == 102
     with pytest.raises(UserError, match="no shard set was begun here"):
         claim.load(str(tmp_path / "elsewhere"))
+
+
+def test_a_damaged_plan_is_told_and_written_anew_when_it_is_gone(tmp_path: Path) -> None:
+    source = drawn_source(UNEVEN)
+    made = plan.make(source, plan.Recipe(splits=("train",)))
+    claim.begin(str(tmp_path), source.raw, made)
+    before = {path: path.read_bytes() for path in (tmp_path / "_meta").iterdir()}
+    storage.write(f"{tmp_path}/manifest.json", shards.canonical_json({"plan_id": made.plan_id}))
+    (tmp_path / "_meta" / "plan.json").write_bytes(b'{"plan_id":')
+    (tmp_path / "_meta" / "plan.parquet").write_bytes(b"PAR1 no more")
+    for call in (claim.load, lambda out: claim.begin(out, source.raw, made)):
+        with pytest.raises(UserError, match="plan.json is damaged; delete it and start the build"):
+            call(str(tmp_path))
+    (tmp_path / "_meta" / "plan.json").unlink()
+    claim.begin(str(tmp_path), source.raw, made)
+    assert {path: path.read_bytes() for path in (tmp_path / "_meta").iterdir()} == before
+    other = plan.make(source, plan.Recipe(splits=("train",), seed=1))
+    (tmp_path / "_meta" / "plan.json").unlink()
+    with pytest.raises(UserError, match="is not empty"):
+        claim.begin(str(tmp_path), source.raw, other)

@@ -11,8 +11,9 @@ from PIL import Image
 from scipy.io import loadmat
 
 from alexnet.errors import UserError
-from pipelines import devkit, sources, storage
+from pipelines import sources, storage
 from pipelines.demo_raw import Drawing, draw
+from pipelines.sources import devkit
 from pipelines.transform import Rejected, to_stored
 
 SMALL = Drawing(classes=3, per_class=4, val_per_class=2)

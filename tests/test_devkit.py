@@ -1,4 +1,4 @@
-"""pipelines/devkit.py: classes, counts and ground truth, or a refusal that says what is wrong."""
+"""pipelines/sources/devkit.py: classes, counts and ground truth, or a refusal that says what is wrong."""
 
 import gzip
 import io
@@ -12,8 +12,8 @@ from drawn import A, B, C, archives, devkit, packed_devkit, synsets, tar
 from scipy.io import savemat
 
 from alexnet.errors import UserError
-from pipelines import devkit as kits
 from pipelines import sources, storage
+from pipelines.sources import devkit as kits
 
 GOOD = devkit([C, A, B], 2, "3\n1\n2\n")
 TRUTH = ("ILSVRC2012_validation_ground_truth.txt", b"3\n1\n2\n")

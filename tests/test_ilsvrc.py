@@ -10,8 +10,8 @@ import pytest
 from drawn import A, B, C, archives, devkit, imagefolder, jpeg, tar
 
 from alexnet.errors import UserError
-from pipelines import devkit as devkits
 from pipelines import sources, storage
+from pipelines.sources import devkit as devkits
 from pipelines.sources import ilsvrc
 
 BOTH = ("train", "val")

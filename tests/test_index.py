@@ -1,4 +1,4 @@
-"""pipelines/index.py: archives are read once, and again when they change."""
+"""pipelines/sources/index.py: archives are read once, and again when they change."""
 
 import os
 import threading
@@ -10,7 +10,8 @@ import pytest
 from drawn import tar
 
 from alexnet.errors import UserError
-from pipelines import index, shards, storage, tars
+from pipelines import shards, storage, tars
+from pipelines.sources import index
 
 
 @pytest.fixture

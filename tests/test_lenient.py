@@ -1,4 +1,4 @@
-"""pipelines/lenient.py: what can be seen of a damaged picture, without harm to anybody."""
+"""pipelines/report/lenient.py: what can be seen of a damaged picture, without harm to anybody."""
 
 import io
 import struct
@@ -9,7 +9,7 @@ import pytest
 from drawn import encoded, jpeg, picture
 from PIL import Image, ImageFile
 
-from pipelines import lenient
+from pipelines.report import lenient
 
 
 def pixels(data: bytes) -> np.ndarray:

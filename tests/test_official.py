@@ -9,8 +9,8 @@ import pytest
 from drawn import A, B, C, archives, devkit, jpeg, tar
 
 from alexnet.errors import UserError
-from pipelines import devkit as kits
 from pipelines import sources, storage
+from pipelines.sources import devkit as kits
 from pipelines.sources import official
 
 VAL, TRAIN = "ILSVRC2012_img_val.tar", "ILSVRC2012_img_train.tar"

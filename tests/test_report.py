@@ -1,4 +1,4 @@
-"""pipelines/report.py: a page that is whole, safe and bounded; its numbers are the index's."""
+"""pipelines/report/: a page that is whole, safe and bounded; its numbers are the index's."""
 
 import base64
 import io
@@ -18,18 +18,9 @@ import pytest
 from drawn import jpeg
 from PIL import Image
 
-from pipelines import (
-    journal,
-    report_charts,
-    report_numbers,
-    report_pace,
-    report_pictures,
-    report_quarantine,
-    shards,
-    storage,
-)
+from pipelines import journal, shards, storage
 from pipelines.journal import Journal, Point
-from pipelines.report import report
+from pipelines.report import charts, counts, pace, pictures, quarantine, report
 from pipelines.transform import FIXES, REASONS
 
 VOID = {"meta", "img"}
@@ -235,7 +226,7 @@ def test_pictures_that_do_not_fit_are_left_out_and_that_is_told(
 ) -> None:
     whole = page(copy).images["pictures"]
     room = sum(4 * len(data) // 3 for _, data in whole[:31]) // 2
-    monkeypatch.setattr(report_pictures, "_SHEET_ROOM", room)
+    monkeypatch.setattr(pictures, "_SHEET_ROOM", room)
     found = page(copy)
     shown = len(found.images["pictures"]) - 12
     assert 8 <= shown < 31
@@ -244,7 +235,7 @@ def test_pictures_that_do_not_fit_are_left_out_and_that_is_told(
 
 def test_more_classes_than_pictures_are_chosen_evenly() -> None:
     index = pa.table({"label": np.repeat(np.arange(5000), 3)[::-1]})
-    labels, rows = report_pictures._first_of_each(index, 1000)
+    labels, rows = pictures._first_of_each(index, 1000)
     assert len(labels) == len(rows) == 1000
     assert labels[0] == 0 and labels[-1] == 4999 and set(np.diff(labels)) <= {4, 5, 6}
     assert index["label"].to_numpy()[rows].tolist() == labels.tolist()
@@ -269,9 +260,9 @@ def test_the_charts_of_sizes_hold_every_picture_once(copy: Path) -> None:
 
 def test_dark_cells_lie_where_the_pictures_are() -> None:
     width, height = np.array([100] * 50 + [1000]), np.array([1000] * 50 + [100])
-    svg = report_charts.density("c", width, height, 256)
+    svg = charts.density("c", width, height, 256)
     cells = dict(re.findall(r'fill-opacity="([\d.]+)" d="(M\S+ \S+?h)', svg))
-    last = report_charts._CELLS
+    last = charts._CELLS
     assert cells == {"1.00": f"M0 -{last}h", "0.34": f"M{last - 1} -1h"}
 
 
@@ -322,8 +313,8 @@ def test_what_shows_no_picture_is_shown_as_bytes(copy: Path) -> None:
 def test_every_reason_has_its_turn_in_the_gallery_and_the_rest_is_listed(
     copy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(report_quarantine, "_GALLERY", 3)
-    monkeypatch.setattr(report_quarantine, "_LISTED", 4)
+    monkeypatch.setattr(quarantine, "_GALLERY", 3)
+    monkeypatch.setattr(quarantine, "_LISTED", 4)
     cut = jpeg()[:-300]
     entries: list[tuple[dict[str, Any], bytes]] = [({}, cut)] * 8
     put_rejected(copy, [*entries, ({"reason": "corrupt"}, cut)])
@@ -393,7 +384,7 @@ def a_journal(start: float, rates: list[tuple[float, float]], **fields: Any) -> 
 
 
 def test_a_line_of_throughput_follows_the_journal() -> None:
-    course = report_pace._course(a_journal(1000.0, [(300, 200), (300, 50)]))
+    course = pace._course(a_journal(1000.0, [(300, 200), (300, 50)]))
     assert course[0][0] == 1000 and course[-1][0] == 1600
     assert {round(rate, 6) for at, rate in course if at < 1290} == {200}
     assert {round(rate, 6) for at, rate in course if at > 1310} == {50}
@@ -403,7 +394,7 @@ def test_a_shard_that_is_long_in_the_making_is_no_burst() -> None:
     entry = Journal(2, 10**4, started=0.0)
     for second in range(0, 1001, 5):
         journal.add(entry, Point(float(second), 0, 5000 * (second // 500), 0, 0, 0))
-    assert {round(rate, 6) for _, rate in report_pace._course(entry)} == {10}
+    assert {round(rate, 6) for _, rate in pace._course(entry)} == {10}
 
 
 def test_pauses_are_shaded_and_drawn_short_and_each_builder_has_a_line(copy: Path) -> None:
@@ -451,7 +442,7 @@ def test_a_stored_picture_that_cannot_be_decoded_is_told_by_its_name(copy: Path)
 
 
 def test_long_tables_are_cut_and_that_is_told() -> None:
-    from pipelines.report_page import table
+    from pipelines.report.page import table
 
     text = table(["n"], [[n] for n in itertools.repeat(1, 2500)])
     assert text.count("<td") == 2000 and "500 more rows are not shown" in text
@@ -460,4 +451,4 @@ def test_long_tables_are_cut_and_that_is_told() -> None:
 def test_pictures_of_a_set_made_from_shards_were_scaled_from_the_stored_side(copy: Path) -> None:
     stored = {"resize": 512, "crop": 454, "quality": 90, "digest": "0" * 64}
     edit(copy, lambda document: document["source"].update(stored=stored))
-    assert report_numbers._scaled_to(shards.load_manifest(str(copy))) == 227
+    assert counts._scaled_to(shards.load_manifest(str(copy))) == 227

@@ -1,4 +1,4 @@
-"""pipelines/transform.py: every good picture is converted right, with Pillow as the oracle."""
+"""pipelines/transform/: every good picture is converted right, with Pillow as the oracle."""
 
 import csv
 import gzip

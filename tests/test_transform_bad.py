@@ -1,4 +1,4 @@
-"""pipelines/transform.py: nothing cut, forged or damaged passes, crashes or takes memory."""
+"""pipelines/transform/: nothing cut, forged or damaged passes, crashes or takes memory."""
 
 import gzip
 import io

@@ -1,4 +1,4 @@
-"""pipelines/transform.py: what resizing costs in quality, and keeping stored pictures, nothing."""
+"""pipelines/transform/: what resizing costs in quality, and keeping stored pictures, nothing."""
 
 import gzip
 import io

@@ -1,4 +1,4 @@
-"""pipelines/verify.py and contents.py: every damage of a finished set is found and named."""
+"""pipelines/verify/: every damage of a finished set is found and named."""
 
 import random
 import re

@@ -1,4 +1,4 @@
-"""pipelines/verify.py, audit.py, fates.py: sets whose hashes are right and contents are not.
+"""pipelines/verify/: sets whose hashes are right and contents are not.
 
 Somebody, or a defect of the builder, may write wrong files and list them faithfully.
 """

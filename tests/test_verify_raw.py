@@ -1,4 +1,4 @@
-"""pipelines/verify.py: labels looked up in RAW again, unlabelled pictures, S3, large shards."""
+"""pipelines/verify/: labels looked up in RAW again, unlabelled pictures, S3, large shards."""
 
 import re
 import shutil
@@ -9,9 +9,9 @@ import pytest
 from built import build_set, write_folders
 
 from alexnet.errors import UserError
-from pipelines import audit, storage
+from pipelines import storage
 from pipelines.plan import Recipe
-from pipelines.verify import Findings, verify
+from pipelines.verify import Findings, audit, verify
 
 # No WNIDs: nothing but the folder says what the class is. Every picture is another one.
 TRAIN = {f"train/{c}/{c}{i}.jpg": 10 * k + i for k, c in enumerate("ab") for i in range(4)}

@@ -216,8 +216,8 @@ def _code_sha256() -> str:
     """Identity of the three packages' sources, which is there with and without git."""
     digest = hashlib.sha256()
     for package in ("alexnet", "pipelines", "training"):
-        for path in sorted((_ROOT / package).glob("*.py")):
-            digest.update(f"{package}/{path.name}\0".encode() + path.read_bytes())
+        for path in sorted((_ROOT / package).rglob("*.py")):
+            digest.update(f"{path.relative_to(_ROOT)}\0".encode() + path.read_bytes())
     return digest.hexdigest()
 
 

@@ -13,7 +13,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from alexnet.errors import UserError
-from pipelines import devkit, storage
+from pipelines import storage
+from pipelines.sources import devkit
 from pipelines.sources.ilsvrc import announced, check_promise
 from pipelines.sources.table import SPLITS, Source, labelled, part
 

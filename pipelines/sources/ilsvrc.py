@@ -14,8 +14,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from alexnet.errors import UserError
-from pipelines import devkit, index, storage
-from pipelines.sources import official, patches
+from pipelines import storage
+from pipelines.sources import devkit, index, official, patches
 from pipelines.sources.table import Source, labelled, part
 
 TRAIN_TAR = "ILSVRC2012_img_train.tar"

@@ -18,8 +18,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from alexnet.errors import UserError
-from pipelines import devkit, storage
-from pipelines.index import Meter
+from pipelines import storage
+from pipelines.sources import devkit
+from pipelines.sources.index import Meter
 
 _PIECE = 8 << 20  # bytes per read while hashing
 _AHEAD = 4  # reads under way

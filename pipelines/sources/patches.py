@@ -6,7 +6,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from alexnet.errors import UserError
-from pipelines import index, storage
+from pipelines import storage
+from pipelines.sources import index
 
 
 def apply(

@@ -32,9 +32,9 @@ import torch
 from PIL import Image
 
 from alexnet.preprocess import resize_and_crop
-from pipelines import jpegs, picture_files
-from pipelines.jpegs import Pixels
-from pipelines.picture_files import MAX_PIXELS, Unusable
+from pipelines.transform import jpegs, picture_files
+from pipelines.transform.jpegs import Pixels
+from pipelines.transform.picture_files import MAX_PIXELS, Unusable
 
 __all__ = ["CODEC", "FIXES", "MAX_PIXELS", "REASONS", "Pixels", "Rejected", "Stored"]
 __all__ += ["decode", "keep_stored", "to_stored"]

@@ -7,10 +7,10 @@ from datetime import UTC, datetime
 
 import numpy as np
 
-from pipelines import report_charts
 from pipelines.journal import Journal
 from pipelines.progress import clock
-from pipelines.report_page import note, table
+from pipelines.report import charts
+from pipelines.report.page import note, table
 
 _STEPS = 60  # of the longest line
 _GAP = 0.08  # of the width: how wide a long pause is drawn at most
@@ -30,7 +30,7 @@ def pace(journals: Sequence[Journal]) -> str:
     ]
     ticks = [(0.0, _time(stops[0])), (1.0, _time(stops[-1])[11:])]
     caption = "Images per second while building; each builder has a line"
-    chart = report_charts.lines(caption, courses, gaps, ticks)
+    chart = charts.lines(caption, courses, gaps, ticks)
     heads = ["builder", "ended", "begun, UTC", "for", "shards", "images", "img/s", "MB/s read"]
     told = note("Shaded: nobody built; long pauses are drawn short.") if gaps else ""
     return chart + told + table(heads, [_row(entry) for entry in worked])

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipelines import shards, storage
-from pipelines.report_page import escape, folded, note, share
+from pipelines.report.page import escape, folded, note, share
 from pipelines.transform import FIXES
 
 _PER_CLASS = 8  # pictures at most

@@ -22,7 +22,7 @@ import numpy as np
 import simplejpeg
 from PIL import Image
 
-from pipelines.picture_files import Unusable, check_size
+from pipelines.transform.picture_files import Unusable, check_size
 
 Pixels = np.ndarray[tuple[int, ...], np.dtype[np.uint8]]
 

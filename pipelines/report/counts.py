@@ -9,10 +9,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipelines import duplicates, report_charts, shards
+from pipelines import duplicates, shards
 from pipelines.duplicates import Group, Repeats
 from pipelines.plan import Recipe, geometry
-from pipelines.report_page import folded, note, share, table
+from pipelines.report import charts
+from pipelines.report.page import folded, note, share, table
 from pipelines.sources import UNLABELLED, StoredAs
 
 _LYING_BARS = 40  # classes; more are drawn as columns without names
@@ -54,15 +55,15 @@ def sizes(manifest: shards.Manifest, indexes: dict[str, pa.Table]) -> str:
         f"The shorter side was scaled to {side} pixels (dashed). {enlarged:,} of {len(short):,} "
         f"pictures ({share(enlarged, len(short))}) were smaller and have been enlarged."
     )
-    charts = [
-        report_charts.density("Width across, height upward, pixels", width, height, side),
-        report_charts.sizes("Pictures by their shorter side, pixels", short, side),
-        report_charts.ratios("Pictures by width : height", width / height),
+    drawn = [
+        charts.density("Width across, height upward, pixels", width, height, side),
+        charts.sizes("Pictures by their shorter side, pixels", short, side),
+        charts.ratios("Pictures by width : height", width / height),
     ]
     heads = ["split", "shorter side: smallest", "quarter", "half", "three quarters", "largest"]
     heads += ["longest shape", "enlarged"]
     rows = [_size_row(split, index, side) for split, index in indexes.items() if index.num_rows]
-    chart = f'<div class="charts">{charts[0]}<div>{charts[1]}{charts[2]}</div></div>'
+    chart = f'<div class="charts">{drawn[0]}<div>{drawn[1]}{drawn[2]}</div></div>'
     return f"{note(told)}{chart}{table(heads, rows)}"
 
 
@@ -100,16 +101,16 @@ def _class_chart(
     if not counts.any():
         return head
     if len(counts) <= _LYING_BARS:
-        return head + report_charts.rows([names[label] for label in range(len(counts))], counts)
+        return head + charts.rows([names[label] for label in range(len(counts))], counts)
     fewest, most = int(counts.argmin()), int(counts.argmax())
     told = note(
         f"Fewest {counts[fewest]:,} ({names[fewest]}), median {np.median(counts):,.0f}, "
         f"most {counts[most]:,} ({names[most]})."
     )
-    step = int(report_charts.round_up(len(counts) / _MARKS))
+    step = int(charts.round_up(len(counts) / _MARKS))
     marks = range(0, len(counts), step)
     ticks = [((label + 0.5) / len(counts), f"{label:,}") for label in marks]
-    return head + told + report_charts.columns("Pictures by label", counts, ticks)
+    return head + told + charts.columns("Pictures by label", counts, ticks)
 
 
 def _scaled_to(manifest: shards.Manifest) -> int:

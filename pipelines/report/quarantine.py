@@ -8,9 +8,10 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from pipelines import lenient, shards, storage
-from pipelines.report_page import escape, folded, in_bytes, note, table
-from pipelines.report_pictures import embedded
+from pipelines import shards, storage
+from pipelines.report import lenient
+from pipelines.report.page import escape, folded, in_bytes, note, table
+from pipelines.report.pictures import embedded
 from pipelines.transform import REASONS
 
 _GALLERY = 60  # files shown with a picture

@@ -20,8 +20,8 @@ from typing import Any
 import pyarrow as pa
 
 from pipelines import storage
-from pipelines.contents import Problem, rows_of
 from pipelines.shards import Manifest
+from pipelines.verify.contents import Problem, rows_of
 
 Say = Callable[[str], None]
 

@@ -13,8 +13,9 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipelines import audit, contents, duplicates, fates, shards, storage
-from pipelines.contents import (
+from pipelines import duplicates, shards, storage
+from pipelines.verify import audit, contents, fates
+from pipelines.verify.contents import (
     MANIFEST,
     SUMS,
     Damaged,

@@ -11,9 +11,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipelines import storage
-from pipelines.contents import Problem, index_name, quarantine_name, rows_of, selection
 from pipelines.shards import Manifest
 from pipelines.sources import SPLITS, UNLABELLED
+from pipelines.verify.contents import Problem, index_name, quarantine_name, rows_of, selection
 
 Rejected = Mapping[str, Collection[str]]  # keys of the rejected pictures by split
 

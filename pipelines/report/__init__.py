@@ -6,17 +6,10 @@ everything is counted by columns, and pictures are shown up to a limit that is t
 
 from __future__ import annotations
 
-from pipelines import (
-    journal,
-    report_numbers,
-    report_pace,
-    report_pictures,
-    report_quarantine,
-    shards,
-    storage,
-)
+from pipelines import journal, shards, storage
 from pipelines.journal import Journal
-from pipelines.report_page import (
+from pipelines.report import counts, pace, pictures, quarantine
+from pipelines.report.page import (
     NOTHING,
     Section,
     escape,
@@ -45,16 +38,16 @@ def report(out: str) -> str:
     names[UNLABELLED] = "unlabelled"
     files = [journal.FOLDER + name for name, _ in storage.list_files(f"{out}/{journal.FOLDER}")]
     journals = journal.load(out, journal.newest(files, _JOURNALS))
-    sheets = report_pictures.contact_sheets(out, manifest, indexes, names)
+    sheets = pictures.contact_sheets(out, manifest, indexes, names)
     sections = [
         Section("totals", "Totals", _totals(manifest, splits)),
         Section("pictures", "Pictures", sheets),
-        Section("classes", "Classes", report_numbers.classes(manifest, indexes, names)),
-        Section("sizes", "Raw sizes", report_numbers.sizes(manifest, indexes)),
-        Section("fixes", "Fixes", report_pictures.fixes(out, indexes)),
-        Section("quarantine", "Quarantine", report_quarantine.quarantine(out, manifest, splits)),
-        Section("duplicates", "Duplicates and leaks", report_numbers.repeats(indexes)),
-        Section("throughput", "Throughput", report_pace.pace(journals)),
+        Section("classes", "Classes", counts.classes(manifest, indexes, names)),
+        Section("sizes", "Raw sizes", counts.sizes(manifest, indexes)),
+        Section("fixes", "Fixes", pictures.fixes(out, indexes)),
+        Section("quarantine", "Quarantine", quarantine.quarantine(out, manifest, splits)),
+        Section("duplicates", "Duplicates and leaks", counts.repeats(indexes)),
+        Section("throughput", "Throughput", pace.pace(journals)),
         Section("made", "Made with", _made_with(manifest)),
         Section("shards", "Shards", _shards(manifest)),
         Section("verify", "Verify without this program", _VERIFY),
@@ -89,7 +82,7 @@ def _lead(title: str, manifest: shards.Manifest, journals: list[Journal]) -> str
         ("pictures", f"shorter side scaled to {manifest.resize}, centre {manifest.crop} × "
          f"{manifest.crop}, JPEG quality {manifest.quality}"),
         ("order", f"{document['ordering']}, seed {manifest.seed}"),
-        ("built", report_pace.when(journals)),
+        ("built", pace.when(journals)),
         ("plan", manifest.plan_id),
         ("sha256 of the data set", manifest.digest),
     ]  # fmt: skip

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from pipelines.report_page import escape
+from pipelines.report.page import escape
 
 Numbers = np.ndarray[Any, np.dtype[Any]]
 Ticks = Sequence[tuple[float, str]]  # (position from 0 to 1, text)

@@ -97,7 +97,10 @@ def in_bytes(number: int) -> str:
 
 
 def share(part: int, whole: int) -> str:
-    return f"{100 * part / whole:.2g}%" if whole else NOTHING
+    if not whole:
+        return NOTHING
+    percent = 100 * part / whole
+    return f"{percent:.0f}%" if percent >= 10 else f"{percent:.2g}%"
 
 
 _STYLE = """
