@@ -1,4 +1,4 @@
-"""pipelines/sources/devkit.py: classes, counts and ground truth, or a refusal that says what is wrong."""
+"""pipelines/sources/devkit.py: classes, counts and ground truth, or what is wrong with them."""
 
 import gzip
 import io

@@ -49,9 +49,3 @@ def test_a_process_that_dies_costs_one_picture() -> None:
     assert first
     assert next(answers) == b""
     assert next(answers)
-
-
-def test_its_folder_hides_no_module_of_python() -> None:
-    # pipelines/ has an inspect.py of its own; found first, it would break the imports.
-    assert (Path(lenient.__file__).parent / "inspect.py").exists()
-    assert next(iter(lenient.thumbnails([jpeg()])))
