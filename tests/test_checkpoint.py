@@ -34,6 +34,11 @@ def train_step(model: AlexNet, optimizer: torch.optim.SGD, seed: int) -> None:
     optimizer.step()
 
 
+def save(folder: Path, model: AlexNet, optimizer: torch.optim.Optimizer, state: dict) -> None:
+    momentum = checkpoint.momentum(model, optimizer)
+    checkpoint.save(folder, {"model": model.state_dict(), "optimizer": momentum}, state)
+
+
 def momentum_of(model: AlexNet, optimizer: torch.optim.SGD) -> list[torch.Tensor]:
     return [optimizer.state[p]["momentum_buffer"] for p in model.parameters()]
 
@@ -48,7 +53,7 @@ def trained() -> tuple[AlexNet, torch.optim.SGD]:
 
 @pytest.fixture
 def folder(trained, tmp_path: Path) -> Path:
-    checkpoint.save(tmp_path / "saved", *trained, STATE)
+    save(tmp_path / "saved", *trained, STATE)
     return tmp_path / "saved"
 
 
@@ -83,7 +88,7 @@ def test_the_step_after_loading_is_the_step_that_would_have_followed(folder):
 
 def test_before_the_first_step_there_is_no_momentum_to_save(tmp_path):
     model, optimizer = fresh(0)
-    checkpoint.save(tmp_path, model, optimizer, STATE)
+    save(tmp_path, model, optimizer, STATE)
     checkpoint.verify(tmp_path)
     checkpoint.load_optimizer(tmp_path, model, optimizer)
     assert not any("momentum_buffer" in state for state in optimizer.state.values())
@@ -132,7 +137,7 @@ def test_unreadable_hashes_are_refused(folder, content):
 def run_folder(trained, tmp_path: Path) -> Path:
     """A run with checkpoints of steps 9, 10 and 8, whose names sort otherwise."""
     for name, step in (("checkpoint_a", 9), ("checkpoint_b", 10), ("checkpoint_c", 8)):
-        checkpoint.save(tmp_path / "run" / name, *trained, {**STATE, "step": step})
+        save(tmp_path / "run" / name, *trained, {**STATE, "step": step})
     (tmp_path / "run" / "checkpoint_manager_snapshot.json").write_text("{}")
     return tmp_path / "run"
 

@@ -2,6 +2,7 @@
 
     model.safetensors       parameters and buffers
     optimizer.safetensors   momentum of each parameter
+    NAME.safetensors        whatever else the training keeps, such as averaged weights
     state.json              step, config, manifest digest, MLflow run id, input spec, last metrics
     hashes.json             sha256 of the files above; written last, so its presence means complete
 
@@ -13,7 +14,7 @@ import hashlib
 import json
 import logging
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,22 +26,21 @@ from pipelines import storage
 
 logger = logging.getLogger("training")
 
-_FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
+# Without these a folder is no checkpoint; hashes.json says what else belongs to it.
+_LEAST = ("model.safetensors", "optimizer.safetensors", "state.json")
 
 
 def save(
-    folder: Path,
-    model: torch.nn.Module,
-    optimizer: torch.optim.Optimizer,
-    state: dict[str, Any],
+    folder: Path, tensors: Mapping[str, Mapping[str, torch.Tensor]], state: dict[str, Any]
 ) -> None:
-    """Writes a complete checkpoint into `folder`. `state` is JSON-ready."""
+    """Writes a complete checkpoint into `folder`: NAME.safetensors for each entry of `tensors`,
+    "model" and "optimizer" (see `momentum`) at least. `state` is JSON-ready."""
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: value.contiguous() for name, value in model.state_dict().items()}
-    save_file(tensors, folder / "model.safetensors")
-    save_file(_momentum(model, optimizer), folder / "optimizer.safetensors")
+    names = [f"{name}.safetensors" for name in tensors]
+    for name, entry in zip(names, tensors.values(), strict=True):
+        save_file({key: value.contiguous() for key, value in entry.items()}, folder / name)
     (folder / "state.json").write_text(json.dumps(state, indent=1, sort_keys=True))
-    hashes = {name: _sha256(folder / name) for name in _FILES}
+    hashes = {name: _sha256(folder / name) for name in (*names, "state.json")}
     (folder / "hashes.json").write_text(json.dumps(hashes, indent=1))
 
 
@@ -50,7 +50,7 @@ def verify(folder: Path) -> None:
         hashes = dict(json.loads((folder / "hashes.json").read_text()))
     except (FileNotFoundError, TypeError, ValueError) as error:  # absent, or no JSON object
         raise UserError(f"checkpoint {folder} is incomplete: no readable hashes.json") from error
-    for name in _FILES:
+    for name in sorted({*_LEAST, *hashes}):
         if not (folder / name).exists() or _sha256(folder / name) != hashes.get(name):
             raise UserError(f"checkpoint {folder} is damaged: {name} does not match its sha256")
 
@@ -90,28 +90,36 @@ def load_state(folder: Path) -> dict[str, Any]:
     return state
 
 
+def load_tensors(folder: Path, name: str) -> dict[str, torch.Tensor]:
+    """NAME.safetensors of a checkpoint, on the CPU."""
+    tensors: dict[str, torch.Tensor] = load_file(folder / f"{name}.safetensors")
+    return tensors
+
+
 def load_model(folder: Path, model: torch.nn.Module) -> None:
     """Copies the weights into `model`, on whatever device that is."""
-    model.load_state_dict(load_file(folder / "model.safetensors"))
+    model.load_state_dict(load_tensors(folder, "model"))
 
 
-def load_optimizer(folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Copies the momentum; the learning rate is a function of the step and is not stored."""
-    momentum = load_file(folder / "optimizer.safetensors")
-    for name, parameter in model.named_parameters():
-        if name in momentum:
-            # preserve_format: the buffer must have the parameter's memory layout for fused SGD
-            buffer = torch.empty_like(parameter).copy_(momentum[name])
-            optimizer.state[parameter]["momentum_buffer"] = buffer
-
-
-def _momentum(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+def momentum(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """What `save` takes as "optimizer": the momentum by name of its parameter, where there is one
+    already. The learning rate is a function of the step and is not stored."""
     buffers = {}
     for name, parameter in model.named_parameters():
         buffer = optimizer.state.get(parameter, {}).get("momentum_buffer")
         if buffer is not None:
-            buffers[name] = buffer.contiguous()
+            buffers[name] = buffer
     return buffers
+
+
+def load_optimizer(folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Copies the momentum that `momentum` gave."""
+    saved = load_tensors(folder, "optimizer")
+    for name, parameter in model.named_parameters():
+        if name in saved:
+            # preserve_format: the buffer must have the parameter's memory layout for fused SGD
+            buffer = torch.empty_like(parameter).copy_(saved[name])
+            optimizer.state[parameter]["momentum_buffer"] = buffer
 
 
 def _step(checkpoint: str) -> int:
@@ -128,7 +136,7 @@ def _local(checkpoint: str) -> Iterator[Path]:
         return
     with tempfile.TemporaryDirectory(prefix="checkpoint-") as folder:
         for name, _ in storage.list_files(checkpoint):
-            if name in (*_FILES, "hashes.json"):
+            if "/" not in name:
                 (Path(folder) / name).write_bytes(storage.read(storage.join(checkpoint, name)))
         yield Path(folder)
 
