@@ -28,6 +28,9 @@ class ModelConfig:
     """Factor on the channels of every hidden layer; below 1 for laptops, no longer AlexNet."""
     batch_norm: bool = False
     """Batch normalisation after every convolution (deck only); not in the slides or the paper."""
+    norm_group: int = 64
+    """Images per statistic of the batch normalisation, so that accuracy does not depend on the
+    number of workers; 0: one statistic over each worker's whole batch."""
     init: Init = "source"
     """text: the paper's section 5; source: its released code, 0.03 in conv3-5; he: He normal."""
 
@@ -40,20 +43,33 @@ class OptimConfig:
     """Passes over the train split."""
     lr: float = 0.01
     """Learning rate of the weights at its highest."""
+    rule: Literal["torch", "paper", "lars"] = "torch"
+    """torch: the rate stays outside of the velocity; paper: inside, so that a lower rate leaves the
+    velocity as it is; lars: You et al. 2017, a rate for each layer, for large batches."""
     momentum: float = 0.9
-    """Momentum of SGD, in PyTorch's form (the rate stays outside of the velocity)."""
+    """Share of the velocity that each step keeps."""
     weight_decay: float = 5e-4
     """L2 penalty on weights; biases and normalisation parameters have none."""
     bias_lr_factor: float = 1.0
     """Learning rate of biases as a multiple of the weights'; 2 in the 2012 source."""
-    schedule: Literal["step", "cosine"] = "cosine"
-    """step: a tenth at each milestone; cosine: linear warm-up, then half a cosine to zero."""
+    lars_trust: float = 0.001
+    """Trust coefficient of the lars rule: a step's length as a share of the weights', at rate 1."""
+    schedule: Literal["step", "cosine", "plateau"] = "cosine"
+    """step: a tenth at each milestone; cosine: linear warm-up, then half a cosine to zero;
+    plateau: a tenth whenever the val error stops improving, as the paper says."""
     milestones: tuple[int, ...] = ()
     """Epochs at which the step schedule divides the rate by ten."""
+    plateau_epochs: int = 5
+    """Epochs without a better val error that count as a plateau."""
+    plateau_drops: int = 3
+    """Plateaus that lower the rate; the next one ends the training."""
     warmup_epochs: float = 0.0
     """Length of the cosine schedule's warm-up."""
     label_smoothing: float = 0.0
     """Probability mass taken from the true class and spread over all."""
+    ema_decay: float = 0.0
+    """Decay per step of an average of the weights, which is then what is evaluated and registered;
+    0 is off."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +95,11 @@ class TrainConfig:
     standard deviation."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16 runs forward and backward under autocast; weights stay float32."""
+    compress_gradients: bool = False
+    """Send gradients between workers as bfloat16: half the bytes."""
+    synthetic: bool = False
+    """Train on random pictures that stay on the device: the ceiling without any store or decoding.
+    Never registered."""
     seed: int = 0
     """Fixes initialisation, order, augmentation and dropout."""
     flat_loss_steps: int = 20_000
@@ -91,14 +112,34 @@ class TrainConfig:
     storage: str | None = None
     """Folder or s3:// prefix for checkpoints; $ALEXNET_HOME/runs by default."""
     workers: int = 1
-    """Data-parallel workers; one GPU each where GPUs are used."""
+    """Data-parallel workers; one GPU each where GPUs are used. 2:8 goes on with as few as 2 when
+    workers are lost, and with up to 8 when there is room."""
+    min_workers: int | None = None
+    """The fewest workers to go on with; by default as many as --workers."""
+    max_failures: int = 3
+    """Times that the training goes on after a worker or node was lost."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto uses GPUs where the cluster has one for every worker."""
     cpus_per_worker: int | None = None
     """CPUs of each worker for decoding and, without GPU, for the training; an even share of the
     smallest node by default."""
+    compile: bool = False
+    """Run the network through torch.compile: slow to start, faster afterwards."""
+    deterministic: bool = False
+    """Only algorithms that give the same bits again on the same machine; slower on GPUs."""
     checkpoint_steps: int | None = None
     """Checkpoint every so many steps too, not only at the end of each epoch."""
+    checkpoint_minutes: float | None = 10.0
+    """Checkpoint when so many minutes have passed since the last one; None never does."""
+    keep_last: int = 2
+    """Newest checkpoints to keep."""
+    keep_best: int = 1
+    """Checkpoints of the highest val top-1 to keep besides."""
+    cache: Literal["none", "ram", "gpu"] = "none"
+    """Where decoded pictures stay after the first epoch: nowhere, in each worker's memory or on its
+    GPU."""
+    decode: Literal["cpu", "gpu"] = "cpu"
+    """Where JPEGs are decoded; pixels of the two differ by rounding."""
     log_steps: int = 50
     """Steps between two log lines."""
     cache_gb: float = 20.0
@@ -107,44 +148,82 @@ class TrainConfig:
     """Say that local paths are on a file system that every node shares."""
     register: bool = True
     """Register the trained model as a version of `alexnet` with alias `candidate`."""
+    profile: bool = False
+    """Record a few steps as a trace for Perfetto, kept with the run."""
 
     def __post_init__(self) -> None:
-        for name, value, lowest in [
-            ("workers", self.workers, 1),
-            ("optim.batch-size", self.optim.batch_size, 1),
-            ("optim.epochs", self.optim.epochs, 1),
-            ("optim.weight-decay", self.optim.weight_decay, 0),
-            ("optim.bias-lr-factor", self.optim.bias_lr_factor, 0),
-            ("optim.warmup-epochs", self.optim.warmup_epochs, 0),
-            ("augment.colour-sigma", self.augment.colour_sigma, 0),
-            ("seed", self.seed, 0),
-            ("flat-loss-steps", self.flat_loss_steps, 0),
-            ("log-steps", self.log_steps, 1),
-            ("cpus-per-worker", self.cpus_per_worker, 1),
-            ("checkpoint-steps", self.checkpoint_steps, 1),
-            ("cache-gb", self.cache_gb, 0),
-        ]:
-            if value is not None and not lowest <= value < _HIGHEST:
-                raise UserError(f"--{name} {value} is out of range; pass {lowest} or more")
-        for name, share in [
-            ("optim.momentum", self.optim.momentum),
-            ("optim.label-smoothing", self.optim.label_smoothing),
-        ]:
-            if not 0 <= share < 1:
-                raise UserError(f"--{name} {share} is out of range; pass 0 or more, below 1")
-        if not 0 < self.optim.lr < math.inf:
-            raise UserError(f"--optim.lr {self.optim.lr} is not positive; the paper starts at 0.01")
-        if self.optim.batch_size < self.workers:
+        """Raises UserError for a value out of its range and for two that exclude each other."""
+        _check_ranges(self)
+        _check_pairs(self)
+
+
+def _check_ranges(config: TrainConfig) -> None:
+    model, optim, augment = config.model, config.optim, config.augment
+    for name, value, lowest in [
+        ("model.norm-group", model.norm_group, 0),
+        ("optim.batch-size", optim.batch_size, 1),
+        ("optim.epochs", optim.epochs, 1),
+        ("optim.weight-decay", optim.weight_decay, 0),
+        ("optim.bias-lr-factor", optim.bias_lr_factor, 0),
+        ("optim.plateau-epochs", optim.plateau_epochs, 1),
+        ("optim.plateau-drops", optim.plateau_drops, 0),
+        ("optim.warmup-epochs", optim.warmup_epochs, 0),
+        ("augment.colour-sigma", augment.colour_sigma, 0),
+        ("seed", config.seed, 0),
+        ("flat-loss-steps", config.flat_loss_steps, 0),
+        ("workers", config.workers, 1),
+        ("min-workers", config.min_workers, 1),
+        ("max-failures", config.max_failures, 0),
+        ("cpus-per-worker", config.cpus_per_worker, 1),
+        ("checkpoint-steps", config.checkpoint_steps, 1),
+        ("keep-last", config.keep_last, 1),
+        ("keep-best", config.keep_best, 0),
+        ("log-steps", config.log_steps, 1),
+        ("cache-gb", config.cache_gb, 0),
+    ]:
+        if value is not None and not lowest <= value < _HIGHEST:
+            raise UserError(f"--{name} {value} is out of range; pass {lowest} or more")
+    for name, share in [
+        ("optim.momentum", optim.momentum),
+        ("optim.label-smoothing", optim.label_smoothing),
+        ("optim.ema-decay", optim.ema_decay),
+    ]:
+        if not 0 <= share < 1:
+            raise UserError(f"--{name} {share} is out of range; pass 0 or more, below 1")
+    for name, rate, usual in [
+        ("optim.lr", optim.lr, "the paper starts at 0.01"),
+        ("optim.lars-trust", optim.lars_trust, "its paper takes 0.001"),
+        ("checkpoint-minutes", config.checkpoint_minutes, "pass None to save by epoch only"),
+    ]:
+        if rate is not None and not 0 < rate < math.inf:
+            raise UserError(f"--{name} {rate} is not positive; {usual}")
+
+
+def _check_pairs(config: TrainConfig) -> None:
+    if config.optim.batch_size < config.workers:
+        raise UserError(
+            f"a batch of {config.optim.batch_size} cannot feed {config.workers} workers; "
+            f"pass --optim.batch-size {config.workers} or more, or fewer --workers"
+        )
+    if config.min_workers is not None and config.min_workers > config.workers:
+        raise UserError(
+            f"--min-workers {config.min_workers} is more than --workers {config.workers}; "
+            f"pass --workers {config.workers}:{config.min_workers}"
+        )
+    for name, value in [("cache", config.cache), ("decode", config.decode)]:
+        if value == "gpu" and config.device == "cpu":
             raise UserError(
-                f"a batch of {self.optim.batch_size} cannot feed {self.workers} workers; "
-                f"pass --optim.batch-size {self.workers} or more, or fewer --workers"
+                f"--{name} gpu needs a GPU and --device is cpu; pass --device cuda, "
+                f"or leave --{name} away"
             )
 
 
-# What a run may change when it continues: where it runs and how much it says, never what it learns.
-_WHERE_AND_HOW_MANY = frozenset(
-    {"data", "name", "storage", "workers", "device", "cpus_per_worker", "checkpoint_steps"}
-    | {"log_steps", "cache_gb", "shared_fs", "register"}
+# What a run may change when it continues: where and how it runs and how much it says, never what it
+# learns. Workers, compilation and the decoder change the last bits of numbers, as a GPU does too.
+WHERE_AND_HOW_MANY = frozenset(
+    {"data", "name", "storage", "workers", "min_workers", "max_failures", "device", "compile"}
+    | {"cpus_per_worker", "deterministic", "checkpoint_steps", "checkpoint_minutes", "keep_last"}
+    | {"keep_best", "cache", "decode", "log_steps", "cache_gb", "shared_fs", "register", "profile"}
 )
 
 
@@ -167,7 +246,7 @@ def flatten(config: TrainConfig) -> dict[str, str]:
 def science(config: TrainConfig) -> dict[str, str]:
     """The fields that decide what is learned; a run continues only while these stay the same."""
     flat = flatten(config)
-    return {key: value for key, value in flat.items() if key not in _WHERE_AND_HOW_MANY}
+    return {key: value for key, value in flat.items() if key not in WHERE_AND_HOW_MANY}
 
 
 def science_digest(config: TrainConfig) -> str:
