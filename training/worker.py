@@ -11,6 +11,7 @@ import torch
 from pipelines import storage
 from training import checkpoint, loop
 from training.config import TrainConfig
+from training.meter import log_line
 from training.tracking import Tracker
 
 logger = logging.getLogger("training")
@@ -58,20 +59,3 @@ def train_worker(job: dict[str, Any]) -> dict[str, float]:
     if rank == 0:
         tracker.log({}, 0)  # sends what is still on disk, where MLflow answers again
     return metrics
-
-
-def log_line(metrics: dict[str, float], step: int) -> str:
-    """One line for people and grep: `step=1200 epoch=3.2 loss=5.31 …`."""
-    if "val_top1" in metrics:
-        return (
-            f"step={step} epoch={metrics['epoch']:.0f} val_images={metrics['val_images']:.0f} "
-            f"val_loss={metrics['val_loss']:.4f} val_top1={metrics['val_top1']:.4f} "
-            f"val_top5={metrics['val_top5']:.4f}"
-        )
-    minutes, seconds = divmod(round(metrics["eta_seconds"]), 60)
-    return (
-        f"step={step} epoch={metrics['epoch']:.2f} loss={metrics['loss']:.4f} "
-        f"top1={metrics['top1']:.3f} lr={metrics['lr']:.5f} "
-        f"img/s={metrics['images_per_second']:.0f} wait={metrics['data_wait']:.0%} "
-        f"eta={minutes}:{seconds:02d}"
-    )
