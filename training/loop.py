@@ -65,7 +65,7 @@ def fit(
 
     data: URI of a finished shard set. resume: a checkpoint folder to go on from, at its next step.
     `log(metrics, step)` is called on rank 0; `report(metrics, checkpoint folder)` on every rank, at
-    the same steps, with a folder on rank 0 only, which is gone after the call.
+    the same steps, with a folder on rank 0 only, which the receiver deletes once it is kept.
     Raises TrainingStopped for a loss that is not finite or stays flat.
     """
     manifest = load_manifest(data)
@@ -267,9 +267,13 @@ class _Run:
         if self.place.rank != 0:
             self.report(self.metrics, None)
             return
-        with tempfile.TemporaryDirectory(prefix="checkpoint-") as folder:
-            checkpoint.save(Path(folder), self.model, self.optimizer, self._state())
-            self.report(self.metrics, Path(folder))
+        folder = Path(tempfile.mkdtemp(prefix="checkpoint-"))
+        tensors = {
+            "model": self.model.state_dict(),
+            "optimizer": checkpoint.momentum(self.model, self.optimizer),
+        }
+        checkpoint.save(folder, tensors, self._state())
+        self.report(self.metrics, folder)
 
     def _state(self) -> dict[str, Any]:
         return {
