@@ -1,12 +1,18 @@
 """Checkpoints: bit-equal round trip, damage is seen, nothing in them can run code."""
 
 import json
+import os
 import struct
+import subprocess
+import sys
+import tempfile
 import zipfile
 from pathlib import Path
 
 import pytest
 import torch
+from drawn import ROOT
+from small_training import small_config
 from torch.nn import functional as F
 
 from alexnet.errors import UserError
@@ -14,6 +20,7 @@ from alexnet.model import AlexNet
 from alexnet.optim import sgd
 from pipelines import storage
 from training import checkpoint
+from training.config import to_dict
 
 FILES = {"model.safetensors", "optimizer.safetensors", "state.json", "hashes.json"}
 STATE = {"step": 7, "metrics": {"val_top1": 0.25}, "lowest_loss": float("inf")}
@@ -84,6 +91,17 @@ def test_the_step_after_loading_is_the_step_that_would_have_followed(folder):
     train_step(again, its_optimizer, 3)
     for mine, theirs in zip(again.parameters(), model.parameters(), strict=True):
         assert torch.equal(mine, theirs)
+
+
+def test_further_tensors_travel_and_are_guarded_like_the_others(trained, tmp_path):
+    averaged = {name: value.float() / 2 for name, value in trained[0].state_dict().items()}
+    tensors = {"model": averaged, "optimizer": {}, "raw": trained[0].state_dict()}
+    checkpoint.save(tmp_path, tensors, STATE)
+    for name, value in checkpoint.load_tensors(tmp_path, "raw").items():
+        assert torch.equal(value, trained[0].state_dict()[name])
+    (tmp_path / "raw.safetensors").unlink()
+    with pytest.raises(UserError, match=r"damaged: raw\.safetensors"):
+        checkpoint.verify(tmp_path)
 
 
 def test_before_the_first_step_there_is_no_momentum_to_save(tmp_path):
@@ -172,3 +190,73 @@ def test_checkpoints_on_s3_are_found_and_verified_too(run_folder, s3):
     assert step_found(run) == 10
     storage.delete(f"{run}/checkpoint_b/optimizer.safetensors")
     assert step_found(run) == 9
+
+
+@pytest.fixture
+def of_a_training(trained, tmp_path: Path) -> Path:
+    state = {**STATE, "config": to_dict(small_config()), "manifest": "a" * 64}
+    save(tmp_path / "checkpoint-7", *trained, state)
+    return tmp_path / "checkpoint-7"
+
+
+def test_checkpoint_of_the_same_training_may_go_on_elsewhere(of_a_training):
+    checkpoint.refuse_other(of_a_training, small_config(workers=4, log_steps=7), "a" * 64)
+
+
+@pytest.mark.parametrize(
+    ("changes", "manifest", "told"),
+    [
+        ({"optim_lr": 0.5}, "a", "optim.lr: 0.01 -> 0.5"),
+        ({"recipe": "paper"}, "a", "recipe: deck -> paper"),
+        ({"model_variant": "paper"}, "a", "model.variant: deck -> paper"),
+        ({}, "b", f"manifest: {16 * 'a'} -> {16 * 'b'}"),
+    ],
+)
+def test_checkpoint_of_another_training_is_refused_with_what_differs(
+    of_a_training, changes, manifest, told
+):
+    with pytest.raises(UserError) as refused:
+        checkpoint.refuse_other(of_a_training, small_config(**changes), manifest * 64)
+    assert f"({told})" in str(refused.value) and "choose another --name" in str(refused.value)
+
+
+def test_field_that_an_older_checkpoint_lacks_is_told(of_a_training):
+    state = checkpoint.load_state(of_a_training)
+    del state["config"]["optim"]["momentum"]
+    (of_a_training / "state.json").write_text(json.dumps(state))
+    with pytest.raises(UserError, match=r"optim\.momentum: None -> 0\.9"):
+        checkpoint.refuse_other(of_a_training, small_config(), "a" * 64)
+
+
+def test_folder_that_cannot_be_written_is_one_line(trained, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError) as told:
+        save(tmp_path / "file" / "checkpoint", *trained, STATE)
+    assert "cannot be written" in str(told.value) and "\n" not in str(told.value)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")
+def test_full_disk_is_one_line_and_leaves_its_room_free(trained, tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(disk)])
+    if mounted.returncode != 0:
+        pytest.skip("this machine mounts nothing")
+    try:
+        with pytest.raises(UserError, match=r"make room there or set TMPDIR"):
+            save(disk / "checkpoint", *trained, STATE)
+        assert list(disk.iterdir()) == []
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_folders_that_killed_processes_left_are_removed(monkeypatch, tmp_path):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    code = "from training.checkpoint import temporary_folder; import os; "
+    code += "temporary_folder().joinpath('model').touch(); os.kill(os.getpid(), 9)"
+    env = os.environ | {"TMPDIR": str(tmp_path)}
+    killed = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env)
+    assert killed.returncode == -9 and len(list(tmp_path.iterdir())) == 1
+    first = checkpoint.temporary_folder()
+    second = checkpoint.temporary_folder()
+    assert {*tmp_path.iterdir()} == {first, second}

@@ -13,16 +13,21 @@ import contextlib
 import hashlib
 import json
 import logging
+import os
+import shutil
+import socket
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from alexnet.errors import UserError
 from pipelines import storage
+from training.config import TrainConfig, science
 
 logger = logging.getLogger("training")
 
@@ -34,14 +39,35 @@ def save(
     folder: Path, tensors: Mapping[str, Mapping[str, torch.Tensor]], state: dict[str, Any]
 ) -> None:
     """Writes a complete checkpoint into `folder`: NAME.safetensors for each entry of `tensors`,
-    "model" and "optimizer" (see `momentum`) at least. `state` is JSON-ready."""
-    folder.mkdir(parents=True, exist_ok=True)
+    "model" and "optimizer" (see `momentum`) at least. `state` is JSON-ready.
+
+    Raises UserError, and leaves no folder, where the disk is full or cannot be written.
+    """
     names = [f"{name}.safetensors" for name in tensors]
-    for name, entry in zip(names, tensors.values(), strict=True):
-        save_file({key: value.contiguous() for key, value in entry.items()}, folder / name)
-    (folder / "state.json").write_text(json.dumps(state, indent=1, sort_keys=True))
-    hashes = {name: _sha256(folder / name) for name in (*names, "state.json")}
-    (folder / "hashes.json").write_text(json.dumps(hashes, indent=1))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, entry in zip(names, tensors.values(), strict=True):
+            save_file({key: value.contiguous() for key, value in entry.items()}, folder / name)
+        (folder / "state.json").write_text(json.dumps(state, indent=1, sort_keys=True))
+        hashes = {name: _sha256(folder / name) for name in (*names, "state.json")}
+        (folder / "hashes.json").write_text(json.dumps(hashes, indent=1))
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise UserError(
+            f"a checkpoint cannot be written to {folder.parent} ({error}); make room there or set "
+            "TMPDIR, then run the same command again"
+        ) from error
+
+
+def temporary_folder() -> Path:
+    """A new empty folder on the local disk for `save`. Those that killed processes of this host
+    left behind are removed: each may hold the room that this one needs."""
+    mine = f"checkpoint-{socket.gethostname()}~"
+    for left in Path(tempfile.gettempdir()).glob(f"{mine}*~*"):
+        pid = left.name.removeprefix(mine).partition("~")[0]
+        if pid.isdigit() and not _is_alive(int(pid)):
+            shutil.rmtree(left, ignore_errors=True)
+    return Path(tempfile.mkdtemp(prefix=f"{mine}{os.getpid()}~"))
 
 
 def verify(folder: Path) -> None:
@@ -84,6 +110,21 @@ def newest_good(run: str) -> Iterator[Path | None]:
     yield None
 
 
+def refuse_other(folder: Path, config: TrainConfig, manifest_digest: str) -> None:
+    """Raises UserError, naming what differs, for a checkpoint of other data or of a training that
+    learns something else: the tracked run of this name may lie in another store, so that its own
+    check is not enough."""
+    state = load_state(folder)
+    now = science(config) | {"manifest": manifest_digest[:16]}
+    then = {key: _leaf(state["config"], key) for key in now}
+    then["manifest"] = state["manifest"][:16]
+    if differs := [f"{key}: {then[key]} -> {now[key]}" for key in now if then[key] != now[key]]:
+        raise UserError(
+            f"checkpoint {folder.name} of run {config.name} is of another training "
+            f"({', '.join(differs[:4])}); continue it with its own, or choose another --name"
+        )
+
+
 def load_state(folder: Path) -> dict[str, Any]:
     """state.json of a checkpoint."""
     state: dict[str, Any] = json.loads((folder / "state.json").read_text())
@@ -120,6 +161,25 @@ def load_optimizer(folder: Path, model: torch.nn.Module, optimizer: torch.optim.
             # preserve_format: the buffer must have the parameter's memory layout for fused SGD
             buffer = torch.empty_like(parameter).copy_(saved[name])
             optimizer.state[parameter]["momentum_buffer"] = buffer
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)  # sends nothing
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # somebody else's
+        return True
+    return True
+
+
+def _leaf(document: Any, dotted: str) -> str | None:
+    """A config's field as `science` shows it; None where this checkpoint knows no such field."""
+    for key in dotted.split("."):
+        if not isinstance(document, dict) or key not in document:
+            return None
+        document = document[key]
+    return json.dumps(document).strip('"')
 
 
 def _step(checkpoint: str) -> int:

@@ -1,0 +1,191 @@
+"""Checkpoints that are uploaded: whole, one at a time, kept or deleted, through outages."""
+
+import itertools
+import json
+import random
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from alexnet.errors import UserError
+from pipelines import storage
+from training import checkpoint
+from training.uploads import Uploader, prune
+
+
+def made(folder: Path, step: int, top1: float | None = None, epoch: float = 0.0) -> Path:
+    metrics = {} if top1 is None else {"val_top1": top1, "epoch": epoch}
+    tensors = {"model": {"w": torch.full((3,), float(step))}, "optimizer": {}}
+    checkpoint.save(folder, tensors, {"step": step, "metrics": metrics})
+    return folder
+
+
+def uploader(run: str, **changes) -> Uploader:
+    return Uploader(run, **{"keep_last": 2, "keep_best": 1, "patience": 0.5} | changes)
+
+
+def steps_in(run: str) -> list[int]:
+    names = [name for name, _ in storage.list_files(run) if name.endswith("/hashes.json")]
+    return sorted(int(name.split("-")[1]) for name in names)
+
+
+# Uploads
+
+
+@pytest.mark.parametrize("where", ["local", "s3"])
+def test_uploaded_checkpoint_is_the_newest_good_one_and_its_folder_is_gone(where, tmp_path, s3):
+    run = f"{s3}/uploads/run" if where == "s3" else str(tmp_path / "run")
+    folder = made(tmp_path / "here", 7)
+    files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with uploader(run) as uploads:
+        uploads.send(folder)
+    assert not folder.exists()
+    with checkpoint.newest_good(run) as found:
+        assert {path.name: path.read_bytes() for path in found.iterdir()} == files
+
+
+def test_hashes_are_written_last_so_that_a_killed_upload_is_no_checkpoint(tmp_path, monkeypatch):
+    written, write = [], storage.write
+    monkeypatch.setattr(storage, "write", lambda uri, data: (written.append(uri), write(uri, data)))
+    with uploader(str(tmp_path / "run")) as uploads:
+        uploads.send(made(tmp_path / "here", 7))
+    assert len(written) == 4 and written[-1].endswith("/hashes.json")
+
+
+def test_training_goes_on_during_an_upload_and_waits_before_a_second(tmp_path, monkeypatch):
+    store, write = threading.Event(), storage.write
+
+    def slowly(uri: str, data: bytes) -> None:
+        assert store.wait(30)
+        write(uri, data)
+
+    monkeypatch.setattr(storage, "write", slowly)
+    run = str(tmp_path / "run")
+    with uploader(run) as uploads:
+        uploads.send(made(tmp_path / "first", 1))  # returns although the store stands still
+        second = threading.Thread(target=uploads.send, args=[made(tmp_path / "second", 2)])
+        second.start()
+        second.join(0.2)
+        assert second.is_alive() and steps_in(run) == []
+        store.set()
+        second.join(30)
+    assert steps_in(run) == [1, 2]
+
+
+def test_store_that_comes_back_within_the_patience_loses_nothing(tmp_path, caplog):
+    run = tmp_path / "run"
+    run.write_text("a file where the folder should be")
+    with uploader(str(run), patience=30) as uploads:
+        uploads.send(made(tmp_path / "here", 3))
+        time.sleep(0.1)
+        run.unlink()
+    assert steps_in(str(run)) == [3]
+    assert caplog.text.count("trying again") == 1
+
+
+def test_store_that_stays_away_ends_with_one_line_at_the_next_checkpoint(tmp_path):
+    run = tmp_path / "run"
+    uploads = uploader(str(run))
+    uploads.send(made(tmp_path / "first", 1))
+    uploads.wait()
+    for path in run.iterdir():
+        path.rename(tmp_path / path.name)
+    run.rmdir()
+    run.write_text("")
+    uploads.send(made(tmp_path / "second", 2))
+    with pytest.raises(UserError) as told:
+        uploads.send(made(tmp_path / "third", 3))
+    assert "could not be stored for 0 s" in str(told.value) or "for 1 s" in str(told.value)
+    assert "step 1 is stored" in str(told.value) and "\n" not in str(told.value)
+    assert not (tmp_path / "second").exists() and not (tmp_path / "third").exists()
+
+
+def test_what_ended_the_training_is_not_hidden_by_a_failed_upload(tmp_path, caplog):
+    (tmp_path / "run").write_text("")
+    with pytest.raises(ZeroDivisionError), uploader(str(tmp_path / "run")) as uploads:
+        uploads.send(made(tmp_path / "here", 1))
+        raise ZeroDivisionError
+    assert "could not be stored" in caplog.text
+
+
+# What is kept
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_last_and_best_are_kept_as_plain_sorting_has_them(seed, tmp_path):
+    rng = random.Random(seed)
+    keep_last, keep_best, total = rng.randint(1, 3), rng.randint(0, 2), rng.randint(1, 8)
+    top1 = [rng.choice([None, 0.1, 0.2, 0.3]) for _ in range(total)]
+    run = str(tmp_path / "run")
+    for step, value in enumerate(top1):
+        made(tmp_path / "run" / f"checkpoint-{step}-a", step, value, epoch=float(step))
+    prune(run, f"checkpoint-{total - 1}-a", keep_last=keep_last, keep_best=keep_best)
+    ranked = sorted((v, step) for step, v in enumerate(top1) if v is not None)
+    best = {step for _, step in ranked[::-1][:keep_best]}
+    assert {*steps_in(run)} == best | {*range(max(0, total - keep_last), total)}
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {
+        f"checkpoint-{step}-a" for step in steps_in(run)
+    }
+
+
+def test_best_is_the_checkpoint_that_was_measured_not_a_later_one_of_its_epoch(tmp_path):
+    run = tmp_path / "run"
+    for step, top1, epoch in [(10, 0.5, 1), (13, 0.5, 1), (20, 0.4, 2), (23, 0.4, 2), (26, 0.4, 2)]:
+        made(run / f"checkpoint-{step}-a", step, top1, epoch)
+    prune(str(run), "checkpoint-26-a", keep_last=1, keep_best=1)
+    assert steps_in(str(run)) == [10, 26]
+
+
+@pytest.mark.parametrize("where", ["local", "s3"])
+def test_leftovers_go_and_what_is_no_checkpoint_stays(where, tmp_path, s3):
+    run = f"{s3}/leftovers/run" if where == "s3" else str(tmp_path / "run")
+    made(tmp_path / "set" / "checkpoint-5-a", 5)
+    made(tmp_path / "set" / "checkpoint-3-killed", 3).joinpath("hashes.json").unlink()
+    made(tmp_path / "set" / "checkpoint-4-torn", 4).joinpath("state.json").write_text("{")
+    made(tmp_path / "set" / "checkpoint-9-behind-which-it-went-back", 9)
+    made(tmp_path / "set" / "checkpoint-5-before", 5)
+    (tmp_path / "set" / "notes").mkdir()
+    (tmp_path / "set" / "notes" / "mine.txt").write_text("kept")
+    for path in (tmp_path / "set").rglob("*.*"):
+        storage.write(storage.join(run, str(path.relative_to(tmp_path / "set"))), path.read_bytes())
+    prune(run, "checkpoint-5-a", keep_last=3, keep_best=1)
+    folders = {name.split("/")[0] for name, _ in storage.list_files(run)}
+    assert folders == {"checkpoint-5-a", "notes"}
+
+
+def test_deletion_begins_with_what_makes_a_folder_a_checkpoint(tmp_path, monkeypatch):
+    for step in (1, 2):
+        made(tmp_path / f"checkpoint-{step}-a", step)
+    deleted = []
+    monkeypatch.setattr(storage, "delete", lambda uri: deleted.append(uri.rsplit("/", 1)[1]))
+    prune(str(tmp_path), "checkpoint-2-a", keep_last=1, keep_best=0)
+    assert deleted[0] == "hashes.json" and len(deleted) == 4
+
+
+def test_upload_survives_a_store_that_cannot_delete(tmp_path, monkeypatch, caplog):
+    def refused(uri: str) -> None:
+        raise UserError(f"{uri}: Access Denied")
+
+    monkeypatch.setattr(storage, "delete", refused)
+    run = str(tmp_path / "run")
+    with uploader(run, keep_last=1) as uploads:
+        for step in (1, 2, 3):
+            uploads.send(made(tmp_path / "here", step))
+            uploads.wait()
+    assert steps_in(run) == [1, 2, 3]
+    assert "old checkpoints stay for now" in caplog.text
+
+
+def test_forty_uploads_leave_what_is_to_be_kept(tmp_path):
+    run = str(tmp_path / "run")
+    top1 = [((7 * step) % 40) / 40 for step in range(40)]
+    with uploader(run) as uploads:
+        for step in range(40):
+            uploads.send(made(tmp_path / f"here-{step}", step, top1[step], float(step)))
+    best = max(range(40), key=lambda step: top1[step])
+    assert steps_in(run) == sorted({best, 38, 39})
+    assert sum(1 for _ in itertools.chain(Path(run).rglob("*.json"))) == 2 * len(steps_in(run))
+    assert json.loads(next(Path(run).glob("*39*/state.json")).read_text())["step"] == 39

@@ -1,0 +1,176 @@
+"""Checkpoints on their way to storage, and which of them stay there.
+
+Uploads run behind the training's back, one at a time, so that a slow store costs no steps and a
+local disk never holds more than two checkpoints. The files of one go first, its hashes.json last:
+whatever is killed in between leaves a folder that nobody takes for a checkpoint.
+"""
+
+import contextlib
+import functools
+import json
+import logging
+import secrets
+import shutil
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from alexnet.errors import UserError
+from pipelines import storage
+from training import checkpoint
+
+logger = logging.getLogger("training")
+
+_PREFIX = "checkpoint-"
+_LAST = "hashes.json"
+_LONGEST_PAUSE = 20.0  # seconds between two tries
+
+
+class Uploader:
+    """Takes checkpoints of one run to `run`, a folder or s3:// prefix, and deletes those that are
+    not kept. State: the upload under way and the step of the last one that arrived.
+
+    patience: seconds for which a store that fails is tried again.
+    As a context manager it waits at the end for what is under way.
+    """
+
+    def __init__(
+        self, run: str, *, keep_last: int, keep_best: int, patience: float = 300.0
+    ) -> None:
+        self._run, self._keep_last, self._keep_best = run, keep_last, keep_best
+        self._patience = patience
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="upload")
+        self._under_way: Future[None] | None = None
+        self._stored: int | None = None
+
+    def send(self, folder: Path) -> None:
+        """Uploads a checkpoint folder in the background and deletes it; waits for the one before.
+
+        Raises UserError when that one could not be stored: `folder` is deleted then as well.
+        """
+        try:
+            self.wait()
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+        self._under_way = self._pool.submit(self._upload, folder)
+
+    def wait(self) -> None:
+        """Returns when nothing is under way. Raises UserError when it could not be stored."""
+        under_way, self._under_way = self._under_way, None
+        if under_way is not None:
+            under_way.result()
+
+    def __enter__(self) -> "Uploader":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        try:
+            self.wait()
+        except UserError as failed:
+            if error is None:
+                raise
+            logger.error(str(failed))  # must not hide what ended the training
+        finally:
+            self._pool.shutdown()
+
+    def _upload(self, folder: Path) -> None:
+        step = int(checkpoint.load_state(folder)["step"])
+        name = f"{_PREFIX}{step:08d}-{secrets.token_hex(3)}"  # a repeated step is another folder
+        try:
+            for path in sorted(folder.iterdir(), key=lambda path: path.name == _LAST):
+                target = storage.join(self._run, name, path.name)
+                self._patiently(functools.partial(storage.write, target, path.read_bytes()))
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+        self._stored = step
+        try:
+            prune(self._run, name, keep_last=self._keep_last, keep_best=self._keep_best)
+        except (UserError, OSError) as error:  # the next upload tries again
+            logger.warning(f"old checkpoints stay for now: {error}")
+
+    def _patiently(self, write: Callable[[], None]) -> None:
+        """Calls `write` until it succeeds. Raises UserError when patience ends."""
+        deadline, pause = time.monotonic() + self._patience, 1.0
+        while True:
+            try:
+                return write()
+            except (UserError, OSError) as error:
+                if time.monotonic() + pause > deadline:
+                    raise UserError(self._given_up(error)) from error
+                logger.warning(f"a checkpoint cannot be stored ({error}); trying again")
+            time.sleep(pause)
+            pause = min(2 * pause, _LONGEST_PAUSE)
+
+    def _given_up(self, error: Exception) -> str:
+        safe = "none is stored" if self._stored is None else f"step {self._stored} is stored"
+        return (
+            f"a checkpoint could not be stored for {self._patience:.0f} s ({error}); {safe} by "
+            "this worker group; mend the store and run the same command again"
+        )
+
+
+def prune(run: str, newest: str, *, keep_last: int, keep_best: int) -> None:
+    """Deletes checkpoints below `run` but `newest` (the folder that was just stored), the
+    `keep_last` of the highest steps and the `keep_best` of the highest val_top1.
+
+    What is no whole checkpoint goes too, as uploads that were killed leave it, and so do others of
+    newest's step or later ones: the run went back behind them because they were damaged.
+    """
+    files: dict[str, set[str]] = {}
+    for name, _ in storage.list_files(run):
+        folder, slash, file = name.partition("/")
+        if slash and folder.startswith(_PREFIX):
+            files.setdefault(folder, set()).add(file)
+    states = {folder: _state(run, folder) for folder in files if _LAST in files[folder]}
+    whole = {folder: state for folder, state in states.items() if state is not None}
+    if newest not in whole:
+        return  # the store does not show it yet: nothing is known to be safe to delete
+    kept = _kept(whole, newest, keep_last, keep_best)
+    for folder in files.keys() - kept:
+        _delete(run, folder, files[folder])
+
+
+def _kept(
+    states: dict[str, dict[str, Any]], newest: str, keep_last: int, keep_best: int
+) -> set[str]:
+    here = states[newest]["step"]
+    past = [folder for folder, state in states.items() if state["step"] < here]
+    last = [*sorted(past, key=lambda folder: (states[folder]["step"], folder)), newest]
+    # Checkpoints inside an epoch carry the figures of the evaluation before them: of those that
+    # share one, the first is the one that was measured.
+    measured: dict[float, str] = {}
+    for folder in last:
+        metrics = states[folder]["metrics"]
+        if "val_top1" in metrics:
+            measured.setdefault(metrics.get("epoch", 0.0), folder)
+    best = sorted(
+        measured.values(),
+        key=lambda folder: (states[folder]["metrics"]["val_top1"], states[folder]["step"]),
+    )
+    return {*last[-keep_last:], *best[len(best) - min(keep_best, len(best)) :]}
+
+
+def _state(run: str, folder: str) -> dict[str, Any] | None:
+    """state.json of a stored checkpoint; None where it is damaged."""
+    try:
+        state = json.loads(storage.read(storage.join(run, folder, "state.json")))
+        return state if isinstance(state["step"], int) and "metrics" in state else None
+    except (UserError, KeyError, TypeError, ValueError):
+        return None
+
+
+def _delete(run: str, folder: str, files: set[str]) -> None:
+    for file in sorted(files, key=lambda name: name != _LAST):  # first what makes it a checkpoint
+        storage.delete(storage.join(run, folder, file))
+    if not storage.is_s3(run):
+        with contextlib.suppress(OSError):  # a temporary file of a killed writer may lie in it
+            shutil.rmtree(Path(run) / folder)
