@@ -32,10 +32,13 @@ The paper says the input is 224×224, which does not give 55×55; 227×227 witho
 
 import math
 from collections import OrderedDict
+from collections.abc import Callable
+from functools import partial
 from typing import Literal, get_args
 
 from torch import Tensor, nn
 
+from alexnet.batch_norm import GroupedBatchNorm2d
 from alexnet.errors import UserError
 
 Variant = Literal["deck", "paper"]
@@ -60,9 +63,11 @@ class AlexNet(nn.Module):
     `width` multiplies the channels of every convolution and the units of fc6 and fc7; each is then
     rounded to an even number, so that two groups remain possible.
 
-    `batch_norm` puts a BatchNorm2d between each convolution and its ReLU. The convolution's bias
-    goes, because the normalisation would subtract it again and has a shift of its own; nothing else
-    changes. It is offered for `deck` only: LRN after batch normalisation is nobody's network.
+    `batch_norm` puts batch normalisation between each convolution and its ReLU. The convolution's
+    bias goes, because the normalisation would subtract it again and has a shift of its own; nothing
+    else changes. It is offered for `deck` only: LRN after batch normalisation is nobody's network.
+    While training, each `norm_group` images are normalised by themselves, however large the batch;
+    with 0, all images of the batch together. Evaluation does not depend on it.
 
     `init` (None means "source"):
       text    section 5 of the paper: weights N(0, 0.01²), bias 1 in conv2, conv4, conv5, fc6, fc7
@@ -81,13 +86,15 @@ class AlexNet(nn.Module):
         num_classes: int = 1000,
         width: float = 1.0,
         batch_norm: bool = False,
+        norm_group: int = 64,
         init: Init | None = None,
     ) -> None:
         super().__init__()
         init = "source" if init is None else init
-        _check(variant, num_classes, width, batch_norm, init)
+        _check(variant, num_classes, width, batch_norm, norm_group, init)
         channels = [_scaled(count, width) for count in CONV_CHANNELS]
-        self.features = _features(channels, paper=variant == "paper", batch_norm=batch_norm)
+        norm = partial(_norm, norm_group=norm_group) if batch_norm else None
+        self.features = _features(channels, paper=variant == "paper", norm=norm)
         self.classifier = _classifier(
             POOLED_SIDE**2 * channels[-1], _scaled(HIDDEN_UNITS, width), num_classes
         )
@@ -105,7 +112,9 @@ class AlexNet(nn.Module):
         return logits
 
 
-def _check(variant: str, num_classes: int, width: float, batch_norm: bool, init: str) -> None:
+def _check(
+    variant: str, num_classes: int, width: float, batch_norm: bool, norm_group: int, init: str
+) -> None:
     if variant not in get_args(Variant):
         raise UserError(f"variant {variant!r} is unknown; choose one of {_names(Variant)}")
     if init not in get_args(Init):
@@ -114,6 +123,10 @@ def _check(variant: str, num_classes: int, width: float, batch_norm: bool, init:
         raise UserError(f"num_classes {num_classes!r} must be a whole number from 1 up")
     if not (math.isfinite(width) and MIN_WIDTH <= width <= MAX_WIDTH):
         raise UserError(f"width {width} must lie between {MIN_WIDTH} and {MAX_WIDTH:g}")
+    if isinstance(norm_group, bool) or not isinstance(norm_group, int) or norm_group < 0:
+        raise UserError(
+            f"norm_group {norm_group!r} must be a whole number of images; 0 takes the whole batch"
+        )
     if batch_norm and variant == "paper":
         raise UserError(
             "batch_norm does not go with variant 'paper', which normalises by LRN; "
@@ -129,8 +142,15 @@ def _scaled(count: int, width: float) -> int:
     return max(2, 2 * round(count * width / 2))
 
 
-def _features(channels: list[int], *, paper: bool, batch_norm: bool) -> nn.Sequential:
-    """(B, 3, 227, 227) → (B, channels[-1], 6, 6), modules named as in the table above."""
+def _norm(channels: int, *, norm_group: int) -> nn.Module:
+    return GroupedBatchNorm2d(channels, norm_group) if norm_group else nn.BatchNorm2d(channels)
+
+
+def _features(
+    channels: list[int], *, paper: bool, norm: Callable[[int], nn.Module] | None
+) -> nn.Sequential:
+    """(B, 3, 227, 227) → (B, channels[-1], 6, 6), modules named as in the table above. `norm` makes
+    the normalisation of so many channels, where there is to be one."""
     layers: OrderedDict[str, nn.Module] = OrderedDict()
     sizes = ((11, 4, 0, 1), (5, 1, 2, 2), (3, 1, 1, 1), (3, 1, 1, 2), (3, 1, 1, 2))
     before = 3
@@ -144,10 +164,10 @@ def _features(channels: list[int], *, paper: bool, batch_norm: bool) -> nn.Seque
             stride,
             padding,
             groups=groups if paper else 1,
-            bias=not batch_norm,
+            bias=norm is None,
         )
-        if batch_norm:
-            layers[f"bn{i}"] = nn.BatchNorm2d(after)
+        if norm is not None:
+            layers[f"bn{i}"] = norm(after)
         layers[f"relu{i}"] = nn.ReLU(inplace=True)
         if paper and i in (1, 2):
             layers[f"lrn{i}"] = nn.LocalResponseNorm(5, alpha=1e-4, beta=0.75, k=2)

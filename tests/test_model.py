@@ -233,6 +233,8 @@ def test_conv1_is_the_first_layer_and_listed_once():
         ({"num_classes": True}, "num_classes True must be a whole number from 1 up"),
         ({"width": 0.0}, "width 0.0 must lie between 0.03125 and 4"),
         ({"width": math.nan}, "width nan must lie between 0.03125 and 4"),
+        ({"norm_group": -1}, "norm_group -1 must be a whole number of images; 0 takes the whole"),
+        ({"norm_group": 2.5}, "norm_group 2.5 must be a whole number of images"),
         ({"variant": "paper", "batch_norm": True}, "batch_norm does not go with variant 'paper'"),
     ],
 )

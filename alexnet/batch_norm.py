@@ -1,0 +1,54 @@
+"""Batch normalisation whose statistics are of groups of fixed size ("ghost" batches).
+
+With plain batch normalisation, what is learned depends on how many images a worker sees at once,
+so on the number of workers. Source of the idea: Hoffer, Hubara and Soudry 2017, arXiv 1705.08741.
+"""
+
+import torch
+from torch import Tensor, nn
+
+
+class GroupedBatchNorm2d(nn.BatchNorm2d):
+    """x: (B, C, H, W) → the same, normalised in training by each group of `group` images in a row.
+
+    The last group also takes what is left over, so it has between `group` and 2·group - 1 images; a
+    batch of fewer is one group. The running statistics move once per batch, towards the mean of
+    its groups' means and variances. They are thus linear in the groups: averaging the buffers of
+    ranks with equally many groups gives what one process that saw all of the groups has.
+
+    In evaluation, in an export and in its state dict it is a BatchNorm2d.
+    """
+
+    def __init__(self, channels: int, group: int) -> None:
+        super().__init__(channels)
+        self.group = group
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or len(x) < 2 * self.group:
+            return super().forward(x)
+        count = len(x) // self.group
+        sizes = [self.group] * (count - 1) + [len(x) - self.group * (count - 1)]
+        # Rows are groups. With a momentum of 1, batch_norm leaves a group's own statistics there.
+        means = torch.zeros(count, self.num_features, device=x.device)
+        variances = torch.zeros_like(means)
+        groups = [
+            nn.functional.batch_norm(
+                part, mean, variance, self.weight, self.bias, True, 1.0, self.eps
+            )
+            for part, mean, variance in zip(x.split(sizes), means, variances, strict=True)
+        ]
+        self._move(means.mean(0), variances.mean(0))
+        return torch.cat(groups)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, group={self.group}"
+
+    @torch.no_grad()
+    def _move(self, mean: Tensor, variance: Tensor) -> None:
+        running = (self.running_mean, self.running_var, self.num_batches_tracked)
+        running_mean, running_var, batches = running
+        assert running_mean is not None and running_var is not None and batches is not None
+        assert self.momentum is not None
+        running_mean.lerp_(mean, self.momentum)
+        running_var.lerp_(variance, self.momentum)
+        batches.add_(1)
