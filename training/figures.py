@@ -1,12 +1,17 @@
-"""Pictures of a training: the curves and the first layer's kernels."""
+"""Pictures of a training: the curves, the first layer's kernels, and what a network mistakes."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from matplotlib.figure import Figure
 
 Points = Sequence[tuple[int, float]]
+
+_COLUMNS = 6
+_CELL_WIDTH, _CELL_HEIGHT, _TITLE_HEIGHT = 1.9, 2.4, 0.5  # inches
+_NAME_LENGTH = 24
 
 
 def curves(history: Mapping[str, Points], title: str) -> Figure:
@@ -50,3 +55,50 @@ def conv1_kernels(weight: torch.Tensor) -> Figure:
     axes.imshow(sheet, interpolation="nearest")
     axes.axis("off")
     return figure
+
+
+@dataclass(frozen=True)
+class Caption:
+    """Names of a picture's class and of the one that the network takes it for, with what share of
+    its belief (0..1)."""
+
+    true: str
+    predicted: str
+    probability: float
+
+
+def contact_sheet(pictures: torch.Tensor, captions: Sequence[Caption], title: str) -> Figure:
+    """Pictures, uint8 (N,3,S,S) on the CPU, in rows of six; below each its class and, in red, what
+    it was taken for."""
+    rows = max(1, -(-len(captions) // _COLUMNS))
+    height = rows * _CELL_HEIGHT + _TITLE_HEIGHT
+    figure = Figure(figsize=(_COLUMNS * _CELL_WIDTH, height))
+    figure.suptitle(title, fontsize=11, y=1 - 0.2 / height, va="center", parse_math=False)
+    for number, (picture, caption) in enumerate(zip(pictures, captions, strict=True)):
+        left = (number % _COLUMNS + 0.04) / _COLUMNS
+        top = height - _TITLE_HEIGHT - (number // _COLUMNS) * _CELL_HEIGHT
+        side = 0.92 * _CELL_WIDTH
+        axes = figure.add_axes(
+            (left, (top - side) / height, 0.92 / _COLUMNS, side / height), xticks=[], yticks=[]
+        )
+        axes.imshow(picture.permute(1, 2, 0).numpy())
+        axes.set_xlabel(f"is: {short(caption.true)}", fontsize=7, labelpad=2, parse_math=False)
+        said = f"said: {short(caption.predicted)}, {caption.probability:.1%}"
+        axes.text(
+            0.5,
+            -0.17,
+            said,
+            color="firebrick",
+            fontsize=7,
+            ha="center",
+            va="center",
+            transform=axes.transAxes,
+            parse_math=False,
+        )
+    return figure
+
+
+def short(name: str) -> str:
+    """The first of a class's synonyms, cut to what fits: "tench" of "tench, Tinca tinca"."""
+    first = name.split(",")[0]
+    return first if len(first) <= _NAME_LENGTH else f"{first[: _NAME_LENGTH - 1]}…"

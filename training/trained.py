@@ -1,0 +1,155 @@
+"""A trained network to look at: a registered version, or a checkpoint of a run."""
+
+import contextlib
+import dataclasses
+import re
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from alexnet.errors import UserError
+from alexnet.preprocess import InputSpec
+from pipelines import storage
+from pipelines.shards import Manifest
+from training import checkpoint
+from training.config import ModelConfig, TrainConfig
+from training.loop import build_model
+
+_REGISTERED = re.compile(r"models:/.+|runs:/.+|[\w-]+")
+
+
+@dataclass(frozen=True)
+class Trained:
+    """network: float32 (B,3,227,227) -> logits (B, classes), on the CPU, in evaluation mode.
+    wnids: its classes in label order, None where only the data set is known; manifest: digest of
+    the data set it was trained on, None where that is not known."""
+
+    name: str
+    about: str
+    network: torch.nn.Module
+    input_spec: InputSpec
+    wnids: tuple[str, ...] | None
+    manifest: str | None
+
+
+def load(model: str) -> Trained:
+    """model: champion, candidate, a version's number, models:/alexnet@champion, models:/alexnet/3;
+    or a folder or s3:// prefix of a checkpoint, or of a run, whose newest whole one is taken.
+
+    Raises UserError for one that is not there, damaged, or from another release.
+    """
+    if not Path(model).is_dir() and _REGISTERED.fullmatch(model):
+        return _registered(model)
+    with _checkpoint(model) as folder:
+        return _from_checkpoint(model, folder)
+
+
+def check_fits(trained: Trained, manifest: Manifest, data: str) -> None:
+    """Raises UserError, one line with what differs, when accuracy on these shards would mean
+    nothing: other classes, or pictures cut in another way."""
+    spec, differs = trained.input_spec, []
+    if (spec.resize, spec.crop) != (manifest.resize, manifest.crop):
+        differs.append(
+            f"pictures resized to {manifest.resize} and cut to {manifest.crop}, where it learned "
+            f"from {spec.resize} and {spec.crop}"
+        )
+    if trained.wnids is not None and trained.wnids != manifest.wnids:
+        differs.append(_other_classes(trained.wnids, manifest.wnids))
+    if trained.wnids is None and trained.manifest != manifest.digest:
+        differs.append(
+            f"manifest {manifest.digest[:12]}, where it learned from {str(trained.manifest)[:12]} "
+            "and has no list of its classes"
+        )
+    if differs:
+        raise UserError(
+            f"{trained.name} does not fit {data}: {'; '.join(differs)}; pass the shards that it "
+            "was trained on, or others of the same classes and geometry"
+        )
+
+
+def _other_classes(has: tuple[str, ...], wanted: tuple[str, ...]) -> str:
+    if len(has) != len(wanted):
+        return f"{len(wanted)} classes, where it knows {len(has)}"
+    label = next(i for i, (a, b) in enumerate(zip(has, wanted, strict=True)) if a != b)
+    return f"other classes, for example label {label} is {wanted[label]}, where it has {has[label]}"
+
+
+def _registered(model: str) -> Trained:
+    from training import registry, tracking  # mlflow takes seconds, and a checkpoint needs none
+
+    client = tracking.connect(tracking.tracking_uri())
+    uri = model
+    if "/" not in model:
+        uri = f"models:/{registry.NAME}{'/' if model.isdecimal() else '@'}{model}"
+    about = ""
+    if match := re.fullmatch(r"models:/([^/@]+)@(.+)", uri):
+        # The version is what is reported: the alias may point elsewhere tomorrow. Where there is no
+        # such alias, `registry.load` says so.
+        with contextlib.suppress(*tracking.FAILURES):
+            version = client.get_model_version_by_alias(match[1], match[2])
+            uri, about = f"models:/{match[1]}/{version.version}", f"now {match[2]}"
+    found = registry.load(uri)
+    return Trained(uri, about, found.network, found.input_spec, found.wnids, None)
+
+
+@contextlib.contextmanager
+def _checkpoint(where: str) -> Iterator[Path]:
+    """A local folder, with its hashes verified, for the time of the block."""
+    where = storage.absolute(where)
+    if storage.exists(storage.join(where, "state.json")):
+        with _local(where) as folder:
+            checkpoint.verify(folder)
+            yield folder
+        return
+    with checkpoint.newest_good(where) as newest:
+        if newest is None:
+            raise UserError(
+                f"{where} holds no checkpoint (no state.json); pass the folder of a run or of a "
+                "checkpoint, or a registered model such as champion"
+            )
+        yield newest
+
+
+@contextlib.contextmanager
+def _local(where: str) -> Iterator[Path]:
+    if not storage.is_s3(where):
+        yield Path(where)
+        return
+    with tempfile.TemporaryDirectory(prefix="checkpoint-") as folder:
+        for name, _ in storage.list_files(where):
+            if "/" not in name:
+                (Path(folder) / name).write_bytes(storage.read(storage.join(where, name)))
+        yield Path(folder)
+
+
+def _from_checkpoint(name: str, folder: Path) -> Trained:
+    state = checkpoint.load_state(folder)
+    averaged = (folder / "ema.safetensors").exists()
+    try:
+        network = _network(state)
+        network.load_state_dict(checkpoint.load_tensors(folder, "ema" if averaged else "model"))
+    except (KeyError, TypeError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"checkpoint {name} is from another release ({reason}); evaluate it with that one"
+        ) from error
+    about = f"recipe {state['config']['recipe']}, step {state['step']} of {state['total_steps']}"
+    return Trained(
+        name=name,
+        about=f"{about}, averaged weights" if averaged else about,
+        network=network.eval(),
+        input_spec=InputSpec.from_json(state["input_spec"]),
+        wnids=tuple(state["wnids"]) if "wnids" in state else None,
+        manifest=state["manifest"],
+    )
+
+
+def _network(state: dict[str, Any]) -> torch.nn.Module:
+    # The fields of the model alone: where and how it was trained may have other names by now.
+    model = ModelConfig(**state["config"]["model"])
+    config = dataclasses.replace(TrainConfig(), model=model)
+    return build_model(config, state["num_classes"])
