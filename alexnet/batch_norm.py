@@ -35,13 +35,10 @@ class GroupedBatchNorm2d(nn.BatchNorm2d):
             nn.functional.batch_norm(
                 part, mean, variance, self.weight, self.bias, True, 1.0, self.eps
             )
-            for part, mean, variance in zip(x.split(sizes), means, variances, strict=True)
+            for part, mean, variance in zip(torch.split(x, sizes), means, variances, strict=True)
         ]
         self._move(means.mean(0), variances.mean(0))
         return torch.cat(groups)
-
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, group={self.group}"
 
     @torch.no_grad()
     def _move(self, mean: Tensor, variance: Tensor) -> None:

@@ -15,6 +15,7 @@ import tyro
 
 from alexnet.errors import UserError
 from alexnet.model import Init, Variant
+from alexnet.optim import Rule
 
 _HIGHEST = 2**63  # what torch's generators take as a seed, and beyond all other uses
 
@@ -43,7 +44,7 @@ class OptimConfig:
     """Passes over the train split."""
     lr: float = 0.01
     """Learning rate of the weights at its highest."""
-    rule: Literal["torch", "paper", "lars"] = "torch"
+    rule: Rule = "torch"
     """torch: the rate stays outside of the velocity; paper: inside, so that a lower rate leaves the
     velocity as it is; lars: You et al. 2017, a rate for each layer, for large batches."""
     momentum: float = 0.9
