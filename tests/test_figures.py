@@ -1,4 +1,4 @@
-"""The two pictures of a run show the numbers they were given."""
+"""The pictures of a run show the numbers and the pictures they were given."""
 
 import numpy as np
 import pytest
@@ -6,7 +6,7 @@ import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from training.figures import conv1_kernels, curves
+from training.figures import Caption, contact_sheet, conv1_kernels, curves, short
 
 HISTORY = {
     "loss": [(1, 2.0), (2, 1.5), (3, 1.0)],
@@ -55,3 +55,36 @@ def test_kernels_lie_in_rows_of_sixteen_each_stretched_to_its_range(count, rows,
 def test_constant_kernel_is_drawn_without_dividing_by_zero():
     (image,) = conv1_kernels(torch.ones(2, 3, 11, 11)).axes[0].images
     assert np.isfinite(np.asarray(image.get_array())).all()
+
+
+def test_contact_sheet_shows_every_picture_above_its_names():
+    pictures = torch.randint(0, 256, (8, 3, 227, 227), dtype=torch.uint8)
+    captions = [Caption(f"class {i}, synonym", f"other_{i} $x$", 1 - i / 100) for i in range(8)]
+    figure = contact_sheet(pictures, captions, "a $title")
+    FigureCanvasAgg(figure).draw()
+    assert figure.get_suptitle() == "a $title" and len(figure.axes) == 8
+    for number, axes in enumerate(figure.axes):
+        (image,) = axes.images
+        assert (np.asarray(image.get_array()) == pictures[number].permute(1, 2, 0).numpy()).all()
+        (said,) = axes.texts
+        assert axes.get_xlabel() == f"is: class {number}"
+        assert said.get_text() == f"said: other_{number} $x$, {100 - number}.00%"
+    boxes = [axes.get_position() for axes in figure.axes]
+    assert [round(box.x0 * 6 - 0.04) for box in boxes] == [0, 1, 2, 3, 4, 5, 0, 1]
+    assert len({round(box.y0, 6) for box in boxes}) == 2 and boxes[6].y1 < boxes[0].y0
+    whole = figure.bbox
+    for axes in figure.axes:
+        said = axes.texts[0].get_window_extent()
+        assert whole.x0 <= said.x0 and said.x1 <= whole.x1 and whole.y0 <= said.y0
+
+
+def test_a_sheet_without_mistakes_is_empty():
+    figure = contact_sheet(torch.empty(0, dtype=torch.uint8), [], "none")
+    FigureCanvasAgg(figure).draw()
+    assert figure.axes == []
+
+
+def test_names_are_cut_to_their_first_synonym_and_to_what_fits():
+    assert short("tench, Tinca tinca") == "tench"
+    long = short("West Highland white terrier")
+    assert long == "West Highland white…" and len(long) == 20

@@ -10,8 +10,8 @@ from matplotlib.figure import Figure
 Points = Sequence[tuple[int, float]]
 
 _COLUMNS = 6
-_CELL_WIDTH, _CELL_HEIGHT, _TITLE_HEIGHT = 1.9, 2.4, 0.5  # inches
-_NAME_LENGTH = 24
+_CELL_WIDTH, _CELL_HEIGHT, _TITLE_HEIGHT = 1.9, 2.3, 0.5  # inches
+_NAME_LENGTH = 20
 
 
 def curves(history: Mapping[str, Points], title: str) -> Figure:
@@ -83,10 +83,10 @@ def contact_sheet(pictures: torch.Tensor, captions: Sequence[Caption], title: st
         )
         axes.imshow(picture.permute(1, 2, 0).numpy())
         axes.set_xlabel(f"is: {short(caption.true)}", fontsize=7, labelpad=2, parse_math=False)
-        said = f"said: {short(caption.predicted)}, {caption.probability:.1%}"
+        said = f"said: {short(caption.predicted)}, {caption.probability:.2%}"
         axes.text(
             0.5,
-            -0.17,
+            -0.15,
             said,
             color="firebrick",
             fontsize=7,

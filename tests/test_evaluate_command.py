@@ -1,0 +1,246 @@
+"""`python -m training.evaluate` on registered versions and on checkpoints, in folders and on S3."""
+
+import csv
+import io
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+from registered import FOREIGN, GOOD, MLFLOW_WARNINGS, POOR, Built
+from shard_sets import write_shard_set
+from small_training import CPU
+
+from pipelines import storage
+from pipelines.shards import load_manifest
+from training import checkpoint, evaluate_command, registry
+from training.evaluate import evaluate, wilson
+from training.evaluate_command import main
+from training.loader import Loader
+
+pytestmark = [pytest.mark.filterwarnings(line) for line in MLFLOW_WARNINGS]
+
+
+@pytest.fixture(autouse=True)
+def models(registered_models: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Built:
+    monkeypatch.setenv("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false")
+    client = registered_models.enter_copy(tmp_path / "home", monkeypatch)
+    client.set_registered_model_alias("alexnet", "champion", GOOD)
+    return registered_models
+
+
+def answer(capsys: pytest.CaptureFixture[str], *argv: str) -> dict[str, Any]:
+    capsys.readouterr()
+    assert main([*argv, "--json", "--device", "cpu"]) == 0
+    found: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return found
+
+
+def tensors_of(models: Built) -> dict[str, dict[str, torch.Tensor]]:
+    return {
+        name: checkpoint.load_tensors(models.checkpoint, name) for name in ("model", "optimizer")
+    }
+
+
+def altered(models: Built, folder: Path, **state: Any) -> str:
+    """A whole copy of the checkpoint with other entries in its state; None leaves one out."""
+    whole = checkpoint.load_state(models.checkpoint) | state
+    kept = {key: value for key, value in whole.items() if value is not None}
+    checkpoint.save(folder, tensors_of(models), kept)
+    return str(folder)
+
+
+def test_every_name_of_a_model_leads_to_the_same_numbers(models, capsys):
+    manifest = load_manifest(models.data)
+    network = registry.load(f"models:/alexnet/{GOOD}")
+    with Loader(models.data, manifest, "val", threads=1, cache_gb=1) as loader:
+        expected = evaluate(network.network, loader, network.input_spec, device=CPU)
+    assert expected.correct1 > 0
+    names = {
+        "champion": f"models:/alexnet/{GOOD}",
+        GOOD: f"models:/alexnet/{GOOD}",
+        "models:/alexnet@champion": f"models:/alexnet/{GOOD}",
+        f"models:/alexnet/{GOOD}": f"models:/alexnet/{GOOD}",
+        str(models.checkpoint): str(models.checkpoint),
+        str(models.checkpoint.parent): str(models.checkpoint.parent),  # the run's newest
+    }
+    for name, resolved in names.items():
+        found = answer(capsys, name, "--data", models.data)
+        assert found["model"]["name"] == resolved
+        assert found["data"]["manifest_sha256"] == manifest.digest
+        assert found["top1"]["correct"] == expected.correct1
+        assert found["top5"]["correct"] == expected.correct5
+        assert found["top1"]["wilson95"] == list(wilson(expected.correct1, 13))
+        assert found["loss"] == pytest.approx(expected.loss, rel=1e-4)
+
+
+def test_files_tell_what_the_terminal_tells(models, tmp_path, capsys):
+    out = tmp_path / "out"
+    found = answer(capsys, POOR, "--data", models.data, "--split", "train", "--out", str(out))
+    assert json.loads((out / "evaluation.json").read_text()) == found
+    wrong = found["images"] - found["top1"]["correct"]
+    assert 0 < wrong == len(found["mistakes"]) == sum(n for *_, n in found["confusion"])
+    with (out / "classes.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["wnid"] for row in rows] == list(load_manifest(models.data).wnids)
+    assert [int(row["correct"]) for row in rows] == [row["correct"] for row in found["classes"]]
+    assert sum(int(row["images"]) for row in rows) == 16
+    index = pq.read_table(f"{models.data}/index/train.parquet", use_threads=False)
+    for mistake in found["mistakes"]:
+        row = mistake["sample_id"]
+        assert mistake["key"] == index["key"][row].as_py()
+        assert mistake["true"] == f"colour {index['label'][row].as_py()}" != mistake["predicted"]
+    with Image.open(out / "mistakes.png") as picture:
+        assert picture.format == "PNG" and picture.width > 1000
+
+
+def test_text_names_model_data_protocol_intervals_and_where_it_goes_wrong(models, capsys):
+    assert main([POOR, "--data", models.data, "--split", "train", "--device", "cpu"]) == 0
+    text = capsys.readouterr().out
+    found = answer(capsys, POOR, "--data", models.data, "--split", "train")
+    low, high = found["top1"]["wilson95"]
+    assert f"models:/alexnet/{POOR}" in text and found["data"]["manifest_sha256"][:12] in text
+    assert f"[{low:.4f}, {high:.4f}]  {found['top1']['correct']} right" in text
+    assert "the centre 227×227" in text and "4 of 4 classes, the worst first" in text
+    pair = found["confused_pairs"][0]
+    assert f"{pair['images']}  {pair['true']} taken for {pair['predicted']}" in text
+
+
+def test_ten_crop_is_another_measurement_on_larger_pictures(models, tmp_path, capsys):
+    data = write_shard_set(tmp_path / "set", train=(4,), val=(9,), side=231)
+    manifest = load_manifest(data)
+    spec = checkpoint.load_state(models.checkpoint)["input_spec"] | {"resize": 231, "crop": 231}
+    model = altered(models, tmp_path / "model", input_spec=spec, manifest=manifest.digest)
+    centre = answer(capsys, model, "--data", data)
+    ten = answer(capsys, model, "--data", data, "--ten-crop", "--batch-size", "35")
+    assert (centre["protocol"], ten["protocol"]) == ("centre", "ten_crop")
+    assert centre["images"] == ten["images"] == 9 and centre["loss"] != ten["loss"]
+
+
+def test_averaged_weights_are_what_is_evaluated_where_a_checkpoint_has_them(
+    models, tmp_path, capsys
+):
+    tensors = tensors_of(models)
+    tensors["ema"] = {name: torch.zeros_like(value) for name, value in tensors["model"].items()}
+    checkpoint.save(tmp_path / "model", tensors, checkpoint.load_state(models.checkpoint))
+    found = answer(capsys, str(tmp_path / "model"), "--data", models.data)
+    assert "averaged weights" in found["model"]["about"]
+    assert found["loss"] == pytest.approx(1.3863, abs=1e-4), "zeros guess, ln 4 nats"
+
+
+def test_checkpoints_and_outputs_may_lie_on_s3(models, s3, capsys):
+    run = f"{s3}/evaluated"
+    for path in models.checkpoint.iterdir():
+        storage.write(f"{run}/step-9/{path.name}", path.read_bytes())
+    expected = answer(capsys, str(models.checkpoint), "--data", models.data)
+    for where in (run, f"{run}/step-9"):
+        found = answer(capsys, where, "--data", models.data, "--out", f"{run}/out")
+        assert found["top1"] == expected["top1"] and found["model"]["name"] == where
+    assert json.loads(storage.read(f"{run}/out/evaluation.json")) == found
+    assert Image.open(io.BytesIO(storage.read(f"{run}/out/mistakes.png"))).format == "PNG"
+
+
+def refusal(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    capsys.readouterr()
+    assert main(list(argv)) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("error: ") and err.count("\n") == 1, err
+    return err
+
+
+def test_other_classes_geometry_or_unknown_classes_are_refused_with_what_differs(
+    models, tmp_path, capsys
+):
+    told = refusal(capsys, FOREIGN, "--data", models.data)
+    assert "label 0 is n00000000, where it has n90" in told
+    fewer = write_shard_set(tmp_path / "fewer", train=(3,), val=(3,), classes=3)
+    assert "3 classes, where it knows 4" in refusal(capsys, GOOD, "--data", fewer)
+    larger = write_shard_set(tmp_path / "larger", train=(4,), val=(4,), side=231)
+    told = refusal(capsys, GOOD, "--data", larger)
+    assert "cut to 231" in told and "from 227 and 227" in told
+    again = write_shard_set(tmp_path / "again", train=(4,), val=(5,))
+    wnids = load_manifest(again).wnids
+    without = altered(models, tmp_path / "without", manifest="0" * 64, wnids=None)
+    told = refusal(capsys, without, "--data", again)
+    assert "learned from 000000000000 and has no list of its classes" in told
+    known = altered(models, tmp_path / "known", manifest="0" * 64, wnids=wnids)
+    assert answer(capsys, known, "--data", again)["images"] == 5, "its classes are the same"
+
+
+def test_what_cannot_be_evaluated_is_one_line_and_exit_code_2(models, tmp_path, capsys):
+    data = models.data
+    assert "cannot be loaded" in refusal(capsys, "nobody", "--data", data)
+    assert "cannot be loaded" in refusal(capsys, "77", "--data", data)
+    (tmp_path / "empty").mkdir()
+    assert "no checkpoint" in refusal(capsys, str(tmp_path / "empty"), "--data", data)
+    assert "no checkpoint" in refusal(capsys, str(tmp_path / "nowhere"), "--data", data)
+    assert "no finished shard set" in refusal(capsys, GOOD, "--data", str(tmp_path / "empty"))
+    assert "--splits test" in refusal(capsys, GOOD, "--data", data, "--split", "test")
+    assert "--batch-size 0" in refusal(capsys, GOOD, "--data", data, "--batch-size", "0")
+    assert "ten-crop needs pictures" in refusal(capsys, GOOD, "--data", data, "--ten-crop")
+    later = dict(checkpoint.load_state(models.checkpoint)["config"])
+    later["model"] = later["model"] | {"depth": 9}
+    other = altered(models, tmp_path / "other", config=later)
+    assert "another release" in refusal(capsys, other, "--data", data)
+    damaged = Path(altered(models, tmp_path / "damaged"))
+    with (damaged / "model.safetensors").open("r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"\x7f")
+    assert "does not match its sha256" in refusal(capsys, str(damaged), "--data", data)
+
+
+def test_an_unlabelled_split_is_refused(models, tmp_path, capsys):
+    shutil.copytree(models.data, tmp_path / "set")
+    path = tmp_path / "set" / "index" / "val.parquet"
+    index = pq.read_table(path, use_threads=False)
+    labels = pa.array([-1] * len(index), pa.int64())
+    pq.write_table(index.set_column(index.column_names.index("label"), "label", labels), path)
+    assert pc.max(labels).as_py() == -1
+    told = refusal(capsys, GOOD, "--data", str(tmp_path / "set"))
+    assert "without a label" in told
+
+
+def test_a_network_that_answers_nan_is_refused(models, tmp_path, capsys):
+    tensors = tensors_of(models)
+    tensors["model"] = {k: v * float("nan") for k, v in tensors["model"].items()}
+    checkpoint.save(tmp_path / "model", tensors, checkpoint.load_state(models.checkpoint))
+    assert "NaN" in refusal(capsys, str(tmp_path / "model"), "--data", models.data)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_refused(models, capsys):
+    assert "sees no GPU" in refusal(capsys, GOOD, "--data", models.data, "--device", "cuda")
+
+
+def test_a_terminal_is_told_how_far_it_is(models, capsys, monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    path = str(models.checkpoint)
+    assert main([path, "--data", models.data, "--batch-size", "8", "--device", "cpu"]) == 0
+    assert terminal.getvalue() == "\r8 of 13 pictures\r13 of 13 pictures\n"
+
+
+def test_an_exported_network_names_no_device(models):
+    """It must run on a GPU although it was exported on a CPU: here on the meta device, where any
+    constant left behind on the CPU is an error."""
+    network = registry.load(f"models:/alexnet/{GOOD}").network.to("meta")
+    assert network(torch.empty(3, 3, 227, 227, device="meta")).device.type == "meta"
+
+
+def test_the_module_is_the_command():
+    argv = [sys.executable, "-m", "training.evaluate", "--help"]
+    root = Path(evaluate_command.__file__).parents[1]
+    done = subprocess.run(argv, cwd=root, capture_output=True, text=True, check=True)
+    assert "--ten-crop" in done.stdout and "mistakes.png" in done.stdout
