@@ -76,10 +76,10 @@ def test_resumed_run_goes_on_at_the_next_sample(uri, tmp_path, monkeypatch):
 
 def test_checkpoint_of_other_settings_or_shards_is_refused(uri, tmp_path):
     last = fit(small_config(), uri, tmp_path / "whole").last
-    with pytest.raises(UserError, match="was trained with other settings; choose another --name"):
+    with pytest.raises(UserError, match=r"of another training \(optim.lr: 0.01 -> 0.02\)"):
         fit(small_config(optim_lr=0.02), uri, resume=last)
     others = write_shard_set(tmp_path / "others", train=TRAIN, val=(5,), seed=1)
-    with pytest.raises(UserError, match="was trained with other shards; choose another --name"):
+    with pytest.raises(UserError, match=r"of another training \(manifest: [0-9a-f]{16} -> "):
         fit(small_config(), others, resume=last)
 
 
@@ -222,7 +222,9 @@ def test_sixteen_pictures_can_be_learned_by_heart(tmp_path):
 def test_loss_that_is_not_finite_stops_the_run_with_step_and_advice(uri, tmp_path):
     with pytest.raises(loop.TrainingStopped) as stopped:
         fit(small_config(optim_lr=1e6, log_steps=2), uri, tmp_path / "kept")
-    assert "loss is nan at step 2;" in str(stopped.value)
+    ids = epoch_order(TRAIN, seed=0, epoch=0)[7:14].tolist()
+    named = f"batch of 7 samples, ids {', '.join(map(str, ids))}"
+    assert f"loss is nan at step 2 ({named});" in str(stopped.value)
     assert "--optim.lr (now 1000000.0)" in str(stopped.value)
     assert not (tmp_path / "kept").exists(), "a checkpoint of a broken run"
 
@@ -236,7 +238,8 @@ def test_flat_loss_stops_the_run_unless_told_to_wait(uri, patience):
         return
     with pytest.raises(loop.TrainingStopped) as stopped:
         fit(config, uri)
-    assert "in 4 steps, guessing gives 1.386; try --model.init he" in str(stopped.value)
+    assert "in 4 steps, guessing gives 1.386 (last: batch of 7 samples" in str(stopped.value)
+    assert "try --model.init he" in str(stopped.value)
     assert "--flat-loss-steps 8" in str(stopped.value)
 
 

@@ -1,54 +1,48 @@
-"""The training itself: epochs, steps, checkpoints, guards. Free of Ray and MLflow.
+"""The training itself: epochs, checkpoints, evaluation. Free of Ray and MLflow.
 
-Rank, world size and device come in as arguments and everything that happens goes out through two
+Rank, world size and device come in as arguments and everything that happens goes out through
 functions, so benchmarks, tests and machines without Ray run the very same code as the cluster.
 """
 
 import contextlib
-import hashlib
 import math
-import tempfile
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
-from alexnet import optim
-from alexnet.errors import UserError
 from alexnet.model import AlexNet
 from alexnet.preprocess import NETWORK_SIDE, Augment, InputSpec, train_view
 from pipelines.shards import Manifest, load_manifest
-from training import checkpoint
+from training import checkpoint, guards, state
 from training.config import TrainConfig, science_digest, to_dict
+from training.due import Due
 from training.evaluate import evaluate
+from training.guards import TrainingStopped as TrainingStopped
+from training.journal import Journal
 from training.loader import Batch, Loader
 from training.meter import Meter
-from training.order import epoch_order, global_batch, rank_part, steps_per_epoch
-
-# Share of ln(num_classes), the loss of guessing, that counts as having learned nothing.
-_FLAT_SHARE = 0.99
-
-
-class TrainingStopped(Exception):
-    """The run cannot become a model; the text says at which step, why and what to try."""
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where this process stands among its peers and what it may use."""
-
-    device: torch.device
-    rank: int = 0
-    world_size: int = 1
-    threads: int = 1
-
+from training.order import Ids, epoch_order, global_batch, rank_part, steps_per_epoch
+from training.speed import training_flops
+from training.steps import Place as Place
+from training.steps import Stepper, algorithms, ended_early, learning_rate
+from training.synthetic import Synthetic
+from training.trace import traced
 
 Log = Callable[[dict[str, float], int], None]
 Report = Callable[[dict[str, float], Path | None], None]
+
+
+@dataclass(frozen=True)
+class _Outside:
+    log: Log
+    report: Report
+    preempted: Callable[[], bool] | None
+    run_id: str
 
 
 def fit(
@@ -60,26 +54,32 @@ def fit(
     report: Report,
     resume: Path | None = None,
     run_id: str = "",
+    preempted: Callable[[], bool] | None = None,
+    profile_to: Path | None = None,
 ) -> dict[str, float]:
     """Trains to the last epoch and returns the last metrics of the val split.
 
     data: URI of a finished shard set. resume: a checkpoint folder to go on from, at its next step.
     `log(metrics, step)` is called on rank 0; `report(metrics, checkpoint folder)` on every rank, at
     the same steps, with a folder on rank 0 only, which the receiver deletes once it is kept.
-    Raises TrainingStopped for a loss that is not finite or stays flat.
+    `preempted()` is asked every 20 steps on every rank; one yes makes all save at once and go on.
+    profile_to: folder for the trace of a few steps. Raises TrainingStopped for a loss, gradient or
+    weights that are not finite and for a loss that stays flat.
     """
     manifest = load_manifest(data)
-    threads, cache_gb = place.threads, config.cache_gb
+    outside = _Outside(log, report, preempted, run_id)
     with (
-        Loader(data, manifest, "train", threads=threads, cache_gb=cache_gb) as train,
-        Loader(data, manifest, "val", threads=threads, cache_gb=cache_gb) as val,
+        algorithms(config, place.device),
+        _loader(config, data, manifest, "train", place) as train,
+        _loader(config, data, manifest, "val", place) as val,
+        traced(profile_to) as step_done,
     ):
-        run = _Run(config, manifest, place, train, val, log, report, run_id)
+        run = _Run(config, manifest, place, train, val, outside)
         if resume is not None:
             run.restore(resume)
-        while run.step < run.total_steps:
-            run.epoch()
-        return run.metrics
+        while not run.finished:
+            run.epoch(step_done)
+        return run.position.metrics
 
 
 def input_spec(manifest: Manifest, config: TrainConfig) -> InputSpec:
@@ -104,21 +104,28 @@ def build_model(config: TrainConfig, num_classes: int) -> AlexNet:
         num_classes=num_classes,
         width=config.model.width,
         batch_norm=config.model.batch_norm,
+        norm_group=config.model.norm_group,
         init=config.model.init,
     )
 
 
-def learning_rate(config: TrainConfig, step: int, num_steps: int) -> float:
-    """Rate of the weights at a step (0-based) with `num_steps` in an epoch."""
-    recipe = config.optim
-    if recipe.schedule == "step":
-        return recipe.lr * optim.step_decay(step, num_steps, recipe.milestones)
-    warmup = round(recipe.warmup_epochs * num_steps)
-    return recipe.lr * optim.warmup_cosine(step, recipe.epochs * num_steps, warmup)
+def _loader(config: TrainConfig, data: str, manifest: Manifest, split: str, place: Place) -> Loader:
+    if config.synthetic:
+        return Synthetic(manifest, split, place.device)
+    return Loader(
+        data,
+        manifest,
+        split,
+        threads=place.threads,
+        cache_gb=config.cache_gb,
+        cache=config.cache,
+        decode=config.decode,
+        device=place.device,
+    )
 
 
 class _Run:
-    """The state of a training in progress: weights, momentum, position."""
+    """A training in progress: its position, what is learned, where the batches come from."""
 
     def __init__(
         self,
@@ -127,53 +134,39 @@ class _Run:
         place: Place,
         train: Loader,
         val: Loader,
-        log: Log,
-        report: Report,
-        run_id: str,
+        outside: _Outside,
     ) -> None:
         self.config, self.manifest, self.place = config, manifest, place
-        self.train, self.val, self.log, self.report, self.run_id = train, val, log, report, run_id
+        self.train, self.val, self.outside = train, val, outside
         self.spec = input_spec(manifest, config)
         self.augment = _augment(config, manifest.crop)
-        model = build_model(config, manifest.num_classes)
-        self.model = model.to(place.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.replica: nn.Module = self.model
-        if place.world_size > 1:
-            self.replica = DistributedDataParallel(self.model, gradient_as_bucket_view=True)
-        self.optimizer = optim.sgd(
-            self.model,
-            lr=config.optim.lr,
-            momentum=config.optim.momentum,
-            weight_decay=config.optim.weight_decay,
-            bias_lr_factor=config.optim.bias_lr_factor,
-        )
+        self.stepper = Stepper(config, build_model(config, manifest.num_classes), place)
         self.steps_per_epoch = steps_per_epoch(train.num_samples, config.optim.batch_size)
         self.total_steps = config.optim.epochs * self.steps_per_epoch
-        self.step = 0
-        self.lowest_loss = math.inf
-        self.metrics: dict[str, float] = {}
+        self.position = state.Position()
+        with torch.device("meta"):
+            flops = training_flops(build_model(config, manifest.num_classes))
+        self.journal = Journal(config, place, flops, self.steps_per_epoch)
         self.meter = Meter(place.device)
+        self.due = Due(config.checkpoint_minutes, outside.preempted, place)
+
+    @property
+    def finished(self) -> bool:
+        return self.position.step >= self.total_steps or (
+            self.position.step % self.steps_per_epoch == 0
+            and ended_early(self.config, self.position.val_errors)
+        )
 
     def restore(self, folder: Path) -> None:
-        """Goes on from a checkpoint. Raises UserError for one of other data or settings: the MLflow
-        run of this name may lie in another store, so its own check is not enough."""
-        state = checkpoint.load_state(folder)
-        now = {"manifest": self.manifest.digest, "science": science_digest(self.config)}
-        if differs := [key for key, digest in now.items() if state[key] != digest]:
-            what = {"manifest": "other shards", "science": "other settings"}
-            raise UserError(
-                f"checkpoint {folder} was trained with {' and '.join(what[k] for k in differs)}; "
-                "choose another --name, or give the ones it began with"
-            )
-        checkpoint.load_model(folder, self.model)
-        checkpoint.load_optimizer(folder, self.model, self.optimizer)
-        self.step, self.lowest_loss = state["step"], state["lowest_loss"]
-        self.metrics = state["metrics"]
+        """Goes on from a checkpoint. Raises UserError for one of other data or settings."""
+        checkpoint.refuse_other(folder, self.config, self.manifest.digest)
+        self.position = state.Position.from_json(checkpoint.load_state(folder))
+        self.stepper.restore(folder, self.position.step)
 
-    def epoch(self) -> None:
+    def epoch(self, step_done: Callable[[], None]) -> None:
         """From the current step to the end of its epoch, then evaluation and a checkpoint."""
-        epoch, first = divmod(self.step, self.steps_per_epoch)
-        order = epoch_order(self.train.shard_sizes, seed=self.config.seed, epoch=epoch)
+        epoch, first = divmod(self.position.step, self.steps_per_epoch)
+        order = self._order(epoch)
         remaining = [
             global_batch(order, step, self.steps_per_epoch)
             for step in range(first, self.steps_per_epoch)
@@ -182,34 +175,20 @@ class _Run:
         pin = self.place.device.type == "cuda"
         self.meter.start()
         with contextlib.closing(self.train.batches(ids, pin=pin)) as batches:
-            for global_ids, batch in zip(remaining, batches, strict=True):
+            for whole, part, batch in zip(remaining, ids, batches, strict=True):
                 self.meter.data_arrived()
-                self.train_step(batch, epoch, len(global_ids))
-                self.step += 1
+                # The digest below is of what was learned from, not of what was meant to be.
+                assert np.array_equal(batch.sample_ids.numpy(), part), "a batch of other samples"
+                self.train_step(batch, epoch, whole)
+                step_done()
                 self.report_progress(epoch)
         self.finish_epoch(epoch)
 
-    def report_progress(self, epoch: int) -> None:
-        """After a step: the log line and the checkpoint that are due, if any."""
-        every = self.config.checkpoint_steps or self.total_steps
-        end = self.step % self.steps_per_epoch == 0  # finish_epoch saves there
-        due = not end and self.step % every == 0
-        if due or end or self.step % self.config.log_steps == 0:
-            self.log_progress(epoch)
-        if due:
-            self.save()
-
-    def train_step(self, batch: Batch, epoch: int, global_batch_size: int) -> None:
-        """One SGD step on the mean loss of the global batch, of which `batch` is this rank's part.
-
-        DDP averages gradients over ranks, so each rank's sum is scaled by W / global size: exact
-        also where W does not divide the batch.
-        """
-        config, device, world_size = self.config, self.place.device, self.place.world_size
-        # Dropout is seeded by position: a resumed run draws the masks the uninterrupted one drew.
-        torch.manual_seed(_seed(config.seed, self.step, self.place.rank))
+    def train_step(self, batch: Batch, epoch: int, global_ids: Ids) -> None:
+        config, device, position = self.config, self.place.device, self.position
         images = batch.images.to(device, non_blocking=True)
         labels = batch.labels.to(device, non_blocking=True)
+        self.meter.data_copied()
         x = train_view(
             images,
             self.spec,
@@ -218,96 +197,91 @@ class _Run:
             epoch=epoch,
             sample_ids=batch.sample_ids,  # on the CPU: the draws are the same for every device
         ).contiguous(memory_format=torch.channels_last)
-        with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-            logits = self.replica(x)
-        loss_sum = nn.functional.cross_entropy(
-            logits.float(), labels, reduction="sum", label_smoothing=config.optim.label_smoothing
+        lr = learning_rate(config, position.step, self.steps_per_epoch, position.val_errors)
+        self.meter.add(
+            self.stepper.step(x, labels, number=position.step, lr=lr, global_size=len(global_ids))
         )
-        optim.set_lr(self.optimizer, learning_rate(config, self.step, self.steps_per_epoch))
-        self.optimizer.zero_grad(set_to_none=True)
-        (loss_sum * (world_size / global_batch_size)).backward()  # type: ignore[no-untyped-call]
-        self.optimizer.step()
-        self.meter.add(loss_sum.detach(), logits.detach(), labels)
+        position.samples = state.extended(position.samples, position.step, global_ids)
+        position.step += 1
+
+    def report_progress(self, epoch: int) -> None:
+        """After a step: the log line and the checkpoint that are due, if any."""
+        step = self.position.step
+        every = self.config.checkpoint_steps or self.total_steps
+        end = step % self.steps_per_epoch == 0  # finish_epoch saves there
+        asked = self.due.now(step)
+        due = not end and (asked or step % every == 0)
+        if due or end or step % self.config.log_steps == 0:
+            self.log_progress(epoch)
+        if due:
+            self.save()
+            self.meter.start()
 
     def log_progress(self, epoch: int) -> None:
         """Logs the steps since the last call and stops a run that cannot become a model."""
-        last_step = self.step - 1
-        metrics = self.meter.read(self.place.world_size)
-        metrics["lr"] = learning_rate(self.config, last_step, self.steps_per_epoch)
-        metrics["epoch"] = epoch + (last_step % self.steps_per_epoch + 1) / self.steps_per_epoch
-        seconds_per_step = metrics["seconds"] / metrics["steps"]
-        metrics["eta_seconds"] = (self.total_steps - self.step) * seconds_per_step
-        self._guard(metrics["loss"])
+        position = self.position
+        reading = self.meter.read(self.place.world_size)
+        position.lowest_loss = guards.check_losses(
+            reading,
+            position.lowest_loss,
+            step=position.step,
+            config=self.config,
+            num_classes=self.manifest.num_classes,
+            ids_of=lambda step: self._batch(step - 1),
+        )
+        metrics = self.journal.line(reading.metrics, position, epoch, self.train.timings())
         if self.place.rank == 0:
-            self.log(metrics, self.step)
+            self.outside.log(metrics, position.step)
+        self.meter.start()
 
     def finish_epoch(self, epoch: int) -> None:
-        if self.place.world_size > 1:
-            # Batch norm's running statistics differ by rank: measure those that are saved.
-            for buffer in self.model.buffers():
-                torch.distributed.broadcast(buffer, src=0)
-        self.model.eval()
-        result = evaluate(
-            self.model,
-            self.val,
-            self.spec,
-            device=self.place.device,
-            rank=self.place.rank,
-            world_size=self.place.world_size,
-        )
-        self.model.train()
-        self.metrics = {f"val_{name}": float(value) for name, value in asdict(result).items()}
-        self.metrics["epoch"] = float(epoch + 1)
+        position, began = self.position, time.monotonic()
+        with self.stepper.evaluating() as model:
+            result = evaluate(
+                model,
+                self.val,
+                self.spec,
+                device=self.place.device,
+                rank=self.place.rank,
+                world_size=self.place.world_size,
+            )
+        self.journal.evaluation_seconds = time.monotonic() - began
+        position.metrics = {f"val_{name}": float(value) for name, value in asdict(result).items()}
+        position.metrics["epoch"] = float(epoch + 1)
+        position.evaluated_step = position.step
+        position.val_errors = [*position.val_errors, 1 - result.top1]
         if self.place.rank == 0:
-            self.log(self.metrics, self.step)
+            self.outside.log(position.metrics, position.step)
         self.save()
 
     def save(self) -> None:
         """Reports the current state to the outside, with a checkpoint folder on rank 0."""
-        if self.place.rank != 0:
-            self.report(self.metrics, None)
-            return
-        folder = Path(tempfile.mkdtemp(prefix="checkpoint-"))
-        tensors = {
-            "model": self.model.state_dict(),
-            "optimizer": checkpoint.momentum(self.model, self.optimizer),
-        }
-        checkpoint.save(folder, tensors, self._state())
-        self.report(self.metrics, folder)
+        guards.check_weights(self.stepper.model, self.position.step, self.config)
+        folder = None
+        if self.place.rank == 0:
+            folder = checkpoint.temporary_folder()
+            checkpoint.save(folder, self.stepper.tensors(), self._state())
+        self.outside.report(self.position.metrics, folder)
+        self.due.saved()
+
+    def _order(self, epoch: int) -> Ids:
+        return epoch_order(self.train.shard_sizes, seed=self.config.seed, epoch=epoch)
+
+    def _batch(self, step: int) -> Ids:
+        """The global batch of a step from 0."""
+        epoch, number = divmod(step, self.steps_per_epoch)
+        return global_batch(self._order(epoch), number, self.steps_per_epoch)
 
     def _state(self) -> dict[str, Any]:
-        return {
-            "step": self.step,
+        return self.position.to_json() | {
             "total_steps": self.total_steps,
-            "lowest_loss": self.lowest_loss,
-            "metrics": self.metrics,
             "config": to_dict(self.config),
             "science": science_digest(self.config),
             "manifest": self.manifest.digest,
             "num_classes": self.manifest.num_classes,
             "input_spec": self.spec.to_json(),
-            "run_id": self.run_id,
+            "run_id": self.outside.run_id,
         }
-
-    def _guard(self, loss: float) -> None:
-        if not math.isfinite(loss):
-            raise TrainingStopped(
-                f"loss is {loss} at step {self.step}; train again under another --name with a "
-                f"lower --optim.lr (now {self.config.optim.lr}) or --precision fp32"
-            )
-        self.lowest_loss = min(self.lowest_loss, loss)
-        guessing = math.log(self.manifest.num_classes)
-        patience = self.config.flat_loss_steps
-        if patience and self.step >= patience and self.lowest_loss > _FLAT_SHARE * guessing:
-            raise TrainingStopped(
-                f"loss never fell below {self.lowest_loss:.3f} in {self.step} steps, guessing "
-                f"gives {guessing:.3f}; try --model.init he, another --optim.lr, or wait longer "
-                f"with --flat-loss-steps {2 * patience}"
-            )
-
-
-def _seed(*position: int) -> int:
-    return int.from_bytes(hashlib.sha256(repr(position).encode()).digest()[:7])
 
 
 def _augment(config: TrainConfig, stored_side: int) -> Augment:

@@ -1,52 +1,168 @@
-"""What the log lines say of the last steps: loss, accuracy, rate, time spent waiting for data."""
+"""What the log lines say of the last steps: loss, accuracy, rates, and where the time went.
+
+Every step has three parts on the accelerator's own time line:
+
+    waiting     from the end of the step before until the batch is there: no data, or nothing to do
+    copying     from there until its pictures and labels are on the device
+    computing   augmentation, forward, backward with its communication, and the update
+
+Utilization is what MLPerf Storage defines it to be: computing time / all time, without the first
+step of the run. Exposed communication is the part of `computing` between a rank's last own gradient
+and the moment when the gradients and buffers of all ranks are in: what did not hide behind the
+backward pass. It contains the wait for the slowest rank.
+"""
 
 import time
+from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 
+# Columns of a step's row of sums.
+LOSS, TOP1, TOP5, IMAGES, GRAD_NORM = range(5)
 
-class Meter:
-    """Sums since the last reading; on the device, so that a step does not wait for it."""
+Mark = float | torch.cuda.Event
+
+
+class Clock:
+    """Instants on a device's time line: CUDA events, or the host's clock where that is the same."""
 
     def __init__(self, device: torch.device) -> None:
-        self._sums = torch.zeros(3, dtype=torch.float64, device=device)
+        self._device = device
+
+    def mark(self) -> Mark:
+        if self._device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record(torch.cuda.current_stream(self._device))
+        return event
+
+    def wait(self) -> None:
+        """Until the device has passed all marks; `seconds` needs that."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+
+    def seconds(self, first: Mark, last: Mark) -> float:
+        if isinstance(first, torch.cuda.Event):
+            assert isinstance(last, torch.cuda.Event)
+            return float(first.elapsed_time(last)) / 1000
+        assert isinstance(last, float)
+        return last - first
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one step leaves: `sums` is float64 (5,) on the device, in the columns named above, of
+    this rank's samples (GRAD_NORM: of the gradient of all); `communication` is the exposed part."""
+
+    sums: torch.Tensor
+    communication: tuple[Mark, Mark] | None
+
+
+@dataclass(frozen=True)
+class Reading:
+    """metrics: means over the steps since the last reading and over all ranks. losses, grad_norms:
+    of each of these steps, oldest first."""
+
+    metrics: dict[str, float]
+    losses: list[float]
+    grad_norms: list[float]
+
+
+class Meter:
+    """Keeps what the steps since the last reading left, on the device: no step waits for it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._clock, self._device = Clock(device), device
+        self._first_step = True
         self.start()
 
     def start(self) -> None:
-        self._sums.zero_()
-        self.steps, self._wait_seconds = 0, 0.0
-        self._started = self._mark = time.perf_counter()
+        """Begins anew; call it after anything between two steps that is not part of them."""
+        self._steps: list[Step] = []
+        self._marks: list[tuple[Mark, Mark, Mark]] = []
+        self._started, self._start = time.perf_counter(), self._clock.mark()
 
     def data_arrived(self) -> None:
-        self._wait_seconds += time.perf_counter() - self._mark
+        self._arrived = self._clock.mark()
 
-    def add(self, loss_sum: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor) -> None:
-        correct = (logits.argmax(dim=1) == labels).sum()
-        count = torch.tensor(len(labels), device=correct.device)
-        self._sums += torch.stack([loss_sum.double(), correct.double(), count.double()])
-        self.steps += 1
-        self._mark = time.perf_counter()
+    def data_copied(self) -> None:
+        self._copied = self._clock.mark()
 
-    def read(self, world_size: int) -> dict[str, float]:
-        """Means over all ranks since the last reading, and the rate of the whole group."""
+    def add(self, step: Step) -> None:
+        self._steps.append(step)
+        self._marks.append((self._arrived, self._copied, self._clock.mark()))
+
+    def read(self, world_size: int) -> Reading:
+        """Waits for the device and, over several ranks, for the others: call it on all of them."""
+        self._clock.wait()
+        sums = torch.stack([step.sums for step in self._steps])
+        times = torch.tensor(self._times(), dtype=torch.float64, device=self._device)
+        both = torch.cat([sums.flatten(), times])
         if world_size > 1:
-            torch.distributed.all_reduce(self._sums)
-        loss_sum, correct, images = self._sums.tolist()  # waits for the device
-        seconds = time.perf_counter() - self._started
-        metrics = {
-            "loss": loss_sum / images,
-            "top1": correct / images,
-            "images_per_second": images / seconds,
-            "data_wait": self._wait_seconds / seconds,
-            "seconds": seconds,
-            "steps": float(self.steps),
-        }
+            torch.distributed.all_reduce(both)
+        values = both.tolist()
+        rows = [values[i : i + 5] for i in range(0, sums.numel(), 5)]
+        reading = Reading(
+            metrics=self._metrics(rows, [value / world_size for value in values[-4:]], world_size),
+            losses=[row[LOSS] / row[IMAGES] for row in rows],
+            grad_norms=[row[GRAD_NORM] / world_size for row in rows],
+        )
+        self._first_step = False
         self.start()
+        return reading
+
+    def _metrics(
+        self, rows: list[list[float]], times: list[float], world_size: int
+    ) -> dict[str, float]:
+        loss, top1, top5, images, grad_norm = map(sum, zip(*rows, strict=True))
+        wait, copy, compute, exposed = times
+        steps, all_time = len(rows), wait + copy + compute
+        timed = rows[1:] if self._leaves_out_first() else rows
+        metrics = {
+            "loss": loss / images,
+            "top1": top1 / images,
+            "top5": top5 / images,
+            "grad_norm": grad_norm / world_size / steps,
+            "images_per_second": sum(row[IMAGES] for row in timed) / all_time,
+            "data_wait": wait / all_time,
+            "data_copy": copy / all_time,
+            "seconds": time.perf_counter() - self._started,
+            "steps": float(steps),
+        }
+        if not self._first_step or self._leaves_out_first():
+            metrics["utilization"] = compute / all_time
+        if world_size > 1:
+            metrics["exposed_communication"] = exposed / all_time
+        if self._device.type == "cuda":
+            metrics["gpu_memory_gb"] = torch.cuda.max_memory_allocated(self._device) / 1e9
         return metrics
+
+    def _times(self) -> list[float]:
+        """Seconds waiting, copying, computing, and of the last in exposed communication."""
+        seconds = self._clock.seconds
+        ends = [self._start, *(end for _, _, end in self._marks)]
+        parts = [
+            (
+                seconds(before, arrived),
+                seconds(arrived, copied),
+                seconds(copied, end),
+                0.0 if step.communication is None else seconds(*step.communication),
+            )
+            for (before, _), (arrived, copied, end), step in zip(
+                pairwise(ends), self._marks, self._steps, strict=True
+            )
+        ]
+        timed = parts[1:] if self._leaves_out_first() else parts
+        return [sum(part) for part in zip(*timed, strict=True)]
+
+    def _leaves_out_first(self) -> bool:
+        """The run's first step warms up. Alone in its reading, it is still the best rate known."""
+        return self._first_step and len(self._steps) > 1
 
 
 def log_line(metrics: dict[str, float], step: int) -> str:
-    """One line for people and grep: `step=1200 epoch=3.2 loss=5.31 …`."""
+    """One line for people and grep: `step=1200 epoch=3.20 loss=5.3100 …`."""
     if "val_top1" in metrics:
         return (
             f"step={step} epoch={metrics['epoch']:.0f} val_images={metrics['val_images']:.0f} "
@@ -54,9 +170,18 @@ def log_line(metrics: dict[str, float], step: int) -> str:
             f"val_top5={metrics['val_top5']:.4f}"
         )
     minutes, seconds = divmod(round(metrics["eta_seconds"]), 60)
-    return (
-        f"step={step} epoch={metrics['epoch']:.2f} loss={metrics['loss']:.4f} "
-        f"top1={metrics['top1']:.3f} lr={metrics['lr']:.5f} "
-        f"img/s={metrics['images_per_second']:.0f} wait={metrics['data_wait']:.0%} "
-        f"eta={minutes}:{seconds:02d}"
-    )
+    words = [
+        f"step={step} epoch={metrics['epoch']:.2f} loss={metrics['loss']:.4f}",
+        f"top1={metrics['top1']:.3f} top5={metrics['top5']:.3f} lr={metrics['lr']:.5f}",
+        f"grad={metrics['grad_norm']:.3g} img/s={metrics['images_per_second']:.0f}",
+    ]
+    if "utilization" in metrics:
+        words.append(f"util={metrics['utilization']:.0%}")
+    words.append(f"wait={metrics['data_wait']:.0%}")
+    if "exposed_communication" in metrics:
+        words.append(f"comm={metrics['exposed_communication']:.0%}")
+    words.append(f"mfu={metrics['mfu']:.1%}")
+    if "gpu_memory_gb" in metrics:
+        words.append(f"mem={metrics['gpu_memory_gb']:.1f}GB")
+    words.append(f"eta={minutes}:{seconds:02d} ids={int(metrics['sample_digest']):012x}")
+    return " ".join(words)

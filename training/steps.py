@@ -1,0 +1,228 @@
+"""One step of the training: the loss of a global batch, its gradient over all ranks, the update."""
+
+import contextlib
+import hashlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from alexnet import optim
+from alexnet.errors import UserError
+from training import checkpoint
+from training.config import TrainConfig
+from training.meter import Clock, Mark, Step
+
+Network = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where this process stands among its peers and what it may use."""
+
+    device: torch.device
+    rank: int = 0
+    world_size: int = 1
+    threads: int = 1
+
+
+@contextlib.contextmanager
+def algorithms(config: TrainConfig, device: torch.device) -> Iterator[None]:
+    """Inside, torch takes algorithms that repeat their bits, or on GPUs the fastest it finds."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
+    if config.deterministic:
+        # cuBLAS repeats its bits only with a workspace of its own; read at its first use.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(config.deterministic)
+    torch.backends.cudnn.benchmark = device.type == "cuda" and not config.deterministic
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        torch.backends.cudnn.benchmark = before[1]
+
+
+def learning_rate(
+    config: TrainConfig, step: int, num_steps: int, val_errors: Sequence[float] = ()
+) -> float:
+    """Rate of the weights at a step (0-based) with `num_steps` in an epoch. val_errors: of the
+    epochs before, which the plateau schedule follows."""
+    recipe = config.optim
+    if recipe.schedule == "step":
+        return recipe.lr * optim.step_decay(step, num_steps, recipe.milestones)
+    if recipe.schedule == "plateau":
+        return recipe.lr * _plateau(config, val_errors)[0]
+    warmup = round(recipe.warmup_epochs * num_steps)
+    return recipe.lr * optim.warmup_cosine(step, recipe.epochs * num_steps, warmup)
+
+
+def ended_early(config: TrainConfig, val_errors: Sequence[float]) -> bool:
+    """Whether the schedule has nothing more to give after the epochs with these errors."""
+    return config.optim.schedule == "plateau" and _plateau(config, val_errors)[1]
+
+
+class Stepper:
+    """State of what is learned: the weights, their momentum, their averages if there are any."""
+
+    def __init__(self, config: TrainConfig, model: nn.Module, place: Place) -> None:
+        self.config, self.place = config, place
+        channels_last = torch.channels_last
+        self.model = model.to(place.device, memory_format=channels_last)  # type: ignore[call-overload]
+        self.optimizer = optim.sgd(
+            self.model,
+            lr=config.optim.lr,
+            momentum=config.optim.momentum,
+            weight_decay=config.optim.weight_decay,
+            bias_lr_factor=config.optim.bias_lr_factor,
+            rule=config.optim.rule,
+            trust=config.optim.lars_trust,
+        )
+        decay = config.optim.ema_decay
+        self.ema = optim.Ema(self.model, decay) if decay else None
+        self._clock = Clock(place.device)
+        self._own_gradient: Mark | None = None
+        self._network = self._replica()
+
+    def step(self, x: Tensor, labels: Tensor, *, number: int, lr: float, global_size: int) -> Step:
+        """SGD on the mean loss of a global batch, of which x, float32 (B, 3, 227, 227), is this
+        rank's part. number: of the step, from 0.
+
+        DDP averages gradients over ranks, so each rank's sum is scaled by W / global size: exact
+        also where W does not divide the batch.
+        """
+        place = self.place
+        # Dropout is seeded by position: a resumed run draws the masks the uninterrupted one drew.
+        torch.manual_seed(_seed(self.config.seed, number, place.rank))
+        with torch.autocast(
+            place.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"
+        ):
+            logits = self._network(x).float()
+        loss_sum = nn.functional.cross_entropy(
+            logits, labels, reduction="sum", label_smoothing=self.config.optim.label_smoothing
+        )
+        optim.set_lr(self.optimizer, lr)
+        self.optimizer.zero_grad(set_to_none=True)
+        (loss_sum * (place.world_size / global_size)).backward()  # type: ignore[no-untyped-call]
+        communication = self._joined()
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        self.optimizer.step()
+        if self.ema is not None:
+            self.ema.update()
+        return Step(_sums(loss_sum.detach(), logits.detach(), labels, norm), communication)
+
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        """For a checkpoint: "model" is what is evaluated. Where that is an average, "raw" is what
+        the steps go on from."""
+        raw = self.model.state_dict()
+        momentum = checkpoint.momentum(self.model, self.optimizer)
+        if self.ema is None:
+            return {"model": raw, "optimizer": momentum}
+        return {"model": self.ema.state, "raw": raw, "optimizer": momentum}
+
+    def restore(self, folder: Path, steps: int) -> None:
+        """From a checkpoint of `tensors` after so many steps."""
+        if self.ema is None:
+            checkpoint.load_model(folder, self.model)
+        else:
+            self.model.load_state_dict(checkpoint.load_tensors(folder, "raw"))
+            self.ema.load(checkpoint.load_tensors(folder, "model"), updates=steps)
+        checkpoint.load_optimizer(folder, self.model, self.optimizer)
+
+    @contextlib.contextmanager
+    def evaluating(self) -> Iterator[nn.Module]:
+        """The network to measure: in evaluation mode, with the averaged weights where there are."""
+        self.model.eval()
+        with contextlib.nullcontext() if self.ema is None else self.ema.applied():
+            yield self.model
+        self.model.train()
+
+    def _replica(self) -> Network:
+        network: nn.Module = self.model
+        if self.place.world_size > 1:
+            # DDP would copy rank 0's buffers to the others; `_joined` averages them instead, so
+            # that batch norm's running statistics are those of every rank's samples.
+            names = [name for name, _ in self.model.named_buffers()]
+            ignore = DistributedDataParallel._set_params_and_buffers_to_ignore_for_model
+            ignore(self.model, names)  # type: ignore[no-untyped-call]
+            network = DistributedDataParallel(self.model, gradient_as_bucket_view=True)
+            if self.config.compress_gradients:
+                network.register_comm_hook(self.place.world_size, _bfloat16_mean)
+            # Backward ends with the first layer: what follows is waiting for the others.
+            first = next(self.model.parameters())
+            first.register_post_accumulate_grad_hook(self._note_own_gradient)
+        return _compiled(network) if self.config.compile else network
+
+    def _note_own_gradient(self, _: Tensor) -> None:
+        self._own_gradient = self._clock.mark()
+
+    def _joined(self) -> tuple[Mark, Mark] | None:
+        """Averages the buffers; the exposed part of the communication of this step."""
+        if self.place.world_size == 1:
+            return None
+        buffers = [buffer for buffer in self.model.buffers() if buffer.is_floating_point()]
+        if buffers:
+            together = torch.cat([buffer.flatten() for buffer in buffers])
+            dist.all_reduce(together)
+            together /= self.place.world_size
+            sizes = [buffer.numel() for buffer in buffers]
+            for buffer, mean in zip(buffers, torch.split(together, sizes), strict=True):
+                buffer.copy_(mean.view_as(buffer))
+        assert self._own_gradient is not None
+        return self._own_gradient, self._clock.mark()
+
+
+def _plateau(config: TrainConfig, val_errors: Sequence[float]) -> tuple[float, bool]:
+    recipe = config.optim
+    return optim.plateau_factor(val_errors, recipe.plateau_epochs, recipe.plateau_drops)
+
+
+def _compiled(network: nn.Module) -> Network:
+    """Raises UserError at the first call where torch finds no compiler for this machine."""
+    # Batches differ by one sample: two static programs are faster than one for every size.
+    compiled: Network = torch.compile(network, dynamic=False)
+
+    def call(x: Tensor) -> Tensor:
+        try:
+            return compiled(x)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            reason = str(error).strip().splitlines()[0][:200]
+            raise UserError(
+                f"--compile True fails here ({reason}); pass --compile False, or install what "
+                "torch.compile needs (a C++ compiler on CPUs, Triton on GPUs)"
+            ) from error
+
+    return call
+
+
+def _bfloat16_mean(
+    world_size: int,
+    bucket: dist.GradBucket,  # type: ignore[name-defined]
+) -> torch.futures.Future[Tensor]:
+    """A communication hook of DDP: sends half the bytes. torch's own refuses to run on CPUs."""
+    gradient: Tensor = bucket.buffer()
+    sent = gradient.to(torch.bfloat16).div_(world_size)
+    future = dist.all_reduce(sent, async_op=True).get_future()
+
+    def received(done: torch.futures.Future[list[Tensor]]) -> Tensor:
+        return gradient.copy_(done.value()[0])
+
+    mean: torch.futures.Future[Tensor] = future.then(received)
+    return mean
+
+
+def _sums(loss_sum: Tensor, logits: Tensor, labels: Tensor, grad_norm: Tensor) -> Tensor:
+    """float64 (5,) for the meter. With fewer than five classes, top5 counts all of them."""
+    correct = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
+    count = torch.tensor(len(labels), device=logits.device)
+    parts = [loss_sum, correct[:, 0].sum(), correct.sum(), count, grad_norm]
+    return torch.stack([part.double() for part in parts])
+
+
+def _seed(*position: int) -> int:
+    return int.from_bytes(hashlib.sha256(repr(position).encode()).digest()[:7])
