@@ -180,6 +180,27 @@ def test_metrics_have_their_step_and_repeated_steps_show_the_last(client, manife
     assert tracking.metric_history(client, run_id, "unknown") == []
 
 
+def test_last_sign_of_a_run_is_its_newest_loss(client, manifest, data):
+    run_id = tracking.open_run(client, small_config(name="signs"), manifest, data).info.run_id
+    tracker = tracking.Tracker(tracking.tracking_uri(), run_id)
+    assert tracker.last_logged() is None
+    tracker.log({"workers": 2.0}, 0)
+    assert tracker.last_logged() is None
+    for step in (5, 10, 7):  # after step 10 the run went back to a checkpoint
+        tracker.log({"loss": 1.0}, step)
+        time.sleep(0.01)
+    step, seconds = tracker.last_logged()
+    assert step == 7 and 0 <= seconds < 30
+
+
+def test_attached_files_come_back_as_they_were(client, manifest, data, tmp_path):
+    run_id = tracking.open_run(client, small_config(name="traced"), manifest, data).info.run_id
+    (tmp_path / "trace.json").write_text("{}")
+    tracking.Tracker(tracking.tracking_uri(), run_id).attach(tmp_path, "profile")
+    (found,) = client.list_artifacts(run_id, "profile")
+    assert Path(client.download_artifacts(run_id, found.path)).read_text() == "{}"
+
+
 # A server that comes and goes
 
 
@@ -242,6 +263,9 @@ def test_metrics_wait_on_disk_while_the_server_is_gone(server, home, manifest, d
     assert time.monotonic() - start < 40, "training waits for MLflow"
     assert len(spool.read_text().splitlines()) == 3
     assert "3 values wait on disk" in caplog.text
+    assert tracker.last_logged()[0] == 3, "what waits on disk counts"
+    tracker.attach(home, "profile")
+    assert "profile could not be kept with the run" in caplog.text
 
     server.start()
     restarted = tracking.Tracker(server.uri, run_id)  # as after a restart of the worker

@@ -16,10 +16,13 @@ from training import checkpoint
 from training.uploads import Uploader, prune
 
 
-def made(folder: Path, step: int, top1: float | None = None, epoch: float = 0.0) -> Path:
-    metrics = {} if top1 is None else {"val_top1": top1, "epoch": epoch}
+def made(folder: Path, step: int, top1: float | None = None, measured: int | None = None) -> Path:
+    """measured: the step whose evaluation gave top1; by default this one."""
+    metrics = {} if top1 is None else {"val_top1": top1}
+    state = {"step": step, "metrics": metrics}
+    state["evaluated_step"] = step if measured is None else measured
     tensors = {"model": {"w": torch.full((3,), float(step))}, "optimizer": {}}
-    checkpoint.save(folder, tensors, {"step": step, "metrics": metrics})
+    checkpoint.save(folder, tensors, state)
     return folder
 
 
@@ -121,7 +124,7 @@ def test_last_and_best_are_kept_as_plain_sorting_has_them(seed, tmp_path):
     top1 = [rng.choice([None, 0.1, 0.2, 0.3]) for _ in range(total)]
     run = str(tmp_path / "run")
     for step, value in enumerate(top1):
-        made(tmp_path / "run" / f"checkpoint-{step}-a", step, value, epoch=float(step))
+        made(tmp_path / "run" / f"checkpoint-{step}-a", step, value)
     prune(run, f"checkpoint-{total - 1}-a", keep_last=keep_last, keep_best=keep_best)
     ranked = sorted((v, step) for step, v in enumerate(top1) if v is not None)
     best = {step for _, step in ranked[::-1][:keep_best]}
@@ -133,10 +136,10 @@ def test_last_and_best_are_kept_as_plain_sorting_has_them(seed, tmp_path):
 
 def test_best_is_the_checkpoint_that_was_measured_not_a_later_one_of_its_epoch(tmp_path):
     run = tmp_path / "run"
-    for step, top1, epoch in [(10, 0.5, 1), (13, 0.5, 1), (20, 0.4, 2), (23, 0.4, 2), (26, 0.4, 2)]:
-        made(run / f"checkpoint-{step}-a", step, top1, epoch)
-    prune(str(run), "checkpoint-26-a", keep_last=1, keep_best=1)
-    assert steps_in(str(run)) == [10, 26]
+    for step, top1, at in [(10, 0.5, 10), (13, 0.5, 10), (20, 0.4, 20), (23, 0.4, 20)]:
+        made(run / f"checkpoint-{step}-a", step, top1, at)
+    prune(str(run), "checkpoint-23-a", keep_last=1, keep_best=1)
+    assert steps_in(str(run)) == [10, 23]
 
 
 @pytest.mark.parametrize("where", ["local", "s3"])
@@ -179,12 +182,28 @@ def test_upload_survives_a_store_that_cannot_delete(tmp_path, monkeypatch, caplo
     assert "old checkpoints stay for now" in caplog.text
 
 
+def test_checkpoint_that_cannot_be_read_now_is_not_taken_for_a_damaged_one(tmp_path, monkeypatch):
+    for step in (1, 2, 3):
+        made(tmp_path / f"checkpoint-{step}-a", step)
+    read = storage.read
+
+    def away(uri: str) -> bytes:
+        if "checkpoint-1" in uri:
+            raise UserError(f"{uri}: cannot be reached")
+        return read(uri)
+
+    monkeypatch.setattr(storage, "read", away)
+    with pytest.raises(UserError, match="cannot be reached"):
+        prune(str(tmp_path), "checkpoint-3-a", keep_last=1, keep_best=0)
+    assert steps_in(str(tmp_path)) == [1, 2, 3]
+
+
 def test_forty_uploads_leave_what_is_to_be_kept(tmp_path):
     run = str(tmp_path / "run")
     top1 = [((7 * step) % 40) / 40 for step in range(40)]
     with uploader(run) as uploads:
         for step in range(40):
-            uploads.send(made(tmp_path / f"here-{step}", step, top1[step], float(step)))
+            uploads.send(made(tmp_path / f"here-{step}", step, top1[step]))
     best = max(range(40), key=lambda step: top1[step])
     assert steps_in(run) == sorted({best, 38, 39})
     assert sum(1 for _ in itertools.chain(Path(run).rglob("*.json"))) == 2 * len(steps_in(run))

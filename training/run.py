@@ -10,15 +10,12 @@ Holds nothing that a worker needs: here it is `__main__`, which workers cannot i
 
 import contextlib
 import dataclasses
-import inspect
-import io
+import json
 import logging
 import queue
-import re
 import signal
 import sys
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -29,19 +26,15 @@ if __name__ == "__main__":
 
 import ray
 import ray.train
-import torch
-import tyro
 from ray.train.torch import TorchTrainer
 
 from alexnet.errors import UserError
-from alexnet.preprocess import NETWORK_SIDE
 from pipelines import cluster, shards, storage
 from training import checkpoint, registry, tracking
-from training.config import TrainConfig
-from training.loop import TrainingStopped, build_model, input_spec
-from training.order import steps_per_epoch
-from training.recipes import RECIPES
-from training.worker import train_worker
+from training.command_line import parse
+from training.config import TrainConfig, to_dict
+from training.dry_run import check_writable, dry_run, resolve
+from training.worker import FinalErrors, said, train_worker
 
 logger = logging.getLogger("training")
 
@@ -52,40 +45,24 @@ def main(argv: list[str] | None = None) -> int:
     logging.getLogger("urllib3").setLevel(logging.ERROR)  # each retry to a server that is down
     logger.setLevel(logging.INFO)
     try:
-        config = parse(sys.argv[1:] if argv is None else argv)
-        return train(config)
+        command = parse(sys.argv[1:] if argv is None else argv)
+        if command.action == "print":
+            print(json.dumps(to_dict(command.config), indent=1))
+            return 0
+        if command.action == "dry-run":
+            print(dry_run(command.config))
+            return 0
+        return train(command.config)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-
-
-def parse(argv: list[str]) -> TrainConfig:
-    """The recipe named first (`deck` by default) with the fields that flags change."""
-    recipe, flags = (argv[0], argv[1:]) if argv and not argv[0].startswith("-") else ("deck", argv)
-    if recipe not in RECIPES:
-        raise UserError(f"no recipe {recipe!r}; there are {', '.join(RECIPES)}")
-    complaint = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(complaint):
-            return tyro.cli(
-                TrainConfig,
-                default=RECIPES[recipe](),
-                args=flags,
-                prog=f"training/run.py {recipe}",
-                description=inspect.cleandoc(RECIPES[recipe].__doc__ or ""),
-                config=(tyro.conf.FlagConversionOff,),
-            )
-    except SystemExit as exit:
-        if exit.code in (0, None):
-            raise
-        raise UserError(_one_line(complaint.getvalue())) from None
 
 
 def train(config: TrainConfig) -> int:
     """From a checked config to a registered version."""
     config, manifest = resolve(config)
     data = str(config.data)
-    _check_writable(str(config.storage))
+    check_writable(str(config.storage))
     uri = tracking.tracking_uri()
     client = tracking.connect(uri)
     found = tracking.find_run(client, config, manifest)
@@ -97,16 +74,13 @@ def train(config: TrainConfig) -> int:
     _refuse_embedded_mlflow(uri)
     scaling, cpus = _scaling(config)
     run_id = tracking.open_run(client, config, manifest, data).info.run_id
-    job = {"config": config, "data": data, "tracking_uri": uri, "run_id": run_id, "cpus": cpus}
+    job = {"config": config, "data": data, "manifest": manifest.digest, "cpus": cpus}
+    job |= {"tracking_uri": uri, "run_id": run_id}
     _announce(config, manifest, cpus, scaling.use_gpu)
     try:
         with _terminable(), tracking.run_status(client, run_id):
             _fit(_trainer(config, scaling, job))
-            with checkpoint.newest_good(
-                storage.join(str(config.storage), str(config.name))
-            ) as last:
-                assert last is not None, "a finished training has saved its last step"
-                version = registry.register(client, run_id, last, manifest, config)
+            version = _register(client, run_id, manifest, config)
     except ray.train.TrainingFailedError as error:
         logger.error(f"error: {_cause(error, config)}")
         return 1
@@ -118,39 +92,10 @@ def train(config: TrainConfig) -> int:
         ray.shutdown()  # ends the workers
         logger.error(f"interrupted; continue with: {_again(config)}")
         return 130
-    if version:
+    if version is not None:
         logger.info(f"registered alexnet version {version} as candidate; promote it with:")
         logger.info("  python -m training.registry promote")
     return 0
-
-
-def resolve(config: TrainConfig) -> tuple[TrainConfig, shards.Manifest]:
-    """Fills in what flags left open and refuses what cannot work, before anything starts."""
-    data = config.data or storage.newest_shards()
-    if data is None:
-        raise UserError(
-            f"no shards under {storage.home() / 'shards'}; build them with "
-            "`python -m pipelines build --raw RAW`, or pass --data"
-        )
-    data = storage.absolute(data)
-    manifest = shards.load_manifest(data)
-    for split in ("train", "val"):
-        if manifest.num_samples(split) == 0:
-            raise UserError(f"{data} has no {split} split; rebuild with --splits train,val")
-    _refuse_too_few(config, manifest)
-    input_spec(manifest, config)  # refuses pixel statistics that cannot normalise
-    with torch.device("meta"):
-        build_model(config, manifest.num_classes)  # refuses what is no network, for no memory
-    if config.augment.crop == "random" and manifest.crop == NETWORK_SIDE:
-        raise UserError(
-            f"--augment.crop random needs a margin, but {data} stores {NETWORK_SIDE} px; rebuild "
-            "with `python -m pipelines build --crop 256`, or pass --augment.crop resized"
-        )
-    name = config.name or f"{config.recipe}-{time.strftime('%Y%m%d-%H%M%S')}"
-    if not name.replace("-", "").replace("_", "").replace(".", "").isalnum():
-        raise UserError(f"--name {name!r}: use letters, digits, '-', '_' and '.'")
-    place = storage.absolute(config.storage or str(storage.home() / "runs"))
-    return dataclasses.replace(config, data=data, name=name, storage=place), manifest
 
 
 def _refuse_embedded_mlflow(uri: str) -> None:
@@ -163,46 +108,33 @@ def _refuse_embedded_mlflow(uri: str) -> None:
         )
 
 
-def _check_writable(place: str) -> None:
-    """Raises UserError where checkpoints could not be written; Ray would find out much later."""
-    probe = storage.join(place, ".writable")
-    storage.write(probe, b"")
-    storage.delete(probe)
-
-
-def _refuse_too_few(config: TrainConfig, manifest: shards.Manifest) -> None:
-    samples = manifest.num_samples("train")
-    smallest = samples // steps_per_epoch(samples, config.optim.batch_size)
-    if smallest < config.workers:
-        raise UserError(
-            f"{samples} train samples in batches of {config.optim.batch_size} cannot feed "
-            f"{config.workers} workers; pass --workers {smallest} or fewer"
-        )
-
-
 def _scaling(config: TrainConfig) -> tuple[ray.train.ScalingConfig, int]:
-    """Ray's resources for the workers, and the CPUs of each."""
+    """Ray's resources for the workers, and the CPUs of each. The cluster must have room for the
+    fewest workers now; up to the most join when there is room for them."""
+    fewest = config.min_workers or config.workers
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     gpus = sum(int(node.get("GPU", 0)) for node in nodes)
-    if config.device == "cuda" and gpus < config.workers:
+    if config.device == "cuda" and gpus < fewest:
         raise UserError(
-            f"{config.workers} workers need a GPU each, the cluster has {gpus}; pass "
+            f"{fewest} workers need a GPU each, the cluster has {gpus}; pass "
             f"--workers {max(gpus, 1)} or --device cpu"
         )
-    use_gpu = config.device != "cpu" and gpus >= config.workers
-    useful = [node for node in nodes if node.get("GPU" if use_gpu else "CPU", 0) >= 1]
-    per_node = -(-config.workers // len(useful))
+    use_gpu = config.device != "cpu" and gpus >= fewest
+    kind = "GPU" if use_gpu else "CPU"
+    useful = [node for node in nodes if node.get(kind, 0) >= 1]
+    per_node = min(-(-config.workers // len(useful)), max(int(node[kind]) for node in useful))
     share = int(min(node.get("CPU", 1) for node in useful)) // per_node
     cpus = config.cpus_per_worker or max(1, share)
     available = sum(int(node.get("CPU", 0)) // cpus for node in useful)
-    if available < config.workers:
+    if available < fewest:
         raise UserError(
-            f"{config.workers} workers of {cpus} CPUs do not fit: the cluster has room for "
+            f"{fewest} workers of {cpus} CPUs do not fit: the cluster has room for "
             f"{available}; pass --workers {max(available, 1)}, or start more nodes"
         )
-    resources = {"CPU": cpus, **({"GPU": 1} if use_gpu else {})}
     scaling = ray.train.ScalingConfig(
-        num_workers=config.workers, use_gpu=use_gpu, resources_per_worker=resources
+        num_workers=(fewest, config.workers) if config.min_workers else config.workers,
+        use_gpu=use_gpu,
+        resources_per_worker={"CPU": cpus, **({"GPU": 1} if use_gpu else {})},
     )
     return scaling, cpus
 
@@ -216,8 +148,9 @@ def _trainer(
         scaling_config=scaling,
         run_config=ray.train.RunConfig(
             name=config.name,
-            storage_path=config.storage,
-            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
+            storage_path=str(storage.home() / "ray"),  # Ray's own notes; see training/uploads.py
+            failure_config=ray.train.FailureConfig(max_failures=config.max_failures),
+            callbacks=[FinalErrors()],
         ),
     )
 
@@ -241,6 +174,16 @@ def _fit(trainer: TorchTrainer) -> None:
         raise error
 
 
+def _register(
+    client: Any, run_id: str, manifest: shards.Manifest, config: TrainConfig
+) -> str | None:
+    """The new version's number; None where the flags want none or the pictures were none."""
+    config = dataclasses.replace(config, register=config.register and not config.synthetic)
+    with checkpoint.newest_good(storage.join(str(config.storage), str(config.name))) as last:
+        assert last is not None, "a finished training has saved its last step"
+        return registry.register(client, run_id, last, manifest, config)
+
+
 def _announce(config: TrainConfig, manifest: shards.Manifest, cpus: int, use_gpu: bool) -> None:
     totals = {split: manifest.num_samples(split) for split in ("train", "val")}
     logger.info(
@@ -248,20 +191,17 @@ def _announce(config: TrainConfig, manifest: shards.Manifest, cpus: int, use_gpu
         f"{config.model.width}), {totals['train']} train and {totals['val']} val samples of "
         f"{manifest.num_classes} classes from {config.data}"
     )
+    workers = f"{config.min_workers} to {config.workers}" if config.min_workers else config.workers
     logger.info(
-        f"{config.workers} worker(s) with {cpus} CPU(s)"
+        f"{workers} worker(s) with {cpus} CPU(s)"
         f"{' and a GPU' if use_gpu else ''} each; checkpoints in {config.storage}/{config.name}"
     )
 
 
 def _cause(error: ray.train.TrainingFailedError, config: TrainConfig) -> str:
     """What failed, in a worker's own words where it told; the traceback is in the log above."""
-    for failure in getattr(error, "worker_failures", {}).values():
-        cause: BaseException | None = failure
-        while cause is not None:
-            if isinstance(cause, UserError | TrainingStopped):
-                return str(cause)
-            cause = getattr(cause, "_base_exc", None) or cause.__cause__
+    if (cause := said(error)) is not None:
+        return str(cause)
     last = str(error).strip().splitlines()[-1]
     return f"{last}; the traceback is above; continue with: {_again(config)}"
 
@@ -278,18 +218,6 @@ def _terminable() -> Any:
         yield
     finally:
         signal.signal(signal.SIGTERM, previous)
-
-
-def _one_line(complaint: str) -> str:
-    """The message in tyro's complaint and the flags it suggests. The message stands between the
-    first two rules: the first is the title's frame, or lies under it where there is only ASCII."""
-    lines = [line.strip("│| ") for line in complaint.splitlines()]
-    rules = [number for number, line in enumerate(lines) if line.startswith(("╭", "─", "---"))]
-    message = " ".join(lines[rules[0] + 1 : rules[1]] if len(rules) > 1 else lines).strip(" .")
-    _, _, meant = complaint.partition("Perhaps you meant")
-    flags = re.findall(r"^\W*(--[a-z][\w.-]*)", meant, re.MULTILINE)
-    hint = f"; perhaps you meant {' or '.join(flags)}" if flags else ""
-    return f"{message}{hint}; see `python training/run.py --help`"
 
 
 if __name__ == "__main__":

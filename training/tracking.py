@@ -136,6 +136,27 @@ class Tracker:
         else:
             self._spool.unlink(missing_ok=True)
 
+    def last_logged(self) -> tuple[int, float] | None:
+        """(step, seconds ago) of the newest loss of this run; None for a run without one, or while
+        MLflow does not answer."""
+        spooled = [(step, at) for key, _, at, step in self._spooled() if key == "loss"]
+        try:
+            history = self._client.get_metric_history(self._run_id, "loss")
+        except FAILURES:
+            history = []
+        points = spooled + [(metric.step, metric.timestamp) for metric in history]
+        if not points:
+            return None
+        step, at = max(points, key=lambda point: point[1])
+        return step, max(0.0, time.time() - at / 1000)
+
+    def attach(self, folder: Path, name: str) -> None:
+        """Keeps a folder's files with the run as `name`; a warning where MLflow does not answer."""
+        try:
+            self._client.log_artifacts(self._run_id, str(folder), name)
+        except FAILURES as error:
+            logger.warning(f"{name} could not be kept with the run: {str(error).splitlines()[0]}")
+
     def _spooled(self) -> list[tuple[str, float, int, int]]:
         if not self._spool.exists():
             return []

@@ -130,7 +130,8 @@ def prune(run: str, newest: str, *, keep_last: int, keep_best: int) -> None:
         folder, slash, file = name.partition("/")
         if slash and folder.startswith(_PREFIX):
             files.setdefault(folder, set()).add(file)
-    states = {folder: _state(run, folder) for folder in files if _LAST in files[folder]}
+    complete = [folder for folder in files if {_LAST, "state.json"} <= files[folder]]
+    states = {folder: _state(run, folder) for folder in complete}
     whole = {folder: state for folder, state in states.items() if state is not None}
     if newest not in whole:
         return  # the store does not show it yet: nothing is known to be safe to delete
@@ -145,26 +146,27 @@ def _kept(
     here = states[newest]["step"]
     past = [folder for folder, state in states.items() if state["step"] < here]
     last = [*sorted(past, key=lambda folder: (states[folder]["step"], folder)), newest]
-    # Checkpoints inside an epoch carry the figures of the evaluation before them: of those that
-    # share one, the first is the one that was measured.
-    measured: dict[float, str] = {}
-    for folder in last:
-        metrics = states[folder]["metrics"]
-        if "val_top1" in metrics:
-            measured.setdefault(metrics.get("epoch", 0.0), folder)
+    # Checkpoints inside an epoch carry the figures of the evaluation before them: not theirs.
+    measured = [folder for folder in last if _measured(states[folder])]
     best = sorted(
-        measured.values(),
+        measured,
         key=lambda folder: (states[folder]["metrics"]["val_top1"], states[folder]["step"]),
     )
     return {*last[-keep_last:], *best[len(best) - min(keep_best, len(best)) :]}
 
 
+def _measured(state: dict[str, Any]) -> bool:
+    return "val_top1" in state["metrics"] and state["evaluated_step"] == state["step"]
+
+
 def _state(run: str, folder: str) -> dict[str, Any] | None:
-    """state.json of a stored checkpoint; None where it is damaged."""
+    """What matters here of state.json; None where it is damaged. Raises UserError where the store
+    does not answer: that says nothing about the checkpoint."""
+    text = storage.read(storage.join(run, folder, "state.json"))
     try:
-        state = json.loads(storage.read(storage.join(run, folder, "state.json")))
-        return state if isinstance(state["step"], int) and "metrics" in state else None
-    except (UserError, KeyError, TypeError, ValueError):
+        state = json.loads(text)
+        return {name: state[name] for name in ("step", "metrics", "evaluated_step")}
+    except (KeyError, TypeError, ValueError):
         return None
 
 

@@ -1,61 +1,176 @@
-"""What Ray runs on each worker: a thin adapter from Ray Train's context to `loop.fit`."""
+"""What Ray runs of ours: on each worker a thin adapter from Ray Train's context to `loop.fit`, and
+in its controller the judgement which failures are final."""
 
+import contextlib
 import logging
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import ray.train
+import ray.train.collective
 import ray.train.torch
 import torch
 
-from pipelines import storage
+from alexnet.errors import UserError
+from pipelines import shards, storage
 from training import checkpoint, loop
 from training.config import TrainConfig
 from training.meter import log_line
 from training.tracking import Tracker
+from training.uploads import Uploader
 
 logger = logging.getLogger("training")
 
 
 def train_worker(job: dict[str, Any]) -> dict[str, float]:
-    """Trains this worker's share. `job` holds config (TrainConfig), data, tracking_uri, run_id,
-    cpus: plain values, since Ray shows them in its dashboard."""
+    """Trains this worker's share. `job` holds config (TrainConfig), data, manifest (its digest),
+    tracking_uri, run_id, cpus: plain values, since Ray shows them in its dashboard.
+
+    Goes on from the newest whole checkpoint of the run, whoever wrote it: a worker group before
+    this one that lost a node, another number of workers, or an earlier job.
+    """
     config: TrainConfig = job["config"]
-    context = ray.train.get_context()
-    rank = context.get_world_rank()
+    rank = ray.train.get_context().get_world_rank()
+    _say(rank)
+    torch.set_num_threads(job["cpus"])
+    _refuse_changed(job["data"], job["manifest"])
+    tracker = Tracker(job["tracking_uri"], job["run_id"])
+    run = storage.join(str(config.storage), str(config.name))
+    with contextlib.ExitStack() as stack:
+        resume = stack.enter_context(checkpoint.newest_good(run))
+        step = _agreed(0 if resume is None else checkpoint.load_state(resume)["step"])
+        uploads, profile = None, None
+        if rank == 0:
+            _tell_start(tracker, step)
+            keep_last, keep_best = config.keep_last, config.keep_best
+            uploads = stack.enter_context(Uploader(run, keep_last=keep_last, keep_best=keep_best))
+            if config.profile:
+                profile = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="profile-")))
+        metrics = loop.fit(
+            config,
+            job["data"],
+            _place(job["cpus"]),
+            log=_logging(tracker),
+            report=_reporting(uploads),
+            resume=resume,
+            run_id=job["run_id"],
+            preempted=_preemption(),
+            profile_to=profile,
+        )
+        if profile is not None:
+            tracker.attach(profile, "profile")
+    if rank == 0:
+        tracker.log({}, 0)  # sends what is still on disk, where MLflow answers again
+    return metrics
+
+
+class FinalErrors(ray.train.UserCallback):  # type: ignore[misc]
+    """In Ray's controller: ends the training at once for what every retry would meet again. Ray
+    itself would take a loss that is not finite for a lost worker, and start the group anew."""
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        """Raises ray.train.ControllerError, which Ray does not retry."""
+        for error in worker_exceptions.values():
+            if (cause := said(error)) is not None:
+                raise ray.train.ControllerError(cause)
+
+
+def said(error: BaseException) -> UserError | loop.TrainingStopped | None:
+    """What our own code told in an error of Ray's, at whatever depth; None where it was not ours.
+
+    Ray keeps the cause in controller_failure, in worker_failures (by rank) or in _base_exc.
+    """
+    if isinstance(error, UserError | loop.TrainingStopped):
+        return error
+    inner = [getattr(error, name, None) for name in ("controller_failure", "_base_exc")]
+    inner += [error.__cause__, *getattr(error, "worker_failures", {}).values()]
+    found = (said(cause) for cause in inner if cause is not None)
+    return next((cause for cause in found if cause is not None), None)
+
+
+def _say(rank: int) -> None:
+    """Only rank 0 talks; the others warn."""
     logging.basicConfig(format="%(message)s")  # warnings of the libraries
     logger.setLevel(logging.INFO if rank == 0 else logging.WARNING)
-    logging.getLogger("ray.train").setLevel(logging.WARNING)  # it repeats every report at length
-    torch.set_num_threads(job["cpus"])
-    place = loop.Place(
-        device=ray.train.torch.get_device(),
-        rank=rank,
-        world_size=context.get_world_size(),
-        threads=job["cpus"],
-    )
-    tracker = Tracker(job["tracking_uri"], job["run_id"])
+    logging.getLogger("ray.train").setLevel(logging.WARNING)
 
+
+def _refuse_changed(data: str, digest: str) -> None:
+    """A worker of a later attempt must not train on other shards than those before it."""
+    found = shards.load_manifest(data).digest
+    if found != digest:
+        raise UserError(
+            f"{data} changed under the run: its manifest is {found[:16]}, was {digest[:16]}; "
+            "put the old shards back, or train the new ones under another --name"
+        )
+
+
+def _agreed(step: int) -> int:
+    """`step`, when all ranks found the same checkpoint. Raises RuntimeError otherwise, so that Ray
+    starts the group anew: an upload of the group before may have ended between two looks."""
+    first = int(ray.train.collective.broadcast_from_rank_zero(step))
+    if step != first:
+        raise RuntimeError(f"this worker found a checkpoint of step {step}, rank 0 of {first}")
+    return step
+
+
+def _tell_start(tracker: Tracker, step: int) -> None:
+    """One line when this is not the beginning of the run: what was lost and how long it took."""
+    workers = ray.train.get_context().get_world_size()
+    tracker.log({"workers": workers}, step)
+    last = tracker.last_logged()
+    if step == 0 and last is None:
+        return
+    lost = ""
+    if last is not None:
+        last_step, seconds = last
+        lost = f", lost {max(0, last_step - step)} steps and {seconds:.0f} s"
+    logger.info(f"worker group restarted with {workers} workers; continues at step {step}{lost}")
+
+
+def _place(cpus: int) -> loop.Place:
+    context = ray.train.get_context()
+    return loop.Place(
+        device=ray.train.torch.get_device(),
+        rank=context.get_world_rank(),
+        world_size=context.get_world_size(),
+        threads=cpus,
+    )
+
+
+def _logging(tracker: Tracker) -> loop.Log:
     def log(metrics: dict[str, float], step: int) -> None:
         logger.info(log_line(metrics, step))
         tracker.log(metrics, step)
 
-    def report(metrics: dict[str, float], folder: Path | None) -> None:
-        saved = None if folder is None else ray.train.Checkpoint.from_directory(str(folder))
-        ray.train.report(metrics, checkpoint=saved)
+    return log
 
-    with checkpoint.newest_good(storage.join(str(config.storage), str(config.name))) as resume:
-        if resume is not None and rank == 0:
-            step = checkpoint.load_state(resume)["step"]
-            logger.info(f"continues at step {step} of run {config.name}")
-        metrics = loop.fit(
-            config,
-            job["data"],
-            place,
-            log=log,
-            report=report,
-            resume=resume,
-            run_id=job["run_id"],
-        )
-    if rank == 0:
-        tracker.log({}, 0)  # sends what is still on disk, where MLflow answers again
-    return metrics
+
+def _reporting(uploads: Uploader | None) -> loop.Report:
+    """Checkpoints go through our own uploads and not through Ray's, which deletes no folder that
+    it has not registered and refuses to go on when a registered one is gone."""
+
+    def report(metrics: dict[str, float], folder: Path | None) -> None:
+        if folder is not None:
+            assert uploads is not None, "only rank 0 is handed checkpoints"
+            uploads.send(folder)
+
+    return report
+
+
+def _preemption() -> Callable[[], bool]:
+    """True once for each node whose end is announced, at the same call on every rank: it asks Ray,
+    which waits for all of them."""
+    announced: set[str] = set()
+
+    def preempted() -> bool:
+        info = ray.train.get_preemption_info()
+        nodes = set() if info is None else {*info.preempted_node_ids} - announced
+        announced.update(nodes)
+        if nodes:
+            logger.info(f"{len(nodes)} node(s) of this training will be taken away: saving now")
+        return bool(nodes)
+
+    return preempted

@@ -1,0 +1,142 @@
+"""The dry run: what it says is so, what it refuses would fail later, and it starts nothing."""
+
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import ray
+from mlflow.tracking import MlflowClient
+from registered import MLFLOW_WARNINGS
+from shard_sets import write_shard_set
+from small_training import small_config
+
+from alexnet.errors import UserError
+from pipelines.shards import load_manifest
+from training import tracking
+from training.config import TrainConfig
+from training.dry_run import dry_run, estimate, resolve
+from training.loop import build_model
+
+pytestmark = [pytest.mark.filterwarnings(line) for line in MLFLOW_WARNINGS]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write_shard_set(tmp_path_factory.mktemp("dry") / "set", train=(11, 10), val=(4,))
+
+
+@pytest.fixture(autouse=True)
+def own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ALEXNET_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "")
+
+
+def config_of(data: str, **changes) -> TrainConfig:
+    return small_config(data=data, device="cpu", **changes)
+
+
+def test_table_has_data_steps_checkpoints_and_state_and_nothing_is_started(data, tmp_path):
+    told = dry_run(config_of(data, checkpoint_steps=2))
+    manifest = load_manifest(data)
+    assert f"{data} ({manifest.digest[:12]}): 21 train and 4 val samples of 4 classes, 227" in told
+    assert "3 in an epoch, 6 in 2 epochs; batches of 8 over 1 worker(s)" in told
+    assert "every epoch, every 2 steps, every 10 minutes" in told
+    assert f"to {tmp_path / 'home' / 'runs'}/small" in told
+    assert "run small is new" in told
+    assert not ray.is_initialized()
+    client = tracking.connect(tracking.tracking_uri())
+    assert client.search_runs([client.get_experiment_by_name("alexnet").experiment_id]) == []
+    assert list((tmp_path / "home" / "runs").iterdir()) == []
+
+
+def test_run_that_exists_is_told_to_continue(data):
+    config, manifest = resolve(config_of(data))
+    client: MlflowClient = tracking.connect(tracking.tracking_uri())
+    tracking.open_run(client, config, manifest, data)
+    assert "run small exists (RUNNING): it continues" in dry_run(config)
+    with pytest.raises(UserError, match=r"other settings \(optim\.lr"):
+        dry_run(config_of(data, optim_lr=0.5))
+
+
+def test_activations_are_the_tensors_that_the_layers_keep(data):
+    """Counted by hand: the input of each convolution and linear layer, what ReLU put out where that
+    is not the same tensor, the places of each maximum (int64) and the masks of dropout."""
+    floats = {
+        "x": 3 * 227 * 227,
+        "relu1": 96 * 55 * 55,
+        "pool1": 96 * 27 * 27,
+        "relu2": 256 * 27 * 27,
+        "pool2": 256 * 13 * 13,
+        "relu3": 384 * 13 * 13,
+        "relu4": 384 * 13 * 13,
+        "relu5": 256 * 13 * 13,
+        "dropout6, mask": 2 * 256 * 6 * 6,
+        "relu6, dropout7, mask, relu7": 4 * 4096,
+    }
+    places = 96 * 27 * 27 + 256 * 13 * 13 + 256 * 6 * 6
+    config = config_of(data, model_width=1.0, model_variant="deck")
+    found = estimate(config, load_manifest(data))
+    assert found.activations == 8 * (4 * sum(floats.values()) + 8 * places + 4 * floats["relu1"])
+    half = estimate(config_of(data, model_width=1.0, precision="bf16"), load_manifest(data))
+    assert half.activations == 8 * (2 * sum(floats.values()) + 8 * places + 2 * floats["relu1"])
+
+
+def test_weights_count_with_gradient_velocity_and_average(data):
+    manifest = load_manifest(data)
+    parameters = sum(p.numel() for p in build_model(config_of(data), 4).parameters())
+    plain = estimate(config_of(data), manifest)
+    assert (plain.parameters, plain.weights) == (parameters, 12 * parameters)
+    assert plain.checkpoint == 8 * parameters
+    averaged = estimate(config_of(data, optim_ema_decay=0.9), manifest)
+    assert (averaged.weights, averaged.checkpoint) == (16 * parameters, 12 * parameters)
+
+
+def test_memory_is_that_of_the_fewest_workers(data):
+    manifest = load_manifest(data)
+    alone = estimate(config_of(data), manifest).activations
+    assert estimate(config_of(data, workers=4), manifest).activations == alone / 4
+    assert estimate(config_of(data, workers=4, min_workers=2), manifest).activations == alone / 2
+
+
+def test_batch_beyond_the_memory_is_refused_with_one_that_fits(data):
+    with pytest.raises(UserError, match=r"needs about .* GB each, this machine has") as refused:
+        dry_run(config_of(data, optim_batch_size=10**8))
+    fits = int(re.search(r"pass --optim\.batch-size (\d+)", str(refused.value))[1])
+    assert 1 <= fits < 10**8
+    assert "memory" in dry_run(config_of(data, optim_batch_size=fits))
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")
+def test_disk_without_room_for_the_checkpoints_is_refused(data, tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(disk)])
+    if mounted.returncode != 0:
+        pytest.skip("this machine mounts nothing")
+    try:
+        with pytest.raises(UserError, match=r"GB free and the checkpoints of this run take"):
+            dry_run(config_of(data, storage=str(disk)))
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_storage_that_cannot_be_written_is_refused(data, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="file"):
+        dry_run(config_of(data, storage=str(tmp_path / "file")))
+
+
+def test_tracking_server_that_is_away_is_refused(data, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    with pytest.raises(UserError, match="cannot be used"):
+        dry_run(config_of(data))
+
+
+def test_shards_that_are_gone_are_refused(data, tmp_path):
+    shutil.copytree(data, tmp_path / "set")
+    (tmp_path / "set" / "manifest.json").unlink()
+    with pytest.raises(UserError, match=r"manifest\.json"):
+        dry_run(config_of(str(tmp_path / "set")))

@@ -1,0 +1,219 @@
+"""Everything that can be said of a training before it starts: what is missing, and what it takes.
+
+Needs neither Ray nor a GPU and takes seconds; it writes one empty file, to see that it can.
+"""
+
+import dataclasses
+import os
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from alexnet.errors import UserError
+from alexnet.model import AlexNet
+from alexnet.preprocess import NETWORK_SIDE
+from pipelines import shards, storage
+from training import tracking
+from training.config import TrainConfig
+from training.loop import build_model, input_spec
+from training.order import steps_per_epoch
+
+_FLOAT = 4  # bytes of a weight, a gradient, a velocity
+_BATCHES_AHEAD = 4  # decoded pictures in memory: those in use and the loader's read-ahead
+
+
+def dry_run(config: TrainConfig) -> str:
+    """A table of what the training would do. Raises UserError for what would stop it later."""
+    config, manifest = resolve(config)
+    check_writable(str(config.storage))
+    uri = tracking.tracking_uri()
+    found = tracking.find_run(tracking.connect(uri), config, manifest)
+    memory, room = estimate(config, manifest), _room(str(config.storage))
+    total, device = _device_memory(config)
+    stored = memory.checkpoint * (config.keep_last + config.keep_best + 1)
+    _refuse_too_large(config, memory, total, device)
+    if room is not None and stored > room:
+        raise UserError(
+            f"{config.storage} has {_gb(room)} free and the checkpoints of this run take "
+            f"{_gb(stored)}; make room, lower --keep-last, or pass another --storage"
+        )
+    state = "is new" if found is None else f"exists ({found.info.status}): it continues"
+    return "\n".join(
+        f"{name:<12}{text}"
+        for name, text in [
+            ("data", _data(config, manifest)),
+            ("network", f"{config.model.variant}, {memory.parameters:,} parameters"),
+            ("steps", _steps(config, manifest)),
+            ("memory", f"about {_gb(memory.total)} for each worker; {device} has {_gb(total)}"),
+            ("checkpoints", _checkpoints(config, memory.checkpoint, room)),
+            ("tracking", f"{uri} answers; run {config.name} {state}"),
+            ("", "nothing was started; leave --dry-run away to train"),
+        ]
+    )
+
+
+def resolve(config: TrainConfig) -> tuple[TrainConfig, shards.Manifest]:
+    """Fills in what flags left open and refuses what cannot work, before anything starts."""
+    data = config.data or storage.newest_shards()
+    if data is None:
+        raise UserError(
+            f"no shards under {storage.home() / 'shards'}; build them with "
+            "`python -m pipelines build --raw RAW`, or pass --data"
+        )
+    data = storage.absolute(data)
+    manifest = shards.load_manifest(data)
+    for split in ("train", "val"):
+        if manifest.num_samples(split) == 0:
+            raise UserError(f"{data} has no {split} split; rebuild with --splits train,val")
+    _refuse_too_few(config, manifest)
+    input_spec(manifest, config)  # refuses pixel statistics that cannot normalise
+    _on_meta(config, manifest)  # refuses what is no network
+    if config.augment.crop == "random" and manifest.crop == NETWORK_SIDE:
+        raise UserError(
+            f"--augment.crop random needs a margin, but {data} stores {NETWORK_SIDE} px; rebuild "
+            "with `python -m pipelines build --crop 256`, or pass --augment.crop resized"
+        )
+    name = config.name or f"{config.recipe}-{time.strftime('%Y%m%d-%H%M%S')}"
+    if not name.replace("-", "").replace("_", "").replace(".", "").isalnum():
+        raise UserError(f"--name {name!r}: use letters, digits, '-', '_' and '.'")
+    place = storage.absolute(config.storage or str(storage.home() / "runs"))
+    return dataclasses.replace(config, data=data, name=name, storage=place), manifest
+
+
+def check_writable(place: str) -> None:
+    """Raises UserError where checkpoints could not be written, which would show much later."""
+    probe = storage.join(place, ".writable")
+    storage.write(probe, b"")
+    storage.delete(probe)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes that one worker needs. `checkpoint` is what one takes on disk."""
+
+    parameters: int
+    weights: int
+    activations: int
+    pictures: int
+    checkpoint: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.activations + self.pictures
+
+
+def estimate(config: TrainConfig, manifest: shards.Manifest) -> Memory:
+    """Of the largest part of a batch that a worker may get, when the fewest are left.
+
+    Weights count with gradient, velocity and average; activations are what autograd keeps for the
+    backward pass and as much again as the largest of them, which the backward pass makes anew.
+    Left out: the libraries' own workspaces.
+    """
+    model = _on_meta(config, manifest)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    averaged = 1 if config.optim.ema_decay else 0
+    batch = -(-config.optim.batch_size // (config.min_workers or config.workers))
+    saved = _saved_bytes(model, half=config.precision == "bf16")
+    picture = 3 * manifest.crop**2
+    view = 3 * NETWORK_SIDE**2 * _FLOAT
+    return Memory(
+        parameters=parameters,
+        weights=parameters * _FLOAT * (3 + averaged),
+        activations=batch * (sum(saved) + max(saved)),
+        pictures=batch * (picture * _BATCHES_AHEAD + 2 * view),
+        checkpoint=parameters * _FLOAT * (2 + averaged),
+    )
+
+
+def _saved_bytes(model: nn.Module, *, half: bool) -> list[int]:
+    """Bytes of each tensor that autograd keeps for one picture, on a network without memory."""
+    own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+    kept: dict[int, torch.Tensor] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        place = tensor.untyped_storage()._cdata  # views of one tensor count once
+        if place not in own:
+            kept[place] = tensor
+        return tensor
+
+    pair = 2  # batch normalisation wants more than one value for each channel
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = model(torch.empty(pair, 3, NETWORK_SIDE, NETWORK_SIDE, device="meta")).sum()
+    assert loss.requires_grad
+    sizes = [2 if half and t.is_floating_point() else t.element_size() for t in kept.values()]
+    return [t.numel() * size // pair for t, size in zip(kept.values(), sizes, strict=True)]
+
+
+def _on_meta(config: TrainConfig, manifest: shards.Manifest) -> AlexNet:
+    """The network without memory. Raises UserError for what is no network."""
+    with torch.device("meta"):
+        return build_model(config, manifest.num_classes)
+
+
+def _refuse_too_few(config: TrainConfig, manifest: shards.Manifest) -> None:
+    samples = manifest.num_samples("train")
+    smallest = samples // steps_per_epoch(samples, config.optim.batch_size)
+    if smallest < config.workers:
+        raise UserError(
+            f"{samples} train samples in batches of {config.optim.batch_size} cannot feed "
+            f"{config.workers} workers; pass --workers {smallest} or fewer"
+        )
+
+
+def _refuse_too_large(config: TrainConfig, memory: Memory, total: int, device: str) -> None:
+    if memory.total > total:
+        for_batch = memory.activations + memory.pictures
+        fits = int((total - memory.weights) / for_batch * config.optim.batch_size * 0.99)
+        raise UserError(
+            f"a batch of {config.optim.batch_size} over {config.min_workers or config.workers} "
+            f"worker(s) needs about {_gb(memory.total)} each, {device} has {_gb(total)}; pass "
+            f"--optim.batch-size {max(1, fits)} or more --workers"
+        )
+
+
+def _device_memory(config: TrainConfig) -> tuple[int, str]:
+    """(bytes, name) of what this machine trains on; the workers' own may be another."""
+    if config.device != "cpu" and torch.cuda.is_available():
+        return torch.cuda.get_device_properties(0).total_memory, "the GPU here"
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), "this machine"
+
+
+def _room(place: str) -> int | None:
+    return None if storage.is_s3(place) else shutil.disk_usage(Path(place)).free
+
+
+def _data(config: TrainConfig, manifest: shards.Manifest) -> str:
+    train, val = (manifest.num_samples(split) for split in ("train", "val"))
+    return (
+        f"{config.data} ({manifest.digest[:12]}): {train:,} train and {val:,} val samples of "
+        f"{manifest.num_classes} classes, {manifest.crop} px"
+    )
+
+
+def _steps(config: TrainConfig, manifest: shards.Manifest) -> str:
+    each = steps_per_epoch(manifest.num_samples("train"), config.optim.batch_size)
+    fewest = f"{config.min_workers} to " if config.min_workers else ""
+    return (
+        f"{each:,} in an epoch, {each * config.optim.epochs:,} in {config.optim.epochs} epochs; "
+        f"batches of {config.optim.batch_size} over {fewest}{config.workers} worker(s)"
+    )
+
+
+def _checkpoints(config: TrainConfig, each: int, room: int | None) -> str:
+    steps, minutes = config.checkpoint_steps, config.checkpoint_minutes
+    when = ["every epoch"]
+    when += [f"every {steps} steps"] if steps else []
+    when += [f"every {minutes:g} minutes"] if minutes else []
+    free = "" if room is None else f", {_gb(room)} free"
+    return (
+        f"{_gb(each)} {', '.join(when)} to {config.storage}/{config.name}; the last "
+        f"{config.keep_last} and the best {config.keep_best} stay{free}"
+    )
+
+
+def _gb(num_bytes: int) -> str:
+    return f"{num_bytes / 1e9:.2f} GB"
