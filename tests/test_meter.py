@@ -1,0 +1,153 @@
+"""What a log line says and where it is shown; the clock is a script, everything else is real."""
+
+import io
+import logging
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from training import meter
+from training.meter import Meter, Step, log_line
+from training.progress import Progress
+
+CPU = torch.device("cpu")
+TRAINED = {
+    "epoch": 1.5,
+    "loss": 2.25,
+    "top1": 0.5,
+    "top5": 0.75,
+    "lr": 0.01,
+    "grad_norm": 1.234,
+    "images_per_second": 99.6,
+    "data_wait": 0.02,
+    "mfu": 0.4321,
+    "eta_seconds": 61.0,
+    "sample_digest": float(0xAB12),
+    "progress": 0.25,
+}
+EVALUATED = {"epoch": 2.0, "val_images": 50, "val_loss": 1, "val_top1": 0.5, "val_top5": 0.75}
+
+
+def step(loss: float = 2.0, images: int = 4, norm: float = 1.0) -> Step:
+    sums = torch.tensor([loss * images, 1, 3, images, norm], dtype=torch.float64)
+    return Step(sums, None)
+
+
+@pytest.fixture
+def at(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
+    """The instants that the meter reads, one after another."""
+    instants: list[float] = []
+    monkeypatch.setattr(meter.time, "perf_counter", lambda: instants.pop(0))
+    yield instants
+    assert instants == [], "looked at the clock less often"
+
+
+def one_step(measured: Meter, what: Step) -> None:
+    measured.data_arrived()
+    measured.data_copied()
+    measured.add(what)
+
+
+def test_time_is_waiting_copying_or_computing_and_the_runs_first_step_does_not_count(at):
+    at += [0.0, 0.0]  # start
+    measured = Meter(CPU)
+    at += [50.0, 51.0, 60.0]  # the first step, slow as first steps are
+    one_step(measured, step())
+    at += [61.0, 63.0, 70.0]  # waits 1, copies 2, computes 7
+    one_step(measured, step())
+    at += [70.5, 71.0, 80.0]  # waits 0.5, copies 0.5, computes 9
+    one_step(measured, step())
+    at += [81.0, 81.0, 81.0]  # read, then start
+    metrics = measured.read(1).metrics
+    assert metrics["utilization"] == pytest.approx(16 / 20)
+    assert metrics["data_wait"] == pytest.approx(1.5 / 20)
+    assert metrics["data_copy"] == pytest.approx(2.5 / 20)
+    assert metrics["images_per_second"] == pytest.approx(8 / 20)
+    assert (metrics["seconds"], metrics["steps"]) == (81.0, 3.0)
+
+
+def test_first_step_alone_has_a_rate_and_no_utilization_and_later_ones_have_both(at):
+    at += [0.0, 0.0]
+    measured = Meter(CPU)
+    at += [1.0, 1.0, 2.0, 2.0, 2.0, 2.0]
+    one_step(measured, step())
+    first = measured.read(1).metrics
+    assert first["images_per_second"] == 2.0 and "utilization" not in first
+    at += [2.0, 2.0, 4.0, 4.0, 4.0, 4.0]
+    one_step(measured, step())
+    assert measured.read(1).metrics["utilization"] == 1.0
+
+
+def test_what_happens_between_steps_is_not_theirs_after_start(at):
+    at += [0.0, 0.0]
+    measured = Meter(CPU)
+    at += [0.0, 0.0, 1.0, 1.0, 1.0, 1.0]
+    one_step(measured, step())
+    measured.read(1)
+    at += [100.0, 100.0]  # a checkpoint of 99 seconds
+    measured.start()
+    at += [101.0, 101.0, 102.0, 102.0, 102.0, 102.0]
+    one_step(measured, step())
+    assert measured.read(1).metrics["data_wait"] == 0.5
+
+
+def test_exposed_communication_is_its_share_of_all_time(at, monkeypatch):
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda both: both.mul_(2))  # a twin rank
+    at += [0.0, 0.0]
+    measured = Meter(CPU)
+    at += [0.0, 0.0, 10.0, 11.0, 11.0, 11.0]
+    one_step(measured, Step(step().sums, (7.0, 9.5)))
+    metrics = measured.read(2).metrics
+    assert metrics["exposed_communication"] == 0.25
+    assert metrics["images_per_second"] == 0.8, "of both ranks"
+    assert metrics["grad_norm"] == 1.0 and metrics["loss"] == 2.0
+
+
+def test_sums_become_means_over_pictures_and_each_step_keeps_its_loss():
+    measured = Meter(CPU)
+    one_step(measured, step(loss=1.0, images=3, norm=2.0))
+    one_step(measured, step(loss=float("inf"), images=1, norm=4.0))
+    reading = measured.read(1)
+    assert reading.losses == [1.0, float("inf")] and reading.grad_norms == [2.0, 4.0]
+    assert reading.metrics["top1"] == 2 / 4 and reading.metrics["top5"] == 6 / 4
+    assert reading.metrics["grad_norm"] == 3.0
+
+
+def test_a_log_line_is_words_with_an_equals_sign():
+    assert log_line(TRAINED, 7) == (
+        "step=7 epoch=1.50 loss=2.2500 top1=0.500 top5=0.750 lr=0.01000 grad=1.23 img/s=100 "
+        "wait=2% mfu=43.2% eta=1:01 ids=00000000ab12"
+    )
+    more = {"utilization": 0.97, "exposed_communication": 0.011, "gpu_memory_gb": 3.14}
+    line = log_line(TRAINED | more, 7)
+    assert " util=97% wait=2% comm=1% mfu=43.2% mem=3.1GB eta=" in line
+    assert log_line(EVALUATED, 8).startswith("step=8 epoch=2 val_images=50 val_loss=1.0000")
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_terminal_shows_one_renewed_line_that_fits_and_keeps_evaluations(monkeypatch, caplog):
+    monkeypatch.setenv("COLUMNS", "60")
+    terminal = Terminal()
+    progress = Progress(terminal)
+    with caplog.at_level(logging.INFO, "training"):
+        progress.show(TRAINED, 7)
+        progress.show(TRAINED, 8)
+        progress.show(EVALUATED, 8)
+    shown = terminal.getvalue().split("\r\x1b[K")
+    assert shown[0] == shown[3] == "" and "\n" not in terminal.getvalue()
+    assert shown[1] == f"[#####{'-' * 15}] {log_line(TRAINED, 7)}"[:59]
+    assert shown[2].startswith(f"[#####{'-' * 15}] step=8 ")
+    assert [record.message for record in caplog.records] == [log_line(EVALUATED, 8)]
+
+
+def test_elsewhere_every_line_is_a_line_of_the_log(caplog):
+    file = io.StringIO()
+    with caplog.at_level(logging.INFO, "training"):
+        Progress(file).show(TRAINED, 7)
+    assert [record.message for record in caplog.records] == [log_line(TRAINED, 7)]
+    assert file.getvalue() == ""
