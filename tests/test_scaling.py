@@ -1,0 +1,169 @@
+"""The cost model against simulations and counts on the real network; its document is up to date."""
+
+import dataclasses
+import itertools
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from alexnet.model import AlexNet
+from training import cost_model
+from training.cost_model import H200, NETWORKS, Cluster, all_reduce, minutes, smallest_batch, step
+from training.scaling import PUBLISHED, SUN_SPEED_UP, main, tables
+
+DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "scaling.md"
+# Nothing but bytes counts, one byte takes a second.
+PLAIN = Cluster(gpus_per_node=1, network=1.0, hop_inside=0, hop_network=0)
+
+
+@pytest.fixture(scope="module")
+def network() -> AlexNet:
+    with torch.device("meta"):
+        return AlexNet("deck", num_classes=1000)
+
+
+def test_parameters_are_those_of_the_network(network):
+    def count(part: torch.nn.Module) -> int:
+        return sum(parameter.numel() for parameter in part.parameters())
+
+    assert count(network.features) == cost_model.CONV_PARAMETERS
+    assert count(network.classifier) == cost_model.FC_PARAMETERS
+
+
+def test_operations_are_those_that_torch_counts(network):
+    picture = torch.zeros(2, 3, 227, 227, device="meta")
+    with FlopCounterMode(display=False) as counter:
+        pooled = network.features(picture)
+        forward = counter.get_total_flops()
+        network.classifier(pooled.flatten(1)).sum().backward()
+    whole, counts = counter.get_total_flops() / 2, counter.get_flop_counts()["Global"]
+    assert whole == pytest.approx(cost_model.FLOPS, rel=1e-3)
+    backward = counts[torch.ops.aten.convolution_backward] / 2
+    assert backward == pytest.approx(cost_model.CONV_BACKWARD_FLOPS, rel=1e-3)
+    assert backward < forward, "of two pictures against one"
+
+
+def ring(members: int, size: int) -> tuple[list[int], bool, int]:
+    """A ring all-reduce step by step: (values that each member sent, all sums right, rounds)."""
+    values = np.random.default_rng(0).integers(0, 9, (members, size))
+    expected, state = values.sum(axis=0), values.copy()
+    chunks = np.array_split(np.arange(size), members)
+    sent = [0] * members
+    rounds = 0
+    for phase, number in itertools.product(("reduce", "gather"), range(members - 1)):
+        before = state.copy()
+        for member in range(members):
+            shift = member - number + (phase == "gather")
+            chunk, right = chunks[shift % members], (member + 1) % members
+            sent[member] += len(chunk)
+            if phase == "reduce":
+                state[right, chunk] += before[member, chunk]
+            else:
+                state[right, chunk] = before[member, chunk]
+        rounds += 1
+    return sent, bool((state == expected).all()), rounds
+
+
+@pytest.mark.parametrize("members", [2, 3, 4, 8])
+def test_all_reduce_sends_the_bytes_of_a_ring(members):
+    sent, right, rounds = ring(members, 24)
+    assert right and set(sent) == {2 * (members - 1) * 24 // members}
+    assert all_reduce(PLAIN, members, 24, 1) == pytest.approx(sent[0])
+    if members < 4:  # with more, a tree has fewer hops than the ring's rounds
+        hops = dataclasses.replace(PLAIN, hop_network=1.0)
+        assert all_reduce(hops, members, 0, 5) == 5 * rounds
+
+
+def test_all_reduce_has_two_levels_and_is_free_for_one():
+    cluster = Cluster(gpus_per_node=8, inside=100.0, network=10.0, hop_inside=1e-3, hop_network=0.5)
+    assert all_reduce(cluster, 1, 1e9, 3) == 0
+    inside = 2 * 7 / 8 * 400 / 100 + 3 * 6 * 1e-3
+    assert all_reduce(cluster, 8, 400, 3) == pytest.approx(inside)
+    assert all_reduce(cluster, 64, 400, 3) == pytest.approx(inside + 2 * 7 / 8 * 40 + 3 * 6 * 0.5)
+    assert all_reduce(cluster, 4, 400, 1) == pytest.approx(2 * 3 / 4 * 4 + 4e-3)
+
+
+def test_a_step_adds_what_the_backward_cannot_hide():
+    cluster = Cluster(images_per_second=1000, step_overhead=0.01, gpus_per_node=1, network=1e9)
+    cluster = dataclasses.replace(cluster, hop_network=0)
+    found = step(cluster, 2, 64, 4)
+    early, late = 58_631_144 * 4 / 1e9, 3_747_200 * 4 / 1e9  # 2·(2-1)/2 = 1
+    hidden = 0.064 * 4.095 / 6.600
+    assert found.exposed == pytest.approx(early + late - hidden)
+    assert found.seconds == pytest.approx(0.064 + 0.01 + early + late - hidden)
+    assert found.efficiency == pytest.approx(0.064 / found.seconds)
+    assert found.bound_by == "communication"
+    half = step(cluster, 2, 64, 2)
+    assert half.all_reduce == pytest.approx(found.all_reduce / 2)
+    long = step(cluster, 2, 640, 4)
+    assert long.exposed == pytest.approx(late), "all of fc6-8 is hidden"
+    assert long.bound_by == "computing"
+
+
+def test_a_step_waits_for_data_and_not_for_more_than_they_take():
+    cluster = dataclasses.replace(H200, decode=10_000)
+    found = step(cluster, 1, 1000, 2)
+    assert found.seconds == pytest.approx(0.1) and found.bound_by == "data"
+    assert found.efficiency == pytest.approx(0.2)
+    assert smallest_batch(cluster, 8, 2) is None
+    assert step(H200, 1, 100, 2).bound_by == "step overhead"
+
+
+@pytest.mark.parametrize("gpus", [1, 8, 64, 1024])
+@pytest.mark.parametrize("network", NETWORKS.values())
+def test_smallest_batch_is_the_first_that_suffices(gpus, network):
+    cluster = dataclasses.replace(H200, network=network)
+    found = smallest_batch(cluster, gpus, 2)
+    assert step(cluster, gpus, found, 2).efficiency >= 0.9
+    assert step(cluster, gpus, found - 1, 2).efficiency < 0.9
+
+
+def test_minutes_are_steps_times_seconds():
+    each = step(H200, 64, 512, 2).seconds
+    assert minutes(H200, 64, 32_768, 2, 90) == pytest.approx(90 * 1_281_167 / 32_768 * each / 60)
+
+
+def test_published_runs_keep_their_figures():
+    found = [(run.devices, run.epochs, run.minutes) for run in PUBLISHED]
+    assert found == [(512, 100, 24), (1024, 95, 4), (512, 95, 1.5)]
+    sun = PUBLISHED[-1]
+    alone = sun.batch / sun.step_seconds / SUN_SPEED_UP
+    own = dataclasses.replace(sun.connection, images_per_second=alone)
+    dense = minutes(own, sun.devices, sun.batch, sun.bytes_per_gradient, sun.epochs)
+    assert sun.minutes < dense < 1.3 * sun.minutes, "the model is far from the one run it can check"
+
+
+def test_what_the_document_concludes_follows_from_the_model():
+    bound = {gpus: step(H200, gpus, 32_768 / gpus, 2).bound_by for gpus in (32, 64, 256, 512)}
+    assert bound == {
+        32: "computing",
+        64: "step overhead",
+        256: "step overhead",
+        512: "communication",
+    }
+    ethernet = dataclasses.replace(H200, network=NETWORKS["100 Gb/s"])
+    assert step(ethernet, 16, 2048, 2).bound_by == "computing"
+    assert step(ethernet, 32, 1024, 2).bound_by == "communication"
+    assert 65_536 // smallest_batch(H200, 128, 2) == 120
+    assert all(minutes(H200, n, 32_768, 2, 90) > 0.15 for n in (256, 512, 1024))
+    assert math.ceil(50_000 / cost_model.DECODE_PER_CORE) == 18
+
+
+def test_the_document_shows_the_tables_as_printed(capsys):
+    assert main([]) == 0
+    printed = capsys.readouterr().out
+    assert printed == tables()
+    assert printed in DOCUMENT.read_text(), "paste the output of `python -m training.scaling`"
+
+
+def test_own_figures_change_the_tables_and_nonsense_is_refused(capsys):
+    assert main(["--images-per-second", "10000", "--batch", "1024", "--cores", "2"]) == 0
+    out = capsys.readouterr().out
+    assert "global batch of 1,024 (modelled)" in out and "| data |" in out and "| none |" in out
+    for flags in (["--images-per-second", "0"], ["--batch", "0"], ["--cores", "-1"]):
+        assert main(flags) == 2
+        assert flags[0] in capsys.readouterr().err
