@@ -66,8 +66,7 @@ class _Line:
     # Fields take a value, as in `--augment.flip False`; the actions below are bare flags.
     training: Annotated[TrainConfig, tyro.conf.FlagConversionOff, tyro.conf.arg(name="")]
     config: str | None = None
-    """A config.json that a run has left, or --print-config has printed, in place of a recipe: the
-    same training again. Flags still change its fields; under its name it goes on with that run."""
+    """A config.json of a run, or one printed, instead of a recipe: the same training again."""
     print_config: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Print the whole config as JSON and leave."""
     dry_run: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
@@ -117,6 +116,8 @@ def _with_workers(flags: list[str]) -> list[str]:
 def _description(recipe: str) -> str:
     others = ", ".join(name for name in RECIPES if name != recipe)
     text = inspect.cleandoc(RECIPES[recipe].__doc__ or "")
+    # A paragraph or a point in one line, which tyro then breaks for the terminal's width.
+    text = re.sub(r"(?<=\S)\n(?=[^\n-])\s*", " ", text).replace("\n\n- ", "\n- ")
     return f"{text}\n\nOther recipes: {others}."
 
 
@@ -159,7 +160,7 @@ def _record(kind: Any, document: Any, prefix: str) -> Any:
     """A dataclass from a dict that has its fields and no other."""
     hints = get_type_hints(kind)
     if not isinstance(document, dict):
-        raise UserError(f"{prefix or 'the whole'} is no object of fields; {_SHOWN}")
+        raise UserError(f"{prefix[:-1] or 'the whole'} is no object of fields; {_SHOWN}")
     for names, problem in [
         (document.keys() - hints.keys(), "unknown"),
         (hints.keys() - document.keys(), "missing"),
@@ -174,7 +175,7 @@ def _record(kind: Any, document: Any, prefix: str) -> Any:
 def _value(hint: Any, value: Any, name: str) -> Any:
     if dataclasses.is_dataclass(hint):
         return _record(hint, value, f"{name}.")
-    if hint is float and type(value) is int:  # as people write it
+    if type(value) is int and float in (hint, *get_args(hint)):  # as people write it
         return float(value)
     if get_origin(hint) is tuple and isinstance(value, list):
         value = tuple(value)

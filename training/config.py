@@ -23,15 +23,13 @@ _HIGHEST = 2**63  # what torch's generators take as a seed, and beyond all other
 @dataclass(frozen=True)
 class ModelConfig:
     variant: Variant = "deck"
-    """deck: the slides' network, 62,378,344 parameters at 1000 classes. paper: Krizhevsky 2012,
-    grouped and with LRN, 60,965,224."""
+    """deck: the slides' network, 62,378,344 parameters; paper: Krizhevsky 2012, 60,965,224."""
     width: float = 1.0
     """Factor on the channels of every hidden layer; below 1 for laptops, no longer AlexNet."""
     batch_norm: bool = False
     """Batch normalisation after every convolution (deck only); not in the slides or the paper."""
     norm_group: int = 64
-    """Images per statistic of the batch normalisation, so that accuracy does not depend on the
-    number of workers; 0: one statistic over each worker's whole batch."""
+    """Images per batch-norm statistic, whatever the workers; 0: all of a worker's at once."""
     init: Init = "source"
     """text: the paper's section 5; source: its released code, 0.03 in conv3-5; he: He normal."""
 
@@ -45,8 +43,7 @@ class OptimConfig:
     lr: float = 0.01
     """Learning rate of the weights at its highest."""
     rule: Rule = "torch"
-    """torch: the rate stays outside of the velocity; paper: inside, so that a lower rate leaves the
-    velocity as it is; lars: You et al. 2017, a rate for each layer, for large batches."""
+    """torch: rate outside of the velocity; paper: inside it; lars: a rate per layer (You 2017)."""
     momentum: float = 0.9
     """Share of the velocity that each step keeps."""
     weight_decay: float = 5e-4
@@ -56,28 +53,25 @@ class OptimConfig:
     lars_trust: float = 0.001
     """Trust coefficient of the lars rule: a step's length as a share of the weights', at rate 1."""
     schedule: Literal["step", "cosine", "plateau"] = "cosine"
-    """step: a tenth at each milestone; cosine: linear warm-up, then half a cosine to zero;
-    plateau: a tenth whenever the val error stops improving, as the paper says."""
+    """step: a tenth at milestones; cosine: warm-up, then to zero; plateau: a tenth at each one."""
     milestones: tuple[int, ...] = ()
-    """Epochs at which the step schedule divides the rate by ten."""
+    """Epochs at which the step schedule divides the rate by ten; the first epoch is 0."""
     plateau_epochs: int = 5
-    """Epochs without a better val error that count as a plateau."""
+    """Epochs without a better val error that make a plateau."""
     plateau_drops: int = 3
-    """Plateaus that lower the rate; the next one ends the training."""
+    """Plateaus that divide the rate by ten; the next one ends the training."""
     warmup_epochs: float = 0.0
     """Length of the cosine schedule's warm-up."""
     label_smoothing: float = 0.0
     """Probability mass taken from the true class and spread over all."""
     ema_decay: float = 0.0
-    """Decay per step of an average of the weights, which is then what is evaluated and registered;
-    0 is off."""
+    """Per-step decay of averaged weights, which are then evaluated and registered; 0 is off."""
 
 
 @dataclass(frozen=True)
 class AugmentConfig:
     crop: Literal["auto", "random", "resized", "centre"] = "auto"
-    """random: the paper's 227 crops of a larger stored picture; resized: random area and aspect;
-    auto: random where the shards leave room, resized otherwise."""
+    """random: 227 crops, as the paper; resized: random area; auto: random where there is room."""
     flip: bool = True
     """Mirror half of the pictures."""
     colour_sigma: float = 0.1
@@ -86,21 +80,22 @@ class AugmentConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    # The name of the recipe that the fields started from; chosen by the first argument, not a flag.
     recipe: tyro.conf.Suppress[str] = "deck"
+    """The recipe that the fields started from: the first argument, not a flag."""
     model: ModelConfig = field(default_factory=ModelConfig)
+    """The network."""
     optim: OptimConfig = field(default_factory=OptimConfig)
+    """How its weights are found."""
     augment: AugmentConfig = field(default_factory=AugmentConfig)
+    """What happens to pictures on their way into it."""
     normalise: Literal["mean", "mean_std"] = "mean_std"
-    """mean: subtract the train split's mean RGB, as the paper; mean_std: also divide by its
-    standard deviation."""
+    """mean: subtract the train split's mean RGB, as the paper; mean_std: divide by std too."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16 runs forward and backward under autocast; weights stay float32."""
     compress_gradients: bool = False
     """Send gradients between workers as bfloat16: half the bytes."""
     synthetic: bool = False
-    """Train on random pictures that stay on the device: the ceiling without any store or decoding.
-    Never registered."""
+    """Train on random pictures that stay on the device: the ceiling. Never registered."""
     seed: int = 0
     """Fixes initialisation, order, augmentation and dropout."""
     flat_loss_steps: int = 20_000
@@ -113,17 +108,15 @@ class TrainConfig:
     storage: str | None = None
     """Folder or s3:// prefix for checkpoints; $ALEXNET_HOME/runs by default."""
     workers: int = 1
-    """Data-parallel workers; one GPU each where GPUs are used. 2:8 goes on with as few as 2 when
-    workers are lost, and with up to 8 when there is room."""
+    """Data-parallel workers, a GPU each where GPUs are used; 2:8 goes on with any of 2 to 8."""
     min_workers: int | None = None
-    """The fewest workers to go on with; by default as many as --workers."""
+    """The fewest workers to go on with, as in --workers 2:8; all of them by default."""
     max_failures: int = 3
     """Times that the training goes on after a worker or node was lost."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto uses GPUs where the cluster has one for every worker."""
     cpus_per_worker: int | None = None
-    """CPUs of each worker for decoding and, without GPU, for the training; an even share of the
-    smallest node by default."""
+    """CPUs of each worker, to decode and, without GPU, to train; by default a fair share."""
     compile: bool = False
     """Run the network through torch.compile: slow to start, faster afterwards."""
     deterministic: bool = False
@@ -137,8 +130,7 @@ class TrainConfig:
     keep_best: int = 1
     """Checkpoints of the highest val top-1 to keep besides."""
     cache: Literal["none", "ram", "gpu"] = "none"
-    """Where decoded pictures stay after the first epoch: nowhere, in each worker's memory or on its
-    GPU."""
+    """Where decoded pictures stay: nowhere, in each worker's memory or on its GPU."""
     decode: Literal["cpu", "gpu"] = "cpu"
     """Where JPEGs are decoded; pixels of the two differ by rounding."""
     log_steps: int = 50

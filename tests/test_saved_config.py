@@ -1,0 +1,132 @@
+"""A saved config trains the same again, and nothing that is none is taken for one."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from alexnet.errors import UserError
+from training.command_line import parse, read_config
+from training.config import TrainConfig, science_digest, to_dict
+
+
+def config_of(*argv: str) -> TrainConfig:
+    command = parse(list(argv))
+    assert command.action == "train"
+    return command.config
+
+
+def saved(tmp_path: Path, *argv: str, change=lambda document: None) -> str:
+    """A config.json as a run leaves it, with `change` made to its document."""
+    document = to_dict(config_of(*argv))
+    change(document)
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(document, indent=2))
+    return str(file)
+
+
+@pytest.mark.parametrize("recipe", ["deck", "paper", "fast", "smoke"])
+def test_saved_config_trains_the_same_again(tmp_path, recipe):
+    file = saved(tmp_path, recipe, "--seed", "7", "--data", "/x")
+    again = config_of(f"--config={file}")
+    assert again == config_of(recipe, "--seed", "7", "--data", "/x") == read_config(file)
+    assert science_digest(again) == science_digest(config_of(recipe, "--seed", "7"))
+
+
+def test_flags_change_a_saved_config(tmp_path):
+    file = saved(tmp_path, "paper", "--seed", "7", "--workers", "2:4")
+    config = config_of("paper", "--optim.lr", "0.5", "--config", file, "--name", "again")
+    assert (config.seed, config.optim.lr, config.name) == (7, 0.5, "again")
+    assert (config.workers, config.min_workers) == (4, 2)
+    fewer = config_of("--config", file, "--workers", "1")
+    assert (fewer.workers, fewer.min_workers) == (1, None)
+    assert parse(["--config", file, "--dry-run"]).action == "dry-run"
+
+
+def test_another_recipe_takes_only_where_and_how_many_from_a_saved_config(tmp_path):
+    file = saved(tmp_path, "deck", "--seed", "7", "--data", "/x", "--name", "n", "--workers", "2:4")
+    config = config_of("paper", "--config", file)
+    assert config == config_of("paper", "--data", "/x", "--workers", "2:4")
+
+
+def test_whole_number_for_a_float_is_the_same_config(tmp_path):
+    def whole(document):
+        document["optim"]["warmup_epochs"] = 2
+        document["checkpoint_minutes"] = 10
+
+    config = config_of("--config", saved(tmp_path, "deck", change=whole))
+    assert config == config_of("deck")
+    assert science_digest(config) == science_digest(config_of("deck"))
+
+
+def changed(name: str, value: object):
+    def change(document):
+        *groups, field = name.split(".")
+        for group in groups:
+            document = document[group]
+        document[field] = value
+
+    return change
+
+
+def without(name: str):
+    def change(document):
+        *groups, field = name.split(".")
+        for group in groups:
+            document = document[group]
+        del document[field]
+
+    return change
+
+
+BAD_FILES = [
+    (changed("colour", 1), "1 unknown field(s): colour; "),
+    (changed("optim.learning_rate", 1), "1 unknown field(s): optim.learning_rate; "),
+    (without("seed"), "1 missing field(s): seed; "),
+    (without("model.width"), "1 missing field(s): model.width; "),
+    (without("augment"), "1 missing field(s): augment; "),
+    (changed("optim", 3), "optim is no object of fields; "),
+    (changed("optim.lr", "0.01"), "optim.lr is '0.01', not float; "),
+    (changed("optim.epochs", 3.5), "optim.epochs is 3.5, not int; "),
+    (changed("optim.epochs", True), "optim.epochs is True, not int; "),
+    (changed("augment.flip", 1), "augment.flip is 1, not bool; "),
+    (changed("optim.rule", "adam"), "optim.rule is 'adam', not Literal['torch', 'paper', 'lars']"),
+    (changed("optim.milestones", [1, "2"]), "optim.milestones is (1, '2'), not tuple[int, ...]; "),
+    (changed("name", 5), "name is 5, not str | None; "),
+    (changed("recipe", "papr"), "no recipe 'papr'; there are deck, paper, fast, smoke"),
+    (changed("seed", -1), "--seed -1 is out of range; pass 0 or more"),
+    (changed("optim.lr", float("nan")), "--optim.lr nan is not positive"),
+]
+
+
+@pytest.mark.parametrize(("change", "told"), BAD_FILES, ids=[told for _, told in BAD_FILES])
+def test_files_with_other_fields_or_values_are_refused_in_one_line(tmp_path, change, told):
+    file = saved(tmp_path, "paper", change=change)
+    with pytest.raises(UserError) as refused:
+        parse(["--config", file])
+    assert str(refused.value).startswith(f"{file}: {told}") and "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ("{", "is not JSON (Expecting property name"),
+        ("", "is not JSON (Expecting value"),
+        ("[]", ": the whole is no object of fields"),
+        (b"\xff\xfe\x00", "is not JSON ("),
+    ],
+)
+def test_files_that_are_no_config_are_refused_in_one_line(tmp_path, content, told):
+    file = tmp_path / "config.json"
+    file.write_bytes(content.encode() if isinstance(content, str) else content)
+    with pytest.raises(UserError) as refused:
+        parse(["--config", str(file)])
+    assert f"{file}" in str(refused.value) and told in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_file_that_is_not_there_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"gone.json: not there"):
+        parse(["--config", str(tmp_path / "gone.json")])
+    with pytest.raises(UserError, match=r"no folder|directory|not"):
+        parse(["--config", str(tmp_path)])
