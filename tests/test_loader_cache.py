@@ -1,17 +1,22 @@
-"""Shards from S3, through a real HTTP server: downloaded once, kept within the bound, verified."""
+"""The cache of S3 shards on a node: fetched once, kept within the bound, never stale."""
 
+import os
+import signal
+import subprocess
+import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
-from shard_sets import write_shard_set
-from test_loader import SIZES, assert_equal_to_tars, open_loader
+from drawn import ROOT
+from s3_shards import cached, counted_downloads, info_of, uploaded
+from test_loader import assert_equal_to_tars, open_loader
 
 from alexnet.errors import UserError
-from pipelines import storage
-from pipelines.shards import Manifest, load_manifest
+from pipelines.shards import Manifest
 from training.loader import Loader
 
 
@@ -22,47 +27,34 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def own_set(tmp_path: Path) -> Path:
-    return Path(write_shard_set(tmp_path / "own", train=SIZES, val=(3,)))
-
-
-@pytest.fixture
-def s3_set(own_set: Path, s3: str) -> tuple[Path, str, Manifest]:
-    """The local set, its copy in the bucket, and their manifest."""
-    uri = f"{s3}/loader-set"
-    for path in own_set.rglob("*"):
-        if path.is_file():
-            storage.write(f"{uri}/{path.relative_to(own_set)}", path.read_bytes())
-    return own_set, uri, load_manifest(uri)
+def s3_set(tmp_path: Path, s3: str) -> tuple[Path, str, Manifest]:
+    """A local set, its copy in the bucket, and their manifest."""
+    return uploaded(tmp_path / "own", f"{s3}/loader-set")
 
 
 @pytest.fixture
 def downloads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The shards fetched from the store, in order."""
-    fetched: list[str] = []
-    read = storage.read
-
-    def counting(uri: str, *args: int) -> bytes:
-        if uri.endswith(".tar"):
-            fetched.append(uri.rsplit("/", 1)[1])
-        return read(uri, *args)
-
-    monkeypatch.setattr(storage, "read", counting)
-    return fetched
-
-
-def cached(home: Path) -> dict[str, int]:
-    return {path.name: path.stat().st_size for path in (home / "cache").glob("*/*.tar")}
+    return counted_downloads(monkeypatch)
 
 
 def test_s3_shards_give_the_same_pixels_and_are_downloaded_once(s3_set, downloads, home):
-    folder, uri, _ = s3_set
+    folder, uri, manifest = s3_set
     for _ in range(2):
         with open_loader(uri) as loader:
             assert_equal_to_tars(folder, loader, "train", [14, 0, 5, 9, 2])
     assert sorted(downloads) == [f"train-00000{i}.tar" for i in range(3)]
-    assert len(cached(home)) == 3
-    assert not list((home / "cache").glob("*/*.partial"))
+    assert len(cached(home, manifest)) == 3
+    assert not list((home / "cache").glob("*.partial"))
+
+
+def test_shards_larger_than_a_request_arrive_whole(s3_set, downloads, home, monkeypatch):
+    folder, uri, manifest = s3_set
+    monkeypatch.setattr("training.cache._CHUNK", 10_000)
+    with open_loader(uri) as loader:
+        assert_equal_to_tars(folder, loader, "train", [3])
+    size = info_of(manifest, "train-000000").num_bytes
+    assert downloads.count("train-000000.tar") == -(-size // 10_000) > 3
+    assert set(cached(home, manifest)) == {"train-000000"}
 
 
 def test_eviction_drops_the_least_recently_used_and_keeps_the_bound(s3_set, downloads, home):
@@ -72,67 +64,115 @@ def test_eviction_drops_the_least_recently_used_and_keeps_the_bound(s3_set, down
     for shard, ids in enumerate(([0], [5])):
         with open_loader(uri, cache_gb=room) as loader:
             loader.read(np.array(ids))
-        assert len(cached(home)) == shard + 1
+        assert len(cached(home, manifest)) == shard + 1
         time.sleep(0.02)  # file times tell which one is older
     with open_loader(uri, cache_gb=room) as loader:
         loader.read(np.array([0]))  # now train-000001 is the one not used for longest
         time.sleep(0.02)
         loader.read(np.array([14]))
-        assert sum(cached(home).values()) <= room * 1e9
-        assert set(cached(home)) == {"train-000000.tar", "train-000002.tar"}
+        assert sum(cached(home, manifest).values()) <= room * 1e9
+        assert set(cached(home, manifest)) == {"train-000000", "train-000002"}
+    with open_loader(uri, cache_gb=room) as loader:
         assert_equal_to_tars(folder, loader, "train", [5, 14, 0])
     assert downloads.count("train-000000.tar") <= 2 and downloads.count("train-000001.tar") == 2
 
 
-def test_shards_that_arrive_together_keep_the_bound_too(s3_set, home, monkeypatch):
+def test_what_is_open_is_not_evicted_and_all_that_goes_beyond_the_bound(s3_set, home, downloads):
+    folder, uri, manifest = s3_set
+    with open_loader(uri, cache_gb=0) as first, open_loader(uri, cache_gb=0) as second:
+        first.read(np.array([0]))
+        second.read(np.array([5]))  # evicts whatever nobody has open
+        assert set(cached(home, manifest)) == {"train-000000", "train-000001"}
+        assert_equal_to_tars(folder, first, "train", [0])
+        first.read(np.array([14]))  # and lets go of train-000000
+        second.read(np.array([14]))
+        assert "train-000002" in cached(home, manifest)
+    assert downloads == [f"train-00000{i}.tar" for i in range(3)]
+    with open_loader(uri, cache_gb=0) as loader:
+        loader.read(np.array([6]))
+    with open_loader(uri, "val", cache_gb=0) as loader:
+        loader.read(np.array([0]))
+    assert set(cached(home, manifest)) == {"val-000000"}, "nothing was open any more"
+
+
+def test_shards_that_arrive_together_keep_the_bound_too(s3_set, home):
     _, uri, manifest = s3_set
-    room = max(shard.num_bytes for shard in manifest.split_shards("train"))
-    with open_loader(uri, threads=3, cache_gb=room / 1e9) as loader:
-        make_room = loader._files._make_room
+    sizes = [shard.num_bytes for shard in manifest.split_shards("train")]
+    loaders = [open_loader(uri, cache_gb=max(sizes) / 1e9) for _ in range(3)]
+    together = threading.Barrier(3)
+    largest = 0
 
-        def and_dawdle(num_bytes: int) -> None:
-            make_room(num_bytes)
-            time.sleep(0.1)  # the others arrive now
+    def read(loader: Loader, sample: int) -> None:
+        together.wait()
+        loader.read(np.array([sample]))
+        loader.__exit__()
 
-        monkeypatch.setattr(loader._files, "_make_room", and_dawdle)
-        loader._files.fetch({"train-000000", "train-000001", "train-000002"}, loader._pool)
-        assert 0 < sum(cached(home).values()) <= room
+    threads = [
+        threading.Thread(target=read, args=pair) for pair in zip(loaders, (0, 5, 14), strict=True)
+    ]
+    for thread in threads:
+        thread.start()
+    while any(thread.is_alive() for thread in threads):
+        largest = max(largest, sum(path.stat().st_size for path in listed(home / "cache")))
+    for thread in threads:
+        thread.join()
+    assert max(sizes) <= largest <= sum(sizes), "what is open is all that goes beyond the bound"
+    with open_loader(uri, "val", cache_gb=max(sizes) / 1e9) as loader:
+        loader.read(np.array([0]))
+    assert sum(cached(home, manifest).values()) <= max(sizes)
+
+
+def listed(folder: Path) -> Iterator[Path]:
+    return (path for path in [*folder.glob("*.tar")] if path.exists())
 
 
 def test_shard_evicted_by_a_neighbour_before_it_is_open_is_fetched_again(s3_set, monkeypatch, home):
     folder, uri, _ = s3_set
     with open_loader(uri) as loader:
-        download, evictions = loader._files._download, []
+        cache = loader._files._cache
+        fetch, evictions = cache._fetch, []
 
-        def evicted_once(name: str) -> None:
-            download(name)
-            if len(evictions) < 2:  # the first is before the batch, the second before the map
-                evictions.append(name)
-                next((home / "cache").glob(f"*/{name}.tar")).unlink()
+        def evicted_once(uri: str, info) -> None:
+            fetch(uri, info)
+            if len(evictions) < 2:
+                evictions.append(info.name)
+                (home / "cache" / f"{info.sha256}.tar").unlink()
 
-        monkeypatch.setattr(loader._files, "_download", evicted_once)
+        monkeypatch.setattr(cache, "_fetch", evicted_once)
         assert_equal_to_tars(folder, loader, "train", [0])
         assert len(evictions) == 2
 
 
-def test_a_cache_that_never_holds_what_is_in_use_is_told(s3_set, monkeypatch, home):
+def test_a_cache_that_never_holds_what_is_in_use_is_told(s3_set, monkeypatch):
     _, uri, _ = s3_set
     with open_loader(uri, cache_gb=0.25) as loader:
-        monkeypatch.setattr(loader._files, "_download", lambda name: None)
+        monkeypatch.setattr(loader._files._cache, "_fetch", lambda uri, info: None)
         with pytest.raises(UserError, match=r"--cache-gb 0.25 cannot hold"):
             loader.read(np.array([0]))
 
 
-def test_s3_shard_with_another_sha256_is_refused_and_not_cached(s3_set, home):
-    folder, uri, _ = s3_set
-    data = bytearray((folder / "train-000001.tar").read_bytes())
-    data[-1] ^= 1  # same length
-    storage.write(f"{uri}/train-000001.tar", bytes(data))
+@pytest.mark.parametrize("damage", ["flip", "cut"])
+def test_damaged_cache_file_feeds_nothing_and_is_replaced(s3_set, home, downloads, damage):
+    folder, uri, manifest = s3_set
     with open_loader(uri) as loader:
         loader.read(np.array([0]))
-        with pytest.raises(UserError, match=r"train-000001.tar is not what its manifest"):
-            loader.read(np.array([5]))
-    assert set(cached(home)) == {"train-000000.tar"}
+    (path,) = (home / "cache").glob("*.tar")
+    data = bytearray(path.read_bytes())
+    data[3000] ^= 1
+    path.write_bytes(data if damage == "flip" else data[:2000])
+    with open_loader(uri) as loader:
+        assert_equal_to_tars(folder, loader, "train", [0, 1, 2, 3, 4])
+    assert downloads == ["train-000000.tar"] * 2
+    assert set(cached(home, manifest)) == {"train-000000"}
+
+
+def test_cache_of_another_set_at_the_same_address_is_not_used(s3_set, tmp_path):
+    _, uri, _ = s3_set
+    with open_loader(uri) as loader:
+        loader.read(np.array([0]))
+    other, _, _ = uploaded(tmp_path / "other", uri, seed=9)
+    with open_loader(uri) as loader:
+        assert_equal_to_tars(other, loader, "train", [0, 1, 14])
 
 
 def test_workers_of_a_node_download_a_shard_once_between_them(s3_set, downloads):
@@ -152,3 +192,62 @@ def test_workers_of_a_node_download_a_shard_once_between_them(s3_set, downloads)
     for loader in loaders:
         loader.__exit__()
     assert downloads == ["train-000000.tar"]
+
+
+KILLED = """
+import os, signal, sys, threading
+from pipelines import storage
+from pipelines.shards import ShardInfo
+from training.cache import NodeCache
+def read(uri, offset, length):
+    if offset:
+        print("half way", flush=True)
+        signal.pause()
+    return b"x" * length
+storage.read = read
+info = ShardInfo("train-000000", "train", 1, 40_000_000, sys.argv[1])
+NodeCache(10**9, threading.Event()).open("s3://bucket/train-000000.tar", info)
+"""
+
+
+@pytest.fixture
+def half_a_shard(s3_set, home: Path) -> Iterator[tuple[subprocess.Popen[str], Path]]:
+    """A process in the middle of a download, and its partial file. Killed in the end."""
+    sha256 = info_of(s3_set[2], "train-000000").sha256
+    process = subprocess.Popen(
+        [sys.executable, "-c", KILLED, sha256],
+        env=dict(os.environ) | {"PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    with process:
+        assert process.stdout is not None and process.stdout.readline() == "half way\n"
+        yield process, home / "cache" / f"{sha256}.partial"
+        process.kill()
+
+
+def test_what_a_killed_download_left_goes_with_the_next_one(s3_set, home, half_a_shard):
+    folder, uri, manifest = s3_set
+    process, partial = half_a_shard
+    with open_loader(uri) as loader:
+        loader.read(np.array([5]))
+        assert partial.stat().st_size == 40_000_000, "in progress: neither removed nor in the way"
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        loader.read(np.array([14]))
+        assert not partial.exists()
+        assert_equal_to_tars(folder, loader, "train", [0, 5])
+    assert len(cached(home, manifest)) == 3
+
+
+def test_the_shard_of_a_killed_download_is_fetched_by_its_neighbour(s3_set, home, half_a_shard):
+    folder, uri, _ = s3_set
+    process, _ = half_a_shard
+    with open_loader(uri) as loader:
+        waiting = loader._begin(np.array([0, 1]), False)
+        time.sleep(0.2)
+        assert not waiting.parts[0].done(), "one download per node"
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert loader._finish(waiting).sample_ids.tolist() == [0, 1]
+        assert_equal_to_tars(folder, loader, "train", [0, 1])

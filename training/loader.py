@@ -1,40 +1,37 @@
-"""Shards to uint8 batches: byte ranges of memory-mapped tars, decoded by threads.
+"""Shards to uint8 batches: byte ranges of tars, decoded by threads or on the GPU.
 
-Knows the index and the shard files; knows nothing of order, augmentation or ranks: it is handed
-the sample ids of each batch. S3 shards pass through a bounded cache that the node's workers share.
+Knows nothing of order, augmentation or ranks: it is handed the sample ids of each batch. Batches
+are begun ahead, in the consumer's own thread, and their parts run in a pool that goes from one
+batch to the next without a stop.
 """
 
-import contextlib
-import hashlib
 import itertools
-import mmap
-import os
-import queue
-import threading
-from collections import OrderedDict
-from collections.abc import Generator, Iterable
-from concurrent.futures import ThreadPoolExecutor
+import time
+from collections import deque
+from collections.abc import Generator, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
-from typing import BinaryIO
+from typing import Literal
 
-import filelock
 import numpy as np
-import simplejpeg
 import torch
 
 from alexnet.errors import UserError
-from pipelines import shards, storage
-from training.order import Ids
+from pipelines.shards import Manifest
+from training.buffers import Buffers
+from training.gpu_jpeg import gpu_decoder
+from training.order import WINDOW_SHARDS, Ids
+from training.resident import Resident
+from training.samples import Opening, Samples, Seconds
+from training.shard_files import ShardFiles
 
-_PREFETCH_BATCHES = 3
-_OPEN_SHARDS = 32
-_TRIES = 5
+_AHEAD = 3  # batches begun beyond the one that the consumer holds
 
 
 @dataclass(frozen=True)
 class Batch:
-    """images: uint8 (B,3,H,W) in channels-last memory; labels, sample_ids: int64 (B,)."""
+    """images: uint8 (B,3,H,W) in channels-last memory, on the device already where pictures stay
+    or are decoded there; labels, sample_ids: int64 (B,) on the CPU."""
 
     images: torch.Tensor
     labels: torch.Tensor
@@ -44,197 +41,177 @@ class Batch:
 Batches = Generator[Batch, None, None]
 
 
+@dataclass(frozen=True)
+class _Begun:
+    """A batch on its way to uint8 (B,H,W,3) `pixels`: the parts fill it, or `on_gpu` brings it."""
+
+    ids: Ids
+    missing: Ids  # those that are not resident yet
+    opening: Opening
+    pixels: torch.Tensor | None
+    parts: list[Future[Seconds]]
+    on_gpu: list[Future[tuple[torch.Tensor, Seconds]]]
+
+
 class Loader:
     """Reads samples of one split by id. Close it, or use it as a context manager, to end its
-    threads."""
+    threads.
+
+    cache "ram" or "gpu" keeps every decoded picture, in memory or on `device`; decode "gpu" decodes
+    there. Raises UserError for an index that is not the manifest's, for a cache that does not fit,
+    and where no decoder works on the device.
+    """
 
     def __init__(
-        self, uri: str, manifest: shards.Manifest, split: str, *, threads: int, cache_gb: float
+        self,
+        uri: str,
+        manifest: Manifest,
+        split: str,
+        *,
+        threads: int,
+        cache_gb: float = 20.0,
+        cache: Literal["none", "ram", "gpu"] = "none",
+        decode: Literal["cpu", "gpu"] = "cpu",
+        device: torch.device | None = None,
     ) -> None:
-        index = shards.load_index(uri, split)
-        self.shard_sizes = [shard.samples for shard in manifest.split_shards(split)]
-        self.num_samples = len(index)
-        if self.num_samples != manifest.num_samples(split):
+        if cache == "ram" and decode == "gpu":
             raise UserError(
-                f"index/{split}.parquet of {uri} has {self.num_samples} rows, its manifest "
-                f"promises {manifest.num_samples(split)}; run: python -m pipelines verify {uri}"
+                "--cache ram with --decode gpu would copy every picture back; use --cache gpu"
             )
+        cpu = torch.device("cpu")
+        self._device = device or cpu
         self._side = manifest.crop
-        self._shard = index["shard"].combine_chunks().dictionary_encode()
-        self._shard_names: list[str] = self._shard.dictionary.to_pylist()
-        self._shard_of = self._shard.indices.to_numpy()
-        self._offset = index["offset"].to_numpy()
-        self._size = index["size"].to_numpy()
-        self._labels = torch.from_numpy(index["label"].to_numpy().astype(np.int64))
-        self._files = _ShardFiles(uri, manifest, split, cache_gb)
+        self._samples = Samples(uri, manifest, split)
+        self.num_samples = self._samples.count
+        infos = manifest.split_shards(split)
+        self.shard_sizes = [shard.samples for shard in infos]
+        self._gpu_decode = gpu_decoder(self._device) if decode == "gpu" else None
+        self._cache = cache
+        self._resident: Resident | None = None
+        if cache != "none":
+            place = cpu if cache == "ram" else self._device
+            self._resident = Resident(cache, self.num_samples, self._side, place)
+        self._files = ShardFiles(uri, infos, int(cache_gb * 1e9))
+        self._buffers = Buffers(self._side, idle=_AHEAD + 2)
         self._threads = threads
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
+        self._gpu_thread = ThreadPoolExecutor(1, thread_name_prefix="decode-gpu")
+        self._seconds = {"read": 0.0, "decode": 0.0, "wait": 0.0}
 
     def __enter__(self) -> "Loader":
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._files.close()
         self._pool.shutdown(cancel_futures=True)
+        self._gpu_thread.shutdown(cancel_futures=True)
+
+    def timings(self) -> dict[str, float]:
+        """Seconds since the start: "read" (with waiting for shards to open or arrive) and "decode",
+        each summed over the threads, and "wait", which the consumer spent without a batch."""
+        return dict(self._seconds)
 
     def batches(self, ids_of_batches: Iterable[Ids], *, pin: bool = False) -> Batches:
         """One batch for each array of ids, decoded ahead of the consumer; `pin` for a GPU.
 
-        Close the generator when leaving it early: that ends the thread that reads ahead.
-        Raises what reading raises: UserError for a shard that is missing, changed or undecodable.
+        A list, other than an iterator, lets it open or download the next shards ahead as well.
+        Raises what reading raises, after the good batches before it: UserError for a shard that is
+        missing, changed or undecodable.
         """
-        ready: queue.Queue[Batch | BaseException | None] = queue.Queue(_PREFETCH_BATCHES)
-        stop = threading.Event()
-
-        def offer(item: Batch | BaseException | None) -> None:
-            while not stop.is_set():
-                with contextlib.suppress(queue.Full):
-                    return ready.put(item, timeout=0.1)
-
-        def produce() -> None:
-            try:
-                for ids in ids_of_batches:
-                    if stop.is_set():
-                        return
-                    offer(self.read(ids, pin=pin))
-                offer(None)
-            except BaseException as error:  # handed to the consumer, which raises it
-                offer(error)
-
-        producer = threading.Thread(target=produce, name="read-ahead", daemon=True)
-        producer.start()
+        upcoming = deque[str]()
+        if isinstance(ids_of_batches, Sequence) and ids_of_batches:
+            upcoming.extend(self._samples.shards_of(self._missing(np.concatenate(ids_of_batches))))
+        begun = deque[_Begun]()
         try:
-            while (item := ready.get()) is not None:
-                if isinstance(item, BaseException):
-                    raise item
-                yield item
+            for ids in ids_of_batches:
+                begun.append(self._begin(ids, pin))
+                self._open_ahead(upcoming, begun)
+                if len(begun) > _AHEAD:
+                    yield self._finish(begun.popleft())
+            while begun:
+                yield self._finish(begun.popleft())
         finally:
-            stop.set()
-            producer.join()
+            for batch in begun:
+                for part in batch.parts:
+                    part.cancel()
+                for whole in batch.on_gpu:
+                    whole.cancel()
 
     def read(self, ids: Ids, *, pin: bool = False) -> Batch:
         """The samples of `ids` (int64 (B,)) in that order."""
-        pixels = torch.empty(
-            (len(ids), self._side, self._side, 3), dtype=torch.uint8, pin_memory=pin
-        )
-        self._files.fetch(
-            {self._shard_names[s] for s in np.unique(self._shard_of[ids])}, self._pool
-        )
+        return self._finish(self._begin(ids, pin))
+
+    def _missing(self, ids: Ids) -> Ids:
+        return ids if self._resident is None else self._resident.missing(ids)
+
+    def _open_ahead(self, upcoming: deque[str], begun: Iterable[_Begun]) -> None:
+        in_use = {name for batch in begun for name in batch.opening}
+        while upcoming and upcoming[0] in in_use:
+            upcoming.popleft()
+        self._files.open_ahead(itertools.islice(upcoming, WINDOW_SHARDS), in_use)
+
+    def _begin(self, ids: Ids, pin: bool) -> _Begun:
+        ids = np.ascontiguousarray(ids)
+        missing = self._missing(ids)
+        opening = self._files.open(self._samples.shards_of(missing))
+        if self._gpu_decode is not None:
+            return self._begin_on_gpu(ids, missing, opening)
+        # A resident place on the device needs no more than what is not there yet.
+        filled = missing if self._cache == "gpu" else ids
+        pixels = self._buffers.take(len(filled), pin=pin)
         out = pixels.numpy()
-        cuts = np.linspace(0, len(ids), self._threads + 1, dtype=int)
+        work = self._keep_and_copy if self._cache == "ram" else self._samples.decode
         parts = [
-            self._pool.submit(self._decode_range, ids, out, a, b)
-            for a, b in itertools.pairwise(cuts)
-            if b > a
+            self._pool.submit(work, filled[span], out[span], opening)
+            for span in self._spans(len(filled))
         ]
-        for part in parts:
-            part.result()
-        rows = torch.from_numpy(np.ascontiguousarray(ids))
-        return Batch(pixels.permute(0, 3, 1, 2), self._labels[rows], rows)
+        return _Begun(ids, missing, opening, pixels, parts, [])
 
-    def _decode_range(self, ids: Ids, out: np.ndarray, first: int, last: int) -> None:
-        for position in range(first, last):
-            row = ids[position]
-            name = self._shard_names[self._shard_of[row]]
-            start = int(self._offset[row])
-            jpeg = self._files.open(name)[start : start + int(self._size[row])]
-            try:
-                simplejpeg.decode_jpeg(jpeg, colorspace="RGB", buffer=out[position])
-            except ValueError as error:
-                raise UserError(
-                    f"sample {row} of {name} does not decode ({error}); "
-                    "run: python -m pipelines verify --full on these shards"
-                ) from error
+    def _begin_on_gpu(self, ids: Ids, missing: Ids, opening: Opening) -> _Begun:
+        assert self._gpu_decode is not None
+        if not len(missing):
+            return _Begun(ids, missing, opening, None, [], [])
+        spans = self._spans(len(missing))
+        reads = [self._pool.submit(self._samples.read, missing[span], opening) for span in spans]
+        together = self._samples.decode_together
+        arguments = (self._gpu_decode, missing, reads, opening, self._side)
+        on_gpu = self._gpu_thread.submit(together, *arguments)
+        return _Begun(ids, missing, opening, None, [], [on_gpu])
 
+    def _spans(self, count: int) -> list[slice]:
+        """A share of a batch for each thread."""
+        cuts = np.linspace(0, count, self._threads + 1, dtype=int).tolist()
+        return [slice(a, b) for a, b in itertools.pairwise(cuts) if b > a]
 
-class _ShardFiles:
-    """Memory maps of the shards in use: local files as they are, S3 objects through the cache."""
+    def _keep_and_copy(self, ids: Ids, out: np.ndarray, opening: Opening) -> Seconds:
+        """Decodes what is not resident to its place there, then copies all of `ids` to `out`."""
+        assert self._resident is not None
+        kept = self._resident.pixels.numpy()
+        missing = self._resident.missing(ids)
+        seconds = self._samples.decode(missing, (kept[row] for row in missing), opening)
+        np.take(kept, ids, axis=0, out=out, mode="clip")  # "raise" would make one more copy
+        return seconds
 
-    def __init__(self, uri: str, manifest: shards.Manifest, split: str, cache_gb: float) -> None:
-        self._uri = uri
-        self._infos = {shard.name: shard for shard in manifest.split_shards(split)}
-        self._remote = storage.is_s3(uri)
-        self._cache = storage.home() / "cache" / manifest.digest[:16]
-        self._cache_bytes = int(cache_gb * 1e9)
-        self._maps: OrderedDict[str, mmap.mmap] = OrderedDict()
-        self._lock = threading.Lock()
-
-    def open(self, name: str) -> mmap.mmap:
-        with self._lock:
-            if name not in self._maps:
-                self._maps[name] = self._map(name)
-                if len(self._maps) > _OPEN_SHARDS:
-                    self._maps.popitem(last=False)  # freed once no thread reads from it
-            self._maps.move_to_end(name)
-            return self._maps[name]
-
-    def fetch(self, names: set[str], pool: ThreadPoolExecutor) -> None:
-        """Brings the shards that a batch needs into the cache, several at a time."""
-        if self._remote:
-            for _ in pool.map(self._download, sorted(names - self._maps.keys())):
-                pass
-
-    def _map(self, name: str) -> mmap.mmap:
-        path = Path(storage.join(self._uri, f"{name}.tar"))
-        try:
-            with self._open_cached(name) if self._remote else path.open("rb") as file:
-                mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        except (OSError, ValueError) as error:
-            raise UserError(
-                f"shard {path} cannot be read ({error}); run: python -m pipelines build again"
-            ) from error
-        if len(mapped) != self._infos[name].num_bytes:
-            raise UserError(
-                f"shard {path} has {len(mapped)} bytes, its manifest says "
-                f"{self._infos[name].num_bytes}; run: python -m pipelines verify {self._uri}"
-            )
-        return mapped
-
-    def _open_cached(self, name: str) -> BinaryIO:
-        for _ in range(_TRIES):
-            self._download(name)
-            # A neighbour that needs room may evict it again before it is open.
-            with contextlib.suppress(FileNotFoundError):
-                return (self._cache / f"{name}.tar").open("rb")
-        raise UserError(
-            f"--cache-gb {self._cache_bytes / 1e9:g} cannot hold the shards in use at once on this "
-            "node; pass more"
-        )
-
-    def _download(self, name: str) -> None:
-        """Fetches a shard once per node: the lock makes its neighbours wait instead of fetching."""
-        path = self._cache / f"{name}.tar"
-        with contextlib.suppress(FileNotFoundError):
-            os.utime(path)
-            return
-        self._cache.mkdir(parents=True, exist_ok=True)
-        with filelock.FileLock(f"{path}.lock"):
-            if path.exists():
-                return
-            data = storage.read(storage.join(self._uri, f"{name}.tar"))
-            if hashlib.sha256(data).hexdigest() != self._infos[name].sha256:
-                raise UserError(
-                    f"{storage.join(self._uri, name)}.tar is not what its manifest describes "
-                    f"(sha256 differs); run: python -m pipelines verify {self._uri}"
-                )
-            # One at a time: shards that arrive together would each find the same room free.
-            with filelock.FileLock(self._cache.parent / "room.lock"):
-                self._make_room(len(data))
-                partial = path.with_suffix(".partial")
-                partial.write_bytes(data)
-                partial.rename(path)
-
-    def _make_room(self, num_bytes: int) -> None:
-        cached = sorted(self._cache.parent.glob("*/*.tar"), key=_last_used)
-        used = sum(path.stat().st_size for path in cached if path.exists())
-        for path in cached:
-            if used + num_bytes <= self._cache_bytes:
-                return
-            used -= path.stat().st_size if path.exists() else 0
-            path.unlink(missing_ok=True)  # readers that map it keep their pages
-
-
-def _last_used(path: Path) -> float:
-    try:
-        return path.stat().st_mtime
-    except FileNotFoundError:  # a neighbour evicted it meanwhile
-        return 0.0
+    def _finish(self, batch: _Begun) -> Batch:
+        """Waits for a batch, and makes sure that its shards stayed what they were."""
+        start = time.perf_counter()
+        spent = [part.result() for part in batch.parts]
+        pixels = batch.pixels
+        for brought in batch.on_gpu:
+            pixels, seconds = brought.result()
+            spent.append(seconds)
+            pixels.record_stream(torch.cuda.current_stream(self._device))
+        for opening in batch.opening.values():
+            opening.result().check()
+        self._seconds["wait"] += time.perf_counter() - start
+        self._seconds["read"] += sum(seconds.read for seconds in spent)
+        self._seconds["decode"] += sum(seconds.decode for seconds in spent)
+        if self._resident is not None and self._cache == "ram":
+            self._resident.filled[batch.missing] = True
+        elif self._resident is not None:
+            if pixels is not None and len(batch.missing):
+                self._resident.put(batch.missing, pixels)
+            pixels = self._resident.take(batch.ids)
+        assert pixels is not None
+        rows = torch.from_numpy(batch.ids)
+        return Batch(pixels.permute(0, 3, 1, 2), self._samples.labels[rows], rows)

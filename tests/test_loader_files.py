@@ -1,0 +1,162 @@
+"""Shards on disk that are not, or no longer, what the manifest says: one line, no wrong pixels."""
+
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from shard_sets import write_shard_set
+from test_loader import SIZES, assert_equal_to_tars, decoded, open_loader
+
+from alexnet.errors import UserError
+
+
+@pytest.fixture
+def own_set(tmp_path: Path) -> Path:
+    return Path(write_shard_set(tmp_path / "own", train=SIZES, val=(3,)))
+
+
+def told_by(loader, ids: list[int]) -> str:
+    with pytest.raises(UserError) as told:
+        loader.read(np.array(ids))
+    assert "\n" not in str(told.value)
+    assert "verify --repair" in str(told.value)
+    return str(told.value)
+
+
+def test_more_shards_than_may_be_open_are_read_all_the_same(own_set, monkeypatch):
+    monkeypatch.setattr("training.shard_files._OPEN_SHARDS", 1)
+    with open_loader(own_set, threads=3) as loader:
+        assert_equal_to_tars(own_set, loader, "train", [0, 14, 5, 1, 13, 6])
+        assert len(loader._files._shards) == 1
+
+
+def test_descriptors_of_shards_are_closed_with_the_loader(own_set):
+    def open_tars() -> int:
+        links = [link for link in Path("/proc/self/fd").iterdir() if link.is_symlink()]
+        return sum(os.path.realpath(link).startswith(f"{own_set}/train-") for link in links)
+
+    with open_loader(own_set) as loader:
+        loader.read(np.arange(15))
+        assert open_tars() == 3
+    assert open_tars() == 0
+
+
+def test_missing_shard_is_told_in_one_line(own_set):
+    (own_set / "train-000001.tar").unlink()
+    with open_loader(own_set) as loader:
+        told = told_by(loader, [6])
+    assert "train-000001.tar cannot be read (No such file" in told
+
+
+@pytest.mark.parametrize("change", [-100, 512])
+def test_shard_of_another_size_than_promised_is_refused(own_set, change):
+    path = own_set / "train-000002.tar"
+    size = path.stat().st_size
+    data = path.read_bytes()
+    path.write_bytes(data[:change] if change < 0 else data + b"\0" * change)
+    with open_loader(own_set) as loader:
+        told = told_by(loader, [0, 14])
+    assert f"has {size + change} bytes, its manifest says {size}" in told
+
+
+def test_shard_of_the_right_size_with_other_bytes_is_refused(own_set):
+    path = own_set / "train-000002.tar"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with open_loader(own_set) as loader:
+        told = told_by(loader, [14])
+    assert "train-000002.tar has sha256" in told and "its manifest says" in told
+
+
+def test_a_folder_in_the_place_of_a_shard_is_told(own_set):
+    (own_set / "train-000000.tar").unlink()
+    (own_set / "train-000000.tar").mkdir()
+    with open_loader(own_set) as loader:
+        told_by(loader, [0])
+
+
+def test_shard_overwritten_in_place_under_the_run_stops_it_before_any_wrong_pixel(own_set):
+    path = own_set / "train-000000.tar"
+    with open_loader(own_set) as loader:
+        loader.read(np.array([0, 1]))
+        data = path.read_bytes()
+        other = (own_set / "train-000002.tar").read_bytes()[: len(data)]
+        with path.open("r+b") as file:
+            file.write(other.ljust(len(data), b"\0"))
+        told = told_by(loader, [0, 1])
+        assert "train-000000.tar was changed under the run" in told
+        path.write_bytes(data)  # repaired: the same run can go on
+        assert_equal_to_tars(own_set, loader, "train", [0, 1])
+
+
+def test_shard_cut_short_under_the_run_is_an_error_and_no_signal(own_set):
+    path = own_set / "train-000000.tar"
+    with open_loader(own_set) as loader:
+        loader.read(np.array([4]))
+        os.truncate(path, 1000)
+        told = told_by(loader, [4])
+        assert "was changed under the run" in told
+
+
+def test_old_time_stamps_do_not_hide_a_change(own_set):
+    path = own_set / "train-000000.tar"
+    with open_loader(own_set) as loader:
+        loader.read(np.array([0]))
+        before = path.stat()
+        data = bytearray(path.read_bytes())
+        data[700] ^= 1
+        path.write_bytes(data)
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+        assert path.stat().st_mtime_ns == before.st_mtime_ns
+        assert "changed under the run" in told_by(loader, [0])
+
+
+def test_open_shard_that_is_deleted_renamed_or_touched_goes_on_with_its_own_bytes(own_set):
+    copy = own_set.parent / "copy"
+    shutil.copytree(own_set, copy)
+    with open_loader(own_set) as loader:
+        loader.read(np.arange(15))
+        (own_set / "train-000000.tar").unlink()
+        (own_set / "train-000001.tar").rename(own_set / "elsewhere.tar")
+        os.utime(own_set / "train-000002.tar")
+        assert_equal_to_tars(copy, loader, "train", [14, 0, 5, 9, 2])
+
+
+def test_shard_replaced_while_it_was_not_open_is_hashed_again(own_set, monkeypatch):
+    monkeypatch.setattr("training.shard_files._OPEN_SHARDS", 1)
+    path = own_set / "train-000000.tar"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    with open_loader(own_set) as loader:
+        loader.read(np.array([0]))
+        loader.read(np.array([14]))  # closes the first one
+        path.write_bytes(data)
+        assert "has sha256" in told_by(loader, [0])
+
+
+def test_the_next_shards_are_opened_before_a_batch_needs_them(own_set):
+    ids = [np.array([i]) for i in range(15)]
+    with open_loader(own_set) as loader:
+        batches = loader.batches(ids)
+        next(batches)
+        assert list(loader._files._shards) == [f"train-00000{i}" for i in range(3)]
+        batches.close()
+    with open_loader(own_set) as loader:
+        batches = loader.batches(iter(ids))  # what comes later is not known
+        next(batches)
+        assert list(loader._files._shards) == ["train-000000"]
+        batches.close()
+
+
+def test_shards_in_any_order_give_the_pixels_of_their_tars(own_set):
+    pixels, labels = decoded(own_set, "train")
+    order = np.random.default_rng(3).permutation(np.repeat(np.arange(15), 4))
+    with open_loader(own_set, threads=3) as loader:
+        for batch in loader.batches(np.array_split(order, 9)):
+            rows = batch.sample_ids.numpy()
+            found = batch.images.permute(0, 2, 3, 1).numpy().astype(int)
+            assert np.abs(found - pixels[rows]).max() <= 1
+            assert batch.labels.tolist() == labels[rows].tolist()

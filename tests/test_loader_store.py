@@ -1,0 +1,156 @@
+"""A store that errs, lies or stays away, and a disk that is full: retried, then told in a line."""
+
+import errno
+import hashlib
+import resource
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from s3_shards import cached, counted_downloads, info_of, uploaded
+from test_loader import assert_equal_to_tars, open_loader
+
+from alexnet.errors import UserError
+from pipelines import storage
+from pipelines.shards import Manifest
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("ALEXNET_HOME", str(tmp_path / "home"))
+    return tmp_path / "home"
+
+
+@pytest.fixture
+def s3_set(tmp_path: Path, s3: str) -> tuple[Path, str, Manifest]:
+    """A local set, its copy in the bucket, and their manifest."""
+    return uploaded(tmp_path / "own", f"{s3}/loader-set")
+
+
+@pytest.fixture
+def downloads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    return counted_downloads(monkeypatch)
+
+
+def test_s3_shard_with_another_sha256_is_fetched_twice_and_then_named(s3_set, home, downloads):
+    folder, uri, manifest = s3_set
+    data = bytearray((folder / "train-000001.tar").read_bytes())
+    data[-1] ^= 1  # same length
+    storage.write(f"{uri}/train-000001.tar", bytes(data))
+    with open_loader(uri) as loader:
+        loader.read(np.array([0]))
+        with pytest.raises(UserError) as told:
+            loader.read(np.array([5]))
+    found, promised = (
+        hashlib.sha256(data).hexdigest(),
+        info_of(manifest, "train-000001").sha256,
+    )
+    assert str(told.value) == (
+        f"{uri}/train-000001.tar has sha256 {found}, its manifest says {promised} (fetched twice); "
+        f"run: python -m pipelines verify --repair {uri}"
+    )
+    assert downloads.count("train-000001.tar") == 2
+    assert set(cached(home, manifest)) == {"train-000000"}
+    assert not list((home / "cache").glob("*.partial"))
+
+
+def test_shard_damaged_on_its_way_is_fetched_once_more(s3_set, home, monkeypatch, caplog):
+    folder, uri, manifest = s3_set
+    read, ways = storage.read, []
+
+    def once_damaged(uri: str, *args: int) -> bytes:
+        data = read(uri, *args)
+        if uri.endswith(".tar"):
+            ways.append(uri)
+            return data[:-1] + b"x" if len(ways) == 1 else data
+        return data
+
+    monkeypatch.setattr(storage, "read", once_damaged)
+    with open_loader(uri) as loader:
+        assert_equal_to_tars(folder, loader, "train", [0])
+    assert set(cached(home, manifest)) == {"train-000000"}
+    assert "arrived with another sha256" in caplog.text
+
+
+def test_reads_that_fail_are_repeated_with_longer_and_longer_pauses(
+    s3_set, home, monkeypatch, caplog
+):
+    folder, uri, _ = s3_set
+    monkeypatch.setattr("training.cache._WAITS", (0.01, 0.02, 0.04, 0.08))
+    read, times = storage.read, []
+
+    def failing(uri: str, *args: int) -> bytes:
+        if uri.endswith(".tar"):
+            times.append(time.monotonic())
+            if len(times) < 4:
+                raise UserError(f"{uri}: the store answered SlowDown")
+        return read(uri, *args)
+
+    monkeypatch.setattr(storage, "read", failing)
+    with open_loader(uri) as loader:
+        assert_equal_to_tars(folder, loader, "train", [0])
+    assert len(times) == 4
+    assert all(
+        b - a > wait for a, b, wait in zip(times, times[1:], (0.01, 0.02, 0.04), strict=False)
+    )
+    assert caplog.text.count("SlowDown; reading again in") == 3
+
+
+def test_store_that_stays_away_ends_with_one_line_and_leaves_nothing_half(
+    s3_set, home, monkeypatch
+):
+    _, uri, _ = s3_set
+    monkeypatch.setattr("training.cache._WAITS", (0.01, 0.01))
+
+    def failing(uri: str, *args: int) -> bytes:
+        raise ConnectionResetError(errno.ECONNRESET, "reset")
+
+    with open_loader(uri) as loader:
+        monkeypatch.setattr(storage, "read", failing)
+        with pytest.raises(UserError, match=r"gave up after 0.02 s: start the same --name"):
+            loader.read(np.array([0]))
+    assert [path.name for path in (home / "cache").iterdir()] == ["room.lock"]
+
+
+def test_object_that_vanished_is_told_at_once(s3_set):
+    _, uri, _ = s3_set
+    storage.delete(f"{uri}/train-000001.tar")
+    with open_loader(uri) as loader:
+        start = time.monotonic()
+        with pytest.raises(UserError, match=r"train-000001.tar: not there any more; run: .*repair"):
+            loader.read(np.array([5]))
+        assert time.monotonic() - start < 5
+
+
+def test_closing_does_not_wait_for_a_store_that_is_away(s3_set, monkeypatch):
+    _, uri, _ = s3_set
+
+    def failing(uri: str, *args: int) -> bytes:
+        raise ConnectionResetError(errno.ECONNRESET, "reset")
+
+    with open_loader(uri) as loader:
+        monkeypatch.setattr(storage, "read", failing)
+        monkeypatch.setattr("training.cache._WAITS", (60.0,))
+        loader._begin(np.array([0]), False)
+        time.sleep(0.05)
+        start = time.monotonic()
+    assert time.monotonic() - start < 5
+
+
+def test_full_disk_is_one_line_and_the_cache_lets_go_of_what_it_can(s3_set, home):
+    _, uri, manifest = s3_set
+    with open_loader(uri, "val") as loader:
+        loader.read(np.array([0]))
+    assert set(cached(home, manifest)) == {"val-000000"}
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with open_loader(uri) as loader:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))  # a real failure to write
+        try:
+            with pytest.raises(UserError) as told:
+                loader.read(np.array([0]))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "File too large" in str(told.value) and "ALEXNET_HOME" in str(told.value)
+    assert "--cache-gb" in str(told.value) and "\n" not in str(told.value)
+    assert [path.name for path in (home / "cache").iterdir()] == ["room.lock"]

@@ -1,0 +1,261 @@
+"""S3 shards on a node's disk: fetched once for all its workers, verified, and kept within a bound.
+
+home()/cache/SHA256.tar holds a shard under the hash of its bytes, so that no cache, however old,
+feeds the bytes of another set. Every claim is a flock, which ends with the process that holds it:
+
+    SHA256.tar      locked shared by whoever has it open, and then not evicted
+    SHA256.partial  locked alone by the download that fills it, for which the neighbours wait;
+                    without a lock it is what a killed process left, and goes
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import logging
+import os
+import threading
+from collections.abc import Iterator
+from concurrent.futures import CancelledError
+from pathlib import Path
+
+from alexnet.errors import UserError
+from pipelines import storage
+from pipelines.shards import ShardInfo
+
+logger = logging.getLogger("training")
+
+_CHUNK = 16 << 20  # bytes per request: what each download holds in memory
+_TRIES = 5
+# Seconds between reads of a store that does not answer; a good six minutes in all.
+_WAITS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 60.0, 60.0, 60.0, 60.0, 60.0)
+_POLL_SECONDS = 0.05
+
+
+class NodeCache:
+    """The cache under home(), with room for `num_bytes` and for whatever is open beyond that.
+
+    Setting `closing` ends all waiting with CancelledError.
+    """
+
+    def __init__(self, num_bytes: int, closing: threading.Event) -> None:
+        self._folder = storage.home() / "cache"
+        self._num_bytes = num_bytes
+        self._closing = closing
+        self._verified: set[tuple[str, int]] = set()  # sha256 and inode
+
+    def open(self, uri: str, info: ShardInfo) -> int:
+        """A descriptor of the verified copy of the shard at `uri`, cached as long as it is open.
+
+        Raises UserError for an object that is gone or has another hash, a store that stays
+        unreachable, and a disk without room.
+        """
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            for _ in range(_TRIES):
+                if (handle := self._open_cached(info)) is not None:
+                    return handle
+                self._fetch(uri, info)
+        except OSError as error:
+            raise UserError(
+                f"shard cache {self._folder}: {error.strerror or error} ({info.num_bytes / 1e6:.1f}"
+                " MB wanted); free that disk, set ALEXNET_HOME to another one, or pass a smaller "
+                "--cache-gb"
+            ) from error
+        raise UserError(
+            f"--cache-gb {self._num_bytes / 1e9:g} cannot hold the shards in use at once on this "
+            "node; pass more"
+        )
+
+    def _open_cached(self, info: ShardInfo) -> int | None:
+        path = self._path(info)
+        try:
+            handle = os.open(path, os.O_RDONLY)
+        except FileNotFoundError:
+            return None
+        fcntl.flock(handle, fcntl.LOCK_SH)
+        if os.fstat(handle).st_nlink == 0:  # evicted between the two calls
+            os.close(handle)
+            return None
+        if not self._is_whole(handle, info):
+            logger.warning(f"cached shard {path} is damaged; fetching {info.name} again")
+            path.unlink(missing_ok=True)
+            os.close(handle)
+            return None
+        os.utime(handle)  # for the order of eviction
+        return handle
+
+    def _is_whole(self, handle: int, info: ShardInfo) -> bool:
+        """Hashed once per process and file: a power cut can leave a full-sized file of zeros."""
+        status = os.fstat(handle)
+        known = (info.sha256, status.st_ino)
+        if known not in self._verified:
+            if status.st_size != info.num_bytes or sha256_of(handle) != info.sha256:
+                return False
+            self._verified.add(known)
+        return True
+
+    def _fetch(self, uri: str, info: ShardInfo) -> None:
+        """Leaves the shard in the cache, unless a neighbour did meanwhile."""
+        with self._claimed(info) as handle:
+            if handle is None:
+                return
+            try:
+                self._reserve(handle, info.num_bytes, self._num_bytes)
+                self._download(uri, info, handle)
+            except OSError as error:  # a full disk: let go of everything that is not open
+                logger.warning(f"shard cache {self._folder}: {error.strerror}; making room")
+                self._reserve(handle, info.num_bytes, 0)
+                self._download(uri, info, handle)
+            self._partial(info).rename(self._path(info))
+
+    @contextlib.contextmanager
+    def _claimed(self, info: ShardInfo) -> Iterator[int | None]:
+        """The locked partial file of a shard, or None where it has been fetched by another. The
+        file is gone afterwards, unless it was renamed."""
+        partial = self._partial(info)
+        handle = os.open(partial, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            # Once renamed, it is locked for as long as somebody reads it: nothing to wait for.
+            while not (locked := _lock_alone(handle)) and _is_file(handle, partial):
+                if self._closing.wait(_POLL_SECONDS):
+                    raise CancelledError
+            mine = locked and _is_file(handle, partial)
+            try:
+                yield handle if mine and not self._path(info).exists() else None
+            finally:
+                if mine and _is_file(handle, partial):
+                    partial.unlink()
+        finally:
+            os.close(handle)
+
+    def _reserve(self, handle: int, num_bytes: int, bound: int) -> None:
+        """Gives the file its full size after making room for it within `bound` bytes, one process
+        at a time: downloads that begin together would each find the same room free."""
+        with (self._folder / "room.lock").open("wb") as room:
+            fcntl.flock(room, fcntl.LOCK_EX)
+            os.ftruncate(handle, 0)
+            for partial in self._folder.glob("*.partial"):
+                _remove_unless_locked(partial)
+            entries = [*self._folder.glob("*.partial"), *self._folder.glob("*.tar")]
+            sizes = {path: status.st_size for path in entries if (status := _status(path))}
+            used = sum(sizes.values())
+            for path in sorted(sizes, key=_last_used):
+                if used + num_bytes <= bound:
+                    break
+                if path.suffix == ".tar" and _remove_unless_locked(path):
+                    used -= sizes[path]
+            os.ftruncate(handle, num_bytes)
+
+    def _download(self, uri: str, info: ShardInfo, handle: int) -> None:
+        for _ in range(2):
+            found = hashlib.sha256()
+            offset = 0
+            while offset < info.num_bytes:
+                data = self._read(uri, offset, min(_CHUNK, info.num_bytes - offset))
+                if not data:
+                    break
+                found.update(data)
+                _write(handle, data, offset)
+                offset += len(data)
+            if found.hexdigest() == info.sha256:
+                return
+            logger.warning(f"{uri} arrived with another sha256 than its manifest's")
+        raise UserError(
+            f"{uri} has sha256 {found.hexdigest()}, its manifest says {info.sha256} (fetched "
+            f"twice); {_repair(uri)}"
+        )
+
+    def _read(self, uri: str, offset: int, length: int) -> bytes:
+        """Waits for a store that does not answer, as it did when the manifest was read."""
+        for seconds in (*_WAITS, None):
+            try:
+                return storage.read(uri, offset, length)
+            except (UserError, OSError) as error:
+                if _is_gone(uri):
+                    raise UserError(f"{uri}: not there any more; {_repair(uri)}") from error
+                if seconds is None:
+                    raise UserError(
+                        f"{error}; gave up after {sum(_WAITS):g} s: start the same --name again to "
+                        "go on at the last checkpoint"
+                    ) from error
+                logger.warning(f"{error}; reading again in {seconds:g} s")
+                if self._closing.wait(seconds):
+                    raise CancelledError from error
+        raise AssertionError("unreachable")
+
+    def _path(self, info: ShardInfo) -> Path:
+        return self._folder / f"{info.sha256}.tar"
+
+    def _partial(self, info: ShardInfo) -> Path:
+        return self._folder / f"{info.sha256}.partial"
+
+
+def sha256_of(handle: int) -> str:
+    """Of all bytes of an open file."""
+    digest = hashlib.sha256()
+    offset = 0
+    while block := os.pread(handle, 1 << 20, offset):
+        digest.update(block)
+        offset += len(block)
+    return digest.hexdigest()
+
+
+def _repair(uri: str) -> str:
+    return f"run: python -m pipelines verify --repair {uri.rpartition('/')[0]}"
+
+
+def _is_gone(uri: str) -> bool:
+    """True where the store answers and has no such object: waiting would not bring it back."""
+    try:
+        return not storage.exists(uri)
+    except (UserError, OSError):
+        return False
+
+
+def _write(handle: int, data: bytes, offset: int) -> None:
+    rest = memoryview(data)
+    while rest:  # one write may take less than given, on a disk that is nearly full
+        written = os.pwrite(handle, rest, offset)
+        rest, offset = rest[written:], offset + written
+
+
+def _lock_alone(handle: int) -> bool:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _remove_unless_locked(path: Path) -> bool:
+    """True when the file is gone."""
+    try:
+        handle = os.open(path, os.O_RDONLY)
+    except FileNotFoundError:
+        return True
+    try:
+        if not _lock_alone(handle):
+            return False
+        if _is_file(handle, path):
+            path.unlink()
+        return True
+    finally:
+        os.close(handle)
+
+
+def _is_file(handle: int, path: Path) -> bool:
+    """True when the open file is the one that `path` names."""
+    status = _status(path)
+    return status is not None and status.st_ino == os.fstat(handle).st_ino
+
+
+def _last_used(path: Path) -> float:
+    status = _status(path)
+    return 0.0 if status is None else status.st_mtime
+
+
+def _status(path: Path) -> os.stat_result | None:
+    try:
+        return path.stat()
+    except FileNotFoundError:  # a neighbour evicted or finished it meanwhile
+        return None

@@ -1,0 +1,149 @@
+"""The shards that a loader has open: verified, found again when they change, opened ahead.
+
+Read with `pread` rather than through a memory map: as fast from the page cache, but other threads
+go on while a disk answers, and a file that is cut short is an error instead of a signal that ends
+the process.
+"""
+
+import os
+import threading
+import weakref
+from collections import OrderedDict
+from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+from alexnet.errors import UserError
+from pipelines import storage
+from pipelines.shards import ShardInfo
+from training.cache import NodeCache, sha256_of
+from training.order import WINDOW_SHARDS
+
+_IO_THREADS = 4
+_OPEN_SHARDS = 4 * WINDOW_SHARDS
+
+Stamp = tuple[int, int, int, int]  # inode, bytes, times of the last change of content and status
+
+
+class OpenShard:
+    """An open shard, to be read from any thread; closed when nothing refers to it any more."""
+
+    def __init__(self, path: str, info: ShardInfo, handle: int, stamp: Stamp | None) -> None:
+        self.path, self.info = path, info
+        self._handle = handle
+        self._stamp = stamp  # None for the cache's own copy, which nobody else changes
+        weakref.finalize(self, os.close, handle)
+
+    def read(self, offset: int, into: memoryview) -> None:
+        """Fills `into` with the bytes from `offset`."""
+        try:
+            count = os.preadv(self._handle, [into], offset)
+        except OSError as error:
+            raise UserError(_unreadable(self.path, error)) from error
+        if count != len(into):
+            self.check()
+            raise UserError(f"shard {self.path} ends before byte {offset + len(into)}")
+
+    def check(self) -> None:
+        """Raises UserError where the file is no longer what it was when it was opened. A new name
+        or owner is no harm, so the bytes are what decides."""
+        if self._stamp is None or (now := _stamp(self._handle)) == self._stamp:
+            return
+        if (found := sha256_of(self._handle)) != self.info.sha256:
+            raise UserError(
+                f"shard {self.path} was changed under the run (sha256 {found}, its manifest says "
+                f"{self.info.sha256}); {_remedy(self.path)}"
+            )
+        self._stamp = now
+
+
+class ShardFiles:
+    """Opens the shards of one split: local files as they are, S3 objects through the cache."""
+
+    def __init__(self, uri: str, infos: Iterable[ShardInfo], cache_bytes: int) -> None:
+        self._uri = uri
+        self._infos = {info.name: info for info in infos}
+        self._closing = threading.Event()
+        remote = storage.is_s3(uri)
+        self._cache = NodeCache(cache_bytes, self._closing) if remote else None
+        self._room = cache_bytes if remote else sum(i.num_bytes for i in self._infos.values())
+        self._verified: dict[str, Stamp] = {}
+        self._shards: OrderedDict[str, Future[OpenShard]] = OrderedDict()  # last used last
+        self._lock = threading.Lock()
+        self._io = ThreadPoolExecutor(_IO_THREADS, thread_name_prefix="shards")
+
+    def close(self) -> None:
+        """Ends downloads and waiting; shards in use stay open for those who use them."""
+        self._closing.set()
+        self._io.shutdown(cancel_futures=True)
+        self._shards.clear()
+
+    def open(self, names: Iterable[str]) -> dict[str, Future[OpenShard]]:
+        """The named shards, opened by threads of their own; what fails is raised by the result."""
+        with self._lock:
+            return {name: self._opening(name) for name in names}
+
+    def open_ahead(self, names: Iterable[str], in_use: Iterable[str]) -> None:
+        """Begins with shards that will be needed next, as far as there is room beside those in
+        use."""
+        room = self._room - sum(self._infos[name].num_bytes for name in in_use)
+        for name in names:
+            room -= self._infos[name].num_bytes
+            if room < 0:
+                return
+            self.open([name])
+
+    def _opening(self, name: str) -> Future[OpenShard]:
+        opening = self._shards.pop(name, None)
+        if opening is None or (opening.done() and opening.exception()):
+            opening = self._io.submit(self._open, self._infos[name])
+        self._shards[name] = opening
+        while len(self._shards) > 1 and self._holds_too_much():
+            self._shards.popitem(last=False)  # whoever uses it keeps it
+        return opening
+
+    def _holds_too_much(self) -> bool:
+        num_bytes = sum(self._infos[name].num_bytes for name in self._shards)
+        return len(self._shards) > _OPEN_SHARDS or num_bytes > self._room
+
+    def _open(self, info: ShardInfo) -> OpenShard:
+        path = storage.join(self._uri, f"{info.name}.tar")
+        if self._cache is not None:
+            return OpenShard(path, info, self._cache.open(path, info), None)
+        try:
+            handle = os.open(Path(path), os.O_RDONLY)
+            shard = OpenShard(path, info, handle, _stamp(handle))
+            self._verify(shard, handle)
+        except OSError as error:
+            raise UserError(_unreadable(path, error)) from error
+        return shard
+
+    def _verify(self, shard: OpenShard, handle: int) -> None:
+        """Hashes a local shard, once for as long as its file stays the same."""
+        stamp, info = _stamp(handle), shard.info
+        if self._verified.get(info.name) == stamp:
+            return
+        if stamp[1] != info.num_bytes:
+            raise UserError(
+                f"shard {shard.path} has {stamp[1]} bytes, its manifest says {info.num_bytes}; "
+                f"{_remedy(shard.path)}"
+            )
+        if (found := sha256_of(handle)) != info.sha256:
+            raise UserError(
+                f"shard {shard.path} has sha256 {found}, its manifest says {info.sha256}; "
+                f"{_remedy(shard.path)}"
+            )
+        self._verified[info.name] = stamp
+
+
+def _stamp(handle: int) -> Stamp:
+    status = os.fstat(handle)
+    return status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
+def _unreadable(path: str, error: OSError) -> str:
+    return f"shard {path} cannot be read ({error.strerror}); {_remedy(path)}"
+
+
+def _remedy(path: str) -> str:
+    return f"run: python -m pipelines verify --repair {path.rpartition('/')[0]}"
