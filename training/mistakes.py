@@ -46,11 +46,10 @@ def examine(
     protocol: Protocol = "centre",
     keep: int = 24,
 ) -> Examination:
-    """`evaluate` with the particulars, in the same pass; every rank returns those of all ranks.
+    """`evaluate` with the particulars, in one pass; every rank returns those of all ranks.
 
-    The `keep` most confident mistakes are ordered by probability at six decimals and then by sample
-    id, so neither W nor the order of reading decides which are kept. Raises as `evaluate`.
-    """
+    Mistakes are ordered by probability at six decimals, then sample id: neither W nor the order of
+    reading decides which `keep` of them are kept. Raises as `evaluate`."""
     count = Count(loader.num_samples, device)
     confusion = torch.zeros(num_classes**2, dtype=torch.int64, device=device)
     worst = torch.empty((0, 4), dtype=torch.int64)
@@ -65,23 +64,20 @@ def examine(
         protocol=protocol,
     ):
         count.add(batch)
-        predicted = batch.log_probabilities.argmax(1)
-        cells = batch.labels * num_classes + predicted
+        cells = batch.labels * num_classes + batch.log_probabilities.argmax(1)
         confusion.index_add_(0, cells, torch.ones_like(cells))
-        worst = _most_confident(torch.cat([worst, _mistakes(batch, predicted)]), keep)
+        worst = _most_confident(torch.cat([worst, _mistakes(batch)]), keep)
     if world_size > 1:
         torch.distributed.all_reduce(confusion)
         worst = _most_confident(_of_all_ranks(worst, keep, world_size, device), keep)
-    return Examination(
-        count.metrics(world_size),
-        confusion.reshape(num_classes, num_classes).cpu().numpy(),
-        tuple(Mistake(i, label, said, p / _MILLION) for p, i, label, said in worst.tolist()),
-    )
+    mistakes = tuple(Mistake(i, label, said, p / _MILLION) for p, i, label, said in worst.tolist())
+    matrix = confusion.reshape(num_classes, num_classes)
+    return Examination(count.metrics(world_size), matrix.cpu().numpy(), mistakes)
 
 
-def _mistakes(batch: Scores, predicted: torch.Tensor) -> torch.Tensor:
+def _mistakes(batch: Scores) -> torch.Tensor:
     """int64 (M, 4) on the CPU: probability in millionths, sample id, label, predicted class."""
-    best = batch.log_probabilities.amax(1)
+    best, predicted = batch.log_probabilities.amax(1), batch.log_probabilities.argmax(1)
     # A network that says NaN is confident of nothing.
     millionths = (best.double().exp() * _MILLION).round().nan_to_num(0).long()
     rows = torch.stack([millionths, batch.labels, predicted], dim=1).cpu()
