@@ -105,6 +105,26 @@ def test_in_evaluation_it_is_torchs_and_changes_nothing():
     assert all(torch.equal(before[name], value) for name, value in norm.state_dict().items())
 
 
+@pytest.mark.parametrize(("count", "group"), [(8, 4), (9, 4), (15, 4), (3, 1)])
+def test_what_the_compiler_gets_is_the_same_function(count, group, monkeypatch):
+    plain, fusible = grouped(group), grouped(group)
+    results = []
+    for norm, compiling in ((plain, False), (fusible, True)):
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda said=compiling: said)
+        x = batch(count).requires_grad_()
+        y = norm(x)
+        y.square().sum().backward()
+        results.append((y.detach(), x.grad, norm.weight.grad, norm.bias.grad))
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+    for name, value in plain.state_dict().items():
+        torch.testing.assert_close(value, fusible.state_dict()[name])
+    x = batch(count).bfloat16().to(memory_format=torch.channels_last)
+    assert fusible(x).dtype == torch.bfloat16
+    if group > 1:  # of single images there are several layouts at once
+        assert fusible(x).is_contiguous(memory_format=torch.channels_last)
+
+
 def test_layout_and_precision_of_the_batch_are_kept():
     norm = grouped(4)
     x = batch(9).to(memory_format=torch.channels_last)
