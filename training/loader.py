@@ -48,7 +48,7 @@ class _Begun:
     ids: Ids
     missing: Ids  # those that are not resident yet
     opening: Opening
-    pixels: torch.Tensor | None
+    pixels: torch.Tensor
     parts: list[Future[Seconds]]
     on_gpu: list[Future[tuple[torch.Tensor, Seconds]]]
 
@@ -105,6 +105,7 @@ class Loader:
         self._files.close()
         self._pool.shutdown(cancel_futures=True)
         self._gpu_thread.shutdown(cancel_futures=True)
+        self._resident = None  # gives its memory back at once
 
     def timings(self) -> dict[str, float]:
         """Seconds since the start: "read" (with waiting for shards to open or arrive) and "decode",
@@ -169,14 +170,17 @@ class Loader:
 
     def _begin_on_gpu(self, ids: Ids, missing: Ids, opening: Opening) -> _Begun:
         assert self._gpu_decode is not None
+        nothing = torch.empty(
+            (0, self._side, self._side, 3), dtype=torch.uint8, device=self._device
+        )
         if not len(missing):
-            return _Begun(ids, missing, opening, None, [], [])
+            return _Begun(ids, missing, opening, nothing, [], [])
         spans = self._spans(len(missing))
         reads = [self._pool.submit(self._samples.read, missing[span], opening) for span in spans]
         together = self._samples.decode_together
         arguments = (self._gpu_decode, missing, reads, opening, self._side)
         on_gpu = self._gpu_thread.submit(together, *arguments)
-        return _Begun(ids, missing, opening, None, [], [on_gpu])
+        return _Begun(ids, missing, opening, nothing, [], [on_gpu])
 
     def _spans(self, count: int) -> list[slice]:
         """A share of a batch for each thread."""
@@ -200,7 +204,8 @@ class Loader:
         for brought in batch.on_gpu:
             pixels, seconds = brought.result()
             spent.append(seconds)
-            pixels.record_stream(torch.cuda.current_stream(self._device))
+            if pixels.is_cuda:  # made on a stream of its own, freed when this one is done with it
+                pixels.record_stream(torch.cuda.current_stream(self._device))
         for opening in batch.opening.values():
             opening.result().check()
         self._seconds["wait"] += time.perf_counter() - start
@@ -209,9 +214,7 @@ class Loader:
         if self._resident is not None and self._cache == "ram":
             self._resident.filled[batch.missing] = True
         elif self._resident is not None:
-            if pixels is not None and len(batch.missing):
-                self._resident.put(batch.missing, pixels)
+            self._resident.put(batch.missing, pixels)
             pixels = self._resident.take(batch.ids)
-        assert pixels is not None
         rows = torch.from_numpy(batch.ids)
         return Batch(pixels.permute(0, 3, 1, 2), self._samples.labels[rows], rows)

@@ -39,6 +39,8 @@ class Resident:
 
     def put(self, ids: Ids, arrived: torch.Tensor) -> None:
         """Keeps uint8 (B, side, side, 3) pictures: queued on the device, without waiting for it."""
+        if not len(ids):
+            return
         rows = torch.from_numpy(ids).to(self.pixels.device, non_blocking=True)
         self.pixels.index_copy_(0, rows, arrived.to(self.pixels.device, non_blocking=True))
         self.filled[ids] = True
@@ -59,8 +61,8 @@ def _check_fits(where: str, count: int, side: int, device: torch.device) -> None
     if needed * workers > _SHARE * free:
         times = f" in each of {workers} workers" if workers > 1 else ""
         raise UserError(
-            f"--cache {where} needs {needed / 1e9:.2f} GB for {count} pictures of {side} px{times}"
-            f", {free / 1e9:.2f} GB are free on {device} and {1 - _SHARE:.0%} of that are kept for "
+            f"--cache {where} needs {needed / 1e9:.3g} GB for {count} pictures of {side} px{times}"
+            f", {free / 1e9:.3g} GB are free on {device} and {1 - _SHARE:.0%} of that are kept for "
             "the rest; use --cache none or a larger machine"
         )
 
