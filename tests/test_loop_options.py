@@ -1,0 +1,251 @@
+"""Options of the loop: averages, plateau, update rules, determinism, compiling, when it saves."""
+
+import dataclasses
+import json
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file
+from shard_sets import write_shard_set
+from small_training import CPU, Record, evaluated, fit, small_config, without_dropout
+
+from alexnet.errors import UserError
+from training import due, loop
+from training.synthetic import Synthetic
+
+TRAIN = (10, 9, 9)  # 28 samples: 4 steps of 7
+
+
+@pytest.fixture(scope="module")
+def uri(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write_shard_set(tmp_path_factory.mktemp("options") / "set", train=TRAIN, val=(7, 6))
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def run(uri: str, keep: Path | None = None, **rest: Any) -> Record:
+    """`small_training.fit` with the arguments of loop.fit that it does not pass on."""
+    config = rest.pop("config")
+    record = Record(keep)
+    torch.set_num_threads(1)
+    record.result = loop.fit(
+        config, uri, loop.Place(CPU, threads=2), log=record.log, report=record.report, **rest
+    )
+    return record
+
+
+# Averaged weights
+
+
+def test_averaged_weights_are_saved_measured_and_continued(uri, tmp_path):
+    config = small_config(model_batch_norm=True, optim_ema_decay=0.6, checkpoint_steps=1)
+    whole = fit(config, uri, tmp_path / "whole")
+    averages = None
+    for step in range(1, 9):  # the documented ramp, from the raw weights of each step
+        raw = load_file(whole.folders[step] / "raw.safetensors")
+        if averages is None:
+            initial = loop.build_model(config, 4).state_dict()
+            averages = {name: value.numpy().astype(np.float64) for name, value in initial.items()}
+        decay = min(0.6, (1 + step) / (10 + step))
+        for name, value in raw.items():
+            averages[name] = decay * averages[name] + (1 - decay) * value
+    saved = load_file(whole.last / "model.safetensors")
+    for name, value in saved.items():
+        if name.endswith("num_batches_tracked"):
+            assert value == 8
+        else:
+            np.testing.assert_allclose(value, averages[name], rtol=1e-4, atol=1e-6, err_msg=name)
+            assert not np.array_equal(value, raw[name]), name
+    measured = evaluated(whole.last, uri, "val", model_batch_norm=True)
+    assert measured.loss == whole.result["val_loss"]
+    rest = fit(config, uri, tmp_path / "rest", resume=whole.folders[3])
+    assert files_of(rest.last) == files_of(whole.last)
+
+
+def test_without_averages_there_is_no_second_copy_of_the_weights(uri, tmp_path):
+    last = fit(small_config(optim_epochs=1), uri, tmp_path / "kept").last
+    assert {path.stem for path in last.iterdir()} == {"hashes", "model", "optimizer", "state"}
+
+
+# Schedules and rules
+
+
+def test_plateau_lowers_the_rate_ends_the_run_and_goes_on_after_a_stop(uri, tmp_path):
+    # Nothing is learned at this rate: the second and third epochs are each a plateau.
+    config = small_config(
+        optim_schedule="plateau",
+        optim_plateau_epochs=1,
+        optim_plateau_drops=1,
+        optim_lr=1e-9,
+        optim_epochs=9,
+        checkpoint_steps=3,
+    )
+    whole = fit(config, uri, tmp_path / "whole")
+    rates = [metrics["lr"] for _, metrics in whole.logged if "lr" in metrics]
+    assert rates == pytest.approx([1e-9] * 8 + [1e-10] * 4)
+    assert whole.result["epoch"] == 3.0
+    errors = json.loads((whole.last / "state.json").read_text())["val_errors"]
+    assert errors == [1 - whole.result["val_top1"]] * 3
+    rest = fit(config, uri, tmp_path / "rest", resume=whole.folders[9])
+    assert files_of(rest.last) == files_of(whole.last)
+    assert fit(config, uri, resume=whole.last).reported == [], "a finished run trains no more"
+
+
+def test_rules_move_the_weights_as_they_say(uri, tmp_path):
+    def first_step(**changes: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        config = small_config(checkpoint_steps=1, optim_epochs=1, optim_schedule="step", **changes)
+        name = "-".join(map(str, changes.values()))
+        folder = fit(config, uri, tmp_path / name).folders[1]
+        return load_file(folder / "model.safetensors"), load_file(folder / "optimizer.safetensors")
+
+    initial = loop.build_model(small_config(), 4).state_dict()
+    start = {name: value.numpy() for name, value in initial.items()}
+    weights, velocity = first_step(optim_rule="paper")
+    for name, value in weights.items():
+        np.testing.assert_allclose(value, start[name] + velocity[name], rtol=1e-6, atol=1e-9)
+    usual, usual_velocity = first_step(optim_rule="torch")
+    for name, value in usual_velocity.items():
+        np.testing.assert_allclose(velocity[name], -0.01 * value, rtol=1e-3, atol=1e-7)
+        np.testing.assert_allclose(usual[name], weights[name], rtol=1e-4, atol=1e-7)
+    moved = []
+    for trust in (0.1, 0.2):
+        weights, _ = first_step(optim_rule="lars", optim_lars_trust=trust)
+        moved.append(weights["features.conv3.weight"] - start["features.conv3.weight"])
+    np.testing.assert_allclose(moved[1], 2 * moved[0], rtol=1e-3, atol=1e-6)
+
+
+# When it saves
+
+
+def test_checkpoints_come_by_the_clock_at_the_steps_where_ranks_meet(uri, tmp_path):
+    config = small_config(optim_batch_size=1, optim_epochs=2)
+    timed = dataclasses.replace(config, checkpoint_minutes=1e-9)
+    assert due.ASK_STEPS == 20
+    assert sorted(fit(timed, uri, tmp_path / "timed").folders) == [20, 28, 40, 56]
+    patient = dataclasses.replace(config, checkpoint_minutes=60.0)
+    assert sorted(fit(patient, uri, tmp_path / "patient").folders) == [28, 56]
+    never = dataclasses.replace(config, checkpoint_minutes=None)
+    assert sorted(fit(never, uri, tmp_path / "never").folders) == [28, 56]
+
+
+def test_notice_of_preemption_saves_at_once_and_goes_on(uri, tmp_path):
+    asked: list[bool] = []
+
+    def preempted() -> bool:
+        asked.append(len(asked) == 1)
+        return asked[-1]
+
+    config = small_config(optim_batch_size=1, optim_epochs=2, log_steps=50)
+    record = run(uri, tmp_path / "kept", config=config, preempted=preempted)
+    assert asked == [False, True]
+    assert sorted(record.folders) == [28, 40, 56]
+    assert [step for step, metrics in record.logged if "loss" in metrics] == [28, 40, 50, 56]
+    state = json.loads((record.folders[40] / "state.json").read_text())
+    assert state["evaluated_step"] == 28, "its val figures are those of older weights"
+
+
+# How it computes
+
+
+def test_deterministic_algorithms_are_asked_for_inside_and_given_back(uri):
+    inside: list[bool] = []
+
+    class Watching(Record):
+        def log(self, metrics: dict[str, float], step: int) -> None:
+            inside.append(torch.are_deterministic_algorithms_enabled())
+
+    for wanted in (True, False):
+        config = small_config(deterministic=wanted, optim_epochs=1)
+        record = Watching()
+        loop.fit(config, uri, loop.Place(CPU), log=record.log, report=record.report)
+        assert set(inside) == {wanted} and not torch.are_deterministic_algorithms_enabled()
+        inside.clear()
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method:DeprecationWarning")
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_compiled_network_learns_what_the_plain_one_does(uri, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
+    without_dropout(monkeypatch.setattr)
+    runs = [
+        fit(small_config(compile=wanted, optim_epochs=1), uri, tmp_path / str(wanted))
+        for wanted in (True, False)
+    ]
+    losses = [[m["loss"] for _, m in record.logged if "loss" in m] for record in runs]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    compiled, plain = (load_file(record.last / "model.safetensors") for record in runs)
+    assert compiled.keys() == plain.keys(), "no prefix of the wrapper"
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method:DeprecationWarning")
+def test_compiling_without_a_compiler_is_one_line(uri, tmp_path, monkeypatch):
+    from torch._inductor import config
+
+    monkeypatch.setattr(config.cpp, "cxx", (str(tmp_path / "no-such-compiler"),))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
+    torch._dynamo.reset()
+    with pytest.raises(UserError, match=r"--compile True fails here \(.*pass --compile False") as e:
+        fit(small_config(compile=True, optim_epochs=1), uri)
+    assert "\n" not in str(e.value)
+
+
+# Without a store, and under a magnifying glass
+
+
+def test_synthetic_run_takes_the_same_steps_without_reading_a_shard(uri, tmp_path):
+    bare = tmp_path / "bare"  # a set without its shards and index
+    bare.mkdir()
+    shutil.copy(Path(uri) / "manifest.json", bare)
+    config = small_config(synthetic=True, flat_loss_steps=1)
+    record = fit(config, str(bare), tmp_path / "kept")
+    real = fit(small_config(), uri, tmp_path / "real")
+    assert [step for step, _ in record.logged] == [step for step, _ in real.logged]
+    assert record.result["val_images"] == 13
+    digests = [r.logged[-2][1]["sample_digest"] for r in (record, real)]
+    assert digests[0] == digests[1]
+
+
+def test_synthetic_pictures_have_the_shapes_of_the_real_and_belong_to_their_ids(uri):
+    manifest = loop.load_manifest(uri)
+    with Synthetic(manifest, "train", CPU) as source:
+        assert (source.num_samples, source.shard_sizes) == (28, [*TRAIN])
+        batch = source.read(np.array([5, 2, 5]))
+        assert batch.images.shape == (3, 3, 227, 227) and batch.images.dtype == torch.uint8
+        assert batch.images.is_contiguous(memory_format=torch.channels_last)
+        assert torch.equal(batch.images[0], batch.images[2])
+        assert not torch.equal(batch.images[0], batch.images[1])
+        assert batch.labels.dtype == torch.int64 and batch.sample_ids.tolist() == [5, 2, 5]
+        (again,) = source.batches([np.array([2])])
+        assert torch.equal(again.images[0], batch.images[1])
+        assert {*batch.labels.tolist()} <= {0, 1, 2, 3}
+        assert sum(source.timings().values()) == 0
+
+
+def test_profile_is_a_trace_of_the_steps_after_the_warm_up(uri, tmp_path):
+    plain = fit(small_config(), uri, tmp_path / "plain")
+    seen = run(uri, tmp_path / "seen", config=small_config(), profile_to=tmp_path / "profile")
+    assert seen.result == plain.result
+    events = json.loads((tmp_path / "profile" / "trace.json").read_text())["traceEvents"]
+    steps = {e["name"] for e in events if str(e.get("name")).startswith("ProfilerStep#")}
+    assert steps == {f"ProfilerStep#{number}" for number in (4, 5, 6, 7)}
+    assert sum(event.get("name") == "aten::convolution" for event in events) >= 4 * 5
+
+
+def test_every_line_says_how_near_to_the_peak_the_run_is(uri, caplog):
+    with caplog.at_level(logging.INFO, "training"):
+        record = fit(small_config(optim_epochs=1), uri)
+    (said,) = [r.message for r in caplog.records if "GFLOP per picture" in r.message]
+    assert "a fp32 matrix product does" in said and said.endswith("to which mfu is relative")
+    lines = [metrics for _, metrics in record.logged if "loss" in metrics]
+    rates = {metrics["mfu"] / metrics["images_per_second"] for metrics in lines}
+    assert max(rates) == pytest.approx(min(rates)) and 0 < max(rates) < 1
+    assert [metrics["progress"] for metrics in lines] == [0.25, 0.5, 0.75, 1.0]
+    assert all(metrics["top1"] <= metrics["top5"] <= 1 for metrics in lines)
+    assert all(metrics["grad_norm"] > 0 for metrics in lines)
