@@ -25,11 +25,17 @@ def told_by(loader, ids: list[int]) -> str:
     return str(told.value)
 
 
-def test_more_shards_than_may_be_open_are_read_all_the_same(own_set, monkeypatch):
-    monkeypatch.setattr("training.shard_files._OPEN_SHARDS", 1)
+def test_shards_that_are_done_with_are_closed_and_others_are_not(own_set):
+    order = [[0], [5], [1], [6], [14], [13], [12], [11], [10]]  # shards 0, 1, 0, 1, 2, 2, ...
     with open_loader(own_set, threads=3) as loader:
-        assert_equal_to_tars(own_set, loader, "train", [0, 14, 5, 1, 13, 6])
-        assert len(loader._files._shards) == 1
+        batches = loader.batches([np.array(ids) for ids in order])
+        open_at = []
+        for ids in order:
+            assert next(batches).sample_ids.tolist() == ids
+            open_at.append(sorted(int(name[-1]) for name in loader._files._shards))
+        batches.close()
+        assert open_at == [[0, 1, 2]] * 3 + [[1, 2]] + [[2]] * 5, "done with when it came itself"
+        assert not loader._files._shards
 
 
 def test_descriptors_of_shards_are_closed_with_the_loader(own_set):
@@ -125,8 +131,7 @@ def test_open_shard_that_is_deleted_renamed_or_touched_goes_on_with_its_own_byte
         assert_equal_to_tars(copy, loader, "train", [14, 0, 5, 9, 2])
 
 
-def test_shard_replaced_while_it_was_not_open_is_hashed_again(own_set, monkeypatch):
-    monkeypatch.setattr("training.shard_files._OPEN_SHARDS", 1)
+def test_shard_replaced_while_it_was_not_open_is_hashed_again(own_set):
     path = own_set / "train-000000.tar"
     data = bytearray(path.read_bytes())
     data[-1] ^= 1

@@ -25,7 +25,6 @@ from pipelines.shards import ShardInfo
 logger = logging.getLogger("training")
 
 _CHUNK = 16 << 20  # bytes per request: what each download holds in memory
-_TRIES = 5
 # Seconds between reads of a store that does not answer; a good six minutes in all.
 _WAITS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 60.0, 60.0, 60.0, 60.0, 60.0)
 _POLL_SECONDS = 0.05
@@ -51,20 +50,20 @@ class NodeCache:
         """
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            for _ in range(_TRIES):
-                if (handle := self._open_cached(info)) is not None:
+            while not self._closing.is_set():
+                handle = self._open_cached(info)
+                if handle is None:
+                    handle = self._fetch(uri, info)
+                if handle is not None:
                     return handle
-                self._fetch(uri, info)
+                # A neighbour was faster, with the download or with the eviction.
         except OSError as error:
             raise UserError(
                 f"shard cache {self._folder}: {error.strerror or error} ({info.num_bytes / 1e6:.1f}"
                 " MB wanted); free that disk, set ALEXNET_HOME to another one, or pass a smaller "
                 "--cache-gb"
             ) from error
-        raise UserError(
-            f"--cache-gb {self._num_bytes / 1e9:g} cannot hold the shards in use at once on this "
-            "node; pass more"
-        )
+        raise CancelledError
 
     def _open_cached(self, info: ShardInfo) -> int | None:
         path = self._path(info)
@@ -72,9 +71,7 @@ class NodeCache:
             handle = os.open(path, os.O_RDONLY)
         except FileNotFoundError:
             return None
-        fcntl.flock(handle, fcntl.LOCK_SH)
-        if os.fstat(handle).st_nlink == 0:  # evicted between the two calls
-            os.close(handle)
+        if not _lock_shared(handle):
             return None
         if not self._is_whole(handle, info):
             logger.warning(f"cached shard {path} is damaged; fetching {info.name} again")
@@ -94,19 +91,22 @@ class NodeCache:
             self._verified.add(known)
         return True
 
-    def _fetch(self, uri: str, info: ShardInfo) -> None:
-        """Leaves the shard in the cache, unless a neighbour did meanwhile."""
+    def _fetch(self, uri: str, info: ShardInfo) -> int | None:
+        """A descriptor of the shard, new in the cache; None where a neighbour fetched it."""
         with self._claimed(info) as handle:
             if handle is None:
-                return
+                return None
             try:
-                self._reserve(handle, info.num_bytes, self._num_bytes)
+                self._make_room(info.num_bytes, self._num_bytes, handle)
                 self._download(uri, info, handle)
             except OSError as error:  # a full disk: let go of everything that is not open
                 logger.warning(f"shard cache {self._folder}: {error.strerror}; making room")
-                self._reserve(handle, info.num_bytes, 0)
+                self._make_room(info.num_bytes, 0, handle)
                 self._download(uri, info, handle)
             self._partial(info).rename(self._path(info))
+            self._verified.add((info.sha256, os.fstat(handle).st_ino))
+            kept = os.dup(handle)  # its lock is that of `handle`, and outlives it
+            return kept if _lock_shared(kept) else None
 
     @contextlib.contextmanager
     def _claimed(self, info: ShardInfo) -> Iterator[int | None]:
@@ -128,12 +128,22 @@ class NodeCache:
         finally:
             os.close(handle)
 
-    def _reserve(self, handle: int, num_bytes: int, bound: int) -> None:
-        """Gives the file its full size after making room for it within `bound` bytes, one process
-        at a time: downloads that begin together would each find the same room free."""
+    def trim(self) -> None:
+        """Back within the bound, now that shards beyond it may have been closed."""
+        try:
+            if self._folder.exists():
+                self._make_room(0, self._num_bytes)
+        except OSError as error:  # no reason to end a training; the next download tells
+            logger.warning(f"shard cache {self._folder}: {error.strerror or error}")
+
+    def _make_room(self, num_bytes: int, bound: int, handle: int | None = None) -> None:
+        """Evicts what is not open until `num_bytes` more fit within `bound` bytes, and gives the
+        file its full size: one process at a time, since downloads that begin together would each
+        find the same room free."""
         with (self._folder / "room.lock").open("wb") as room:
             fcntl.flock(room, fcntl.LOCK_EX)
-            os.ftruncate(handle, 0)
+            if handle is not None:
+                os.ftruncate(handle, 0)
             for partial in self._folder.glob("*.partial"):
                 _remove_unless_locked(partial)
             entries = [*self._folder.glob("*.partial"), *self._folder.glob("*.tar")]
@@ -144,7 +154,8 @@ class NodeCache:
                     break
                 if path.suffix == ".tar" and _remove_unless_locked(path):
                     used -= sizes[path]
-            os.ftruncate(handle, num_bytes)
+            if handle is not None:
+                os.ftruncate(handle, num_bytes)
 
     def _download(self, uri: str, info: ShardInfo, handle: int) -> None:
         for _ in range(2):
@@ -217,6 +228,15 @@ def _write(handle: int, data: bytes, offset: int) -> None:
     while rest:  # one write may take less than given, on a disk that is nearly full
         written = os.pwrite(handle, rest, offset)
         rest, offset = rest[written:], offset + written
+
+
+def _lock_shared(handle: int) -> bool:
+    """False, and closed, for a file that was evicted meanwhile."""
+    fcntl.flock(handle, fcntl.LOCK_SH)
+    if os.fstat(handle).st_nlink:
+        return True
+    os.close(handle)
+    return False
 
 
 def _lock_alone(handle: int) -> bool:

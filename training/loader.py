@@ -20,10 +20,11 @@ from alexnet.errors import UserError
 from pipelines.shards import Manifest
 from training.buffers import Buffers
 from training.gpu_jpeg import gpu_decoder
-from training.order import WINDOW_SHARDS, Ids
+from training.order import Ids
 from training.resident import Resident
 from training.samples import Opening, Samples, Seconds
 from training.shard_files import ShardFiles
+from training.shard_plan import ShardPlan
 
 _AHEAD = 3  # batches begun beyond the one that the consumer holds
 
@@ -119,14 +120,11 @@ class Loader:
         Raises what reading raises, after the good batches before it: UserError for a shard that is
         missing, changed or undecodable.
         """
-        upcoming = deque[str]()
-        if isinstance(ids_of_batches, Sequence) and ids_of_batches:
-            upcoming.extend(self._samples.shards_of(self._missing(np.concatenate(ids_of_batches))))
+        plan = self._plan(ids_of_batches)
         begun = deque[_Begun]()
         try:
-            for ids in ids_of_batches:
-                begun.append(self._begin(ids, pin))
-                self._open_ahead(upcoming, begun)
+            for number, ids in enumerate(ids_of_batches):
+                begun.append(self._begin(ids, pin, plan.advance(number), begun))
                 if len(begun) > _AHEAD:
                     yield self._finish(begun.popleft())
             while begun:
@@ -137,6 +135,7 @@ class Loader:
                     part.cancel()
                 for whole in batch.on_gpu:
                     whole.cancel()
+            self._files.open([])
 
     def read(self, ids: Ids, *, pin: bool = False) -> Batch:
         """The samples of `ids` (int64 (B,)) in that order."""
@@ -145,16 +144,30 @@ class Loader:
     def _missing(self, ids: Ids) -> Ids:
         return ids if self._resident is None else self._resident.missing(ids)
 
-    def _open_ahead(self, upcoming: deque[str], begun: Iterable[_Begun]) -> None:
-        in_use = {name for batch in begun for name in batch.opening}
-        while upcoming and upcoming[0] in in_use:
-            upcoming.popleft()
-        self._files.open_ahead(itertools.islice(upcoming, WINDOW_SHARDS), in_use)
+    def _plan(self, ids_of_batches: Iterable[Ids]) -> ShardPlan:
+        """The shards of batches that are known beforehand; of an iterator's, nothing is."""
+        if not isinstance(ids_of_batches, Sequence) or not ids_of_batches:
+            return ShardPlan(deque())
+        ids = np.concatenate(ids_of_batches)
+        numbers = np.repeat(np.arange(len(ids_of_batches)), [len(ids) for ids in ids_of_batches])
+        if self._resident is not None:
+            missing = ~self._resident.filled[ids]
+            ids, numbers = ids[missing], numbers[missing]
+        return self._samples.plan(ids, numbers)
 
-    def _begin(self, ids: Ids, pin: bool) -> _Begun:
+    def _begin(
+        self,
+        ids: Ids,
+        pin: bool,
+        planned: tuple[Sequence[str], Sequence[str]] = ((), ()),
+        begun: Iterable[_Begun] = (),
+    ) -> _Begun:
+        """`planned`: the shards to keep and to open ahead, besides those of the batches `begun`."""
         ids = np.ascontiguousarray(ids)
         missing = self._missing(ids)
-        opening = self._files.open(self._samples.shards_of(missing))
+        keep, ahead = planned
+        in_use = {name for batch in begun for name in batch.opening}
+        opening = self._files.open(self._samples.shards_of(missing), in_use.union(keep), ahead)
         if self._gpu_decode is not None:
             return self._begin_on_gpu(ids, missing, opening)
         # A resident place on the device needs no more than what is not there yet.

@@ -14,6 +14,7 @@ from pipelines import shards
 from training.gpu_jpeg import Decode
 from training.order import Ids
 from training.shard_files import OpenShard
+from training.shard_plan import ShardPlan, uses
 
 Opening = Mapping[str, Future[OpenShard]]
 
@@ -44,9 +45,12 @@ class Samples:
         self.labels = torch.from_numpy(index["label"].to_numpy().astype(np.int64))
 
     def shards_of(self, ids: Ids) -> list[str]:
-        """Names of the shards that hold them, in the order of first use."""
-        used, first = np.unique(self._shard[ids], return_index=True)
-        return [self._names[shard] for shard in used[np.argsort(first)]]
+        """Names of the shards that hold them."""
+        return [self._names[shard] for shard in np.unique(self._shard[ids])]
+
+    def plan(self, ids: Ids, batches: Ids) -> ShardPlan:
+        """For the batch numbers of `ids`, both int64 (N,), in ascending order of batches."""
+        return ShardPlan(uses(self._shard[ids], batches, self._names))
 
     def read(self, ids: Ids, opening: Opening) -> tuple[list[memoryview], Seconds]:
         """The JPEGs of `ids`, from shards that are open or being opened."""

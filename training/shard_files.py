@@ -8,7 +8,6 @@ the process.
 import os
 import threading
 import weakref
-from collections import OrderedDict
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -17,10 +16,8 @@ from alexnet.errors import UserError
 from pipelines import storage
 from pipelines.shards import ShardInfo
 from training.cache import NodeCache, sha256_of
-from training.order import WINDOW_SHARDS
 
 _IO_THREADS = 4
-_OPEN_SHARDS = 4 * WINDOW_SHARDS
 
 Stamp = tuple[int, int, int, int]  # inode, bytes, times of the last change of content and status
 
@@ -68,7 +65,7 @@ class ShardFiles:
         self._cache = NodeCache(cache_bytes, self._closing) if remote else None
         self._room = cache_bytes if remote else sum(i.num_bytes for i in self._infos.values())
         self._verified: dict[str, Stamp] = {}
-        self._shards: OrderedDict[str, Future[OpenShard]] = OrderedDict()  # last used last
+        self._shards: dict[str, Future[OpenShard]] = {}
         self._lock = threading.Lock()
         self._io = ThreadPoolExecutor(_IO_THREADS, thread_name_prefix="shards")
 
@@ -76,35 +73,39 @@ class ShardFiles:
         """Ends downloads and waiting; shards in use stay open for those who use them."""
         self._closing.set()
         self._io.shutdown(cancel_futures=True)
-        self._shards.clear()
+        self._shards = {}
+        if self._cache is not None:
+            self._cache.trim()
 
-    def open(self, names: Iterable[str]) -> dict[str, Future[OpenShard]]:
-        """The named shards, opened by threads of their own; what fails is raised by the result."""
+    def open(
+        self, names: Iterable[str], keep: Iterable[str] = (), ahead: Iterable[str] = ()
+    ) -> dict[str, Future[OpenShard]]:
+        """The named shards, opened by threads of their own; what fails is raised by the result.
+
+        Those of `keep` stay open where they are, those of `ahead` are begun as far as there is room
+        beside the others. All the rest is let go of: whoever still reads it keeps it.
+        """
         with self._lock:
-            return {name: self._opening(name) for name in names}
-
-    def open_ahead(self, names: Iterable[str], in_use: Iterable[str]) -> None:
-        """Begins with shards that will be needed next, as far as there is room beside those in
-        use."""
-        room = self._room - sum(self._infos[name].num_bytes for name in in_use)
-        for name in names:
-            room -= self._infos[name].num_bytes
-            if room < 0:
-                return
-            self.open([name])
+            opening = {name: self._opening(name) for name in names}
+            wanted = opening | {name: self._shards[name] for name in keep if name in self._shards}
+            room = self._room - sum(self._infos[name].num_bytes for name in wanted)
+            for name in ahead:
+                room -= self._infos[name].num_bytes
+                if room < 0:
+                    break
+                wanted[name] = self._opening(name)
+            done_with = self._shards.keys() - wanted.keys()
+            self._shards = wanted
+            if done_with and self._cache is not None and not self._closing.is_set():
+                self._io.submit(self._cache.trim)
+            return opening
 
     def _opening(self, name: str) -> Future[OpenShard]:
-        opening = self._shards.pop(name, None)
+        """A shard's opening, begun again if it failed."""
+        opening = self._shards.get(name)
         if opening is None or (opening.done() and opening.exception()):
             opening = self._io.submit(self._open, self._infos[name])
-        self._shards[name] = opening
-        while len(self._shards) > 1 and self._holds_too_much():
-            self._shards.popitem(last=False)  # whoever uses it keeps it
         return opening
-
-    def _holds_too_much(self) -> bool:
-        num_bytes = sum(self._infos[name].num_bytes for name in self._shards)
-        return len(self._shards) > _OPEN_SHARDS or num_bytes > self._room
 
     def _open(self, info: ShardInfo) -> OpenShard:
         path = storage.join(self._uri, f"{info.name}.tar")
