@@ -48,7 +48,7 @@ def small_config(**changes: Any) -> TrainConfig:
 
 @dataclass
 class Record:
-    """What a run said and saved: `folders` maps steps to copies of the checkpoints."""
+    """What a run said and saved: `folders` maps steps to the checkpoints."""
 
     keep: Path | None = None
     logged: list[tuple[int, dict[str, float]]] = field(default_factory=list)
@@ -61,9 +61,15 @@ class Record:
 
     def report(self, metrics: dict[str, float], folder: Path | None) -> None:
         self.reported.append((dict(metrics), folder))
-        if folder is not None and self.keep is not None:
-            step = checkpoint.load_state(folder)["step"]
-            self.folders[step] = Path(shutil.copytree(folder, self.keep / f"step-{step}"))
+        if folder is None:
+            return
+        if self.keep is None:
+            shutil.rmtree(folder)
+            return
+        step = checkpoint.load_state(folder)["step"]
+        self.folders[step] = self.keep / f"step-{step}"
+        self.keep.mkdir(parents=True, exist_ok=True)
+        shutil.move(folder, self.folders[step])
 
     @property
     def last(self) -> Path:
