@@ -34,17 +34,17 @@ class Place:
 @contextlib.contextmanager
 def algorithms(config: TrainConfig, device: torch.device) -> Iterator[None]:
     """Inside, torch takes algorithms that repeat their bits, or on GPUs the fastest it finds."""
-    before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
+    repeat, benchmark = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
     if config.deterministic:
         # cuBLAS repeats its bits only with a workspace of its own; read at its first use.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(config.deterministic)
+    _repeat(config.deterministic)
     torch.backends.cudnn.benchmark = device.type == "cuda" and not config.deterministic
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(before[0])
-        torch.backends.cudnn.benchmark = before[1]
+        _repeat(repeat)
+        torch.backends.cudnn.benchmark = benchmark
 
 
 def learning_rate(
@@ -175,6 +175,11 @@ class Stepper:
                 buffer.copy_(mean.view_as(buffer))
         assert self._own_gradient is not None
         return self._own_gradient, self._clock.mark()
+
+
+def _repeat(wanted: bool) -> None:
+    if torch.are_deterministic_algorithms_enabled() != wanted:
+        torch.use_deterministic_algorithms(wanted)  # imports the compiler: seconds
 
 
 def _plateau(config: TrainConfig, val_errors: Sequence[float]) -> tuple[float, bool]:
