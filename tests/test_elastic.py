@@ -158,7 +158,7 @@ def test_with_fewer_workers_the_same_samples_are_learned_from(place, tmp_path):
     training.wait_for(r"step=20 ")
     assert "Deciding to start/restart training with this worker group size" in training.said
     place.cluster.kill(place.cluster.node_of(training.worker(rank=1)))
-    told = training.wait_for(r"worker group restarted with 1 workers?; continues at step (\d+), ")
+    told = training.wait_for(r"worker group restarted with 1 worker; continues at step (\d+), ")
     at = int(told[1])
     wanted = config(place, "elastic")
     expected = fit(wanted, place.data, tmp_path)

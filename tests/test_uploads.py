@@ -2,7 +2,9 @@
 
 import itertools
 import json
+import os
 import random
+import subprocess
 import threading
 import time
 from pathlib import Path
@@ -104,6 +106,28 @@ def test_store_that_stays_away_ends_with_one_line_at_the_next_checkpoint(tmp_pat
     assert "could not be stored for 0 s" in str(told.value) or "for 1 s" in str(told.value)
     assert "step 1 is stored" in str(told.value) and "\n" not in str(told.value)
     assert not (tmp_path / "second").exists() and not (tmp_path / "third").exists()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")
+def test_full_disk_is_waited_for_and_leaves_no_half_written_files(tmp_path, caplog):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(disk)])
+    if mounted.returncode != 0:
+        pytest.skip("this machine mounts nothing")
+    try:
+        (disk / "filler").write_bytes(bytes(60_000))
+        with uploader(str(disk / "run"), patience=60) as uploads:
+            uploads.send(made(tmp_path / "here", 3))
+            deadline = time.monotonic() + 30
+            while "No space left on device" not in caplog.text:
+                assert time.monotonic() < deadline
+            (disk / "filler").unlink()
+        assert steps_in(str(disk / "run")) == [3]
+        files = [path.name for path in (disk / "run").rglob("*") if path.is_file()]
+        assert len(files) == 4 and not any(name.startswith(".") for name in files)
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
 
 
 def test_what_ended_the_training_is_not_hidden_by_a_failed_upload(tmp_path, caplog):

@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import json
 import logging
+import os
 import queue
 import signal
 import sys
@@ -131,6 +132,10 @@ def _scaling(config: TrainConfig) -> tuple[ray.train.ScalingConfig, int]:
             f"{fewest} workers of {cpus} CPUs do not fit: the cluster has room for "
             f"{available}; pass --workers {max(available, 1)}, or start more nodes"
         )
+    if config.min_workers:
+        # A node that just died still counts for a while, and a worker that waits for a place on it
+        # keeps the others waiting; with a fixed number there is nothing to do but wait.
+        os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "20")
     scaling = ray.train.ScalingConfig(
         num_workers=(fewest, config.workers) if config.min_workers else config.workers,
         use_gpu=use_gpu,

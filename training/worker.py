@@ -127,7 +127,8 @@ def _tell_start(tracker: Tracker, step: int) -> None:
     if last is not None:
         last_step, seconds = last
         lost = f", lost {max(0, last_step - step)} steps and {seconds:.0f} s"
-    logger.info(f"worker group restarted with {workers} workers; continues at step {step}{lost}")
+    group = f"{workers} worker{'s' if workers > 1 else ''}"
+    logger.info(f"worker group restarted with {group}; continues at step {step}{lost}")
 
 
 def _place(cpus: int) -> loop.Place:

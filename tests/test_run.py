@@ -1,0 +1,95 @@
+"""The script's own part: what it prints without training, and which failures it takes for final."""
+
+import json
+import pickle
+
+import pytest
+import ray
+import ray.train
+from ray.train.v2._internal.exceptions import UserExceptionWithTraceback
+from registered import MLFLOW_WARNINGS
+from shard_sets import write_shard_set
+
+from alexnet.errors import UserError
+from training.config import to_dict
+from training.loop import TrainingStopped
+from training.recipes import RECIPES
+from training.run import main
+from training.worker import FinalErrors, said
+
+pytestmark = [pytest.mark.filterwarnings(line) for line in MLFLOW_WARNINGS]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write_shard_set(tmp_path_factory.mktemp("run") / "set", train=(40,), val=(4,))
+
+
+@pytest.fixture(autouse=True)
+def own_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("ALEXNET_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "")
+
+
+def test_printed_config_is_the_whole_one_and_nothing_else_is_said(capsys):
+    assert main(["smoke", "--print-config", "--seed", "3"]) == 0
+    said = capsys.readouterr()
+    assert json.loads(said.out) == to_dict(RECIPES["smoke"]()) | {"seed": 3}
+    assert said.err == ""
+
+
+def test_dry_run_ends_with_0_and_starts_no_ray(data, capsys):
+    assert main(["smoke", "--dry-run", "--data", data]) == 0
+    assert "2 in an epoch, 8 in 4 epochs" in capsys.readouterr().out
+    assert not ray.is_initialized()
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (["paper"], "stores 227 px; rebuild with `python -m pipelines build --crop 256`"),
+        (["deck", "--workers", "300"], "cannot feed 300 workers"),
+        (["smoke", "--workers", "33"], "cannot feed 33 workers"),
+    ],
+)
+def test_what_cannot_work_is_one_line_and_exit_code_2(data, flags, told, capsys):
+    assert main([*flags, "--dry-run", "--data", data]) == 2
+    said = capsys.readouterr()
+    assert told in said.err and said.err.count("\n") == 1 and said.out == ""
+
+
+FINAL = [UserError("mend this"), TrainingStopped("loss is nan at step 7")]
+
+
+@pytest.mark.parametrize("cause", FINAL, ids=["UserError", "TrainingStopped"])
+@pytest.mark.parametrize("depth", ["bare", "worker", "controller", "chained"])
+def test_our_own_words_are_found_at_any_depth_of_rays_errors(cause, depth):
+    chained = RuntimeError("outside")
+    chained.__cause__ = cause
+    error = {
+        "bare": cause,
+        "worker": ray.train.WorkerGroupError(
+            "rank 1", {0: RuntimeError("peer"), 1: UserExceptionWithTraceback(cause, "trace")}
+        ),
+        "controller": ray.train.ControllerError(cause),
+        "chained": chained,
+    }[depth]
+    assert said(error) is cause
+
+
+def test_lost_workers_and_foreign_errors_are_not_ours():
+    assert said(RuntimeError("gloo: connection reset")) is None
+    lost = ray.train.WorkerGroupError("gone", {0: RuntimeError("x"), 1: ray.exceptions.RayError()})
+    assert said(lost) is None
+
+
+@pytest.mark.parametrize("cause", FINAL, ids=["UserError", "TrainingStopped"])
+def test_final_failure_becomes_an_error_that_ray_does_not_retry(cause):
+    """Ray retries failures of its workers, and of its controller only where starting failed."""
+    with pytest.raises(ray.train.ControllerError) as raised:
+        FinalErrors().after_exception(None, {0: RuntimeError("peer"), 1: cause})
+    assert str(said(pickle.loads(pickle.dumps(raised.value)))) == str(cause)
+
+
+def test_failure_of_a_machine_is_left_to_ray():
+    FinalErrors().after_exception(None, {0: RuntimeError("gloo: connection reset")})
