@@ -1,0 +1,46 @@
+"""Operations per picture by the formula of the layers' table, and the peak they are compared to."""
+
+import pytest
+import torch
+
+from training import loop, recipes
+from training.speed import measured_peak, training_flops
+
+# side of the output, kernel, input and output channels, groups in the paper's network
+CONVOLUTIONS = [
+    (55, 11, 3, 96, 1),
+    (27, 5, 96, 256, 2),
+    (13, 3, 256, 384, 1),
+    (13, 3, 384, 384, 2),
+    (13, 3, 384, 256, 2),
+]
+
+
+def by_hand(grouped: bool, classes: int) -> float:
+    layers = [
+        side**2 * kernel**2 * inputs * outputs // (groups if grouped else 1)
+        for side, kernel, inputs, outputs, groups in CONVOLUTIONS
+    ]
+    layers += [6 * 6 * 256 * 4096, 4096 * 4096, 4096 * classes]
+    return 2 * (3 * sum(layers) - layers[0])
+
+
+@pytest.mark.parametrize(("recipe", "billions"), [("deck", 6.60), ("paper", 4.13), ("fast", 6.60)])
+def test_operations_are_those_of_the_layers_three_times_less_the_pictures_gradient(
+    recipe, billions
+):
+    config = recipes.RECIPES[recipe]()
+    with torch.device("meta"):
+        model = loop.build_model(config, 1000)
+    flops = training_flops(model)
+    assert flops == by_hand(recipe == "paper", 1000)
+    assert flops / 1e9 == pytest.approx(billions, abs=0.01)
+    assert not any(layer._forward_hooks for layer in model.modules())
+
+
+def test_peak_is_measured_once_for_each_type():
+    cpu = torch.device("cpu")
+    peak = measured_peak(cpu, torch.float32)
+    assert 1e8 < peak < 1e15
+    assert measured_peak(cpu, torch.float32) == peak, "measured again"
+    assert measured_peak(cpu, torch.bfloat16) != peak
