@@ -78,7 +78,7 @@ def test_a_build_killed_again_and_again_ends_with_the_same_bytes(
     out, environment = place
     argv = ["build", "--raw", drawn_raw, "--out", out, "--workers", "1", *FLAGS]
     moments = random.Random(0)
-    for tars in (0, 1, 4, 8):
+    for tars in (0, 2, 7):
         run = started(argv, tmp_path, environment)
         _wait_for_tars(out, tars, run)
         time.sleep(moments.uniform(0, 0.2))
@@ -124,7 +124,8 @@ def _uploads_under_way(out: str) -> list[object]:
     import boto3
 
     bucket = out.removeprefix("s3://").split("/")[0]
-    return list(boto3.client("s3").list_multipart_uploads(Bucket=bucket).get("Uploads", []))
+    client = boto3.session.Session().client("s3")  # not the default one with its kept keys
+    return list(client.list_multipart_uploads(Bucket=bucket).get("Uploads", []))
 
 
 @pytest.mark.parametrize(
@@ -153,9 +154,8 @@ def test_repair_makes_what_is_damaged_again_and_nothing_else(
         data = bytearray((out / name).read_bytes())
         data[len(data) // 2] ^= 255
         (out / name).write_bytes(data)
-    kept = {path: path.stat().st_ino for path in out.glob("*.tar") if path.name not in damaged}
-    if "_meta/train-000002.parquet" in damaged:  # without its sidecar a shard counts for nothing
-        del kept[out / "train-000002.tar"]
+    again = {name.removeprefix("_meta/").split(".")[0] for name in damaged}  # shards of theirs
+    kept = {path: path.stat().st_ino for path in out.glob("*.tar") if path.stem not in again}
     assert main(["verify", str(out), "--full"]) == 1
     assert main(["verify", str(out), "--full", "--repair"]) == 0, capsys.readouterr()
     assert contents(str(out)) == contents(undisturbed)
