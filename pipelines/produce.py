@@ -173,11 +173,15 @@ class _PixelSums:
         self.products = np.zeros((3, 3), np.int64)
 
     def add(self, pixels: Pixels) -> None:
-        """uint8 (3, H, W). float64 holds every integer here (H·W·255² < 2⁵³) and has fast BLAS."""
-        flat = pixels.reshape(3, -1).astype(np.float64)
-        self.count += flat.shape[1]
-        self.sums += flat.sum(axis=1).astype(np.int64)
-        self.products += (flat @ flat.T).astype(np.int64)
+        """uint8 (3, H, W). The sums of a row are exact, in any order of addition: below 2²⁴ in
+        float32, which is twice as fast as one product in float64, and below 2⁵³ in float64."""
+        height, width = pixels.shape[1:]
+        exact = torch.float32 if width * 255**2 < 1 << 24 else torch.float64
+        rows = torch.from_numpy(pixels).to(exact).transpose(0, 1)
+        products = torch.bmm(rows, rows.transpose(1, 2))
+        self.count += height * width
+        self.sums += rows.sum(dim=2).long().sum(dim=0).numpy()
+        self.products += products.long().sum(dim=0).numpy()
 
     def to_json(self) -> dict[str, Any]:
         return {

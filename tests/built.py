@@ -3,11 +3,9 @@
 from pathlib import Path
 
 from drawn import jpeg
+from made import made_shards
 
-from pipelines import claim, finish, plan, sources
-from pipelines.build import job_for
-from pipelines.produce import produce
-from pipelines.sources import subset
+from pipelines import plan
 
 
 def write_folders(raw: Path, pictures: dict[str, int | bytes]) -> str:
@@ -20,14 +18,6 @@ def write_folders(raw: Path, pictures: dict[str, int | bytes]) -> str:
 
 
 def build_set(raw: str, out: Path, recipe: plan.Recipe) -> str:
-    """A finished set of `raw` in `out`."""
-    source = sources.scan(raw, recipe.splits, partial=True)
-    if recipe.subset or recipe.per_class:
-        source = subset.select(source, recipe.subset, recipe.per_class)
-    made = plan.make(source, recipe)
-    claim.begin(str(out), raw, made)
-    job = job_for(made, raw, str(out))
-    for number, shard in enumerate(made.shards):
-        produce(job, number, shard.name, shard.id)
-    finish.finish(str(out), made, finish.finished_shards(str(out), made)[0])
+    """A finished set of `raw`, which may be incomplete, in `out`."""
+    made_shards(raw, str(out), recipe, partial=True)
     return str(out)

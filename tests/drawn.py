@@ -43,19 +43,22 @@ def tar(members: list[tuple[str, bytes]]) -> bytes:
     return buffer.getvalue()
 
 
-def devkit(wnids_by_id: list[str], announced: int, ground_truth: str, year: int = 2012) -> bytes:
+def devkit(
+    wnids_by_id: list[str], announced: int | list[int], ground_truth: str, year: int = 2012
+) -> bytes:
     """A devkit whose leaf k + 1 is wnids_by_id[k], each with `announced` pictures."""
     meta = synsets(wnids_by_id, announced, f"ILSVRC{year}_ID")
     truth = (f"ILSVRC{year}_validation_ground_truth.txt", ground_truth.encode())
     return packed_devkit([("meta.mat", meta), truth])
 
 
-def synsets(wnids_by_id: list[str], announced: int, id_field: str) -> bytes:
+def synsets(wnids_by_id: list[str], announced: int | list[int], id_field: str) -> bytes:
     """A meta.mat: the leaves in the order of their IDs, then the node above them."""
     names = f"{id_field} WNID words gloss num_children children wordnet_height num_train_images"
     table = np.empty((len(wnids_by_id) + 1, 1), [(name, object) for name in names.split()])
+    counts = [announced] * len(wnids_by_id) if isinstance(announced, int) else announced
     for row, wnid in enumerate(wnids_by_id):
-        table[row, 0] = (row + 1, wnid, f"name of {wnid}", "gloss", 0, [], 0, announced)
+        table[row, 0] = (row + 1, wnid, f"name of {wnid}", "gloss", 0, [], 0, counts[row])
     everything = list(range(1, len(wnids_by_id) + 1))
     table[-1, 0] = (len(table), "n00000001", "entity", "", len(everything), everything, 1, 0)
     meta = io.BytesIO()

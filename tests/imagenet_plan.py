@@ -1,7 +1,13 @@
-"""Plans a set of ImageNet's size and prints: train pictures, train shards, peak bytes of memory."""
+"""Plans ImageNet's archives from their kept indices, as a second run does, in a folder of its own.
 
-import resource
+Usage: imagenet_plan.py FOLDER. The archives have the published sizes but are sparse files: nobody
+reads them once they are indexed. Prints: train pictures, train shards, official or not, seconds,
+peak bytes of memory, of the planning alone.
+"""
+
+import os
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -9,32 +15,70 @@ import pyarrow as pa
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from pipelines import plan
-from pipelines.sources import Source
-from pipelines.sources.table import check, labelled, part
+from drawn import devkit
 
+from pipelines import claim, plan, sources
+from pipelines.sources import index, official
+from pipelines.sources.devkit import NAME
+
+TRAIN_TAR, VAL_TAR = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
 TRAIN, VAL, CLASSES = 1_281_167, 50_000, 1000
 
 
-def source() -> Source:
-    wnids = [f"n{number:08d}" for number in range(CLASSES)]
-    label = np.sort(np.arange(TRAIN) % CLASSES)
-    names = pa.array([f"{wnids[k]}_{number}.JPEG" for number, k in enumerate(label)])
-    offsets = pa.array(np.arange(TRAIN) * 115_000)
-    train = part(
-        "train", names, pa.array(wnids).take(pa.array(label)), "train.tar", offsets, 113_000
+def draw(raw: Path) -> None:
+    """Sparse archives, a devkit and the indices that a first run would have kept."""
+    raw.mkdir()
+    wnids = [f"n{number:08d}" for number in range(1, CLASSES + 1)]
+    counts = [TRAIN // CLASSES + (k < TRAIN % CLASSES) for k in range(CLASSES)]
+    truth = "\n".join(str(1 + number % CLASSES) for number in range(VAL))
+    (raw / NAME).write_bytes(devkit(wnids, counts, truth))
+    for name in (TRAIN_TAR, VAL_TAR):
+        with (raw / name).open("wb") as file:
+            file.truncate(official.ARCHIVES[name].size)
+    label = np.repeat(np.arange(CLASSES), counts)
+    train = members(
+        pa.array([f"{wnid}.tar" for wnid in wnids]).take(pa.array(label)),
+        [f"{wnids[k]}_{number}.JPEG" for number, k in enumerate(label)],
     )
-    names = pa.array([f"ILSVRC2012_val_{number:08d}.JPEG" for number in range(VAL)])
-    val = part("val", names, wnids * (VAL // CLASSES), "val.tar", [*range(VAL)], 130_000)
-    table = labelled([train, val], wnids)
-    check("RAW", table)
-    classes = tuple(wnids)
-    return Source("RAW", "ilsvrc2012", table, classes, classes, {}, (), None, ())
+    val = members(
+        pa.repeat("", VAL), [f"ILSVRC2012_val_{number:08d}.JPEG" for number in range(1, VAL + 1)]
+    )
+    index._once(str(raw / TRAIN_TAR), "nested", lambda _: train)
+    index._once(str(raw / VAL_TAR), "flat", lambda _: val)
 
 
-made = plan.make(source(), plan.Recipe())
-print(
-    sum(shard.samples for shard in made.shards if shard.split == "train"),
-    sum(shard.split == "train" for shard in made.shards),
-    resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-)
+def members(outer: pa.Array, names: list[str]) -> pa.Table:
+    numbers = np.arange(len(names))
+    sizes = pa.array(100_000 + numbers % 1000)
+    return pa.table([outer, names, pa.array(numbers * 115_000), sizes], schema=index._SCHEMA)
+
+
+def main(folder: Path) -> None:
+    raw = folder / "raw"
+    if os.fork() == 0:  # its memory is not that of the planning
+        draw(raw)
+        os._exit(0)
+    assert os.wait()[1] == 0, "the drawing failed"
+    started = time.monotonic()
+    source = sources.scan(str(raw), ["train", "val"])
+    made = plan.make(source, plan.Recipe())
+    claim.begin(str(folder / "out"), str(raw), made)
+    shards = [shard for shard in made.shards if shard.split == "train"]
+    print(
+        sum(shard.samples for shard in shards),
+        len(shards),
+        source.official,
+        f"{time.monotonic() - started:.1f}",
+        peak_bytes(),
+    )
+
+
+def peak_bytes() -> int:
+    """Of this program: getrusage's figure would be that of whoever started it, if larger."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    (line,) = (line for line in lines if line.startswith("VmHWM:"))
+    return int(line.split()[1]) * 1024
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

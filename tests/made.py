@@ -10,11 +10,18 @@ from drawn import ROOT
 from pipelines import claim, finish, plan, shards, sources, storage
 from pipelines.build import job_for
 from pipelines.produce import produce
+from pipelines.sources import subset
 
 
-def made_shards(raw: str, out: str, recipe: plan.Recipe) -> shards.Manifest:
-    """Every shard of the plan, one after the other, as the tasks of a build make them."""
-    source = sources.scan(raw, recipe.splits, recipe.partial)
+def made_shards(
+    raw: str, out: str, recipe: plan.Recipe, partial: bool | None = None
+) -> shards.Manifest:
+    """Every shard of the plan, one after the other, as the tasks of a build make them.
+
+    partial: whether RAW may be incomplete, if that is not what the recipe says.
+    """
+    source = sources.scan(raw, recipe.splits, recipe.partial if partial is None else partial)
+    source = subset.select(source, recipe.subset, recipe.per_class)
     made = plan.make(source, recipe)
     claim.begin(out, raw, made)
     job = job_for(made, raw, out)

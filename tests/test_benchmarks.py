@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from benchmarks import __main__ as command
-from benchmarks import loader, pictures, resize, train
+from benchmarks import build, loader, pictures, resize, train
 from benchmarks.table import Table, spread
 
 
@@ -47,6 +47,12 @@ def test_every_resize_path_cuts_the_same_picture(raw: pictures.Raw) -> None:
         pixels, encoded = path(raw.jpegs[0])
         assert pixels.shape == (227, 227, 3) and encoded[:2] == b"\xff\xd8"
         assert resize._psnr(pixels, resize._reference(raw.jpegs[0])) > 50
+
+
+def test_build_compares_a_task_with_its_parts(raw: pictures.Raw) -> None:
+    table = build.run(raw, rounds=2)
+    check(table, build.COLUMNS)
+    assert cells(table, "path") == ["the parts alone", "pipelines.produce"]
 
 
 def test_the_reference_resize_is_lanczos_as_in_pillow() -> None:

@@ -10,6 +10,7 @@ from made import contents
 
 from alexnet.errors import UserError
 from pipelines import build, claim, plan, shards, sources, storage
+from pipelines.produce import _PixelSums
 from pipelines.progress import BuildFailed, MaxRejected
 from pipelines.transform import Stored, to_stored
 
@@ -53,11 +54,12 @@ def test_only_missing_or_damaged_shards_are_built_again_with_the_same_bytes(
     (tmp_path / "train-000001.tar").write_bytes(b"cut")
     (tmp_path / "_meta" / "train-000002.parquet").write_bytes(b"no sidecar")
     kept = {
-        name: (tmp_path / name).stat().st_ino for name in ("train-000003.tar", "val-000000.tar")
+        name: (tmp_path / name).stat().st_mtime_ns
+        for name in ("train-000003.tar", "val-000000.tar")
     }
     built(drawn_raw, str(tmp_path), EIGHT)
     assert contents(str(tmp_path)) == contents(drawn_shards)
-    assert {name: (tmp_path / name).stat().st_ino for name in kept} == kept
+    assert {name: (tmp_path / name).stat().st_mtime_ns for name in kept} == kept
 
 
 def test_from_s3_to_s3_is_the_same_as_on_disk(
@@ -149,6 +151,21 @@ def test_pixel_statistics_are_those_of_the_train_pixels_before_encoding(
     assert found.count == everything.shape[1] == 31 * 227 * 227
     np.testing.assert_allclose(found.mean, everything.mean(axis=1), rtol=1e-12)
     np.testing.assert_allclose(found.covariance, np.cov(everything, bias=True), rtol=1e-9)
+
+
+@pytest.mark.parametrize("side", [227, 256, 258, 400])
+def test_pixel_sums_are_exact_for_every_side(side: int) -> None:
+    white = np.full((3, side, side), 255, np.uint8)
+    drawn = np.random.default_rng(side).integers(0, 256, (3, side, side), dtype=np.uint8)
+    sums = _PixelSums()
+    for pixels in (white, drawn):
+        sums.add(pixels)
+    flat = np.concatenate([white.reshape(3, -1), drawn.reshape(3, -1)], axis=1).astype(np.int64)
+    assert sums.to_json() == {
+        "count": flat.shape[1],
+        "sums": flat.sum(axis=1).tolist(),
+        "products": (flat @ flat.T).tolist(),
+    }
 
 
 def test_labels_reach_the_shards(local_ray: str, tmp_path: Path) -> None:

@@ -78,7 +78,7 @@ def test_a_build_killed_again_and_again_ends_with_the_same_bytes(
     out, environment = place
     argv = ["build", "--raw", drawn_raw, "--out", out, "--workers", "1", *FLAGS]
     moments = random.Random(0)
-    for tars in (0, 1, 4, 8):
+    for tars in (0, 2, 7):
         run = started(argv, tmp_path, environment)
         _wait_for_tars(out, tars, run)
         time.sleep(moments.uniform(0, 0.2))
@@ -124,7 +124,8 @@ def _uploads_under_way(out: str) -> list[object]:
     import boto3
 
     bucket = out.removeprefix("s3://").split("/")[0]
-    return list(boto3.client("s3").list_multipart_uploads(Bucket=bucket).get("Uploads", []))
+    client = boto3.session.Session().client("s3")  # not the default one with its kept keys
+    return list(client.list_multipart_uploads(Bucket=bucket).get("Uploads", []))
 
 
 @pytest.mark.parametrize(
@@ -153,13 +154,12 @@ def test_repair_makes_what_is_damaged_again_and_nothing_else(
         data = bytearray((out / name).read_bytes())
         data[len(data) // 2] ^= 255
         (out / name).write_bytes(data)
-    kept = {path: path.stat().st_ino for path in out.glob("*.tar") if path.name not in damaged}
-    if "_meta/train-000002.parquet" in damaged:  # without its sidecar a shard counts for nothing
-        del kept[out / "train-000002.tar"]
+    again = {name.removeprefix("_meta/").split(".")[0] for name in damaged}  # shards of theirs
+    kept = {path: path.stat().st_mtime_ns for path in out.glob("*.tar") if path.stem not in again}
     assert main(["verify", str(out), "--full"]) == 1
     assert main(["verify", str(out), "--full", "--repair"]) == 0, capsys.readouterr()
     assert contents(str(out)) == contents(undisturbed)
-    assert {path: path.stat().st_ino for path in kept} == kept
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
 
 
 def test_repair_from_other_pictures_is_told_by_the_changed_identity(
@@ -204,7 +204,7 @@ def test_mended_pictures_are_taken_in_and_the_set_is_that_of_the_mended_source(
     out, fresh = str(tmp_path / "out"), str(tmp_path / "fresh")
     argv = ["build", "--raw", str(raw), "--out", out, "--samples-per-shard", "4"]
     assert main([*argv, "--max-rejected", "2"]) == 0
-    kept = Path(out, "train-000001.tar").stat().st_ino
+    kept = Path(out, "train-000000.tar").stat().st_mtime_ns  # the cut one lies in the other
     (raw / cut).write_bytes(good[cut])
     capsys.readouterr()
     assert main(argv) == 2
@@ -213,7 +213,7 @@ def test_mended_pictures_are_taken_in_and_the_set_is_that_of_the_mended_source(
     made_shards(str(raw), fresh, Recipe(samples_per_shard=4))
     assert contents(out) == contents(fresh)
     assert shards.load_manifest(out).document["rejected"] == {"zero_bytes": 1}
-    assert Path(out, "train-000001.tar").stat().st_ino == kept
+    assert Path(out, "train-000000.tar").stat().st_mtime_ns == kept
 
 
 def test_more_than_mended_pictures_needs_another_folder(

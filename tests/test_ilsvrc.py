@@ -106,7 +106,7 @@ def test_an_unknown_layout_says_what_is_expected_and_found(tmp_path: Path) -> No
     imagefolder(tmp_path, {"data/readme.md": b"x"})
     with pytest.raises(UserError, match=r"no known layout; expected ILSVRC2012.*found data$"):
         sources.scan(str(tmp_path), BOTH)
-    with pytest.raises(UserError, match=r"found nothing$"):
+    with pytest.raises(UserError, match=r"no folder with files of that name"):
         sources.scan(str(tmp_path / "missing"), BOTH)
 
 

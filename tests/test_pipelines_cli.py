@@ -87,7 +87,7 @@ def test_bad_raw_folders_are_one_line_and_exit_2(
     short = archives(tmp_path / "short", devkit=devkit([C, A, B], 3, "3\n1\n2\n"))
     both = imagefolder(archives(tmp_path / "both"), {f"train/{A}/{A}_1.JPEG": jpeg()})
     for folder, named in (
-        (tmp_path / "nothing", "no known layout"),
+        (tmp_path / "nothing", "no folder with files"),
         (missing, "needs ILSVRC2012_devkit_t12.tar.gz, not there"),
         (short, "has 2 train pictures, the devkit announces 3"),
         (both, "is ambiguous"),

@@ -52,7 +52,7 @@ def test_pictures_that_came_to_raw_or_went_are_counted(raw: Path, out: str) -> N
 
 
 def test_raw_that_cannot_be_read_is_the_users_to_mend(out: str, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no known layout"):
+    with pytest.raises(UserError, match="no folder with files"):
         verify(out, full=True, raw=str(tmp_path / "nothing"))
 
 

@@ -33,13 +33,18 @@ def scan(raw: str, splits: Sequence[str], partial: bool = False) -> Source:
     are fewer or more pictures than the devkit, the lists or the published archives announce.
     """
     files = dict(storage.list_files(raw))
+    if not files:
+        raise UserError(
+            f"{raw}: there is no folder with files of that name; --raw wants the folder or s3:// "
+            "prefix that holds the raw data"
+        )
     found = {name: module for name, module in _LAYOUTS.items() if module.recognises(files)}
     if len(found) > 1:
         raise UserError(
             f"{raw} is ambiguous: it holds {' and also '.join(found)}; give each its own folder"
         )
     if not found:
-        tops = ", ".join(sorted({name.split("/", 1)[0] for name in files})[:5]) or "nothing"
+        tops = ", ".join(sorted({name.split("/", 1)[0] for name in files})[:5])
         raise UserError(f"{raw}: no known layout; expected {_EXPECTED}; found {tops}")
     (module,) = found.values()
     source: Source = module.scan(raw, files, splits, partial)
