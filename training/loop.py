@@ -31,7 +31,7 @@ from training.speed import training_flops
 from training.steps import Place as Place
 from training.steps import Stepper, algorithms, ended_early, learning_rate
 from training.synthetic import Synthetic
-from training.trace import traced
+from training.tracing import traced
 
 Log = Callable[[dict[str, float], int], None]
 Report = Callable[[dict[str, float], Path | None], None]
