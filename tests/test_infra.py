@@ -96,13 +96,13 @@ def test_rayjob_names_the_pinned_ray_and_removes_its_cluster(rayjob: Any) -> Non
 def test_rayjobs_entry_point_is_understood_by_the_real_command_line(rayjob: Any) -> None:
     python, script, *flags = shlex.split(rayjob["spec"]["entrypoint"])
     assert (python, script) == ("python", "training/run.py") and (ROOT / script).exists()
-    config = parse(flags)
+    config = parse(flags).config
     assert (config.recipe, config.workers, config.device) == ("deck", 2, "cuda")
     assert str(config.data).startswith("s3://") and str(config.storage).startswith("s3://")
 
 
 def test_every_training_worker_has_a_node_and_a_gpu(rayjob: Any) -> None:
-    workers = parse(shlex.split(rayjob["spec"]["entrypoint"])[2:]).workers
+    workers = parse(shlex.split(rayjob["spec"]["entrypoint"])[2:]).config.workers
     (group,) = rayjob["spec"]["rayClusterSpec"]["workerGroupSpecs"]
     (container,) = group["template"]["spec"]["containers"]
     gpus = int(container["resources"]["limits"]["nvidia.com/gpu"])
