@@ -27,7 +27,7 @@ from test_tracking import Server
 from training import checkpoint, loop
 from training.config import TrainConfig, to_dict
 
-pytestmark = [pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.timeout(480)]
 pytestmark += [pytest.mark.filterwarnings(line) for line in MLFLOW_WARNINGS]
 
 # 30 steps an epoch; in the end every val picture is told right. A checkpoint every 7 steps, so that
@@ -83,7 +83,9 @@ class Training:
     def __init__(self, place: Place, name: str, workers: str) -> None:
         self._log = place.folder / f"{name}.log"
         saved = place.folder / f"{name}.json"
-        self._env = place.cluster.env | {"MLFLOW_TRACKING_URI": place.server.uri}
+        # Ray waits so long for a place on a dead node before it looks again.
+        impatient = {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "5"}
+        self._env = place.cluster.env | {"MLFLOW_TRACKING_URI": place.server.uri} | impatient
         saved.write_text(json.dumps(to_dict(config(place, name))))
         command = [str(BIN / "python"), str(ROOT / "training" / "run.py"), "--config", str(saved)]
         with self._log.open("wb") as log:
@@ -95,7 +97,7 @@ class Training:
     def said(self) -> str:
         return self._log.read_text()
 
-    def wait_for(self, pattern: str, seconds: float = 120) -> re.Match[str]:
+    def wait_for(self, pattern: str, seconds: float = 180) -> re.Match[str]:
         deadline = time.monotonic() + seconds
         while (found := re.search(pattern, self.said)) is None:
             assert self.process.poll() is None and time.monotonic() < deadline, self.said[-6000:]
