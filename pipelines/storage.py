@@ -130,7 +130,7 @@ def sweep(folder: str) -> None:
     with _told(folder):
         for path in Path(folder).rglob(f".*~*{_TEMPORARY}"):
             host, pid, _ = path.name[1:].split("~", 2)
-            if host == socket.gethostname() and not _is_alive(int(pid)):
+            if host == socket.gethostname() and not is_alive(int(pid)):
                 path.unlink(missing_ok=True)
 
 
@@ -178,7 +178,8 @@ def _list_folder(folder: Path, prefix: str) -> Iterator[tuple[str, int]]:
                 yield prefix + entry.name, entry.stat().st_size
 
 
-def _is_alive(pid: int) -> bool:
+def is_alive(pid: int) -> bool:
+    """Whether a process of this host still runs."""
     try:
         os.kill(pid, 0)  # sends nothing
     except ProcessLookupError:

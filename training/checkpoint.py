@@ -65,7 +65,7 @@ def temporary_folder() -> Path:
     mine = f"checkpoint-{socket.gethostname()}~"
     for left in Path(tempfile.gettempdir()).glob(f"{mine}*~*"):
         pid = left.name.removeprefix(mine).partition("~")[0]
-        if pid.isdigit() and not _is_alive(int(pid)):
+        if pid.isdigit() and not storage.is_alive(int(pid)):
             shutil.rmtree(left, ignore_errors=True)
     return Path(tempfile.mkdtemp(prefix=f"{mine}{os.getpid()}~"))
 
@@ -161,16 +161,6 @@ def load_optimizer(folder: Path, model: torch.nn.Module, optimizer: torch.optim.
             # preserve_format: the buffer must have the parameter's memory layout for fused SGD
             buffer = torch.empty_like(parameter).copy_(saved[name])
             optimizer.state[parameter]["momentum_buffer"] = buffer
-
-
-def _is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)  # sends nothing
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # somebody else's
-        return True
-    return True
 
 
 def _leaf(document: Any, dotted: str) -> str | None:
