@@ -15,9 +15,6 @@ from pipelines import shards, storage
 from pipelines.report import report
 
 VOID = {"meta", "img"}
-HOSTILE = (
-    '</style></details><img src=x onerror="alert(1)"><script>alert(2)</script>\u202e\x1b[31m&amp;'
-)
 
 
 class Page(HTMLParser):

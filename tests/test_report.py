@@ -21,7 +21,6 @@ from pipelines.journal import Journal, Point
 from pipelines.report import charts, counts, pace, pictures, quarantine, report
 from pipelines.transform import FIXES, REASONS
 
-VOID = {"meta", "img"}
 HOSTILE = (
     '</style></details><img src=x onerror="alert(1)"><script>alert(2)</script>\u202e\x1b[31m&amp;'
 )
