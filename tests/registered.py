@@ -13,8 +13,10 @@ from shard_sets import write_shard_set
 from small_training import BY_HEART, Record, fit, small_config
 
 from pipelines.shards import load_manifest
-from training import registry, tracking
+from training import tracking
 from training.config import TrainConfig
+from training.registry.package import register
+from training.registry.versions import NAME
 
 # MLflow's own, at its first import; nothing that a caller could do otherwise.
 MLFLOW_WARNINGS = [
@@ -64,14 +66,14 @@ def _register_all(folder: Path, data: str) -> Built:
     )
     poor = fit(poor_config, data, folder / "poor")
     run_id = _logged_run(client, "good", GOOD_CONFIG, data, good)
-    registry.register(client, run_id, good.last, manifest, GOOD_CONFIG)
-    source = client.get_model_version(registry.NAME, GOOD).source
+    register(client, run_id, good.last, manifest, GOOD_CONFIG)
+    source = client.get_model_version(NAME, GOOD).source
     run_id = _logged_run(client, "again", GOOD_CONFIG, data, good)
-    client.create_model_version(registry.NAME, source, run_id, tags={"recipe": "deck"})
+    client.create_model_version(NAME, source, run_id, tags={"recipe": "deck"})
     run_id = _logged_run(client, "poor", poor_config, data, poor)
-    registry.register(client, run_id, poor.last, manifest, poor_config)
+    register(client, run_id, poor.last, manifest, poor_config)
     run_id = _logged_run(client, "foreign", GOOD_CONFIG, data, good)
-    client.create_model_version(registry.NAME, _with_other_classes(source, folder), run_id)
+    client.create_model_version(NAME, _with_other_classes(source, folder), run_id)
     return Built(folder, data, good.last)
 
 

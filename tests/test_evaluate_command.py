@@ -21,10 +21,11 @@ from small_training import CPU
 
 from pipelines import storage
 from pipelines.shards import load_manifest
-from training import checkpoint, evaluate_command, registry
+from training import checkpoint, evaluate_command
 from training.evaluate import evaluate, wilson
 from training.evaluate_command import main
 from training.loader import Loader
+from training.registry.versions import load
 
 pytestmark = [pytest.mark.filterwarnings(line) for line in MLFLOW_WARNINGS]
 
@@ -60,7 +61,7 @@ def altered(models: Built, folder: Path, **state: Any) -> str:
 
 def test_every_name_of_a_model_leads_to_the_same_numbers(models, capsys):
     manifest = load_manifest(models.data)
-    network = registry.load(f"models:/alexnet/{GOOD}")
+    network = load(f"models:/alexnet/{GOOD}")
     with Loader(models.data, manifest, "val", threads=1, cache_gb=1) as loader:
         expected = evaluate(network.network, loader, network.input_spec, device=CPU)
     assert expected.correct1 > 0
@@ -235,7 +236,7 @@ def test_a_terminal_is_told_how_far_it_is(models, capsys, monkeypatch):
 def test_an_exported_network_names_no_device(models):
     """It must run on a GPU although it was exported on a CPU: here on the meta device, where any
     constant left behind on the CPU is an error."""
-    network = registry.load(f"models:/alexnet/{GOOD}").network.to("meta")
+    network = load(f"models:/alexnet/{GOOD}").network.to("meta")
     assert network(torch.empty(3, 3, 227, 227, device="meta")).device.type == "meta"
 
 

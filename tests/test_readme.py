@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from pipelines import cli
-from training import predict, registry
+from training import predict
 from training.recipes import RECIPES
+from training.registry import __main__ as registry
 from training.run import parse
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -19,10 +19,14 @@ from small_training import CPU
 
 from alexnet.errors import UserError
 from pipelines.shards import load_manifest
-from training import checkpoint, registry, tracking
+from training import checkpoint, tracking
 from training.evaluate import evaluate
 from training.loader import Loader
 from training.loop import build_model, input_spec
+from training.registry import __main__ as command
+from training.registry import gate
+from training.registry.package import register
+from training.registry.versions import load
 
 # Endings of what Python or torch writes with pickle.
 PICKLES = {".pkl", ".pickle", ".pt", ".pth", ".bin", ".joblib"}
@@ -51,8 +55,8 @@ def alias(client: MlflowClient, name: str) -> str | None:
 
 def refused(client: MlflowClient, version: str | None, data: str | None = None) -> str:
     before = alias(client, "champion")
-    with pytest.raises(registry.Refused) as refusal:
-        registry.promote(client, version, data)
+    with pytest.raises(gate.Refused) as refusal:
+        gate.promote(client, version, data)
     assert alias(client, "champion") == before, "refused, and moved all the same"
     assert "\n" not in str(refusal.value)
     return str(refusal.value)
@@ -85,7 +89,7 @@ def test_model_has_signature_example_and_no_pickle(client):
 
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_loaded_model_computes_what_the_trained_one_does(client, versions, batch_size):
-    loaded = registry.load(f"models:/alexnet/{GOOD}")
+    loaded = load(f"models:/alexnet/{GOOD}")
     model = build_model(GOOD_CONFIG, 4).eval()
     checkpoint.load_model(versions.checkpoint, model)
     x = torch.randn(batch_size, 3, 227, 227, generator=torch.Generator().manual_seed(0))
@@ -97,7 +101,7 @@ def test_loaded_model_computes_what_the_trained_one_does(client, versions, batch
 
 
 def test_geometry_statistics_and_class_names_travel_with_the_model(client, versions):
-    loaded, manifest = registry.load(f"models:/alexnet/{GOOD}"), load_manifest(versions.data)
+    loaded, manifest = load(f"models:/alexnet/{GOOD}"), load_manifest(versions.data)
     assert loaded.input_spec == input_spec(manifest, GOOD_CONFIG)
     assert (loaded.class_names, loaded.wnids) == (manifest.class_names, manifest.wnids)
     assert loaded.class_names[2] == "colour 2"
@@ -114,7 +118,7 @@ def test_nothing_is_registered_where_the_config_says_so(client, versions):
     config = dataclasses.replace(GOOD_CONFIG, register=False)
     run_id = client.get_model_version("alexnet", GOOD).run_id
     manifest = load_manifest(versions.data)
-    assert registry.register(client, run_id, versions.checkpoint, manifest, config) is None
+    assert register(client, run_id, versions.checkpoint, manifest, config) is None
     assert len(client.search_model_versions("name = 'alexnet'")) == 4
 
 
@@ -142,7 +146,7 @@ def test_model_that_would_run_code_is_refused_by_load(client, tmp_path, hiding):
         (program,) = folder.rglob("*.pt2")
         replace_member(program, "sample_inputs/model.pt", Touch(tmp_path / "touched"))
     with pytest.raises(UserError, match="cannot be loaded") as told:
-        registry.load(str(folder))
+        load(str(folder))
     assert not (tmp_path / "touched").exists(), "the code ran"
     assert "\n" not in str(told.value)
 
@@ -164,7 +168,7 @@ def replace_member(archive: Path, ending: str, value: object) -> None:
 
 def test_model_of_somebody_else_is_refused_in_one_line(client, tmp_path):
     with pytest.raises(UserError, match="cannot be loaded") as told:
-        registry.load("models:/alexnet/99")
+        load("models:/alexnet/99")
     assert "\n" not in str(told.value)
 
 
@@ -172,7 +176,7 @@ def test_model_of_somebody_else_is_refused_in_one_line(client, tmp_path):
 
 
 def test_first_champion_is_measured_anew_and_promoted(client, versions):
-    lines = registry.promote(client, None, None)
+    lines = gate.promote(client, None, None)
     assert alias(client, "champion") == GOOD and "previous_champion" not in str(lines)
     manifest = load_manifest(versions.data)
     model = build_model(GOOD_CONFIG, 4).eval()
@@ -183,24 +187,24 @@ def test_first_champion_is_measured_anew_and_promoted(client, versions):
     assert f"loss {own.loss:.4f} on 13 pictures" in lines[0]
     tags = client.get_model_version("alexnet", GOOD).tags
     assert float(tags["promoted_val_top1"]) == own.top1
-    assert registry.promote(client, None, None) == ["version 1 is the champion already"]
+    assert gate.promote(client, None, None) == ["version 1 is the champion already"]
 
 
 def test_equal_model_takes_over_and_remembers_the_champion_before(client):
-    registry.promote(client, GOOD, None)
-    lines = registry.promote(client, AGAIN, None)
+    gate.promote(client, GOOD, None)
+    lines = gate.promote(client, AGAIN, None)
     assert alias(client, "champion") == AGAIN and "champion so far" in lines[1]
     assert client.get_model_version("alexnet", AGAIN).tags["previous_champion"] == GOOD
 
 
 def test_better_model_takes_over(client):
-    registry.promote(client, POOR, None)
-    registry.promote(client, GOOD, None)
+    gate.promote(client, POOR, None)
+    gate.promote(client, GOOD, None)
     assert alias(client, "champion") == GOOD
 
 
 def test_worse_model_is_refused(client):
-    registry.promote(client, GOOD, None)
+    gate.promote(client, GOOD, None)
     told = refused(client, POOR)
     assert re.search(r"version 3 has val top-1 0\.\d+, champion 1 has 1\.0000 on the same 13", told)
 
@@ -226,7 +230,7 @@ def test_other_data_set_is_refused_and_the_moved_one_accepted(client, versions, 
     other = write_shard_set(tmp_path / "other", train=(8, 8), val=(7, 6), seed=1)
     assert f"{other} is not the data set of version 1" in refused(client, None, other)
     moved = write_shard_set(tmp_path / "moved", train=(8, 8), val=(7, 6))
-    registry.promote(client, None, moved)
+    gate.promote(client, None, moved)
     assert alias(client, "champion") == GOOD
 
 
@@ -235,40 +239,40 @@ def test_other_classes_are_refused(client, versions):
 
 
 def test_rollback_gives_the_alias_back_and_has_an_end(client):
-    with pytest.raises(registry.Refused, match="no champion to roll back"):
-        registry.rollback(client)
-    registry.promote(client, GOOD, None)
-    registry.promote(client, AGAIN, None)
-    assert registry.rollback(client) == ["version 1 is the champion again, 2 is not"]
+    with pytest.raises(gate.Refused, match="no champion to roll back"):
+        gate.rollback(client)
+    gate.promote(client, GOOD, None)
+    gate.promote(client, AGAIN, None)
+    assert gate.rollback(client) == ["version 1 is the champion again, 2 is not"]
     assert alias(client, "champion") == GOOD
-    with pytest.raises(registry.Refused, match="champion 1 had none before it"):
-        registry.rollback(client)
+    with pytest.raises(gate.Refused, match="champion 1 had none before it"):
+        gate.rollback(client)
 
 
 # The command line
 
 
 def test_commands_tell_and_exit_by_what_happened(client, capsys):
-    assert registry.main(["promote", "--version", "17"]) == 2
+    assert command.main(["promote", "--version", "17"]) == 2
     assert capsys.readouterr().err == "error: there is no version 17; there are 4, 3, 2, 1\n"
-    assert registry.main(["promote"]) == 0
+    assert command.main(["promote"]) == 0
     assert "version 1 is the champion: models:/alexnet@champion" in capsys.readouterr().out
-    assert registry.main(["promote", "--version", POOR]) == 1
+    assert command.main(["promote", "--version", POOR]) == 1
     told = capsys.readouterr()
     assert (
         told.out == "" and told.err.startswith("refused: version 3") and told.err.count("\n") == 1
     )
-    assert registry.main(["rollback"]) == 1
+    assert command.main(["rollback"]) == 1
     client.delete_registered_model_alias("alexnet", "candidate")
-    assert registry.main(["promote"]) == 2
+    assert command.main(["promote"]) == 2
     assert "there is no candidate; train one with" in capsys.readouterr().err
 
 
 def test_list_shows_versions_newest_first_with_aliases_and_accuracy(client, capsys):
-    registry.promote(client, POOR, None)
-    registry.promote(client, GOOD, None)
+    gate.promote(client, POOR, None)
+    gate.promote(client, GOOD, None)
     capsys.readouterr()
-    assert registry.main(["list"]) == 0
+    assert command.main(["list"]) == 0
     head, *rows = capsys.readouterr().out.splitlines()
     assert head.split()[:4] == ["version", "alias", "recipe", "val"]
     assert [row.split()[0] for row in rows] == [FOREIGN, POOR, AGAIN, GOOD]
@@ -278,8 +282,8 @@ def test_list_shows_versions_newest_first_with_aliases_and_accuracy(client, caps
 
 def test_empty_registry_has_no_candidate_and_an_empty_list(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'empty' / 'mlflow.db'}")
-    assert registry.main(["list"]) == 0
+    assert command.main(["list"]) == 0
     assert len(capsys.readouterr().out.splitlines()) == 1
-    for command, code in ((["promote"], 2), (["rollback"], 1), (["promote", "--version", "1"], 2)):
-        assert registry.main(command) == code
+    for words, code in ((["promote"], 2), (["rollback"], 1), (["promote", "--version", "1"], 2)):
+        assert command.main(words) == code
         assert capsys.readouterr().err.count("\n") == 1

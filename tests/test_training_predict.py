@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 from registered import GOOD, MLFLOW_WARNINGS, POOR, Built
 
-from training import registry
 from training.predict import main
+from training.registry.versions import load
 
 pytestmark = [pytest.mark.filterwarnings(line) for line in MLFLOW_WARNINGS]
 
@@ -61,7 +61,7 @@ def test_pictures_of_other_sizes_and_formats_get_their_class_names(tmp_path, cap
 
 def by_pillow(path: Path, resize: int) -> list[float]:
     """Percent of each class for the centre 227×227 of the picture at `resize`."""
-    model = registry.load("models:/alexnet@champion")
+    model = load("models:/alexnet@champion")
     with Image.open(path) as image:
         width, height = (round(side * resize / min(image.size)) for side in image.size)
         left, top = (width - 227) // 2, (height - 227) // 2

@@ -13,7 +13,8 @@ import torch
 from alexnet.errors import UserError
 from alexnet.predict import decode, top_k
 from alexnet.preprocess import resize_and_crop
-from training import registry, tracking
+from training import tracking
+from training.registry.versions import load
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -28,7 +29,7 @@ def main(argv: list[str] | None = None) -> int:
             raise UserError(f"--top {args.top} is below 1; pass 1 or more")
         pictures = [decode(path) for path in args.images]
         tracking.connect(tracking.tracking_uri())
-        model = registry.load(args.model)
+        model = load(args.model)
         spec = model.input_spec
         images = torch.stack([resize_and_crop(p, spec.resize, spec.crop) for p in pictures])
         found = top_k(model.network, images, spec, model.class_names, args.top)

@@ -31,10 +31,11 @@ from ray.train.torch import TorchTrainer
 
 from alexnet.errors import UserError
 from pipelines import cluster, shards, storage
-from training import checkpoint, registry, tracking
+from training import checkpoint, tracking
 from training.command_line import parse
 from training.config import TrainConfig, to_dict
 from training.dry_run import check_writable, dry_run, resolve
+from training.registry.package import register
 from training.worker import FinalErrors, said, train_worker
 
 logger = logging.getLogger("training")
@@ -186,7 +187,7 @@ def _register(
     config = dataclasses.replace(config, register=config.register and not config.synthetic)
     with checkpoint.newest_good(storage.join(str(config.storage), str(config.name))) as last:
         assert last is not None, "a finished training has saved its last step"
-        return registry.register(client, run_id, last, manifest, config)
+        return register(client, run_id, last, manifest, config)
 
 
 def _announce(config: TrainConfig, manifest: shards.Manifest, cpus: int, use_gpu: bool) -> None:

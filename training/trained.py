@@ -79,20 +79,22 @@ def _other_classes(has: tuple[str, ...], wanted: tuple[str, ...]) -> str:
 
 
 def _registered(model: str) -> Trained:
-    from training import registry, tracking  # mlflow takes seconds, and a checkpoint needs none
+    # mlflow takes seconds, and a checkpoint needs none
+    from training import tracking
+    from training.registry import versions
 
     client = tracking.connect(tracking.tracking_uri())
     uri = model
     if "/" not in model:
-        uri = f"models:/{registry.NAME}{'/' if model.isdecimal() else '@'}{model}"
+        uri = f"models:/{versions.NAME}{'/' if model.isdecimal() else '@'}{model}"
     about = ""
     if match := re.fullmatch(r"models:/([^/@]+)@(.+)", uri):
         # The version is what is reported: the alias may point elsewhere tomorrow. Where there is no
-        # such alias, `registry.load` says so.
+        # such alias, `versions.load` says so.
         with contextlib.suppress(*tracking.FAILURES):
-            version = client.get_model_version_by_alias(match[1], match[2])
-            uri, about = f"models:/{match[1]}/{version.version}", f"now {match[2]}"
-    found = registry.load(uri)
+            held = client.get_model_version_by_alias(match[1], match[2])
+            uri, about = f"models:/{match[1]}/{held.version}", f"now {match[2]}"
+    found = versions.load(uri)
     return Trained(uri, about, found.network, found.input_spec, found.wnids, None)
 
 
