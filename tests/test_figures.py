@@ -78,6 +78,16 @@ def test_contact_sheet_shows_every_picture_above_its_names():
         assert whole.x0 <= said.x0 and said.x1 <= whole.x1 and whole.y0 <= said.y0
 
 
+def test_contact_sheet_of_unlabelled_pictures_says_only_what_they_are_taken_for():
+    captions = [Caption(None, "tench", 0.5), Caption("tench", "tench", 0.9)]
+    figure = contact_sheet(torch.zeros(2, 3, 227, 227, dtype=torch.uint8), captions, "a title")
+    FigureCanvasAgg(figure).draw()
+    unlabelled, right = figure.axes
+    assert unlabelled.get_xlabel() == "" and right.get_xlabel() == "is: tench"
+    assert unlabelled.texts[0].get_text() == "said: tench, 50.00%"
+    assert unlabelled.texts[0].get_color() == right.texts[0].get_color() == "black"
+
+
 def test_a_sheet_without_mistakes_is_empty():
     figure = contact_sheet(torch.empty(0, dtype=torch.uint8), [], "none")
     FigureCanvasAgg(figure).draw()

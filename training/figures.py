@@ -59,17 +59,17 @@ def conv1_kernels(weight: torch.Tensor) -> Figure:
 
 @dataclass(frozen=True)
 class Caption:
-    """Names of a picture's class and of the one that the network takes it for, with what share of
-    its belief (0..1)."""
+    """Names of a picture's class (None where nobody knows it) and of the one that the network takes
+    it for, with what share of its belief (0..1)."""
 
-    true: str
+    true: str | None
     predicted: str
     probability: float
 
 
 def contact_sheet(pictures: torch.Tensor, captions: Sequence[Caption], title: str) -> Figure:
-    """Pictures, uint8 (N,3,S,S) on the CPU, in rows of six; below each its class and, in red, what
-    it was taken for."""
+    """Pictures, uint8 (N,3,S,S) on the CPU, in rows of six; below each its class, where that is
+    known, and what it was taken for: in red where the two differ."""
     rows = max(1, -(-len(captions) // _COLUMNS))
     height = rows * _CELL_HEIGHT + _TITLE_HEIGHT
     figure = Figure(figsize=(_COLUMNS * _CELL_WIDTH, height))
@@ -82,13 +82,16 @@ def contact_sheet(pictures: torch.Tensor, captions: Sequence[Caption], title: st
             (left, (top - side) / height, 0.92 / _COLUMNS, side / height), xticks=[], yticks=[]
         )
         axes.imshow(picture.permute(1, 2, 0).numpy())
-        axes.set_xlabel(f"is: {short(caption.true)}", fontsize=7, labelpad=2, parse_math=False)
+        if caption.true is not None:
+            is_class = f"is: {short(caption.true)}"
+            axes.set_xlabel(is_class, fontsize=7, labelpad=2, parse_math=False)
+        is_mistake = caption.true not in (None, caption.predicted)
         said = f"said: {short(caption.predicted)}, {caption.probability:.2%}"
         axes.text(
             0.5,
-            -0.15,
+            -0.15 if caption.true is not None else -0.06,
             said,
-            color="firebrick",
+            color="firebrick" if is_mistake else "black",
             fontsize=7,
             ha="center",
             va="center",
