@@ -1,9 +1,13 @@
 """Versions of the registered model and their aliases, as MLflow keeps them."""
 
-import json
-import os
+import contextlib
+import hashlib
+import re
+import tempfile
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import mlflow
 import torch
@@ -12,51 +16,78 @@ from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
+from alexnet.classifier import load_network, read_description
 from alexnet.errors import UserError
 from alexnet.preprocess import InputSpec
 
 NAME = "alexnet"
-DESCRIPTION = "alexnet.json"
+# In a version's folder. MLflow puts what a model loads below artifacts/ and its code below code/.
+WEIGHTS = "artifacts/model.safetensors"
+DESCRIPTION = "artifacts/alexnet.json"
+# One line "sha256  path" for each other file; the version's tag `artifacts_sha256` is its sha256.
+SUMS = "SHA256SUMS"
+
+_VERSION_URI = re.compile(r"models:/([^/@]+)(?:/(.+)|@(.+))")
+_MISSING = "RESOURCE_DOES_NOT_EXIST"
 
 
 @dataclass(frozen=True)
 class Registered:
-    """A version as it comes out of the registry: the network and what travels with it."""
+    """A version as it comes out of the registry: the network and what travels with it.
 
-    network: torch.nn.Module  # float32 (N,3,227,227) -> logits (N, classes)
+    description: the whole of its alexnet.json, such as `recipe`, `model` and `manifest_sha256`.
+    """
+
+    network: torch.nn.Module  # float32 (N,3,227,227) -> logits (N, classes), on the CPU
     input_spec: InputSpec
     class_names: tuple[str, ...]
     wnids: tuple[str, ...]
+    description: dict[str, Any]
 
 
 def load(uri: str) -> Registered:
-    """A registered model, e.g. models:/alexnet@champion, on the CPU, with pickle refused.
+    """A registered model, e.g. models:/alexnet@champion, or the folder of one.
 
-    Raises UserError for a URI that names nothing, or nothing that can be loaded so.
+    The network is this program's own, with the weights of a safetensors file: neither code nor
+    pickle of the registry is run. Raises UserError for a URI that names nothing, for a model that
+    was not registered by a training, and for files that are not those that were registered.
     """
-    # MLflow would otherwise unpickle whatever somebody put into the registry, even inside of an
-    # exported program, where torch.export itself falls back to an unsafe reader.
-    os.environ["MLFLOW_ALLOW_PICKLE_DESERIALIZATION"] = "false"
-    try:
-        folder = Path(mlflow.artifacts.download_artifacts(uri))
-        network = mlflow.pytorch.load_model(str(folder))
-        description = json.loads((folder / "extra_files" / DESCRIPTION).read_text())
-    except (MlflowException, OSError) as error:
-        raise UserError(
-            f"{uri} cannot be loaded ({str(error).splitlines()[0][:200]}); "
-            "`python -m training.registry list` shows what there is"
-        ) from error
-    network.training = False  # it was exported in evaluation mode, yet its flag says otherwise
-    return Registered(
-        network=network,
-        input_spec=InputSpec.from_json(description["input_spec"]),
-        class_names=tuple(description["class_names"]),
-        wnids=tuple(description["wnids"]),
-    )
+    with _downloaded(uri) as (folder, registered):
+        _refuse_changed(uri, folder, registered)
+        description = read_description(folder / DESCRIPTION)
+        try:
+            return Registered(
+                network=load_network(folder / WEIGHTS, description["model"]),
+                input_spec=InputSpec.from_json(description["input_spec"]),
+                class_names=tuple(description["class_names"]),
+                wnids=tuple(description["wnids"]),
+                description=description,
+            )
+        except (KeyError, TypeError) as error:
+            raise UserError(f"{uri}: its alexnet.json lacks {error}; register it again") from error
+
+
+def verify(client: MlflowClient, version: ModelVersion) -> list[str]:
+    """What differs from the files that were registered, such as "artifacts/alexnet.json changed";
+    [] when all is as it was. Compares the folder with the version's tag `artifacts_sha256`.
+
+    Raises UserError where the version's files cannot be had, or it has no such tag.
+    """
+    uri = f"models:/{version.name}/{version.version}"
+    with _downloaded(uri) as (folder, _):
+        return _differences(folder, _registered_sums(uri, version))
 
 
 def versions(client: MlflowClient) -> list[ModelVersion]:
-    return list(client.search_model_versions(f"name = '{NAME}'"))
+    """All of them, newest first."""
+    found: list[ModelVersion] = []
+    token = None
+    while True:
+        page = client.search_model_versions(f"name = '{NAME}'", page_token=token)
+        found += page
+        token = page.token
+        if not token:
+            return sorted(found, key=lambda version: -int(version.version))
 
 
 def run_of(client: MlflowClient, version: ModelVersion) -> Run | None:
@@ -64,26 +95,128 @@ def run_of(client: MlflowClient, version: ModelVersion) -> Run | None:
     try:
         return client.get_run(version.run_id) if version.run_id else None
     except MlflowException as error:
-        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+        if error.error_code == _MISSING:
             return None
         raise
 
 
 def aliases(client: MlflowClient) -> dict[str, str]:
+    """Alias → the version's number."""
     try:
         found = client.get_registered_model(NAME).aliases
     except MlflowException as error:
-        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+        if error.error_code == _MISSING:
             return {}
         raise
     return {name: str(version) for name, version in found.items()}
 
 
 def resolve(client: MlflowClient, version: str | None) -> ModelVersion:
-    version = version or aliases(client).get("candidate")
-    if version is None:
+    """version: a number or an alias; None takes the candidate.
+
+    Raises UserError, naming what there is, for one that there is not.
+    """
+    held = aliases(client)
+    if version is None and "candidate" not in held:
         raise UserError("there is no candidate; train one with `python training/run.py`")
-    known = {str(v.version): v for v in versions(client)}
-    if version not in known:
-        raise UserError(f"there is no version {version}; there are {', '.join(known) or 'none'}")
-    return known[version]
+    asked = "candidate" if version is None else version
+    number = held.get(asked) or (asked if re.fullmatch(r"[0-9]{1,9}", asked) else None)
+    if number is not None:
+        try:
+            return client.get_model_version(NAME, str(int(number)))
+        except MlflowException as error:
+            if error.error_code != _MISSING:
+                raise
+    raise UserError(f"there is no version {asked}; there are {_what_there_is(client, held)}")
+
+
+def _what_there_is(client: MlflowClient, held: Mapping[str, str]) -> str:
+    numbers = [str(version.version) for version in versions(client)]
+    listed = ", ".join(numbers[:10]) + (f", … ({len(numbers)} in all)" if numbers[10:] else "")
+    return (listed or "none") + (f"; aliases {', '.join(sorted(held))}" if held else "")
+
+
+def file_sums(folder: Path) -> str:
+    """What belongs in SUMS: "sha256  path" of each other file, sorted by path, a line each."""
+    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*"))
+    names = [name for name in names if (folder / name).is_file() and not _added_later(name)]
+    return "".join(f"{_sha256(folder / name)}  {name}\n" for name in names if name != SUMS)
+
+
+@contextlib.contextmanager
+def _downloaded(uri: str) -> Iterator[tuple[Path, ModelVersion | None]]:
+    """A private copy, so that nobody changes what was checked before it is read; and the version,
+    where the URI is one's. An alias is looked up once: it may move meanwhile."""
+    version = None
+    with tempfile.TemporaryDirectory(prefix="registered-") as copy:
+        try:
+            if match := _VERSION_URI.fullmatch(uri):
+                version = _version(MlflowClient(), *match.groups())
+                uri = f"models:/{version.name}/{version.version}"
+            found = mlflow.artifacts.download_artifacts(uri, dst_path=copy)
+        except (MlflowException, OSError) as error:
+            raise UserError(
+                f"{uri} cannot be loaded ({str(error).splitlines()[0][:200]}); "
+                "`python -m training.registry list` shows what there is"
+            ) from error
+        yield Path(found), version
+
+
+def _version(
+    client: MlflowClient, name: str, number: str | None, alias: str | None
+) -> ModelVersion:
+    if alias is not None:
+        return client.get_model_version_by_alias(name, alias)
+    return client.get_model_version(name, number)
+
+
+def _refuse_changed(uri: str, folder: Path, version: ModelVersion | None) -> None:
+    """A folder of no version has nobody to vouch for its sums; they are compared all the same."""
+    if version is None:
+        sums = folder / SUMS
+        registered = _sha256(sums) if sums.is_file() else ""
+    else:
+        registered = _registered_sums(uri, version)
+    if changed := _differences(folder, registered):
+        listed = ", ".join(changed[:3]) + (f" and {len(changed) - 3} more" if changed[3:] else "")
+        raise UserError(
+            f"{uri}: its files are not those that were registered ({listed}); register it again"
+        )
+
+
+def _registered_sums(uri: str, version: ModelVersion) -> str:
+    registered = version.tags.get("artifacts_sha256")
+    if registered is None:
+        raise UserError(
+            f"{uri} was not registered by a training: it has no artifacts_sha256 to check its "
+            "files against; register it with `python training/run.py`"
+        )
+    return str(registered)
+
+
+def _differences(folder: Path, registered: str) -> list[str]:
+    """registered: sha256 of the folder's SUMS when it was registered."""
+    sums = folder / SUMS
+    if not sums.is_file():
+        return [f"{SUMS} missing"]
+    if _sha256(sums) != registered:
+        return [f"{SUMS} changed"]
+    then, now = _parsed(sums.read_text()), _parsed(file_sums(folder))
+    words = dict.fromkeys(then.keys() - now.keys(), "missing")
+    words |= dict.fromkeys(now.keys() - then.keys(), "added")
+    words |= {name: "changed" for name in then.keys() & now.keys() if then[name] != now[name]}
+    return [f"{name} {words[name]}" for name in sorted(words)]
+
+
+def _parsed(sums: str) -> dict[str, str]:
+    lines = (line.split("  ", 1) for line in sums.splitlines())
+    return {name: digest for digest, name in lines}
+
+
+def _added_later(name: str) -> bool:
+    return name == "registered_model_meta" or "__pycache__" in name.split("/")
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
