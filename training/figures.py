@@ -1,5 +1,9 @@
-"""Pictures of a training: the curves, the first layer's kernels, and what a network mistakes."""
+"""Pictures of a training: the curves, the first layer's kernels, what a network says of pictures.
 
+python -m training.figures MODEL        (see paper_figures.py)
+"""
+
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -101,7 +105,75 @@ def contact_sheet(pictures: torch.Tensor, captions: Sequence[Caption], title: st
     return figure
 
 
+@dataclass(frozen=True)
+class Panel:
+    """image: uint8 (3, S, S) on the CPU; true: the name of its class; likeliest: names of classes
+    with their probabilities (0..1), the highest first."""
+
+    key: str
+    image: torch.Tensor
+    true: str
+    likeliest: tuple[tuple[str, float], ...]
+
+
+def top5_panels(panels: Sequence[Panel], title: str) -> Figure:
+    """As in figure 4 (left) of the paper, in rows of four: each picture above its class and the
+    bars of its likeliest classes, red for the right one."""
+    columns, rows = 4, -(-len(panels) // 4)
+    figure = Figure(figsize=(columns * 2.5, rows * 4.2 + _TITLE_HEIGHT), layout="constrained")
+    figure.suptitle(title, fontsize=10, parse_math=False)
+    grid = figure.add_gridspec(2 * rows, columns, height_ratios=(2.4, 1.2) * rows)
+    for number, panel in enumerate(panels):
+        row, column = divmod(number, columns)
+        picture = figure.add_subplot(grid[2 * row, column], xticks=[], yticks=[])
+        picture.imshow(panel.image.permute(1, 2, 0).numpy())
+        picture.set_xlabel(short(panel.true), fontsize=9, fontweight="bold", parse_math=False)
+        bars = figure.add_subplot(grid[2 * row + 1, column], xticks=[], yticks=[], xlim=(0, 1))
+        for place, (name, probability) in enumerate(panel.likeliest):
+            colour = "#e0787a" if name == panel.true else "#9db8d9"
+            bars.barh(-place, probability, height=0.9, color=colour)
+            bars.text(0.02, -place, short(name), fontsize=8, va="center", parse_math=False)
+            bars.text(0.98, -place, f"{probability:.0%}", fontsize=8, va="center", ha="right")
+        bars.set_ylim(-4.6, 0.6)
+    return figure
+
+
+@dataclass(frozen=True)
+class Neighbours:
+    """A picture, uint8 (3, S, S), and those nearest to it, uint8 (N, 3, S, S), with distances."""
+
+    query: torch.Tensor
+    images: torch.Tensor
+    distances: tuple[float, ...]
+
+
+def neighbours(found: Sequence[Neighbours], title: str) -> Figure:
+    """As in figure 4 (right) of the paper: a row for each query, which stands first, with a gap
+    before its neighbours."""
+    columns = 1 + max(len(row.images) for row in found)
+    figure = Figure(figsize=(columns * 1.3 + 0.2, len(found) * 1.5 + 0.7), layout="constrained")
+    figure.suptitle(title, fontsize=9, parse_math=False)
+    grid = figure.add_gridspec(
+        len(found), columns + 1, width_ratios=(1, 0.12, *[1] * (columns - 1))
+    )
+    for number, row in enumerate(found):
+        query = figure.add_subplot(grid[number, 0], xticks=[], yticks=[])
+        query.imshow(row.query.permute(1, 2, 0).numpy())
+        for place, (image, distance) in enumerate(zip(row.images, row.distances, strict=True)):
+            axes = figure.add_subplot(grid[number, place + 2], xticks=[], yticks=[])
+            axes.imshow(image.permute(1, 2, 0).numpy())
+            axes.set_xlabel(f"{distance:.1f}", fontsize=7, labelpad=2)
+    return figure
+
+
 def short(name: str) -> str:
     """The first of a class's synonyms, cut to what fits: "tench" of "tench, Tinca tinca"."""
     first = name.split(",")[0]
     return first if len(first) <= _NAME_LENGTH else f"{first[: _NAME_LENGTH - 1]}…"
+
+
+if __name__ == "__main__":
+    # Imported by name: the module that runs as __main__ is not the training.figures of the others.
+    from training.paper_figures import main
+
+    sys.exit(main())
