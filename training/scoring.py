@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-import functools
+import logging
 import os
 import sys
 import threading
@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol, TextIO, cast
+from typing import Any, Protocol, TextIO
 
 import numpy as np
 import pyarrow as pa
@@ -22,22 +22,9 @@ from numpy.typing import NDArray
 from alexnet.errors import UserError
 from alexnet.preprocess import InputSpec
 from pipelines import shards, storage
-from training.evaluate import Metrics, Scores, _place, scores
-from training.loader import Batches, Loader
-from training.order import Ids
+from training.evaluate import Metrics
+from training.shard_scores import Job, Scorer, first_of_each
 
-KEPT = 5  # likeliest classes of each picture
-# One row per picture, in the order of the shard. place: how many classes stand before the true one,
-# of equals the lower label first; loss in nats; the likeliest classes with their probabilities.
-ROWS = pa.schema(
-    [
-        ("label", pa.int32()),
-        ("place", pa.int32()),
-        ("loss", pa.float64()),
-        ("likeliest", pa.list_(pa.int32())),
-        ("probabilities", pa.list_(pa.float32())),
-    ]
-)
 Tell = Callable[[int, int], None]  # pictures done, of how many
 _SCHEDULER_SECONDS = 10
 _TOLD_EVERY = 0.2  # seconds
@@ -68,7 +55,8 @@ class Scored:
 
     @property
     def correct(self) -> NDArray[np.bool_]:
-        return self.place == 0
+        right: NDArray[np.bool_] = self.place == 0
+        return right
 
     @property
     def metrics(self) -> Metrics:
@@ -119,17 +107,6 @@ def score(
     )
 
 
-def first_of_each(lists: pa.ChunkedArray) -> NDArray[Any]:
-    """(N,): the first value of each list; none is empty."""
-    chunks = [chunk.flatten().to_numpy()[_starts(chunk)] for chunk in lists.chunks]
-    return np.concatenate(chunks)
-
-
-def _starts(lists: pa.ListArray) -> NDArray[np.int64]:
-    lengths = np.asarray(lists.value_lengths(), dtype=np.int64)
-    return np.cumsum(lengths) - lengths
-
-
 def score_shards(
     model: Model,
     data: str,
@@ -149,7 +126,7 @@ def score_shards(
     total = sum(infos[number].samples for number in numbers)
     if total == 0:
         raise UserError(f"split {split} of {data} has no pictures; choose another --split")
-    job = _Job(storage.absolute(data), manifest, split, model.input_spec)
+    job = Job(storage.absolute(data), manifest, split, model.input_spec)
     progress = _Progress(total, tell)
     if workers is None:
         found = _here(model.network, job, numbers, progress)
@@ -164,16 +141,6 @@ def score_shards(
     assert seen == total, f"scored {seen} of {total} pictures"
 
 
-@dataclass(frozen=True)
-class _Job:
-    """What a process needs to score shards, besides the network."""
-
-    data: str
-    manifest: shards.Manifest
-    split: str
-    input_spec: InputSpec
-
-
 class _Progress:
     def __init__(self, total: int, tell: Tell | None) -> None:
         self._done, self._total, self._tell = 0, total, tell
@@ -185,86 +152,108 @@ class _Progress:
 
 
 def _here(
-    network: torch.nn.Module, job: _Job, numbers: Sequence[int], progress: _Progress
+    network: torch.nn.Module, job: Job, numbers: Sequence[int], progress: _Progress
 ) -> Generator[tuple[int, pa.Table]]:
-    with _Scorer(network, job, os.cpu_count() or 1) as scorer:
+    with Scorer(network, job, os.cpu_count() or 1) as scorer:
         for number in numbers:
             yield number, scorer.shard(number, progress.count)
 
 
-class _Scorer:
-    """A network and the loader of one split."""
-
-    def __init__(self, network: torch.nn.Module, job: _Job, threads: int) -> None:
-        self._network, self._job = network, job
-        self._device = next(network.parameters()).device
-        infos = job.manifest.split_shards(job.split)
-        self._ends = np.cumsum([info.samples for info in infos]).tolist()
-        self._sizes = [info.samples for info in infos]
-        self._loader = Loader(job.data, job.manifest, job.split, threads=threads)
-
-    def __enter__(self) -> _Scorer:
-        return self
-
-    def __exit__(self, *details: object) -> None:
-        self._loader.__exit__(*details)
-
-    def shard(self, number: int, count: Callable[[int], None] = lambda pictures: None) -> pa.Table:
-        """The `ROWS` of a shard; `count` is told how many pictures each batch had."""
-        ids = np.arange(self._ends[number] - self._sizes[number], self._ends[number])
-        part = cast(Loader, _Part(self._loader, ids))
-        batches = []
-        if len(ids):
-            for batch in scores(self._network, part, self._job.input_spec, device=self._device):
-                batches.append(_rows(batch))
-                count(len(batches[-1]))
-        return pa.concat_tables([ROWS.empty_table(), *batches]).combine_chunks()
-
-
-@dataclass(frozen=True)
-class _Part:
-    """Some samples of a loader, as if they were a split."""
-
-    loader: Loader
-    ids: Ids
-
-    @property
-    def num_samples(self) -> int:
-        return len(self.ids)
-
-    def batches(self, parts: Sequence[Ids], *, pin: bool = False) -> Batches:
-        return self.loader.batches([self.ids[part] for part in parts], pin=pin)
-
-
-def _rows(batch: Scores) -> pa.Table:
-    # Stable, so that of equals the lower label is first, as in argmax.
-    values, classes = batch.log_probabilities.sort(dim=1, descending=True, stable=True)
-    own = batch.log_probabilities.gather(1, batch.labels[:, None])[:, 0]
-    place = _place(batch).clamp_max(torch.iinfo(torch.int32).max)  # of NaN
-    columns = [
-        pa.array(batch.labels.int().cpu().numpy()),
-        pa.array(place.int().cpu().numpy()),
-        pa.array(-own.double().cpu().numpy()),
-        _lists(classes[:, :KEPT].int().cpu().numpy()),
-        _lists(values[:, :KEPT].exp().cpu().numpy()),
-    ]
-    return pa.table(columns, schema=ROWS)
-
-
-def _lists(values: NDArray[Any]) -> pa.ListArray:
-    offsets = np.arange(len(values) + 1, dtype=np.int32) * values.shape[1]
-    return pa.ListArray.from_arrays(offsets, np.ascontiguousarray(values).ravel())
-
-
 def _on_ray(
     network: torch.nn.Module,
-    job: _Job,
+    job: Job,
     numbers: Sequence[int],
     workers: int,
     shared_fs: bool,
     progress: _Progress,
 ) -> Generator[tuple[int, pa.Table]]:
-    raise UserError(f"--workers {workers}: leave it out")
+    """As `_here`, with a task for each shard and a process of its own for each worker."""
+    import ray
+    import ray.data
+
+    from pipelines import cluster
+
+    if workers < 1:
+        raise UserError(f"{workers} workers cannot score anything; ask for 1 or more")
+    with _ray():
+        cluster.refuse_local_paths([job.data], shared_fs=shared_fs)
+        context = ray.data.DataContext.get_current()
+        context.enable_progress_bars = False  # they count shards; ours count pictures
+        context.print_on_execution_start = False
+        logging.getLogger("ray.data").setLevel(logging.WARNING)
+        logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
+        # More processes than CPUs would wait for ever.
+        cpus = int(ray.cluster_resources().get("CPU", 1))
+        rows = [{"number": number} for number in numbers]
+        dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
+            _Worker,
+            fn_constructor_args=(*_sent(network), ray.put(job)),
+            num_cpus=1,
+            compute=ray.data.ActorPoolStrategy(size=min(workers, len(rows), cpus)),
+        )
+        with closing(iter(dataset.iter_rows())) as answers:
+            for answer in answers:
+                if answer["error"]:
+                    raise UserError(answer["error"])
+                table = shards.read_parquet(answer["table"])
+                progress.count(len(table))
+                yield answer["number"], table
+
+
+@contextmanager
+def _ray() -> Iterator[None]:
+    """A connection to Ray, closed afterwards unless it was there before."""
+    import ray
+
+    from pipelines import cluster
+
+    joined_before = ray.is_initialized()
+    try:
+        cluster.connect()
+        yield
+    finally:
+        # After Ctrl-C its scheduler still runs for a moment, and Ray's C++ ends the whole process
+        # with a code of its own when the cluster goes away under it.
+        for thread in threading.enumerate():
+            if thread.name.startswith("StreamingExecutor"):
+                thread.join(_SCHEDULER_SECONDS)
+        if not joined_before:
+            ray.shutdown()
+
+
+def _sent(network: torch.nn.Module) -> tuple[Any, Any]:
+    """References to the network without its weights, and to these. As NumPy arrays, all workers of
+    a node share the one copy in its object store instead of holding 250 MB each."""
+    import ray
+
+    weights = {name: tensor.cpu().numpy() for name, tensor in network.state_dict().items()}
+    return ray.put(copy.deepcopy(network).to("meta")), ray.put(weights)
+
+
+class _Worker:
+    """An actor: the network and the loader, once for all its shards."""
+
+    def __init__(self, network_ref: Any, weights_ref: Any, job_ref: Any) -> None:
+        import ray
+
+        network, weights, job = ray.get([network_ref, weights_ref, job_ref])
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+            tensors = {name: torch.from_numpy(array) for name, array in weights.items()}
+        network.load_state_dict(tensors, assign=True)
+        self._network, self._job = network, job
+        self._scorer: Scorer | None = None
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        """What the user can mend goes back as a row: raised here, it would reach them as a page of
+        Ray's own traceback."""
+        try:
+            if self._scorer is None:
+                self._scorer = Scorer(self._network, self._job, threads=1)
+            table = self._scorer.shard(int(row["number"]))
+        except UserError as error:
+            return {"number": row["number"], "error": str(error), "table": b""}
+        return {"number": row["number"], "error": "", "table": shards.parquet_bytes(table)}
 
 
 def terminal_line(name: str, stream: TextIO | None = None) -> Tell | None:
