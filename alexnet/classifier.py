@@ -52,7 +52,7 @@ class ModelFields:
 
 
 def read_description(path: Path) -> dict[str, Any]:
-    """The JSON beside the weights. Raises UserError for one that is damaged or of another layout."""
+    """The JSON beside the weights. Raises UserError for a damaged one and for another layout."""
     try:
         description: dict[str, Any] = json.loads(path.read_text())
         layout = description["layout"]

@@ -1,6 +1,7 @@
 """A registry with four versions of small models, trained once for all tests that ask."""
 
 import dataclasses
+import hashlib
 import json
 import logging
 import shutil
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import mlflow
 import pytest
+from mlflow.entities.model_registry import ModelVersion
 from mlflow.tracking import MlflowClient
 from shard_sets import write_shard_set
 from small_training import BY_HEART, Record, fit, small_config
@@ -16,7 +18,7 @@ from pipelines.shards import load_manifest
 from training import tracking
 from training.config import TrainConfig
 from training.registry.package import register
-from training.registry.versions import NAME
+from training.registry.versions import DESCRIPTION, NAME, SUMS, file_sums
 
 # MLflow's own, at its first import; nothing that a caller could do otherwise.
 MLFLOW_WARNINGS = [
@@ -67,13 +69,14 @@ def _register_all(folder: Path, data: str) -> Built:
     poor = fit(poor_config, data, folder / "poor")
     run_id = _logged_run(client, "good", GOOD_CONFIG, data, good)
     register(client, run_id, good.last, manifest, GOOD_CONFIG)
-    source = client.get_model_version(NAME, GOOD).source
+    registered = client.get_model_version(NAME, GOOD)
     run_id = _logged_run(client, "again", GOOD_CONFIG, data, good)
-    client.create_model_version(NAME, source, run_id, tags={"recipe": "deck"})
+    client.create_model_version(NAME, registered.source, run_id, tags=registered.tags)
     run_id = _logged_run(client, "poor", poor_config, data, poor)
     register(client, run_id, poor.last, manifest, poor_config)
     run_id = _logged_run(client, "foreign", GOOD_CONFIG, data, good)
-    client.create_model_version(NAME, _with_other_classes(source, folder), run_id)
+    copied, tags = _with_other_classes(registered, folder)
+    client.create_model_version(NAME, copied, run_id, tags=tags)
     return Built(folder, data, good.last)
 
 
@@ -89,9 +92,15 @@ def _logged_run(
     return run_id
 
 
-def _with_other_classes(source: str, folder: Path) -> str:
-    copied = mlflow.artifacts.download_artifacts(source, dst_path=str(folder / "foreign"))
-    path = Path(copied) / "extra_files" / "alexnet.json"
+def _with_other_classes(registered: ModelVersion, folder: Path) -> tuple[str, dict[str, str]]:
+    """A copy that is whole by its own hashes, and its tags."""
+    copied = mlflow.artifacts.download_artifacts(
+        registered.source, dst_path=str(folder / "foreign")
+    )
+    path = Path(copied) / DESCRIPTION
     description = json.loads(path.read_text())
     path.write_text(json.dumps(description | {"wnids": ["n90", "n91", "n92", "n93"]}))
-    return copied
+    sums = file_sums(Path(copied))
+    (Path(copied) / SUMS).write_text(sums)
+    digest = hashlib.sha256(sums.encode()).hexdigest()
+    return copied, registered.tags | {"artifacts_sha256": digest}

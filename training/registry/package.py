@@ -1,79 +1,197 @@
 """What a training leaves in the registry."""
 
 import json
+import os
 import tempfile
+import warnings
+from dataclasses import asdict
+from importlib.metadata import version as installed
 from pathlib import Path
 from typing import Any
 
-import mlflow
-import numpy as np
-import torch
-from mlflow.models import ModelSignature
+from mlflow.entities import LoggedModelOutput
+from mlflow.exceptions import MlflowException
+from mlflow.models import Model, ModelSignature
 from mlflow.tracking import MlflowClient
-from mlflow.types import Schema, TensorSpec
+from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
+from mlflow.types.schema import Array
+from safetensors.torch import save_file
 
-from alexnet.preprocess import NETWORK_SIDE
+import alexnet
+from alexnet.classifier import LAYOUT, Classifier, ModelFields
+from alexnet.model import AlexNet
+from alexnet.preprocess import NETWORK_SIDE, InputSpec
 from pipelines import shards
 from training import checkpoint, figures, tracking
 from training.config import TrainConfig
 from training.loop import build_model
-from training.registry.versions import DESCRIPTION, NAME
+from training.registry import exports
+from training.registry.versions import DESCRIPTION, NAME, SUMS, WEIGHTS, file_sums, sha256
+
+_REQUIRED = ("mlflow", "numpy", "pandas", "pillow", "safetensors", "torch")
 
 
 def register(
     client: MlflowClient, run_id: str, folder: Path, manifest: shards.Manifest, config: TrainConfig
 ) -> str | None:
-    """Logs a finished training's pictures and model to its run; returns the new version's number.
+    """Logs a finished training's pictures, exports and model; returns the new version's number.
 
-    folder: the last checkpoint. The model is a `torch.export` program without pickle, float32 in,
-    logits out, any batch size, loadable on a CPU; class names, geometry and statistics lie beside
-    it. Alias `candidate` moves to the new version; None when config.register is off.
+    folder: the last checkpoint. The run gets `figures/` and `exports/` (see exports.write), the
+    version what pyfunc_model.py needs: weights, alexnet.json and the package `alexnet`, without
+    pickle. The version comes last, with all of its tags, so that there is never half of one; then
+    alias `candidate` moves to it. None when config.register is off.
     """
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     state = checkpoint.load_state(folder)
-    model = build_model(config, manifest.num_classes)
-    checkpoint.load_model(folder, model)
+    network = build_model(config, manifest.num_classes).eval()
+    checkpoint.load_model(folder, network)
+    _log_figures(client, run_id, network, config)
+    if not config.register:
+        return None
+    description = _description(state["input_spec"], manifest, config)
+    with tempfile.TemporaryDirectory(prefix="register-") as temporary:
+        told = _log_exports(client, run_id, network, description, Path(temporary) / "exports")
+        model_id, sums = _log_model(client, run_id, network, description, Path(temporary))
+    tags = {"recipe": config.recipe, "variant": config.model.variant, **told, **sums}
+    _make_sure_of_name(client)
+    source = f"models:/{model_id}"
+    version = client.create_model_version(
+        NAME, source, run_id, tags=tags, await_creation_for=0, model_id=model_id
+    )
+    client.set_registered_model_alias(NAME, "candidate", version.version)
+    return str(version.version)
+
+
+def _log_figures(client: MlflowClient, run_id: str, network: AlexNet, config: TrainConfig) -> None:
     keys = ("loss", "top1", "val_loss", "val_top1")
     history = {key: tracking.metric_history(client, run_id, key) for key in keys}
     curves = figures.curves(history, str(config.name))
     client.log_figure(run_id, curves, "figures/curves.png")
-    kernels = figures.conv1_kernels(model.conv1.weight)
+    kernels = figures.conv1_kernels(network.conv1.weight)
     client.log_figure(run_id, kernels, "figures/conv1_kernels.png")
-    if not config.register:
-        return None
-    description = {
+
+
+def _description(
+    input_spec: dict[str, Any], manifest: shards.Manifest, config: TrainConfig
+) -> dict[str, Any]:
+    fields = asdict(config.model)
+    del fields["init"]  # how the weights began
+    model = ModelFields(**fields, num_classes=manifest.num_classes)
+    spec = InputSpec.from_json(input_spec)
+    return {
+        "layout": LAYOUT,
+        "model": asdict(model),
         "variant": config.model.variant,
         "recipe": config.recipe,
-        "input_spec": state["input_spec"],
-        "class_names": manifest.class_names,
-        "wnids": manifest.wnids,
+        "preprocessing": (
+            f"a picture as 8-bit RGB; its shorter side resized to {spec.resize} by antialiased "
+            f"Lanczos; the middle {spec.crop}×{spec.crop}, of that the middle "
+            f"{NETWORK_SIDE}×{NETWORK_SIDE}; per channel (pixel − mean) / std of input_spec. The "
+            "files of exports/ begin with that last step: uint8 (N, 3, 227, 227) in, logits out"
+        ),
+        "input_spec": input_spec,
+        "class_names": list(manifest.class_names),
+        "wnids": list(manifest.wnids),
         "manifest_sha256": manifest.digest,
     }
-    with tempfile.TemporaryDirectory() as beside:
-        extra = Path(beside) / DESCRIPTION
-        extra.write_text(json.dumps(description, indent=1))
-        info = _log_model(run_id, model.eval(), extra)
-    version = mlflow.register_model(info.model_uri, NAME).version
-    for key, value in (("recipe", config.recipe), ("variant", config.model.variant)):
-        client.set_model_version_tag(NAME, version, key, value)
-    client.set_registered_model_alias(NAME, "candidate", version)
-    return str(version)
 
 
-def _log_model(run_id: str, model: torch.nn.Module, extra: Path) -> Any:
-    shape = (-1, 3, NETWORK_SIDE, NETWORK_SIDE)
-    classes = model(torch.zeros(1, 3, NETWORK_SIDE, NETWORK_SIDE)).shape[1]
-    signature = ModelSignature(
-        inputs=Schema([TensorSpec(np.dtype("float32"), shape)]),
-        outputs=Schema([TensorSpec(np.dtype("float32"), (-1, classes))]),
+def _log_exports(
+    client: MlflowClient, run_id: str, network: AlexNet, description: dict[str, Any], folder: Path
+) -> dict[str, str]:
+    """Returns the version's tags that say how each export went."""
+    folder.mkdir()
+    spec = InputSpec.from_json(description["input_spec"])
+    told = exports.write(Classifier(network, spec).eval(), folder)
+    _write_description(description, folder / Path(DESCRIPTION).name)
+    client.log_artifacts(run_id, str(folder), "exports")
+    return {f"export_{kind}": outcome for kind, outcome in told.items()}
+
+
+def _log_model(
+    client: MlflowClient, run_id: str, network: AlexNet, description: dict[str, Any], folder: Path
+) -> tuple[str, dict[str, str]]:
+    """The id of the run's new MLflow model, and the version's tags that vouch for its files.
+
+    `mlflow.pyfunc.log_model` would do most of this, but it uploads before anybody can take the
+    files' hashes, and it needs an active run, whose status it then changes.
+    """
+    run = client.get_run(run_id)
+    logged = client.create_logged_model(
+        run.info.experiment_id, NAME, run_id, params=run.data.params, model_type=NAME
     )
-    with mlflow.start_run(run_id=run_id):
-        return mlflow.pytorch.log_model(
-            model,
-            name=NAME,
-            signature=signature,
-            # Two pictures: with one, the exported batch dimension would be fixed at one.
-            input_example=np.zeros((2, 3, NETWORK_SIDE, NETWORK_SIDE), dtype=np.float32),
-            serialization_format="pt2",
-            extra_files=[str(extra)],
-            pip_requirements=[f"torch=={torch.__version__.split('+')[0]}", "numpy"],
+    try:
+        saved = Model(NAME, run_id, model_uuid=logged.model_id, model_id=logged.model_id)
+        _save(network, description, folder, saved)
+        sums = folder / "model" / SUMS
+        sums.write_text(file_sums(folder / "model"))
+        client.log_model_artifacts(logged.model_id, str(folder / "model"))
+    except BaseException:
+        client.finalize_logged_model(logged.model_id, "FAILED")
+        raise
+    client.log_outputs(run_id, [LoggedModelOutput(logged.model_id, step=0)])
+    client.finalize_logged_model(logged.model_id, "READY")
+    weights = sha256(folder / "model" / WEIGHTS)
+    return logged.model_id, {"artifacts_sha256": sha256(sums), "weights_sha256": weights}
+
+
+def _save(network: AlexNet, description: dict[str, Any], folder: Path, saved: Model) -> None:
+    """Writes folder/model."""
+    import mlflow.pyfunc
+
+    weights, beside = folder / Path(WEIGHTS).name, folder / Path(DESCRIPTION).name
+    save_file({key: value.contiguous() for key, value in network.state_dict().items()}, weights)
+    _write_description(description, beside)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of MLflow about its own use of pandas
+        mlflow.pyfunc.save_model(
+            folder / "model",
+            python_model=str(Path(__file__).with_name("pyfunc_model.py")),
+            artifacts={"weights": str(weights), "description": str(beside)},
+            code_paths=[str(Path(alexnet.__file__).parent)],
+            signature=_signature(),
+            input_example=_example(),
+            pip_requirements=[f"{name}=={installed(name).split('+')[0]}" for name in _REQUIRED],
+            mlflow_model=saved,
         )
+
+
+def _signature() -> ModelSignature:
+    """Of what comes out; pyfunc_model.py says why not of what goes in."""
+    return ModelSignature(
+        outputs=Schema(
+            [
+                ColSpec(Array(DataType.string), "classes"),
+                ColSpec(Array(DataType.double), "probabilities"),
+            ]
+        ),
+        params=ParamSchema([ParamSpec("top_k", DataType.long, 5)]),
+    )
+
+
+def _example() -> Any:
+    """A data frame with one small picture, a gradient, as base64 text of its PNG file."""
+    import base64
+    import io
+
+    import numpy as np
+    import pandas as pd
+    from PIL import Image
+
+    content = io.BytesIO()
+    Image.fromarray(np.add.outer(np.arange(64), np.arange(64)).astype(np.uint8)).save(
+        content, "PNG"
+    )
+    return pd.DataFrame({"image": [base64.b64encode(content.getvalue()).decode()]})
+
+
+def _write_description(description: dict[str, Any], path: Path) -> None:
+    path.write_text(json.dumps(description, indent=1))
+
+
+def _make_sure_of_name(client: MlflowClient) -> None:
+    try:
+        client.create_registered_model(NAME)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise

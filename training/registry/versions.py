@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import os
 import re
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -140,7 +141,7 @@ def file_sums(folder: Path) -> str:
     """What belongs in SUMS: "sha256  path" of each other file, sorted by path, a line each."""
     names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*"))
     names = [name for name in names if (folder / name).is_file() and not _added_later(name)]
-    return "".join(f"{_sha256(folder / name)}  {name}\n" for name in names if name != SUMS)
+    return "".join(f"{sha256(folder / name)}  {name}\n" for name in names if name != SUMS)
 
 
 @contextlib.contextmanager
@@ -148,6 +149,7 @@ def _downloaded(uri: str) -> Iterator[tuple[Path, ModelVersion | None]]:
     """A private copy, so that nobody changes what was checked before it is read; and the version,
     where the URI is one's. An alias is looked up once: it may move meanwhile."""
     version = None
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     with tempfile.TemporaryDirectory(prefix="registered-") as copy:
         try:
             if match := _VERSION_URI.fullmatch(uri):
@@ -174,7 +176,7 @@ def _refuse_changed(uri: str, folder: Path, version: ModelVersion | None) -> Non
     """A folder of no version has nobody to vouch for its sums; they are compared all the same."""
     if version is None:
         sums = folder / SUMS
-        registered = _sha256(sums) if sums.is_file() else ""
+        registered = sha256(sums) if sums.is_file() else ""
     else:
         registered = _registered_sums(uri, version)
     if changed := _differences(folder, registered):
@@ -199,7 +201,7 @@ def _differences(folder: Path, registered: str) -> list[str]:
     sums = folder / SUMS
     if not sums.is_file():
         return [f"{SUMS} missing"]
-    if _sha256(sums) != registered:
+    if sha256(sums) != registered:
         return [f"{SUMS} changed"]
     then, now = _parsed(sums.read_text()), _parsed(file_sums(folder))
     words = dict.fromkeys(then.keys() - now.keys(), "missing")
@@ -217,6 +219,6 @@ def _added_later(name: str) -> bool:
     return name == "registered_model_meta" or "__pycache__" in name.split("/")
 
 
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
