@@ -25,7 +25,7 @@ from pipelines import shards
 from training import checkpoint, figures, tracking
 from training.config import TrainConfig
 from training.loop import build_model
-from training.registry import exports
+from training.registry import card, exports
 from training.registry.versions import DESCRIPTION, NAME, SUMS, WEIGHTS, file_sums, sha256
 
 _REQUIRED = ("mlflow", "numpy", "pandas", "pillow", "safetensors", "torch")
@@ -45,18 +45,27 @@ def register(
     state = checkpoint.load_state(folder)
     network = build_model(config, manifest.num_classes).eval()
     checkpoint.load_model(folder, network)
+    spec = InputSpec.from_json(state["input_spec"])
     _log_figures(client, run_id, network, config)
+    text = card.write(client, run_id, network, spec, manifest, config)
     if not config.register:
         return None
-    description = _description(state["input_spec"], manifest, config)
+    description = _description(spec, manifest, config)
     with tempfile.TemporaryDirectory(prefix="register-") as temporary:
-        told = _log_exports(client, run_id, network, description, Path(temporary) / "exports")
+        classifier = Classifier(network, spec).eval()
+        told = _log_exports(client, run_id, classifier, description, Path(temporary) / "exports")
         model_id, sums = _log_model(client, run_id, network, description, Path(temporary))
     tags = {"recipe": config.recipe, "variant": config.model.variant, **told, **sums}
     _make_sure_of_name(client)
     source = f"models:/{model_id}"
     version = client.create_model_version(
-        NAME, source, run_id, tags=tags, await_creation_for=0, model_id=model_id
+        NAME,
+        source,
+        run_id,
+        tags=tags,
+        description=text,
+        await_creation_for=0,
+        model_id=model_id,
     )
     client.set_registered_model_alias(NAME, "candidate", version.version)
     return str(version.version)
@@ -71,13 +80,10 @@ def _log_figures(client: MlflowClient, run_id: str, network: AlexNet, config: Tr
     client.log_figure(run_id, kernels, "figures/conv1_kernels.png")
 
 
-def _description(
-    input_spec: dict[str, Any], manifest: shards.Manifest, config: TrainConfig
-) -> dict[str, Any]:
+def _description(spec: InputSpec, manifest: shards.Manifest, config: TrainConfig) -> dict[str, Any]:
     fields = asdict(config.model)
     del fields["init"]  # how the weights began
     model = ModelFields(**fields, num_classes=manifest.num_classes)
-    spec = InputSpec.from_json(input_spec)
     return {
         "layout": LAYOUT,
         "model": asdict(model),
@@ -89,7 +95,7 @@ def _description(
             f"{NETWORK_SIDE}×{NETWORK_SIDE}; per channel (pixel − mean) / std of input_spec. The "
             "files of exports/ begin with that last step: uint8 (N, 3, 227, 227) in, logits out"
         ),
-        "input_spec": input_spec,
+        "input_spec": spec.to_json(),
         "class_names": list(manifest.class_names),
         "wnids": list(manifest.wnids),
         "manifest_sha256": manifest.digest,
@@ -97,12 +103,15 @@ def _description(
 
 
 def _log_exports(
-    client: MlflowClient, run_id: str, network: AlexNet, description: dict[str, Any], folder: Path
+    client: MlflowClient,
+    run_id: str,
+    classifier: Classifier,
+    description: dict[str, Any],
+    folder: Path,
 ) -> dict[str, str]:
     """Returns the version's tags that say how each export went."""
     folder.mkdir()
-    spec = InputSpec.from_json(description["input_spec"])
-    told = exports.write(Classifier(network, spec).eval(), folder)
+    told = exports.write(classifier, folder)
     _write_description(description, folder / Path(DESCRIPTION).name)
     client.log_artifacts(run_id, str(folder), "exports")
     return {f"export_{kind}": outcome for kind, outcome in told.items()}
@@ -175,7 +184,7 @@ def _example() -> Any:
     import io
 
     import numpy as np
-    import pandas as pd
+    import pandas as pd  # type: ignore[import-untyped]
     from PIL import Image
 
     content = io.BytesIO()
