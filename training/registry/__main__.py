@@ -1,65 +1,172 @@
 """Commands of the registry.
 
     python -m training.registry list
-    python -m training.registry promote [--version V] [--data OUT]
-    python -m training.registry rollback
+    python -m training.registry show V [--sample KEY]
+    python -m training.registry promote [V] [--dry-run] [--force --reason "…"]
+    python -m training.registry rollback [--dry-run]
+    python -m training.registry compare A B
 
-Exit codes: 0 done, 1 the gate refused, 2 wrong usage or input.
+V, A and B are numbers of versions or aliases such as candidate. With --json each prints JSON.
+
+Exit codes: 0 done, 1 the gate refused, 2 wrong usage or input, or MLflow failed, 130 interrupted.
 """
 
 import argparse
+import json
 import sys
+from collections.abc import Sequence
+from typing import Any
 
 from mlflow.tracking import MlflowClient
 
 from alexnet.errors import UserError
 from training import tracking
-from training.registry.gate import Refused, promote, rollback
-from training.registry.versions import aliases, run_of, versions
+from training.registry import alias, compare, lineage, listing, verdict
+from training.registry.alias import Refused
+from training.registry.gate import CHAMPION, Asked, promote, rollback
+from training.registry.versions import NAME, aliases, resolve
+
+# Exit code, the document for --json, the text otherwise.
+Answer = tuple[int, Any, str]
 
 
-def list_versions(client: MlflowClient) -> str:
-    """A table of all versions, newest first."""
-    lines = [f"{'version':<8}{'alias':<20}{'recipe':<8}{'val top-1':<11}{'run':<30}champion before"]
-    held_by = aliases(client)
-    for version in sorted(versions(client), key=lambda v: -int(v.version)):
-        run = run_of(client, version)
-        number = str(version.version)
-        held = ", ".join(sorted(alias for alias, v in held_by.items() if v == number))
-        name = run.info.run_name if run else ""
-        top1 = run.data.metrics.get("val_top1") if run else None
-        lines.append(
-            f"{number:<8}{held:<20}{version.tags.get('recipe', ''):<8}"
-            f"{'' if top1 is None else format(top1, '.4f'):<11}{name:<30}"
-            f"{version.tags.get('previous_champion', '')}"
-        )
-    return "\n".join(lines)
-
-
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser("python -m training.registry", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("list", help="all versions with their aliases and accuracy")
-    gate = commands.add_parser("promote", help="check the candidate and make it the champion")
-    gate.add_argument("--version", help="a version's number; alias `candidate` by default")
-    gate.add_argument("--data", help="where the run's shards are now, if they were moved")
-    commands.add_parser("rollback", help="give the alias back to the champion before")
-    args = parser.parse_args(argv)
+def main(argv: Sequence[str] | None = None) -> int:
+    args = _parse(argv)
     try:
         client = tracking.connect(tracking.tracking_uri())
-        if args.command == "list":
-            print(list_versions(client))
-        else:
-            promoting = args.command == "promote"
-            lines = promote(client, args.version, args.data) if promoting else rollback(client)
-            print("\n".join(lines))
+        answer: Answer = args.run(client, args)
+        code, document, text = answer
     except Refused as refusal:
         print(f"refused: {refusal}", file=sys.stderr)
         return 1
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    return 0
+    except tracking.FAILURES as error:
+        print(f"error: {_told(error)}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(
+            "interrupted; the next promote or rollback settles what is unfinished", file=sys.stderr
+        )
+        return 130
+    print(json.dumps(document, indent=1) if args.json else text)
+    if code == 1:
+        print(f"refused: {document['reason']}", file=sys.stderr)
+    return code
+
+
+def _told(error: BaseException) -> str:
+    reason = (str(error) or type(error).__name__).splitlines()[0][:200]
+    if "Max retries exceeded" in reason:
+        reason = "no connection"
+    return (
+        f"MLflow at {tracking.tracking_uri()} failed ({reason}); once it answers, run the command "
+        "again: a move that was not finished is settled first"
+    )
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        "python -m training.registry",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    listed = commands.add_parser("list", help="all versions with their aliases and accuracy")
+    listed.set_defaults(run=_list)
+    show = commands.add_parser("show", help="a version, back to the data that it learned from")
+    show.add_argument("version", metavar="V")
+    show.add_argument("--sample", metavar="KEY", help="show where this picture comes from")
+    show.set_defaults(run=_show)
+    gate = commands.add_parser("promote", help="judge a version and make it the champion")
+    _add_promote_flags(gate)
+    back = commands.add_parser("rollback", help="give the alias back to the champion before")
+    back.set_defaults(run=_rollback)
+    two = commands.add_parser("compare", help="two versions on the same pictures")
+    two.add_argument("first", metavar="A")
+    two.add_argument("second", metavar="B")
+    two.set_defaults(run=_compare)
+    for command in (show, gate, two):
+        command.add_argument("--data", metavar="OUT", help="the shards, if they were moved")
+    for command in (gate, two):
+        command.add_argument("--workers", type=int, metavar="N", help="score on Ray, N at a time")
+        command.add_argument(
+            "--shared-fs", action="store_true", help="every node of the cluster sees local shards"
+        )
+    for command in (gate, back):
+        command.add_argument("--dry-run", action="store_true", help="change nothing in MLflow")
+    for command in (listed, show, gate, back, two):
+        command.add_argument("--json", action="store_true", help="print JSON")
+    return parser.parse_args(argv)
+
+
+def _add_promote_flags(gate: argparse.ArgumentParser) -> None:
+    version = gate.add_mutually_exclusive_group()
+    version.add_argument("version", metavar="V", nargs="?", help="candidate by default")
+    version.add_argument("--version", dest="flag", metavar="V", help="the same as a flag")
+    gate.add_argument("--policy", metavar="FILE", help="instead of training/registry/policy.toml")
+    gate.add_argument("--force", action="store_true", help="promote whatever the checks say")
+    gate.add_argument("--reason", help="why; recorded, and needed with --force")
+    gate.set_defaults(run=_promote)
+
+
+def _list(client: MlflowClient, args: argparse.Namespace) -> Answer:
+    found = listing.rows(client)
+    return 0, found, listing.table(found)
+
+
+def _show(client: MlflowClient, args: argparse.Namespace) -> Answer:
+    found = lineage.lineage(client, args.version, sample=args.sample, data=args.data)
+    version = resolve(client, found["version"])
+    held = sorted(name for name, at in aliases(client).items() if at == found["version"])
+    document = found | {"aliases": held, "tags": dict(sorted(version.tags.items()))}
+    rows = [("aliases", ", ".join(held) or "none"), *document["tags"].items()]
+    told = "\n".join(f"{name:<18}{value}" for name, value in rows)
+    return 0, document, f"{lineage.text(found)}\n{told}"
+
+
+def _promote(client: MlflowClient, args: argparse.Namespace) -> Answer:
+    if args.force != bool(args.reason and args.reason.strip()):
+        raise UserError('--force and --reason go together; pass --force --reason "why"')
+    asked = Asked(
+        data=args.data,
+        workers=args.workers,
+        shared_fs=args.shared_fs,
+        policy=args.policy,
+        force=args.reason if args.force else None,
+        dry_run=args.dry_run,
+    )
+    version = args.flag or args.version
+    found = promote(client, version, asked)
+    if found is None:
+        number = str(resolve(client, version).version)
+        told = f"version {number} is the champion already"
+        return 0, {"version": number, "outcome": "champion already"}, told
+    document = verdict.document(found) | {"dry_run": args.dry_run}
+    lines = [verdict.table(found)]
+    if args.dry_run:
+        lines += filter(None, [alias.unfinished(client, CHAMPION)])
+        lines.append(f"verdict: {found.outcome}; a dry run, nothing was changed")
+    elif found.outcome == "forced":
+        lines.append(f"forced: {found.reason}")
+    if found.outcome != "refused" and not args.dry_run:
+        lines.append(f"version {found.version} is the champion: models:/{NAME}@{CHAMPION}")
+    return int(found.outcome == "refused"), document, "\n".join(lines)
+
+
+def _rollback(client: MlflowClient, args: argparse.Namespace) -> Answer:
+    before, now = rollback(client, dry_run=args.dry_run)
+    document = {"from": before, "to": now, "dry_run": args.dry_run}
+    if args.dry_run:
+        return 0, document, f"version {now} would be the champion again, {before} would not"
+    return 0, document, f"version {now} is the champion again, {before} is not"
+
+
+def _compare(client: MlflowClient, args: argparse.Namespace) -> Answer:
+    asked = Asked(data=args.data, workers=args.workers, shared_fs=args.shared_fs)
+    found = compare.compare_versions(client, args.first, args.second, asked)
+    return 0, compare.document(found), compare.text(found)
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ def move(client: MlflowClient, alias: str, before: str | None, after: str, tags:
     try:
         held = aliases(client).get(alias)
         if held == before:
-            _write_tags(client, after, tags)
+            write_tags(client, after, tags)
             _check_lease(taken)
             client.set_registered_model_alias(NAME, alias, after)
     except BaseException:
@@ -60,6 +60,16 @@ def move(client: MlflowClient, alias: str, before: str | None, after: str, tags:
         )
 
 
+def write_tags(client: MlflowClient, version: str, tags: Tags) -> None:
+    """None removes a tag."""
+    for key, value in tags.items():
+        if value is not None:
+            client.set_model_version_tag(NAME, version, key, value)
+        else:
+            with _unless_missing():
+                client.delete_model_version_tag(NAME, version, key)
+
+
 def settle(client: MlflowClient, alias: str) -> None:
     """Finishes or undoes what somebody left half-moved; leaves a move alone that may go on."""
     found = _journal(client, alias)
@@ -70,7 +80,7 @@ def settle(client: MlflowClient, alias: str) -> None:
 def unfinished(client: MlflowClient, alias: str) -> str | None:
     """A line about a move that goes on or was left, None where there is none."""
     found = _journal(client, alias)
-    return found and f"a move of {found} is {found.age:.0f} s old and not finished"
+    return None if found is None else f"a move of {found} is unfinished for {found.age:.0f} s"
 
 
 @dataclass(frozen=True)
@@ -179,22 +189,13 @@ def _check_lease(journal: _Journal) -> None:
         )
 
 
-def _write_tags(client: MlflowClient, version: str, tags: Tags) -> None:
-    for key, value in tags.items():
-        if value is not None:
-            client.set_model_version_tag(NAME, version, key, value)
-        else:
-            with _unless_missing():
-                client.delete_model_version_tag(NAME, version, key)
-
-
 def _settle(client: MlflowClient, journal: _Journal) -> None:
     """The tags are written before the alias moves: where it has moved, all is done."""
     if aliases(client).get(journal.alias) == journal.after:
         logger.warning(f"finished an interrupted move of {journal}")
     else:
         with _unless_missing():  # a version that was deleted
-            _write_tags(client, journal.after, journal.was)
+            write_tags(client, journal.after, journal.was)
         logger.warning(f"undid an interrupted move of {journal}")
     _release(client, journal)
 
