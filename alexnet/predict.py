@@ -5,6 +5,7 @@ import struct
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -17,6 +18,8 @@ from alexnet.preprocess import InputSpec, centre_view
 BATCH_SIZE = 64
 # Not all that Pillow knows: some readers start other programs (EPS), and most are seldom tested.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+
+Name = TypeVar("Name")
 
 
 def decode(picture: str | Path | bytes) -> Tensor:
@@ -59,9 +62,10 @@ def decode(picture: str | Path | bytes) -> Tensor:
 
 
 def top_k(
-    model: nn.Module, images: Tensor, spec: InputSpec, class_names: Sequence[str], k: int
-) -> list[list[tuple[str, float]]]:
-    """images: uint8 (N, 3, crop, crop) → for each the k likeliest (class name, probability).
+    model: nn.Module, images: Tensor, spec: InputSpec, class_names: Sequence[Name], k: int
+) -> list[list[tuple[Name, float]]]:
+    """images: uint8 (N, 3, crop, crop) → for each the k likeliest (class name, probability), where
+    a name is whatever stands for a class.
 
     Uses the centre view, on the model's device, with dropout off; the model's mode is as before
     afterwards. Fewer than k where there are fewer classes.
@@ -87,8 +91,8 @@ def top_k(
 
 
 def _likeliest(
-    probabilities: Tensor, class_names: Sequence[str], k: int
-) -> list[tuple[str, float]]:
+    probabilities: Tensor, class_names: Sequence[Name], k: int
+) -> list[tuple[Name, float]]:
     if len(probabilities) != len(class_names):
         raise UserError(
             f"{len(class_names)} class names do not fit a model of {len(probabilities)} classes; "

@@ -1,5 +1,6 @@
 """`python -m training.predict` on a registered model that knows its pictures by heart."""
 
+import json
 import re
 from pathlib import Path
 
@@ -106,11 +107,85 @@ def refusal(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     return err
 
 
-def test_what_cannot_be_predicted_is_one_line_and_exit_code_2(tmp_path, capsys):
-    path = draw(tmp_path / "a.png", COLOURS[0], 250, 250)
+def test_a_bad_file_is_told_in_one_line_and_the_others_are_predicted(tmp_path, capsys):
+    good = [draw(tmp_path / f"{i}.png", COLOURS[i], 250, 250) for i in range(2)]
     (tmp_path / "text.jpg").write_text("not a picture")
-    assert "nowhere.jpg" in refusal([path, str(tmp_path / "nowhere.jpg")], capsys)
-    assert "text.jpg" in refusal([str(tmp_path / "text.jpg")], capsys)
+    missing, text = str(tmp_path / "nowhere.jpg"), str(tmp_path / "text.jpg")
+    assert main([good[0], missing, text, good[1], "--top", "1"]) == 1
+    out, err = capsys.readouterr()
+    assert [path for path, _ in answers(out)] == good
+    assert [line.split(" ")[0] for line in err.splitlines()] == ["error:", "error:"]
+    assert missing in err and text in err
+
+
+def test_wrong_usage_and_missing_models_are_one_line_and_exit_code_2(tmp_path, capsys):
+    path = draw(tmp_path / "a.png", COLOURS[0], 250, 250)
     assert "--top 0" in refusal([path, "--top", "0"], capsys)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "notes.txt").write_text("nothing")
+    assert "holds no picture (1 files" in refusal([str(tmp_path / "empty")], capsys)
     for uri in ("models:/alexnet/77", "models:/nobody@champion", "models:/alexnet@nobody", "x"):
         assert f"{uri} cannot be loaded" in refusal([path, "--model", uri], capsys)
+    for argv in ([], [path, "--data", "x", "--out", "y"], ["--data", "x"], [path, "--out", "y"]):
+        with pytest.raises(SystemExit, match="2"):
+            main(argv)
+    capsys.readouterr()
+
+
+def test_folders_are_walked_and_what_is_no_picture_is_counted(tmp_path, capsys):
+    folder = tmp_path / "pictures"
+    (folder / "b" / "deep").mkdir(parents=True)
+    expected = [
+        draw(folder / "Z.JPEG", COLOURS[1], 230, 230),
+        draw(folder / "a.png", COLOURS[0], 230, 230),
+        draw(folder / "b" / "deep" / "c.webp", COLOURS[2], 230, 230),
+    ]
+    (folder / "notes.txt").write_text("no picture")
+    (folder / "b" / ".hidden.jpg").write_text("no picture")
+    alone = draw(tmp_path / "alone.gif", COLOURS[3], 230, 230)
+    assert main([str(folder), alone, "--top", "1", "--model", GOOD]) == 0
+    out, err = capsys.readouterr()
+    assert [path for path, _ in answers(out)] == [*expected, alone]
+    assert [classes[0][0] for _, classes in answers(out)] == [f"colour {i}" for i in (1, 0, 2, 3)]
+    assert err == "skipped 2 files that are no pictures\n"
+
+
+def test_json_is_a_line_for_each_picture_with_names_wnids_and_errors(tmp_path, capsys):
+    path = draw(tmp_path / "a.png", COLOURS[2], 250, 250)
+    missing = str(tmp_path / "nowhere.png")
+    assert main([path, missing, "--json", "--top", "2"]) == 1
+    found, failed = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert found["path"] == path and failed["path"] == missing
+    assert "No such file" in failed["error"]
+    best, second = found["classes"]
+    assert (best["name"], best["wnid"]) == ("colour 2", "n00000002")
+    assert best["probability"] > second["probability"] > 0
+
+
+def test_more_pictures_than_a_batch_are_the_same_one_by_one(tmp_path, monkeypatch, capsys):
+    paths = [draw(tmp_path / f"{i}.png", COLOURS[i % 4], 230, 230) for i in range(5)]
+    assert main(paths) == 0
+    together = capsys.readouterr().out
+    monkeypatch.setattr("training.picture_files.BATCH_SIZE", 2)
+    assert main(paths) == 0
+    assert [best[0][0] for _, best in answers(capsys.readouterr().out)] == [
+        best[0][0] for _, best in answers(together)
+    ]
+
+
+def test_a_checkpoint_predicts_with_its_wnids(registered_models, tmp_path, capsys):
+    path = draw(tmp_path / "a.png", COLOURS[1], 250, 250)
+    assert main([path, "--model", str(registered_models.checkpoint), "--top", "1"]) == 0
+    ((_, best),) = answers(capsys.readouterr().out)
+    assert best[0][0] == "n00000001"
+
+
+def test_the_sheet_shows_each_predicted_picture(tmp_path, capsys):
+    paths = [draw(tmp_path / f"{i}.png", COLOURS[i], 250, 250) for i in range(3)]
+    sheet = tmp_path / "new" / "sheet.png"
+    assert main([*paths, str(tmp_path / "nowhere.png"), "--sheet", str(sheet)]) == 1
+    capsys.readouterr()
+    pixels = np.asarray(Image.open(sheet).convert("RGB")).astype(int)
+    for i in range(4):  # noise of ±40 leaves hundreds of pixels near the plane's own colour
+        near = (np.abs(pixels - COLOURS[i]).max(axis=-1) < 60).sum()
+        assert (near > 5000) == (i < 3), f"colour {i}"

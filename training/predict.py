@@ -1,46 +1,133 @@
-"""Names the classes of picture files with a registered model.
+"""Names the classes of pictures with a trained network.
 
-    python -m training.predict IMAGE… [--model models:/alexnet@champion] [--top 5]
+    python -m training.predict IMAGE|FOLDER… [--model MODEL] [--top 5] [--json] [--sheet FILE]
+    python -m training.predict --data OUT --out FOLDER [--model MODEL] [--split val] [--workers N]
 
-The geometry and the pixel statistics are the model's own: it carries them from its shards.
+The first names the classes of picture files, and of those in folders, with everything below them.
+--json prints a line of JSON for each picture, --sheet draws the first 60 with their likeliest class
+into a PNG file.
+
+The second predicts a whole split on Ray and writes a folder that pandas and pyarrow read as one
+table, with a parquet part for each shard; the same command goes on with one that was stopped.
+_predictions.json in it says which model and data they are of.
+
+MODEL is champion (the default), candidate, a version's number, an MLflow model URI, or the folder
+or s3:// prefix of a checkpoint or run. The geometry and the pixel statistics are the model's own.
+
+Exit codes: 0 done, 1 some pictures cannot be read (each is told, the others are predicted), 2 wrong
+usage or input, 130 interrupted.
 """
 
 import argparse
 import sys
+from collections.abc import Sequence
 
-import torch
+from torch import nn
 
 from alexnet.errors import UserError
-from alexnet.predict import decode, top_k
-from alexnet.preprocess import resize_and_crop
-from training import tracking
-from training.registry.versions import load
+from training import picture_files, trained
+from training.evaluate import Metrics
+from training.picture_files import ClassName, Prediction
+from training.predictions import write_predictions
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Exit code: 0, or 2 for wrong usage, a missing model or a file that is not a picture."""
-    parser = argparse.ArgumentParser("python -m training.predict", description=__doc__)
-    parser.add_argument("images", nargs="+", metavar="IMAGE", help="JPEG, PNG, … files")
-    parser.add_argument("--model", default="models:/alexnet@champion", help="an MLflow model URI")
-    parser.add_argument("--top", type=int, default=5, help="how many classes to name")
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = _parser()
     args = parser.parse_args(argv)
+    if (args.data is None) == (not args.pictures):
+        parser.error("name picture files or folders, or the shards to predict with --data")
+    if (args.data is None) != (args.out is None):
+        parser.error("--data OUT and --out FOLDER go together")
     try:
-        if args.top < 1:
-            raise UserError(f"--top {args.top} is below 1; pass 1 or more")
-        pictures = [decode(path) for path in args.images]
-        tracking.connect(tracking.tracking_uri())
-        model = load(args.model)
-        spec = model.input_spec
-        images = torch.stack([resize_and_crop(p, spec.resize, spec.crop) for p in pictures])
-        found = top_k(model.network, images, spec, model.class_names, args.top)
+        return _predict_pictures(args) if args.data is None else _predict_shards(args)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    for path, classes in zip(args.images, found, strict=True):
-        print(path)
-        for name, probability in classes:
-            print(f"  {probability:7.2%}  {name}")
+    except KeyboardInterrupt:
+        kept = "" if args.data is None else "; the same command goes on from here"
+        print(f"stopped{kept}", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "python -m training.predict",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("pictures", nargs="*", metavar="IMAGE|FOLDER")
+    parser.add_argument("--model", default="champion", help="default: %(default)s")
+    parser.add_argument("--top", type=int, default=5, help="how many classes to name (5)")
+    parser.add_argument("--json", action="store_true", help="a line of JSON for each picture")
+    parser.add_argument("--sheet", metavar="FILE", help="a PNG of the pictures and their classes")
+    shards = parser.add_argument_group("predictions of a shard set")
+    shards.add_argument("--data", metavar="OUT", help="folder or s3:// prefix of the shards")
+    shards.add_argument("--out", metavar="FOLDER", help="where the parts go (folder or s3://)")
+    shards.add_argument("--split", default="val", help="val, train, … (%(default)s)")
+    shards.add_argument("--workers", type=int, help="processes of one CPU (all CPUs)")
+    shards.add_argument("--shared-fs", action="store_true", help="all nodes see a local OUT")
+    return parser
+
+
+def _predict_pictures(args: argparse.Namespace) -> int:
+    if args.top < 1:
+        raise UserError(f"--top {args.top} is below 1; pass 1 or more")
+    found = picture_files.find(args.pictures)
+    if found.skipped:
+        print(f"skipped {found.skipped:,} files that are no pictures", file=sys.stderr)
+    model = trained.load(args.model)
+    bad = 0
+    shown: list[Prediction] = []
+    for prediction in picture_files.predict(model, _names(model), found.paths, args.top):
+        if prediction.error is not None:
+            bad += 1
+            print(f"error: {prediction.error}", file=sys.stderr)
+        elif len(shown) < picture_files.ON_SHEET and args.sheet is not None:
+            shown.append(prediction)
+        if args.json:
+            print(prediction.json_line())
+        elif prediction.error is None:
+            print(prediction.told())
+    if args.sheet is not None:
+        picture_files.write_sheet(args.sheet, model.name, shown, len(found.paths) - bad)
+    return 1 if bad else 0
+
+
+def _names(model: trained.Trained) -> list[ClassName]:
+    """A checkpoint has wnids at best; one of an older release has labels alone."""
+    if model.name.startswith(("models:/", "runs:/")):
+        from training.registry import versions  # mlflow takes seconds, and a checkpoint needs none
+
+        known = versions.load(model.name)
+        return [ClassName(n, w) for n, w in zip(known.class_names, known.wnids, strict=True)]
+    if model.wnids is not None:
+        return [ClassName(wnid, wnid) for wnid in model.wnids]
+    last = model.network.get_submodule("classifier.fc8")
+    assert isinstance(last, nn.Linear)
+    return [ClassName(f"class {label}", None) for label in range(last.out_features)]
+
+
+def _predict_shards(args: argparse.Namespace) -> int:
+    if args.workers is not None and args.workers < 1:
+        raise UserError(f"--workers {args.workers} is below 1; pass 1 or more")
+    found = write_predictions(
+        trained.load(args.model),
+        args.data,
+        args.out,
+        split=args.split,
+        workers=args.workers,
+        shared_fs=args.shared_fs,
+    )
+    print(f"{args.out}: {found.parts} parts, {found.made} of them new; {_told(found.metrics)}")
     return 0
+
+
+def _told(metrics: Metrics) -> str:
+    low, high = metrics.top1_interval
+    return (
+        f"top-1 {metrics.top1:.4f} [{low:.4f}, {high:.4f}], top-5 {metrics.top5:.4f}, loss "
+        f"{metrics.loss:.4f} on {metrics.images:,} pictures"
+    )
 
 
 if __name__ == "__main__":

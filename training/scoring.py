@@ -26,6 +26,7 @@ from training.evaluate import Metrics
 from training.shard_scores import Job, Scorer, first_of_each
 
 Tell = Callable[[int, int], None]  # pictures done, of how many
+EVERY_CPU = sys.maxsize  # as `workers`: as many as the cluster has CPUs
 _SCHEDULER_SECONDS = 10
 _TOLD_EVERY = 0.2  # seconds
 
@@ -91,6 +92,7 @@ def score(
     Raises UserError for shards that are missing, damaged, empty, unlabelled or of more classes than
     the network has.
     """
+    refuse_empty(data, manifest, split)
     tables = dict(score_shards(model, data, manifest, split, None, workers, shared_fs, tell))
     keys = shards.load_index(data, split)["key"].to_pylist()
     rows = pa.concat_tables([tables[number] for number in sorted(tables)])
@@ -105,6 +107,12 @@ def score(
         loss=rows["loss"].to_numpy(),
         probability=likeliest[1],
     )
+
+
+def refuse_empty(data: str, manifest: shards.Manifest, split: str) -> None:
+    """Raises UserError for a split without a picture."""
+    if manifest.num_samples(split) == 0:
+        raise UserError(f"split {split} of {data} has no pictures; choose another --split")
 
 
 def score_shards(
@@ -124,8 +132,6 @@ def score_shards(
     infos = manifest.split_shards(split)
     numbers = range(len(infos)) if numbers is None else numbers
     total = sum(infos[number].samples for number in numbers)
-    if total == 0:
-        raise UserError(f"split {split} of {data} has no pictures; choose another --split")
     job = Job(storage.absolute(data), manifest, split, model.input_spec)
     progress = _Progress(total, tell)
     if workers is None:
