@@ -6,9 +6,8 @@ which the two are made; its text is also the version's description.
 
 import dataclasses
 import statistics
-import tempfile
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import PurePath
 from typing import Any
 
 from mlflow.entities import Run
@@ -24,8 +23,9 @@ from training.config import TrainConfig
 from training.mistakes import confused_pairs
 from training.registry import card_page
 from training.registry.differences import differences
-from training.registry.facts import Accuracy, Check, Example, Facts, licence
+from training.registry.facts import Accuracy, Example, Facts, licence
 from training.registry.lineage import read_artifact
+from training.registry.verdict import Check
 from training.registry.versions import NAME
 from training.scoring import Scored
 
@@ -63,7 +63,7 @@ def update(
     client: MlflowClient, version: ModelVersion, scored: Scored, verdict: Mapping[str, Any]
 ) -> None:
     """Completes the card and the description of a version with the accuracy and the mistakes that
-    the gate found on the val split, and with its verdict, whose keys are those of its JSON.
+    the gate found on the val split, and with `verdict` as verdict.document makes it.
 
     A version without a card is left as it is.
     """
@@ -144,11 +144,10 @@ def _hardware(run: Run) -> str | None:
     metrics = run.data.metrics
     if "images_per_second" not in metrics:
         return None
-    workers = int(metrics["workers"]) if "workers" in metrics else None
-    with_gpu = "gpu_memory_gb" in metrics
-    kind = "a GPU each" if with_gpu else "CPUs only"
-    memory = f", {metrics['gpu_memory_gb']:.1f} GB of its memory used" if with_gpu else ""
-    return f"{workers or 'workers, number not recorded'} worker(s) with {kind}{memory}"
+    workers = f"{metrics['workers']:.0f} worker(s)" if "workers" in metrics else "workers"
+    if "gpu_memory_gb" not in metrics:
+        return f"{workers} on CPUs"
+    return f"{workers} with a GPU each, {metrics['gpu_memory_gb']:.1f} GB of its memory in use"
 
 
 def _throughput(client: MlflowClient, run_id: str) -> float | None:
@@ -174,10 +173,7 @@ def _judged(verdict: Mapping[str, Any]) -> dict[str, Any]:
     outcome = "passed" if verdict["passed"] else "refused"
     if verdict["forced"]:
         outcome = f"forced past the gate, because: {verdict['reason']}"
-    checks = tuple(
-        Check(check["name"], str(check["value"]), str(check["limit"]), bool(check["passed"]))
-        for check in verdict["checks"]
-    )
+    checks = tuple(Check(**check) for check in verdict["checks"])
     return {"verdict": f"{outcome} ({verdict['at']})", "checks": checks}
 
 
@@ -192,7 +188,6 @@ def _log(client: MlflowClient, facts: Facts) -> str:
 
 def _pictures(client: MlflowClient, run_id: str) -> dict[str, bytes]:
     """PNG files by name, such as "curves", of those that the run has under figures/."""
-    with tempfile.TemporaryDirectory() as here:
-        names = [file.path for file in client.list_artifacts(run_id, "figures")]
-        paths = [Path(client.download_artifacts(run_id, name, here)) for name in names]
-        return {path.stem: path.read_bytes() for path in paths if path.suffix == ".png"}
+    paths = [file.path for file in client.list_artifacts(run_id, "figures")]
+    found = {PurePath(path).stem: read_artifact(client, run_id, path) for path in paths}
+    return {name: content for name, content in found.items() if content is not None}

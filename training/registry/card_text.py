@@ -133,7 +133,8 @@ table { border-collapse: collapse; font-variant-numeric: tabular-nums; margin: .
 td, th { text-align: left; vertical-align: top; padding: .25rem 1.2rem .25rem 0;
   border-bottom: 1px solid var(--line); }
 th, .facts td:first-child { color: var(--soft); font-weight: 400; }
-table:not(.facts) td { min-width: 5rem; } .facts td:first-child { min-width: 9.5rem; }
+table:not(.facts) td { min-width: 4.5rem; overflow-wrap: normal; }
+.facts td:first-child { min-width: 9.5rem; }
 figure { margin: 1rem 0; } figcaption { color: var(--soft); font-size: .88rem; }
 img { max-width: 100%; height: auto; background: #fff; border-radius: 4px; display: block; }
 @media (max-width: 34rem) {

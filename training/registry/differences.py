@@ -42,7 +42,6 @@ def _of_network(model: ModelConfig) -> list[str]:
 
 
 def _of_data(config: TrainConfig, manifest: Manifest) -> list[str]:
-    mean = "one mean colour is subtracted; the paper subtracts each pixel's mean (2)"
     return _true(
         (manifest.num_classes != 1000, f"{manifest.num_classes} classes; the paper has 1000 (2)"),
         (True, "views of 227×227, which give the paper's 55×55 maps; it prints 224×224 (3.5)"),
@@ -51,8 +50,8 @@ def _of_data(config: TrainConfig, manifest: Manifest) -> list[str]:
             f"pictures stored as the middle {manifest.crop}×{manifest.crop} with a shorter side of "
             f"{manifest.resize}; both are 256 in the paper (2)",
         ),
-        (config.normalise == "mean", mean),
-        (config.normalise != "mean", f"{mean}, and divided by the standard deviation"),
+        (True, "one mean colour is subtracted; the paper subtracts each pixel's mean (2)"),
+        (config.normalise != "mean", "inputs are divided by their standard deviation"),
     )
 
 
@@ -82,7 +81,7 @@ def _of_optimisation(optim: OptimConfig) -> list[str]:
             optim.weight_decay != 5e-4,
             f"weight decay {optim.weight_decay:g}; the paper has 0.0005 (5)",
         ),
-        (True, "biases do not decay"),
+        (True, "biases do not decay, as in the released source; the paper does not say (5)"),
         (
             optim.bias_lr_factor != 1,
             f"biases learn at {optim.bias_lr_factor:g} times the rate; in the paper all are equal",

@@ -8,6 +8,7 @@ from typing import Any
 
 from pipelines.shards import Manifest
 from training.evaluate import Interval, Metrics, wilson
+from training.registry.verdict import Check
 
 _WNID = re.compile(r"n\d{8}")
 _IMAGENET_TERMS = (
@@ -45,16 +46,6 @@ class Example:
     key: str
     true: str
     likeliest: tuple[tuple[str, float], ...]
-
-
-@dataclass(frozen=True)
-class Check:
-    """A line of the gate's verdict."""
-
-    name: str
-    value: str
-    limit: str
-    passed: bool
 
 
 @dataclass(frozen=True)
@@ -118,7 +109,7 @@ def licence(manifest: Manifest) -> str:
         return f"The official ILSVRC archives. {_IMAGENET_TERMS}."
     unknown = "The terms of this set's pictures are not recorded"
     if all(_WNID.fullmatch(wnid) for wnid in manifest.wnids):
-        named = "Its classes are named as ImageNet's; for pictures from there"
+        named = "The ids of its classes look like ImageNet's; if it is from there"
         return f"{unknown}. {named}: {_IMAGENET_TERMS}."
     return f"{unknown}; ask who made it."
 

@@ -1,6 +1,7 @@
 """From a registered version back to every picture that it learned from."""
 
 import json
+import os
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -159,5 +160,6 @@ def read_artifact(client: MlflowClient, run_id: str, path: str) -> bytes | None:
     folder = path.rpartition("/")[0]
     if path not in [file.path for file in client.list_artifacts(run_id, folder or None)]:
         return None
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     with tempfile.TemporaryDirectory() as here:
         return Path(client.download_artifacts(run_id, path, here)).read_bytes()
