@@ -1,289 +1,274 @@
-"""The registry and its gate, on real MLflow versions of small models."""
+"""The registry's command line: what each command prints, and how it ends."""
 
-import dataclasses
-import io
-import os
+import json
 import re
-import shutil
-import zipfile
+import time
 from pathlib import Path
 
-import mlflow
-import numpy as np
 import pytest
-import torch
+from gated import champion, content, enter_whole_copy
+from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
-from registered import AGAIN, FOREIGN, GOOD, GOOD_CONFIG, MLFLOW_WARNINGS, POOR, Built
-from shard_sets import write_shard_set
-from small_training import CPU
+from registered import AGAIN, FOREIGN, GOOD, MLFLOW_WARNINGS, POOR, Built
 
-from alexnet.errors import UserError
-from pipelines.shards import load_manifest
-from training import checkpoint, tracking
-from training.evaluate import evaluate
-from training.loader import Loader
-from training.loop import build_model, input_spec
+from pipelines.shards import load_index
+from training import tracking
 from training.registry import __main__ as command
-from training.registry import gate
-from training.registry.package import register
-from training.registry.versions import load
-
-# Endings of what Python or torch writes with pickle.
-PICKLES = {".pkl", ".pickle", ".pt", ".pth", ".bin", ".joblib"}
+from training.registry import checks, gate
+from training.registry.verdict import Check
+from training.registry.versions import NAME
 
 pytestmark = [pytest.mark.filterwarnings(line) for line in MLFLOW_WARNINGS]
 
 
 @pytest.fixture
-def versions(registered_models: Built) -> Built:
-    return registered_models
+def home(tmp_path: Path) -> Path:
+    return tmp_path / "home"
 
 
 @pytest.fixture
-def client(versions: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MlflowClient:
-    """Of a copy of the registry, without champion, GOOD as candidate."""
-    monkeypatch.setenv("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "true")  # for load to overrule
-    client = versions.enter_copy(tmp_path / "home", monkeypatch)
-    client.set_registered_model_alias("alexnet", "candidate", GOOD)
+def client(registered_models: Built, home: Path, monkeypatch: pytest.MonkeyPatch) -> MlflowClient:
+    """Of a copy of the registry, without champion, GOOD as candidate; the check in a fresh process
+    is test_registry_gate's."""
+    alike = Check("as used", "8 of 8 pictures alike", "the same classes", True)
+    monkeypatch.setattr(checks, "as_used", lambda *args: alike)
+    client = enter_whole_copy(registered_models, home, monkeypatch)
+    client.set_registered_model_alias(NAME, "candidate", GOOD)
     return client
 
 
-def alias(client: MlflowClient, name: str) -> str | None:
-    found = client.get_registered_model("alexnet").aliases.get(name)
-    return None if found is None else str(found)
-
-
-def refused(client: MlflowClient, version: str | None, data: str | None = None) -> str:
-    before = alias(client, "champion")
-    with pytest.raises(gate.Refused) as refusal:
-        gate.promote(client, version, data)
-    assert alias(client, "champion") == before, "refused, and moved all the same"
-    assert "\n" not in str(refusal.value)
-    return str(refusal.value)
-
-
-# What is registered
-
-
-def test_newest_registration_is_the_candidate(versions, tmp_path, monkeypatch):
-    client = versions.enter_copy(tmp_path / "home", monkeypatch)
-    assert alias(client, "candidate") == POOR and alias(client, "champion") is None
-    tags = client.get_model_version("alexnet", GOOD).tags
-    assert (tags["recipe"], tags["variant"]) == ("deck", "deck")
-
-
-def test_model_has_signature_example_and_no_pickle(client):
-    folder = Path(mlflow.artifacts.download_artifacts(f"models:/alexnet/{GOOD}"))
-    signature = mlflow.models.get_model_info(str(folder)).signature
-    (given,), (result,) = signature.inputs.inputs, signature.outputs.inputs
-    assert (given.type, given.shape) == (np.dtype("float32"), (-1, 3, 227, 227))
-    assert (result.type, result.shape) == (np.dtype("float32"), (-1, 4))
-    assert mlflow.models.Model.load(str(folder)).saved_input_example_info is not None
-    assert not [path for path in folder.rglob("*") if path.suffix in PICKLES]
-    (program,) = folder.rglob("*.pt2")
-    with zipfile.ZipFile(program) as archive:
-        (inputs,) = [name for name in archive.namelist() if Path(name).suffix in PICKLES]
-        assert inputs.endswith("sample_inputs/model.pt"), "torch's, of plain tensors"
-        torch.load(io.BytesIO(archive.read(inputs)), weights_only=True)
-
-
-@pytest.mark.parametrize("batch_size", [1, 3])
-def test_loaded_model_computes_what_the_trained_one_does(client, versions, batch_size):
-    loaded = load(f"models:/alexnet/{GOOD}")
-    model = build_model(GOOD_CONFIG, 4).eval()
-    checkpoint.load_model(versions.checkpoint, model)
-    x = torch.randn(batch_size, 3, 227, 227, generator=torch.Generator().manual_seed(0))
-    with torch.inference_mode():
-        expected, found = model(x), loaded.network(x)
-    assert expected.abs().max() > 0.5
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
-    assert not loaded.network.training
-
-
-def test_geometry_statistics_and_class_names_travel_with_the_model(client, versions):
-    loaded, manifest = load(f"models:/alexnet/{GOOD}"), load_manifest(versions.data)
-    assert loaded.input_spec == input_spec(manifest, GOOD_CONFIG)
-    assert (loaded.class_names, loaded.wnids) == (manifest.class_names, manifest.wnids)
-    assert loaded.class_names[2] == "colour 2"
-
-
-def test_run_holds_the_curves_and_the_kernels(client, tmp_path):
-    run_id = client.get_model_version("alexnet", GOOD).run_id
-    for name in ("curves", "conv1_kernels"):
-        path = client.download_artifacts(run_id, f"figures/{name}.png", str(tmp_path))
-        assert Path(path).read_bytes().startswith(b"\x89PNG")
-
-
-def test_nothing_is_registered_where_the_config_says_so(client, versions):
-    config = dataclasses.replace(GOOD_CONFIG, register=False)
-    run_id = client.get_model_version("alexnet", GOOD).run_id
-    manifest = load_manifest(versions.data)
-    assert register(client, run_id, versions.checkpoint, manifest, config) is None
-    assert len(client.search_model_versions("name = 'alexnet'")) == 4
-
-
-class Touch:
-    """A pickle of it creates a file where it is read without care."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = str(path)
-
-    def __reduce__(self) -> tuple[object, ...]:
-        return os.mkdir, (self.path,)
-
-
-@pytest.mark.parametrize("hiding", ["pickled model", "example inputs of the program"])
-def test_model_that_would_run_code_is_refused_by_load(client, tmp_path, hiding):
-    harmless = mlflow.artifacts.download_artifacts(f"models:/alexnet/{GOOD}")
-    folder = Path(shutil.copytree(harmless, tmp_path / "model"))
-    if hiding == "pickled model":
-        shutil.rmtree(folder)
-        model = torch.nn.Linear(2, 2)
-        model.extra = Touch(tmp_path / "touched")
-        mlflow.pytorch.save_model(model, folder, serialization_format="pickle")
-        (tmp_path / "touched").rmdir()  # saving copies the model, by the same means
-    else:
-        (program,) = folder.rglob("*.pt2")
-        replace_member(program, "sample_inputs/model.pt", Touch(tmp_path / "touched"))
-    with pytest.raises(UserError, match="cannot be loaded") as told:
-        load(str(folder))
-    assert not (tmp_path / "touched").exists(), "the code ran"
-    assert "\n" not in str(told.value)
-
-
-def replace_member(archive: Path, ending: str, value: object) -> None:
-    """Writes the zip again, with a torch.save of `value` in place of one member."""
-    buffer = io.BytesIO()
-    torch.save((value,), buffer)
-    with zipfile.ZipFile(archive) as old:
-        contents = {name: old.read(name) for name in old.namelist()}
-    (replaced,) = [name for name in contents if name.endswith(ending)]
-    writer = torch._C.PyTorchFileWriter(str(archive))
-    for name, data in (contents | {replaced: buffer.getvalue()}).items():
-        inner = name.split("/", 1)[1]
-        if inner not in ("version", ".data/serialization_id"):
-            writer.write_record(inner, data, len(data))
-    writer.write_end_of_file()
-
-
-def test_model_of_somebody_else_is_refused_in_one_line(client, tmp_path):
-    with pytest.raises(UserError, match="cannot be loaded") as told:
-        load("models:/alexnet/99")
-    assert "\n" not in str(told.value)
-
-
-# The gate
-
-
-def test_first_champion_is_measured_anew_and_promoted(client, versions):
-    lines = gate.promote(client, None, None)
-    assert alias(client, "champion") == GOOD and "previous_champion" not in str(lines)
-    manifest = load_manifest(versions.data)
-    model = build_model(GOOD_CONFIG, 4).eval()
-    checkpoint.load_model(versions.checkpoint, model)
-    with Loader(versions.data, manifest, "val", threads=1, cache_gb=1) as loader:
-        own = evaluate(model, loader, input_spec(manifest, GOOD_CONFIG), device=CPU)
-    assert own.top1 == 1.0 and f"val top-1 {own.top1:.4f}" in lines[0]
-    assert f"loss {own.loss:.4f} on 13 pictures" in lines[0]
-    tags = client.get_model_version("alexnet", GOOD).tags
-    assert float(tags["promoted_val_top1"]) == own.top1
-    assert gate.promote(client, None, None) == ["version 1 is the champion already"]
-
-
-def test_equal_model_takes_over_and_remembers_the_champion_before(client):
-    gate.promote(client, GOOD, None)
-    lines = gate.promote(client, AGAIN, None)
-    assert alias(client, "champion") == AGAIN and "champion so far" in lines[1]
-    assert client.get_model_version("alexnet", AGAIN).tags["previous_champion"] == GOOD
-
-
-def test_better_model_takes_over(client):
-    gate.promote(client, POOR, None)
-    gate.promote(client, GOOD, None)
-    assert alias(client, "champion") == GOOD
-
-
-def test_worse_model_is_refused(client):
-    gate.promote(client, GOOD, None)
-    told = refused(client, POOR)
-    assert re.search(r"version 3 has val top-1 0\.\d+, champion 1 has 1\.0000 on the same 13", told)
-
-
-@pytest.mark.parametrize(("metric", "change"), [("val_top1", -0.2), ("val_loss", 0.02)])
-def test_model_that_is_not_what_its_run_logged_is_refused(client, metric, change):
-    run_id = client.get_model_version("alexnet", GOOD).run_id
-    logged = client.get_run(run_id).data.metrics[metric]
-    client.log_metric(run_id, metric, logged + change, step=10_000)
-    assert "not the model it claims" in refused(client, None)
-
-
-def test_run_without_metrics_is_refused(client, versions):
-    manifest = load_manifest(versions.data)
-    config = dataclasses.replace(GOOD_CONFIG, name="silent")
-    run = tracking.open_run(client, config, manifest, versions.data)
-    source = client.get_model_version("alexnet", GOOD).source
-    version = client.create_model_version("alexnet", source, run_id=run.info.run_id).version
-    assert "no val_top1 and val_loss" in refused(client, str(version))
-
-
-def test_other_data_set_is_refused_and_the_moved_one_accepted(client, versions, tmp_path):
-    other = write_shard_set(tmp_path / "other", train=(8, 8), val=(7, 6), seed=1)
-    assert f"{other} is not the data set of version 1" in refused(client, None, other)
-    moved = write_shard_set(tmp_path / "moved", train=(8, 8), val=(7, 6))
-    gate.promote(client, None, moved)
-    assert alias(client, "champion") == GOOD
-
-
-def test_other_classes_are_refused(client, versions):
-    assert refused(client, FOREIGN) == f"version 4 knows other classes than {versions.data}"
-
-
-def test_rollback_gives_the_alias_back_and_has_an_end(client):
-    with pytest.raises(gate.Refused, match="no champion to roll back"):
-        gate.rollback(client)
-    gate.promote(client, GOOD, None)
-    gate.promote(client, AGAIN, None)
-    assert gate.rollback(client) == ["version 1 is the champion again, 2 is not"]
-    assert alias(client, "champion") == GOOD
-    with pytest.raises(gate.Refused, match="champion 1 had none before it"):
-        gate.rollback(client)
-
-
-# The command line
-
-
-def test_commands_tell_and_exit_by_what_happened(client, capsys):
-    assert command.main(["promote", "--version", "17"]) == 2
-    assert capsys.readouterr().err == "error: there is no version 17; there are 4, 3, 2, 1\n"
-    assert command.main(["promote"]) == 0
-    assert "version 1 is the champion: models:/alexnet@champion" in capsys.readouterr().out
-    assert command.main(["promote", "--version", POOR]) == 1
+def printed(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
+    capsys.readouterr()
+    code = command.main(list(words))
     told = capsys.readouterr()
-    assert (
-        told.out == "" and told.err.startswith("refused: version 3") and told.err.count("\n") == 1
+    return code, told.out, told.err
+
+
+# promote and rollback
+
+
+def test_promote_prints_the_checks_and_the_new_champion(client, capsys):
+    code, out, err = printed(capsys, "promote")
+    assert (code, err, champion(client)) == (0, "", GOOD)
+    assert out.splitlines()[-1] == "version 1 is the champion: models:/alexnet@champion"
+    assert re.search(r"^top-1 +1\.0000 +0\.4375 or more .* ok$", out, re.MULTILINE)
+    assert printed(capsys, "promote") == (0, "version 1 is the champion already\n", "")
+
+
+def test_refusal_prints_all_checks_and_the_reason_in_one_line(client, capsys):
+    printed(capsys, "promote")
+    code, out, err = printed(capsys, "promote", "--version", POOR)
+    assert (code, champion(client)) == (1, GOOD)
+    assert err.startswith("refused: ") and err.count("\n") == 1 and "champion: -0." in err
+    assert "REFUSED" in out and "is the champion:" not in out
+
+
+def test_promote_takes_a_number_or_an_alias(client, capsys):
+    client.set_registered_model_alias(NAME, "best", AGAIN)
+    assert printed(capsys, "promote", "best")[0] == 0 and champion(client) == AGAIN
+    assert printed(capsys, "promote", "1")[0] == 0 and champion(client) == GOOD
+
+
+def test_json_of_promote_is_the_verdict(client, capsys):
+    code, out, _ = printed(capsys, "promote", "--json", "--dry-run")
+    found = json.loads(out)
+    assert (code, found["outcome"], found["dry_run"], champion(client)) == (0, "passed", True, None)
+    assert found["metrics"]["correct1"] == 13 and found["paired"] is None
+    code, out, err = printed(capsys, "promote", FOREIGN, "--json")
+    found = json.loads(out)
+    assert (code, found["outcome"], found["metrics"]) == (1, "refused", None)
+    assert err == f"refused: {found['reason']}\n"
+
+
+def test_dry_run_says_that_it_is_one(client, capsys, home):
+    before = content(home)
+    code, out, _ = printed(capsys, "promote", "--dry-run")
+    assert code == 0 and out.splitlines()[-1] == "verdict: passed; a dry run, nothing was changed"
+    assert printed(capsys, "promote", POOR, "--dry-run")[0] == 1
+    assert content(home) == before
+
+
+def test_force_needs_a_reason_and_a_reason_force(client, capsys):
+    for words in (["--force"], ["--reason", "why"], ["--force", "--reason", " "]):
+        code, _, err = printed(capsys, "promote", POOR, *words)
+        assert code == 2 and err.startswith("error: --force and --reason go together")
+    code, out, _ = printed(capsys, "promote", POOR, "--force", "--reason", "for a demonstration")
+    assert code == 0 and "forced: for a demonstration" in out and champion(client) == POOR
+
+
+def test_rollback_tells_who_is_champion_again(client, capsys):
+    code, _, err = printed(capsys, "rollback")
+    assert code == 1 and err.startswith("refused: there is no champion to roll back")
+    printed(capsys, "promote", GOOD)
+    printed(capsys, "promote", AGAIN)
+    assert printed(capsys, "rollback", "--dry-run")[1] == (
+        "version 1 would be the champion again, 2 would not\n"
     )
-    assert command.main(["rollback"]) == 1
-    client.delete_registered_model_alias("alexnet", "candidate")
-    assert command.main(["promote"]) == 2
-    assert "there is no candidate; train one with" in capsys.readouterr().err
+    assert champion(client) == AGAIN
+    code, out, _ = printed(capsys, "rollback", "--json")
+    assert (code, json.loads(out)) == (0, {"from": AGAIN, "to": GOOD, "dry_run": False})
+    assert champion(client) == GOOD
+
+
+# list, show, compare
 
 
 def test_list_shows_versions_newest_first_with_aliases_and_accuracy(client, capsys):
-    gate.promote(client, POOR, None)
-    gate.promote(client, GOOD, None)
-    capsys.readouterr()
-    assert command.main(["list"]) == 0
-    head, *rows = capsys.readouterr().out.splitlines()
-    assert head.split()[:4] == ["version", "alias", "recipe", "val"]
+    printed(capsys, "promote", POOR, "--force", "--reason", "why")
+    printed(capsys, "promote", GOOD)
+    code, out, _ = printed(capsys, "list")
+    head, *rows = out.splitlines()
+    assert code == 0 and head.split()[:4] == ["version", "alias", "recipe", "val"]
     assert [row.split()[0] for row in rows] == [FOREIGN, POOR, AGAIN, GOOD]
-    assert re.fullmatch(r"1 +candidate, champion +deck +1\.0000 +good +3 *", rows[3])
-    assert re.fullmatch(r"2 +deck +1\.0000 +again *", rows[2])
+    assert re.fullmatch(r"1 +candidate, champion +deck +1\.0000 +passed +good +3", rows[3])
+    assert re.fullmatch(r"2 +deck +1\.0000 +again", rows[2])
+    found = json.loads(printed(capsys, "list", "--json")[1])
+    assert found[3] == {
+        "version": GOOD,
+        "aliases": ["candidate", "champion"],
+        "recipe": "deck",
+        "val_top1": 1.0,
+        "gate": "passed",
+        "run": "good",
+        "previous_champion": POOR,
+    }
+
+
+def test_list_of_many_versions_takes_few_queries(client, capsys, monkeypatch):
+    run_id = client.get_model_version(NAME, GOOD).run_id
+    for _ in range(40):
+        client.create_model_version(NAME, "somewhere", run_id)
+    calls = []
+    for name in ("get_run", "search_runs", "search_model_versions", "get_model_version"):
+        real = getattr(MlflowClient, name)
+
+        def counting(self, *args, real=real, name=name, **rest):
+            calls.append(name)
+            return real(self, *args, **rest)
+
+        monkeypatch.setattr(MlflowClient, name, counting)
+    assert len(json.loads(printed(capsys, "list", "--json")[1])) == 44
+    assert sorted(calls) == ["search_model_versions", "search_runs"]
+
+
+def test_show_goes_back_to_the_source_of_a_picture(client, capsys, registered_models):
+    key = load_index(registered_models.data, "train")["key"][5].as_py()
+    code, out, _ = printed(capsys, "show", "candidate", "--sample", key)
+    assert code == 0 and "run               good (" in out
+    assert "train_0005 (train)" in out and "aliases           candidate" in out
+    found = json.loads(printed(capsys, "show", GOOD, "--json")[1])
+    assert (found["version"], found["aliases"]) == (GOOD, ["candidate"])
+    assert found["tags"]["recipe"] == "deck" and found["run"]["name"] == "good"
+
+
+def test_compare_shows_both_and_the_difference_with_its_interval(client, capsys):
+    code, out, _ = printed(capsys, "compare", GOOD, POOR)
+    assert code == 0 and out.splitlines()[1].startswith("version 1     top-1 1.0000 (")
+    found = json.loads(printed(capsys, "compare", GOOD, POOR, "--json")[1])
+    paired, (one, other) = found["paired"], found["metrics"]
+    assert paired["difference"] == pytest.approx(one["top1"] - other["top1"])
+    assert paired["low"] < paired["difference"] < paired["high"]
+    assert len(found["only_first"]) == paired["only_first"] == 13 - other["correct1"]
+    assert found["only_first"][0] in out
+    code, _, err = printed(capsys, "compare", GOOD, FOREIGN)
+    assert code == 2 and "does not fit" in err and err.count("\n") == 1
+
+
+# What goes wrong
+
+
+def test_unknown_versions_are_told_in_one_line(client, capsys):
+    for words in (["promote", "17"], ["show", "17"], ["compare", "1", "17"], ["promote", "best"]):
+        code, out, err = printed(capsys, *words)
+        assert (code, out) == (2, "") and err.count("\n") == 1
+        assert f"there is no version {words[-1]}; there are 4, 3, 2, 1" in err
 
 
 def test_empty_registry_has_no_candidate_and_an_empty_list(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'empty' / 'mlflow.db'}")
-    assert command.main(["list"]) == 0
-    assert len(capsys.readouterr().out.splitlines()) == 1
-    for words, code in ((["promote"], 2), (["rollback"], 1), (["promote", "--version", "1"], 2)):
-        assert command.main(words) == code
-        assert capsys.readouterr().err.count("\n") == 1
+    code, out, _ = printed(capsys, "list")
+    assert code == 0 and len(out.splitlines()) == 1
+    for words, expected in ((["promote"], 2), (["rollback"], 1), (["promote", "1"], 2)):
+        code, out, err = printed(capsys, *words)
+        assert (code, out, err.count("\n")) == (expected, "", 1)
+
+
+def test_interruption_ends_with_130(client, capsys, monkeypatch):
+    def interrupted(*args, **rest):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(gate, "score", interrupted)
+    code, out, err = printed(capsys, "promote")
+    assert (code, out) == (130, "") and err.startswith("interrupted")
+
+
+def test_mlflow_that_fails_at_any_call_of_promote_leaves_before_or_after(
+    client, capsys, monkeypatch
+):
+    """The verdict is taken once and given again: the calls around it are what fails here."""
+    judged = gate._judge(client, gate.resolve(client, GOOD), None, gate.Asked())
+    monkeypatch.setattr(gate, "_judge", lambda *args: judged)
+    monkeypatch.setattr(gate.card, "update", lambda *args: None)
+    k, outcomes = 0, set()
+    while True:
+        k += 1
+        failing = Failing(client, k)
+        monkeypatch.setattr(tracking, "connect", lambda uri, failing=failing: failing)
+        code, _, err = printed(capsys, "promote")
+        outcomes.add((code, champion(client)))
+        if failing.calls < k:
+            break
+        assert code == 2 and err.splitlines()[-1].startswith("error: MLflow at sqlite:///")
+        assert "(no answer)" in err and "Traceback" not in err
+        if champion(client) is not None:
+            client.delete_registered_model_alias(NAME, "champion")
+    assert outcomes >= {(2, None), (0, GOOD)} and k > 10
+
+
+class Failing:
+    """A client whose call number k fails; `calls` counts."""
+
+    def __init__(self, client: MlflowClient, k: int) -> None:
+        self._client, self._k, self.calls = client, k, 0
+
+    def __getattr__(self, name: str):
+        def call(*args, **rest):
+            self.calls += 1
+            if self.calls == self._k:
+                raise MlflowException("no answer\nand more lines")
+            return getattr(self._client, name)(*args, **rest)
+
+        return call
+
+
+def test_server_that_dies_while_promoting_is_told_and_the_next_promote_settles_it(
+    client, home, tmp_path, capsys, monkeypatch
+):
+    from test_tracking import Server
+
+    (home / "mlflow.db").rename(tmp_path / "server.db")
+    server = Server(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
+    set_alias = MlflowClient.set_registered_model_alias
+
+    def after_its_death(*args):
+        server.kill()
+        set_alias(*args)
+
+    try:
+        server.start()
+        with monkeypatch.context() as patch:
+            patch.setattr(MlflowClient, "set_registered_model_alias", after_its_death)
+            began = time.monotonic()
+            code, out, err = printed(capsys, "promote")
+        assert (code, out) == (2, "") and time.monotonic() - began < 120
+        assert err.splitlines()[-1].startswith(f"error: MLflow at {server.uri} failed (no connec")
+        server.start()
+        monkeypatch.setattr(gate.alias, "STALE_SECONDS", -1.0)
+        again = tracking.connect(server.uri)
+        assert champion(again) is None
+        code, out, err = printed(capsys, "promote")
+        assert code == 0 and champion(again) == GOOD, err
+        assert [model.name for model in again.search_registered_models()] == [NAME]
+    finally:
+        server.kill()

@@ -1,0 +1,233 @@
+"""The gate on real MLflow versions of small models: what it lets through, and what it says."""
+
+import dataclasses
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+from gated import champion, enter_whole_copy, files_of
+from mlflow.tracking import MlflowClient
+from registered import AGAIN, FOREIGN, GOOD, GOOD_CONFIG, MLFLOW_WARNINGS, POOR, Built
+from shard_sets import write_shard_set
+from small_training import CPU
+
+from alexnet.errors import UserError
+from pipelines.shards import load_manifest
+from training import checkpoint, tracking
+from training.evaluate import evaluate
+from training.loader import Loader
+from training.loop import build_model, input_spec
+from training.registry import checks, gate
+from training.registry.gate import Asked
+from training.registry.verdict import Check, Verdict
+from training.registry.versions import DESCRIPTION, NAME, WEIGHTS
+
+pytestmark = [pytest.mark.filterwarnings(line) for line in MLFLOW_WARNINGS]
+
+CHECKS = ["files", "signature", "data set", "classes", "as logged", "top-1", "worst class"]
+CHECKS += ["latency", "size", "as used"]
+FORCED = Asked(force="the demonstration is at noon")
+
+
+@pytest.fixture
+def built(registered_models: Built) -> Built:
+    return registered_models
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    return tmp_path / "home"
+
+
+@pytest.fixture
+def client(built: Built, home: Path, monkeypatch: pytest.MonkeyPatch) -> MlflowClient:
+    """Of a copy of the registry, without champion, GOOD as candidate. The check in a fresh process
+    takes seconds; tests of its own make it."""
+    alike = Check("as used", "8 of 8 pictures alike", "the same classes", True)
+    monkeypatch.setattr(checks, "as_used", lambda *args: alike)
+    client = enter_whole_copy(built, home, monkeypatch)
+    client.set_registered_model_alias(NAME, "candidate", GOOD)
+    return client
+
+
+def tags(client: MlflowClient, version: str) -> dict[str, str]:
+    return dict(client.get_model_version(NAME, version).tags)
+
+
+def failed(found: Verdict) -> list[str]:
+    return [check.name for check in found.checks if not check.passed]
+
+
+def refused(client: MlflowClient, version: str | None, asked: Asked = Asked()) -> Verdict:  # noqa: B008
+    """The verdict of a promotion that must change nothing but the tags of the version."""
+    before = champion(client)
+    found = gate.promote(client, version, asked)
+    assert found.outcome == "refused" and champion(client) == before
+    assert "\n" not in found.reason
+    remembered = tags(client, found.version)
+    assert (remembered["gate"], remembered["gate_reason"]) == ("refused", found.reason[:500])
+    assert "promoted_at" not in remembered
+    return found
+
+
+# What passes
+
+
+def test_first_champion_is_measured_anew_and_promoted(client, built):
+    found = gate.promote(client, None, Asked())
+    assert (found.outcome, found.champion_before, champion(client)) == ("passed", None, GOOD)
+    manifest = load_manifest(built.data)
+    model = build_model(GOOD_CONFIG, 4).eval()
+    checkpoint.load_model(built.checkpoint, model)
+    with Loader(built.data, manifest, "val", threads=1, cache_gb=1) as loader:
+        own = evaluate(model, loader, input_spec(manifest, GOOD_CONFIG), device=CPU)
+    assert own.top1 == 1.0 and found.metrics.images == 13
+    assert (found.metrics.correct1, found.metrics.correct5) == (own.correct1, own.correct5)
+    assert found.metrics.loss == pytest.approx(own.loss, rel=1e-4)
+    remembered = tags(client, GOOD)
+    assert (remembered["gate"], float(remembered["gate_val_top1"])) == ("passed", own.top1)
+    assert remembered["promoted_at"] == found.at
+    assert not {"previous_champion", "gate_reason"} & remembered.keys()
+    assert gate.promote(client, None, Asked()) is None, "it is the champion already"
+
+
+def test_verdict_lies_with_the_run_as_json_and_as_a_table(client, tmp_path):
+    found = gate.promote(client, None, Asked())
+    run_id = client.get_model_version(NAME, GOOD).run_id
+    names = sorted(file.path for file in client.list_artifacts(run_id, "gate"))
+    assert [re.sub(r"\d{8}T\d{6}Z", "UTC", name) for name in names] == [
+        "gate/verdict-v1-UTC.json",
+        "gate/verdict-v1-UTC.txt",
+    ]
+    paths = [Path(client.download_artifacts(run_id, name, str(tmp_path))) for name in names]
+    document = json.loads(paths[0].read_text())
+    assert (document["version"], document["outcome"], document["forced"]) == ("1", "passed", False)
+    assert document["manifest_sha256"] == found.manifest_sha256
+    assert {check["name"]: check["passed"] for check in document["checks"]} == dict.fromkeys(
+        [
+            "files",
+            "signature",
+            "data set",
+            "classes",
+            "as logged",
+            "top-1",
+            "worst class",
+            "latency",
+            "size",
+            "as used",
+        ],
+        True,
+    )
+    lines = paths[1].read_text().splitlines()
+    assert lines[0].startswith("version 1 as the first champion, on the val split of")
+    assert [line.split()[-1] for line in lines[2:]] == ["ok"] * len(found.checks)
+
+
+def test_equal_model_is_no_worse_and_takes_over(client):
+    gate.promote(client, GOOD, Asked())
+    found = gate.promote(client, AGAIN, Asked())
+    assert champion(client) == AGAIN and tags(client, AGAIN)["previous_champion"] == GOOD
+    assert found.checks[-1].name == "champion" and "the same answers" in found.checks[-1].value
+    assert (found.paired.only_first, found.paired.only_second, found.paired.p) == (0, 0, 1.0)
+    assert found.champion_metrics == found.metrics
+
+
+def test_better_model_takes_over(client):
+    gate.promote(client, POOR, FORCED)
+    found = gate.promote(client, GOOD, Asked())
+    assert champion(client) == GOOD and found.paired.low > 0
+    assert found.paired.only_first == 13 - found.champion_metrics.correct1
+
+
+def test_moved_shards_are_accepted(client, tmp_path):
+    moved = write_shard_set(tmp_path / "moved", train=(8, 8), val=(7, 6))
+    assert gate.promote(client, None, Asked(data=moved)).data == moved
+
+
+# What is refused
+
+
+def test_worse_model_is_refused(client):
+    gate.promote(client, GOOD, Asked())
+    found = refused(client, POOR)
+    assert "champion" in failed(found) and found.paired.high < 0
+    assert re.search(r"champion: -0\.\d{4} top-1, 95 % -0\.\d{4} to -0\.\d{4}", found.reason)
+    assert "(asked for: interval above -0.0100)" in found.reason
+
+
+@pytest.mark.parametrize(("metric", "change"), [("val_top1", -0.2), ("val_loss", 0.02)])
+def test_model_that_is_not_what_its_run_logged_is_refused(client, metric, change):
+    run_id = client.get_model_version(NAME, GOOD).run_id
+    known = client.get_run(run_id).data.metrics[metric]
+    client.log_metric(run_id, metric, known + change, step=10_000)
+    assert failed(refused(client, None)) == ["as logged"]
+
+
+def test_model_that_logged_no_number_is_refused(client):
+    run_id = client.get_model_version(NAME, GOOD).run_id
+    client.log_metric(run_id, "val_loss", float("nan"), step=10_000)
+    assert failed(refused(client, None)) == ["as logged"]
+
+
+def test_run_without_metrics_is_refused(client, built):
+    config = dataclasses.replace(GOOD_CONFIG, name="silent")
+    run = tracking.open_run(client, config, load_manifest(built.data), built.data)
+    good = client.get_model_version(NAME, GOOD)
+    made = client.create_model_version(NAME, good.source, run.info.run_id, tags=good.tags)
+    found = refused(client, str(made.version))
+    assert failed(found) == ["as logged"] and "which has none" in found.reason
+
+
+@pytest.mark.parametrize("asked", [Asked(), FORCED], ids=["asked", "forced"])
+def test_other_data_set_is_refused_also_by_force(client, tmp_path, asked):
+    other = write_shard_set(tmp_path / "other", train=(8, 8), val=(7, 6), seed=1)
+    found = refused(client, None, dataclasses.replace(asked, data=other))
+    assert failed(found) == ["data set"] and found.metrics is None
+    assert found.checks[2].limit.endswith(other)
+
+
+def test_mislabelled_model_is_refused_also_by_force(client):
+    found = refused(client, FOREIGN, FORCED)
+    assert failed(found) == ["classes"]
+    assert "label 0 is n00000000, where it has n90" in found.reason
+
+
+@pytest.mark.parametrize("name", [WEIGHTS, DESCRIPTION, "code/alexnet/model.py"])
+def test_tampered_model_is_refused_also_by_force_and_its_code_not_run(client, name):
+    path = files_of(client, GOOD) / name
+    changed = bytearray(path.read_bytes())
+    changed[-1] ^= 1
+    path.write_bytes(changed)
+    found = refused(client, None, FORCED)
+    assert failed(found) == ["files"]
+    assert f"not those that were registered ({name} changed)" in found.reason
+
+
+def test_model_whose_files_are_gone_is_refused(client):
+    shutil.rmtree(files_of(client, GOOD))
+    assert failed(refused(client, None)) == ["files"]
+
+
+def test_every_limit_is_told_not_only_the_first(client, tmp_path):
+    strict = tmp_path / "strict.toml"
+    strict.write_text(
+        "[default]\ntop1 = 0.5\ntop5 = 0.5\nabove_chance = 0.25\nworst_class = 0.02\n"
+        "margin = 0.02\nlatency_ms = 1e-6\nsize_mb = 0.001\n"
+    )
+    found = refused(client, None, Asked(policy=str(strict)))
+    assert failed(found) == ["latency", "size"]
+    assert "0.001 MB or less" in found.reason and "1e-06 ms or less" in found.reason
+
+
+def test_untrained_model_stays_below_the_floor_of_its_number_of_classes(client):
+    found = refused(client, POOR)
+    assert "top-1" in failed(found)
+    assert "0.4375 or more (25% above chance, 4 classes)" in found.reason
+
+
+def test_shards_that_are_gone_are_told_with_the_remedy(client, tmp_path):
+    with pytest.raises(UserError, match="if the shards were moved, pass --data") as told:
+        gate.promote(client, None, Asked(data=str(tmp_path / "nowhere")))
+    assert "\n" not in str(told.value) and "gate" not in tags(client, GOOD)

@@ -1,0 +1,150 @@
+"""The policy file, and the checks that follow it, without MLflow."""
+
+import numpy as np
+import pytest
+import torch
+
+from alexnet.errors import UserError
+from alexnet.model import AlexNet
+from training.evaluate import Metrics
+from training.recipes import RECIPES
+from training.registry import checks
+from training.registry.policy import SHIPPED, Policy, read_policy
+from training.scoring import Scored
+
+WHOLE = """
+[default]
+top1 = 0.5
+top5 = 0.7
+above_chance = 0.25
+worst_class = 0.02
+margin = 0.02
+latency_ms = 500
+size_mb = 260
+"""
+
+
+@pytest.fixture
+def policy(tmp_path) -> Policy:
+    (tmp_path / "policy.toml").write_text(WHOLE)
+    return read_policy(tmp_path / "policy.toml", "deck")
+
+
+def scored(labels: list[int], predicted: list[int], classes: int) -> Scored:
+    right = np.equal(labels, predicted)
+    return Scored(
+        keys=tuple(f"picture {i}" for i in range(len(labels))),
+        num_classes=classes,
+        labels=np.array(labels, dtype=np.int32),
+        predicted=np.array(predicted, dtype=np.int32),
+        place=np.where(right, 0, 1).astype(np.int32),
+        loss=np.zeros(len(labels)),
+        probability=np.ones(len(labels), dtype=np.float32),
+    )
+
+
+def metrics(top1: float, top5: float) -> Metrics:
+    return Metrics(1000, top1, top5, 1.0, round(top1 * 1000), round(top5 * 1000))
+
+
+# The file
+
+
+def test_shipped_policy_holds_for_every_recipe_and_lets_published_accuracies_pass():
+    published = {"deck": (0.565, 0.791), "paper": (0.578, 0.805), "fast": (0.585, 0.81)}
+    for recipe in [*RECIPES, "of a student"]:
+        policy = read_policy(SHIPPED, recipe)
+        found = metrics(*published.get(recipe, (0.565, 0.791)))
+        assert all(check.passed for check in checks.accuracy(found, 1000, policy)), recipe
+        assert not any(c.passed for c in checks.accuracy(metrics(0.4, 0.6), 1000, policy)), recipe
+    smoke = read_policy(SHIPPED, "smoke")
+    (check,) = checks.accuracy(metrics(0.99, 1.0), 10, smoke)
+    assert check.passed and check.limit == "0.8200 or more (80% above chance, 10 classes)"
+
+
+def test_recipe_takes_what_it_does_not_say_from_default(tmp_path):
+    path = tmp_path / "policy.toml"
+    path.write_text(WHOLE + "[paper]\ntop1 = 0.55\n")
+    paper, deck = read_policy(path, "paper"), read_policy(path, "deck")
+    assert (paper.top1, paper.top5, deck.top1) == (0.55, 0.7, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        (WHOLE + "[paper]\ntop_1 = 0.5\n", r"\[paper\] has an unknown key top_1"),
+        (WHOLE + "[paper]\ntop1 = 56.5\n", r"\[paper\] top1 is 56.5; pass a number from 0 to 1"),
+        (WHOLE + '[paper]\ntop1 = "half"\n', r"top1 is 'half'"),
+        (WHOLE + "[paper]\nlatency_ms = -1\n", "pass a number from 0 to inf"),
+        (WHOLE + "[paper]\nmargin = true\n", "margin is True"),
+        (WHOLE + "[paper]\nmargin = nan\n", "margin is nan"),
+        ("top1 = 0.5\n" + WHOLE, "top1 stands outside of a table"),
+        (WHOLE.replace("margin = 0.02\n", ""), r"\[default\] lacks margin"),
+        ("", r"\[default\] lacks above_chance, latency_ms, "),
+        ("[default", "is not TOML"),
+    ],
+)
+def test_policy_that_means_nothing_is_refused_in_one_line(tmp_path, text, told):
+    path = tmp_path / "policy.toml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=told) as error:
+        read_policy(path, "deck")
+    assert "\n" not in str(error.value) and str(path) in str(error.value)
+
+
+def test_policy_that_is_not_there_is_refused(tmp_path):
+    with pytest.raises(UserError, match="No such file or directory; pass a file with --policy"):
+        read_policy(tmp_path / "none.toml", "deck")
+
+
+# The checks
+
+
+@pytest.mark.parametrize(("classes", "floor"), [(2, 0.625), (10, 0.325), (100, 0.2575)])
+def test_floor_of_a_small_set_lies_above_chance(policy, classes, floor):
+    below, at = metrics(floor - 0.001, 1.0), metrics(floor + 1e-9, 1.0)
+    assert [c.passed for c in checks.accuracy(below, classes, policy)] == [False]
+    assert [c.passed for c in checks.accuracy(at, classes, policy)] == [True]
+
+
+def test_class_that_is_never_recognised_is_named(policy):
+    labels = [0] * 10 + [1] * 10 + [2] * 9
+    found = checks.worst_class(scored(labels, [0] * 20 + [0] * 9, 3), ["a", "b", "c"], policy)
+    assert (found.passed, found.value) == (False, "0.0000, b (0 of 10)")
+    found = checks.worst_class(scored(labels, [0] * 10 + [1] + [0] * 18, 3), "abc", policy)
+    assert (found.passed, found.value) == (True, "0.1000, b (1 of 10)")
+
+
+def test_classes_of_a_few_pictures_are_not_held_to_the_floor(policy):
+    found = checks.worst_class(scored([0, 1, 2], [1, 2, 0], 3), "abc", policy)
+    assert (found.passed, found.value) == (True, "none has 10 pictures")
+
+
+def test_no_worse_needs_enough_pictures_unless_the_answers_are_the_same(policy):
+    labels = [0] * 40
+    one, other = [0] * 38 + [1, 0], [0] * 38 + [0, 1]
+    check, paired = checks.no_worse(scored(labels, one, 2), scored(labels, other, 2), policy)
+    assert not check.passed and (paired.only_first, paired.only_second) == (1, 1)
+    check, _ = checks.no_worse(scored(labels, one, 2), scored(labels, one, 2), policy)
+    assert check.passed
+    many = labels * 200
+    check, paired = checks.no_worse(
+        scored(many, one * 200, 2), scored(many, other * 200, 2), policy
+    )
+    assert check.passed and paired.difference == 0
+
+
+def test_one_hair_below_the_margin_is_refused(policy):
+    labels, worse = [0] * 10_000, [1] * 200 + [0] * 9_800
+    check, paired = checks.no_worse(scored(labels, worse, 2), scored(labels, labels, 2), policy)
+    assert paired.difference == -0.02 and not check.passed
+
+
+def test_size_is_that_of_the_weights_and_latency_that_of_one_picture(policy):
+    network = AlexNet(num_classes=4, width=1 / 32).eval()
+    size = checks.size(network, policy)
+    weights = sum(tensor.numel() for tensor in network.state_dict().values())
+    assert size.passed and size.value == f"{4 * weights / 1e6:.1f} MB"
+    latency = checks.latency(network, policy)
+    assert latency.passed and 0 < float(latency.value.split()[0]) < 500
+    assert not checks.size(torch.nn.Linear(10_000, 6_500, device="meta"), policy).passed
