@@ -5,6 +5,7 @@ import hashlib
 import json
 import logging
 import shutil
+import subprocess
 from pathlib import Path
 
 import mlflow
@@ -54,9 +55,13 @@ def build(folder: Path) -> Built:
         patch.setenv("ALEXNET_HOME", str(folder / "home"))
         # MLflow sets this itself, for its child processes; here it must not outlive the block.
         patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder / 'home' / 'mlflow.db'}")
-        # torch.export traces at length for whoever listens, and pytest does: 20 s of it.
-        patch.setattr(logging.getLogger("torch.__trace"), "propagate", False)
+        quiet_export(patch)
         return _register_all(folder, data)
+
+
+def quiet_export(patch: pytest.MonkeyPatch) -> None:
+    """torch.export traces at length for whoever listens, and pytest does: 20 s of it."""
+    patch.setattr(logging.getLogger("torch.__trace"), "propagate", False)
 
 
 def _register_all(folder: Path, data: str) -> Built:
@@ -104,3 +109,19 @@ def _with_other_classes(registered: ModelVersion, folder: Path) -> tuple[str, di
     (Path(copied) / SUMS).write_text(sums)
     digest = hashlib.sha256(sums.encode()).hexdigest()
     return copied, registered.tags | {"artifacts_sha256": digest}
+
+
+def from_folder(client: MlflowClient, folder: Path) -> str:
+    """Number of a new version with the tags of GOOD and the files of `folder`."""
+    tags = client.get_model_version("alexnet", GOOD).tags
+    return str(client.create_model_version("alexnet", str(folder), tags=tags).version)
+
+
+def resealed(folder: Path) -> str:
+    """The folder, with hashes that match what it holds now."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    names = [path.relative_to(folder).as_posix() for path in files]
+    names = [name for name in names if name not in ("SHA256SUMS", "registered_model_meta")]
+    sums = subprocess.check_output(["sha256sum", *names], cwd=folder, text=True)
+    (folder / "SHA256SUMS").write_text(sums)
+    return str(folder)

@@ -56,9 +56,8 @@ class AlexNetModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
             raise _refusal(f"top_k {top_k} is below 1; ask for 1 class or more")
         if isinstance(model_input, pd.DataFrame | dict):
             if IMAGE not in model_input:
-                raise _refusal(
-                    f"there is no column {IMAGE!r}, but {', '.join(map(str, model_input))}"
-                )
+                columns = ", ".join(map(str, model_input))
+                raise _refusal(f"there is no column {IMAGE!r}, but {columns}; name it so")
             model_input = model_input[IMAGE]
         pixels = _pixels(model_input)
         pictures = model_input if pixels is not None else _pictures(model_input)

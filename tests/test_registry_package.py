@@ -1,0 +1,171 @@
+"""What a training registers, and how a version is found, checked and read again."""
+
+import dataclasses
+import subprocess
+from pathlib import Path
+
+import mlflow
+import numpy as np
+import pytest
+from mlflow.exceptions import MlflowException
+from mlflow.tracking import MlflowClient
+from registered import AGAIN, GOOD, GOOD_CONFIG, MLFLOW_WARNINGS, POOR, Built
+from safetensors.numpy import load_file
+
+from pipelines.shards import load_manifest
+from training.loop import input_spec
+from training.registry import exports
+from training.registry.package import register
+from training.registry.versions import aliases, load, verify, versions
+
+# Endings of what Python or torch writes with pickle.
+PICKLES = {".pkl", ".pickle", ".pt", ".pth", ".bin", ".joblib"}
+
+pytestmark = [pytest.mark.filterwarnings(line) for line in MLFLOW_WARNINGS]
+
+
+@pytest.fixture
+def client(
+    registered_models: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> MlflowClient:
+    """Of a copy of the registry, without champion, GOOD as candidate."""
+    client = registered_models.enter_copy(tmp_path / "home", monkeypatch)
+    client.set_registered_model_alias("alexnet", "candidate", GOOD)
+    return client
+
+
+@pytest.fixture
+def copied(client: MlflowClient, tmp_path: Path) -> Path:
+    """A copy of GOOD's folder, for a test to change."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    return Path(mlflow.artifacts.download_artifacts(f"models:/alexnet/{GOOD}", dst_path=folder))
+
+
+# What is registered
+
+
+def test_newest_registration_is_the_candidate_with_what_vouches_for_it(
+    registered_models, tmp_path, monkeypatch
+):
+    client = registered_models.enter_copy(tmp_path / "home", monkeypatch)
+    assert aliases(client) == {"candidate": POOR}
+    version = client.get_model_version("alexnet", GOOD)
+    tags = version.tags
+    assert (tags["recipe"], tags["variant"]) == ("deck", "deck")
+    assert (tags["export_pt2"], tags["export_onnx"]) == ("ok", "ok")
+    assert version.description.startswith("# ")
+    run = client.get_run(version.run_id)
+    (model,) = run.outputs.model_outputs
+    assert version.source == f"models:/{model.model_id}"
+    assert client.get_logged_model(model.model_id).status == "READY"
+
+
+def test_folder_holds_the_weights_as_trained_and_no_pickle(copied, registered_models):
+    assert not [path for path in copied.rglob("*") if path.suffix in PICKLES]
+    trained = load_file(registered_models.checkpoint / "model.safetensors")
+    kept = load_file(copied / "artifacts" / "model.safetensors")
+    assert kept.keys() == trained.keys()
+    assert all(np.array_equal(kept[name], trained[name]) for name in trained)
+    required = (copied / "requirements.txt").read_text().split()
+    assert {line.split("==")[0] for line in required} >= {"mlflow", "numpy", "pillow", "torch"}
+    assert all("==" in line and "+" not in line for line in required)
+    code = {path.name for path in (copied / "code").iterdir()}
+    assert code == {"alexnet"}, "and nothing of training or pipelines"
+
+
+def test_hashes_are_what_sha256sum_finds_and_the_tag_is_theirs(client, copied):
+    checked = subprocess.run(
+        ["sha256sum", "--check", "--strict", "SHA256SUMS"],
+        cwd=copied,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    listed = {line.removesuffix(": OK") for line in checked.stdout.splitlines()}
+    there = {path.relative_to(copied).as_posix() for path in copied.rglob("*") if path.is_file()}
+    assert there - listed <= {"SHA256SUMS", "registered_model_meta"}
+    tags = client.get_model_version("alexnet", GOOD).tags
+    for tag, name in (
+        ("artifacts_sha256", "SHA256SUMS"),
+        ("weights_sha256", "artifacts/model.safetensors"),
+    ):
+        told = subprocess.check_output(["sha256sum", copied / name], text=True)
+        assert told.split()[0] == tags[tag]
+
+
+def test_description_has_classes_geometry_and_where_it_comes_from(client, registered_models):
+    loaded, manifest = load(f"models:/alexnet/{GOOD}"), load_manifest(registered_models.data)
+    assert loaded.input_spec == input_spec(manifest, GOOD_CONFIG)
+    assert (loaded.class_names, loaded.wnids) == (manifest.class_names, manifest.wnids)
+    assert loaded.class_names[2] == "colour 2"
+    assert loaded.description["manifest_sha256"] == manifest.digest
+    assert loaded.description["recipe"] == "deck"
+    assert loaded.description["model"] == {
+        "variant": "deck",
+        "num_classes": 4,
+        "width": 1 / 16,
+        "batch_norm": True,
+        "norm_group": 64,
+    }
+
+
+def test_run_holds_figures_exports_and_card(client, tmp_path):
+    run_id = client.get_model_version("alexnet", GOOD).run_id
+    for name in ("curves", "conv1_kernels"):
+        path = client.download_artifacts(run_id, f"figures/{name}.png", str(tmp_path))
+        assert Path(path).read_bytes().startswith(b"\x89PNG")
+    names = {file.path for file in client.list_artifacts(run_id, "exports")}
+    assert names == {f"exports/{name}" for name in ("alexnet.json", "model.onnx", "model.pt2")}
+    assert "card/card.html" in {file.path for file in client.list_artifacts(run_id, "card")}
+
+
+# A registration that does not go well
+
+
+@pytest.fixture
+def without_exports(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both exporters fail, as they do where a library is missing; it also saves their time."""
+
+    def missing(*_: object) -> None:
+        raise ModuleNotFoundError("No module named 'onnxscript'")
+
+    for name in ("_to_pt2", "_to_onnx"):
+        monkeypatch.setattr(exports, name, missing)
+
+
+def register_again(client: MlflowClient, built: Built, **changes: object) -> str | None:
+    run_id = client.get_model_version("alexnet", AGAIN).run_id
+    config = dataclasses.replace(GOOD_CONFIG, **changes)
+    return register(client, run_id, built.checkpoint, load_manifest(built.data), config)
+
+
+def test_failing_exports_are_told_and_the_rest_stays(
+    client, registered_models, without_exports, caplog
+):
+    version = client.get_model_version("alexnet", register_again(client, registered_models))
+    reason = "failed: ModuleNotFoundError: No module named 'onnxscript'"
+    assert (version.tags["export_pt2"], version.tags["export_onnx"]) == (reason, reason)
+    assert "model.onnx failed and is left out" in caplog.text
+    names = [file.path for file in client.list_artifacts(version.run_id, "exports")]
+    assert names == ["exports/alexnet.json"]
+    assert verify(client, version) == []
+
+
+@pytest.mark.parametrize("step", ["log_model_artifacts", "log_outputs", "create_model_version"])
+def test_fault_while_registering_leaves_no_version(
+    client, registered_models, without_exports, monkeypatch, step
+):
+    def fault(*_: object, **__: object) -> None:
+        raise MlflowException("the server is gone")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(client, step, fault)
+        with pytest.raises(MlflowException, match="the server is gone"):
+            register_again(client, registered_models)
+    assert len(versions(client)) == 4 and aliases(client) == {"candidate": GOOD}
+
+
+def test_nothing_is_registered_where_the_config_says_so(client, registered_models):
+    assert register_again(client, registered_models, register=False) is None
+    assert len(versions(client)) == 4

@@ -1,0 +1,219 @@
+"""A model registered through a real MLflow server, used by programs without this checkout: in
+Python and over HTTP."""
+
+import base64
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import requests
+from mlflow.tracking import MlflowClient
+from PIL import Image
+from registered import GOOD_CONFIG, MLFLOW_WARNINGS, Built, quiet_export
+from test_tracking import Server, free_port
+
+from pipelines.shards import load_manifest
+from training import tracking
+from training.registry.package import register
+from training.registry.versions import load, resolve, verify
+
+pytestmark = [pytest.mark.filterwarnings(line) for line in MLFLOW_WARNINGS]
+
+CHAMPION = "models:/alexnet@champion"
+
+
+@pytest.fixture(scope="module")
+def store(registered_models: Built, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The URI of a server with one version, the champion."""
+    folder = tmp_path_factory.mktemp("server")
+    server = Server(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ALEXNET_HOME", str(folder / "home"))
+        patch.setenv("MLFLOW_TRACKING_URI", server.uri)
+        quiet_export(patch)
+        try:
+            server.start()
+            client = tracking.connect(server.uri)
+            manifest, data = load_manifest(registered_models.data), registered_models.data
+            run_id = tracking.open_run(client, GOOD_CONFIG, manifest, data).info.run_id
+            version = register(client, run_id, registered_models.checkpoint, manifest, GOOD_CONFIG)
+            client.set_registered_model_alias("alexnet", "champion", version)
+            yield server.uri
+        finally:
+            server.kill()
+
+
+@pytest.fixture
+def client(store: str, monkeypatch: pytest.MonkeyPatch) -> MlflowClient:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
+    return tracking.connect(store)
+
+
+@pytest.fixture(scope="module")
+def picture() -> bytes:
+    """A PNG file, wider than high."""
+    pixels = np.random.default_rng(5).integers(0, 256, (240, 320, 3), dtype=np.uint8)
+    content = io.BytesIO()
+    Image.fromarray(pixels).save(content, "PNG")
+    return content.getvalue()
+
+
+def elsewhere(store: str) -> dict[str, str]:
+    """An environment in which this checkout is not found, and pickle is off."""
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    return environment | {
+        "MLFLOW_TRACKING_URI": store,
+        "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
+        "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+    }
+
+
+def test_registration_through_a_server_is_whole(client):
+    version = resolve(client, "champion")
+    assert verify(client, version) == []
+    run = client.get_run(version.run_id)
+    names = {file.path for file in client.list_artifacts(run.info.run_id, "exports")}
+    assert names == {f"exports/{name}" for name in ("alexnet.json", "model.onnx", "model.pt2")}
+    assert load(CHAMPION).class_names[2] == "colour 2"
+    assert (version.tags["export_pt2"], version.tags["export_onnx"]) == ("ok", "ok")
+
+
+_PROGRAM = """
+import json, sys
+import mlflow
+model = mlflow.pyfunc.load_model("models:/alexnet@champion")
+told = model.predict(open(sys.argv[1], "rb").read(), params={"top_k": 2})
+import alexnet
+print(json.dumps([alexnet.__file__, sorted({"training", "pipelines"} & set(sys.modules)),
+                  told.to_dict("records")]))
+"""
+
+
+def test_one_line_of_python_classifies_a_file_without_this_checkout(
+    client, store, picture, tmp_path
+):
+    (tmp_path / "picture.png").write_bytes(picture)
+    done = subprocess.run(
+        [sys.executable, "-c", _PROGRAM, "picture.png"],
+        cwd=tmp_path,
+        env=elsewhere(store),
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr
+    where, ours, (answer,) = json.loads(done.stdout.splitlines()[-1])
+    assert Path(where).parts[-3:] == ("code", "alexnet", "__init__.py"), "the model's own copy"
+    assert ours == []
+    names, shares = expected(picture)
+    assert answer["classes"] == names[:2]
+    assert answer["probabilities"] == pytest.approx(shares[:2], abs=1e-5)
+
+
+def expected(picture: bytes) -> tuple[list[str], list[float]]:
+    """Classes and probabilities, the likeliest first, by Pillow and NumPy around the network."""
+    import torch
+
+    model = load(CHAMPION)
+    assert model.input_spec.resize == model.input_spec.crop == 227
+    with Image.open(io.BytesIO(picture)) as image:
+        width = round(image.width * 227 / image.height)
+        pixels = np.asarray(image.resize((width, 227), Image.Resampling.LANCZOS))
+    left = (width - 227) // 2
+    mean, std = (np.array(getattr(model.input_spec, name)) for name in ("mean", "std"))
+    x = ((pixels[:, left : left + 227] - mean) / std).transpose(2, 0, 1)[None]
+    with torch.inference_mode():
+        logits = model.network(torch.tensor(x, dtype=torch.float32))[0].numpy().astype(np.float64)
+    shares = np.exp(logits) / np.exp(logits).sum()
+    order = np.argsort(-shares)
+    return [model.class_names[i] for i in order], shares[order].tolist()
+
+
+@pytest.fixture(scope="module")
+def serving(store: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The URL of `mlflow models serve`."""
+    folder, port = tmp_path_factory.mktemp("serving"), free_port()
+    command = [sys.executable, "-m", "mlflow", "models", "serve", "-m", CHAMPION]
+    command += ["--env-manager", "local", "--host", "127.0.0.1", "--port", str(port)]
+    with (folder / "log").open("wb") as log:
+        process = subprocess.Popen(
+            [*command, "--workers", "1"],
+            cwd=folder,
+            env=elsewhere(store) | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+    try:
+        url, deadline = f"http://127.0.0.1:{port}", time.monotonic() + 200
+        while not answers(url):
+            assert process.poll() is None and time.monotonic() < deadline, (
+                folder / "log"
+            ).read_text()
+            time.sleep(0.3)
+        yield url
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def answers(url: str) -> bool:
+    try:
+        return requests.get(f"{url}/ping", timeout=5).ok
+    except requests.RequestException:
+        return False
+
+
+def as_text(picture: bytes) -> str:
+    return base64.b64encode(picture).decode()
+
+
+def test_server_answers_a_json_request_with_a_base64_picture(client, serving, picture):
+    names, shares = expected(picture)
+    text = as_text(picture)
+    for request in (
+        {"dataframe_split": {"columns": ["image"], "data": [[text]]}},
+        {"dataframe_records": [{"image": text}]},
+        {"inputs": [text]},
+        {"inputs": {"image": [text]}},
+        {"instances": [{"image": text}]},
+    ):
+        answer = requests.post(f"{serving}/invocations", json=request, timeout=60)
+        assert answer.status_code == 200, answer.text
+        (told,) = answer.json()["predictions"]
+        assert told["classes"] == names
+        assert told["probabilities"] == pytest.approx(shares, abs=1e-5)
+
+
+def test_server_takes_top_k_and_pixels(client, serving):
+    pixels = np.random.default_rng(6).integers(0, 256, (2, 3, 227, 227), dtype=np.uint8)
+    request = {"inputs": pixels.tolist(), "params": {"top_k": 1}}
+    answer = requests.post(f"{serving}/invocations", json=request, timeout=60)
+    assert answer.status_code == 200, answer.text
+    assert [len(told["classes"]) for told in answer.json()["predictions"]] == [1, 1]
+
+
+@pytest.mark.parametrize(
+    ("images", "told"),
+    [
+        ([None, "no picture"], "picture 2 of 2: cannot decode"),
+        (["%%%"], "picture 1 of 1: it is no base64 text"),
+        ([], "there is no picture"),
+    ],
+)
+def test_server_refuses_what_is_no_picture_and_says_which(serving, picture, images, told):
+    good = as_text(picture)
+    texts = [good if i is None else as_text(i.encode()) if " " in i else i for i in images]
+    request = {"dataframe_split": {"columns": ["image"], "data": [[text] for text in texts]}}
+    answer = requests.post(f"{serving}/invocations", json=request, timeout=60)
+    assert answer.status_code == 400
+    assert told in answer.json()["message"]

@@ -1,0 +1,215 @@
+"""How a version is found, checked and read again, and which are refused."""
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import mlflow
+import numpy as np
+import pytest
+import torch
+from mlflow.tracking import MlflowClient
+from registered import (
+    AGAIN,
+    FOREIGN,
+    GOOD,
+    GOOD_CONFIG,
+    MLFLOW_WARNINGS,
+    POOR,
+    Built,
+    from_folder,
+    resealed,
+)
+from safetensors.numpy import load_file, save_file
+from safetensors.torch import load_file as load_tensors
+
+from alexnet.errors import UserError
+from training.loop import build_model
+from training.registry.versions import load, resolve, verify, versions
+
+pytestmark = [pytest.mark.filterwarnings(line) for line in MLFLOW_WARNINGS]
+
+
+@pytest.fixture
+def client(
+    registered_models: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> MlflowClient:
+    """Of a copy of the registry, without champion, GOOD as candidate."""
+    client = registered_models.enter_copy(tmp_path / "home", monkeypatch)
+    client.set_registered_model_alias("alexnet", "candidate", GOOD)
+    return client
+
+
+@pytest.fixture
+def copied(client: MlflowClient, tmp_path: Path) -> Path:
+    """A copy of GOOD's folder, for a test to change."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    return Path(mlflow.artifacts.download_artifacts(f"models:/alexnet/{GOOD}", dst_path=folder))
+
+
+# Loading
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_loaded_model_computes_what_the_trained_one_does(client, registered_models, batch_size):
+    loaded = load("models:/alexnet@candidate")
+    model = build_model(GOOD_CONFIG, 4).eval()
+    model.load_state_dict(load_tensors(registered_models.checkpoint / "model.safetensors"))
+    x = torch.randn(batch_size, 3, 227, 227, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        expected, found = model(x), loaded.network(x)
+    assert expected.abs().max() > 0.5
+    assert torch.equal(found, expected)
+    assert not loaded.network.training
+
+
+def _flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+def _other_wnids(path: Path) -> None:
+    path.write_text(path.read_text().replace("n00000000", "n00000009"))
+
+
+TAMPERED: dict[str, tuple[str, Callable[[Path], object]]] = {
+    "artifacts/model.safetensors changed": ("artifacts/model.safetensors", _flip),
+    "artifacts/alexnet.json changed": ("artifacts/alexnet.json", _other_wnids),
+    "code/alexnet/model.py missing": ("code/alexnet/model.py", Path.unlink),
+    "code/torch.py added": ("code/torch.py", lambda path: path.write_text("evil = True")),
+    "pyfunc_model.py changed": ("pyfunc_model.py", _flip),
+    "MLmodel changed": ("MLmodel", _flip),
+    "SHA256SUMS changed": ("SHA256SUMS", _flip),
+    "SHA256SUMS missing": ("SHA256SUMS", Path.unlink),
+}
+
+
+@pytest.mark.parametrize("told", TAMPERED)
+def test_tampered_version_is_refused_with_the_file_that_differs(client, copied, told):
+    name, change = TAMPERED[told]
+    change(copied / name)
+    number = from_folder(client, copied)
+    assert verify(client, resolve(client, number)) == [told]
+    with pytest.raises(UserError) as refusal:
+        load(f"models:/alexnet/{number}")
+    assert str(refusal.value) == (
+        f"models:/alexnet/{number}: its files are not those that were registered ({told}); "
+        "register it again"
+    )
+    if "SHA256SUMS changed" not in told:
+        with pytest.raises(UserError, match="not those that were registered"):
+            load(str(copied))
+
+
+def test_changed_weights_with_hashes_to_match_are_refused_by_the_tag(client, copied):
+    weights = load_file(copied / "artifacts" / "model.safetensors")
+    weights["classifier.fc8.bias"] += 1
+    save_file(weights, copied / "artifacts" / "model.safetensors")
+    names = [line.split("  ")[1] for line in (copied / "SHA256SUMS").read_text().splitlines()]
+    (copied / "SHA256SUMS").write_text(
+        subprocess.check_output(["sha256sum", *names], cwd=copied, text=True)
+    )
+    number = from_folder(client, copied)
+    for uri in (f"models:/alexnet/{number}", "models:/alexnet@forged"):
+        client.set_registered_model_alias("alexnet", "forged", number)
+        with pytest.raises(UserError, match=r"\(SHA256SUMS changed\)"):
+            load(uri)
+
+
+def test_what_python_and_mlflow_leave_beside_the_files_is_no_change(client, monkeypatch):
+    monkeypatch.setattr(sys, "path", list(sys.path))  # MLflow adds the model's code to it
+    mlflow.pyfunc.load_model(f"models:/alexnet/{GOOD}")
+    assert verify(client, resolve(client, GOOD)) == []
+
+
+def test_version_without_hashes_is_refused(client, copied):
+    version = client.create_model_version("alexnet", str(copied), tags={"recipe": "deck"})
+    with pytest.raises(UserError, match="was not registered by a training") as told:
+        load(f"models:/alexnet/{version.version}")
+    assert "\n" not in str(told.value)
+
+
+class Touch:
+    """A pickle of it creates a folder where it is read without care."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = str(path)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return os.mkdir, (self.path,)
+
+
+def test_neither_pickle_nor_code_of_the_registry_is_run(copied, tmp_path):
+    weights = copied / "artifacts" / "model.safetensors"
+    weights.write_bytes(pickle.dumps(Touch(tmp_path / "touched")))
+    for path in (copied / "pyfunc_model.py", copied / "code" / "alexnet" / "model.py"):
+        path.write_text(f"import os\nos.mkdir({str(tmp_path / 'touched')!r})\n")
+    with pytest.raises(UserError, match=r"model\.safetensors does not hold the weights") as told:
+        load(resealed(copied))
+    assert not (tmp_path / "touched").exists(), "the code ran"
+    assert "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"layout": 9}, "alexnet.json has layout 9, this release reads 1"),
+        ({"layout": None}, "has layout None"),
+        ({"model": {"variant": "deck"}}, "does not hold the weights of this network"),
+        ({"model": None}, "does not hold the weights of this network"),
+        ({"input_spec": {}}, "input specification is damaged"),
+        ({"class_names": None}, "its alexnet.json lacks"),
+    ],
+)
+def test_description_of_another_release_is_one_line(copied, changes, told):
+    path = copied / "artifacts" / "alexnet.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    with pytest.raises(UserError, match=told) as refusal:
+        load(resealed(copied))
+    assert "\n" not in str(refusal.value)
+
+
+def test_weights_of_another_network_are_one_line(copied):
+    path = copied / "artifacts" / "model.safetensors"
+    weights = load_file(path)
+    for changed in (
+        {name: value for name, value in weights.items() if "fc8" not in name},
+        {name: value.astype(np.float16) for name, value in weights.items()},
+        weights | {"more": np.zeros(1, np.float32)},
+    ):
+        save_file(changed, path)
+        with pytest.raises(UserError, match="does not hold the weights") as told:
+            load(resealed(copied))
+        assert "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize("uri", ["models:/alexnet/99", "models:/alexnet@nobody", "models:/x/1"])
+def test_uri_that_names_nothing_is_one_line(client, uri):
+    with pytest.raises(UserError, match="cannot be loaded") as told:
+        load(uri)
+    assert "\n" not in str(told.value)
+
+
+# Finding
+
+
+def test_versions_are_found_by_number_alias_and_as_the_candidate(client):
+    client.set_registered_model_alias("alexnet", "champion", AGAIN)
+    asked = (None, "candidate", "champion", "3", "03")
+    found = [str(resolve(client, version).version) for version in asked]
+    assert found == [GOOD, GOOD, AGAIN, POOR, POOR]
+    assert [str(version.version) for version in versions(client)] == [FOREIGN, POOR, AGAIN, GOOD]
+
+
+@pytest.mark.parametrize("asked", ["17", "champion", "", "-1", "1; drop"])
+def test_unknown_version_is_told_with_what_there_is(client, asked):
+    with pytest.raises(UserError) as told:
+        resolve(client, asked)
+    line = f"there is no version {asked}; there are 4, 3, 2, 1; aliases candidate"
+    assert str(told.value) == line
