@@ -3,10 +3,12 @@
 import contextlib
 import shutil
 import sqlite3
+from collections import OrderedDict
 from pathlib import Path
 
 import pytest
 from mlflow.tracking import MlflowClient
+from mlflow.tracking._tracking_service import utils
 from registered import Built
 
 from training import tracking
@@ -22,6 +24,8 @@ _PLACES = {
 
 def enter_whole_copy(built: Built, home: Path, patch: pytest.MonkeyPatch) -> MlflowClient:
     """As `Built.enter_copy`, with copies of the artifacts too."""
+    # By run, and of the whole process: the files of another copy, or of the original.
+    patch.setattr(utils, "_artifact_repos_cache", OrderedDict())
     client = built.enter_copy(home, patch)
     shutil.copytree(built.folder / "home" / "mlartifacts", home / "mlartifacts")
     with contextlib.closing(sqlite3.connect(home / "mlflow.db")) as store, store:

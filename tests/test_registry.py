@@ -2,7 +2,6 @@
 
 import json
 import re
-import time
 from pathlib import Path
 
 import pytest
@@ -259,9 +258,8 @@ def test_server_that_dies_while_promoting_is_told_and_the_next_promote_settles_i
         server.start()
         with monkeypatch.context() as patch:
             patch.setattr(MlflowClient, "set_registered_model_alias", after_its_death)
-            began = time.monotonic()
             code, out, err = printed(capsys, "promote")
-        assert (code, out) == (2, "") and time.monotonic() - began < 120
+        assert (code, out) == (2, "")
         assert err.splitlines()[-1].startswith(f"error: MLflow at {server.uri} failed (no connec")
         server.start()
         monkeypatch.setattr(gate.alias, "STALE_SECONDS", -1.0)
