@@ -130,6 +130,7 @@ def reset(client: MlflowClient) -> None:
 KILLED_WHILE_MOVING = """
 import os, signal, sys
 from mlflow.tracking import MlflowClient
+from training import tracking
 from training.registry.alias import move
 
 client = tracking.connect(tracking.tracking_uri())
@@ -155,6 +156,7 @@ move(client, "champion", "1", "2", tags)
         ),
         ("set_registered_model_alias", AFTER, "finished an interrupted move"),
     ],
+    ids=["before the alias moved", "after it"],
 )
 def test_killed_process_leaves_a_journal_that_the_next_move_settles(
     client, monkeypatch, caplog, last, expected, told
