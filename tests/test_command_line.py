@@ -79,8 +79,8 @@ def test_every_field_is_in_the_help_with_its_meaning_and_default(capsys, monkeyp
         flag = "--" + name.replace("_", "-")
         meaning = meanings[name.split(".")[-1]]
         assert "\n" not in meaning, "one line of help each"
-        # At the left edge of its frame, where the description above does not name it.
-        (found,) = re.finditer(rf"(?:^|[│|]) *{flag} .*$", text, re.MULTILINE)
+        # In a column of its own, as the description above does not name it.
+        (found,) = re.finditer(rf"(?:  |[│|] ){flag} .*$", text, re.MULTILINE)
         following = text[found.start() :]
         assert meaning in following[: len(found[0]) + 400], flag
     assert "(default: 128)" in text and "(default: 25 51 79)" in text
