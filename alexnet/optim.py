@@ -3,6 +3,7 @@
 import contextlib
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import torch
@@ -15,51 +16,59 @@ Rule = Literal["torch", "paper", "lars"]
 FUSED_DEVICES = frozenset({"cpu", "cuda"})
 
 
+@dataclass(frozen=True)
+class Rates:
+    """Learning rates of a step, one for each group of parameters. `biases` are those of
+    normalisation layers too; `conv1_…` are the first layer's, which the 2012 source froze."""
+
+    weights: float
+    biases: float
+    conv1_weights: float
+    conv1_biases: float
+
+
 def sgd(
     model: nn.Module,
     *,
-    lr: float,
     momentum: float,
     weight_decay: float,
-    bias_lr_factor: float,
     rule: Rule = "torch",
     trust: float = 0.001,
 ) -> torch.optim.Optimizer:
-    """Two parameter groups: weights, then biases with the parameters of normalisation layers.
+    """A parameter group for each field of Rates that the model has parameters for, named by its
+    "rate". Only weights decay. All rates are 0 until set_rates.
 
-    Only the weights decay. The others learn at lr × bias_lr_factor: 2 in the 2012 source (0.02
-    against 0.01), 1 in the paper's text. Each group carries its factor as "lr_factor" for set_lr.
     Whatever the rule, the velocity is in the state of each parameter as "momentum_buffer".
 
     torch: v ← momentum·v + (gradient + weight_decay·w), w ← w − lr·v. Equal to `paper` until lr
     changes, after which it applies the new lr to the old gradients too.
     paper and lars: see PaperSGD and LARS, which alone takes `trust`.
     """
-    groups = _groups(model, lr=lr, weight_decay=weight_decay, bias_lr_factor=bias_lr_factor)
+    groups = _groups(model, weight_decay)
     if rule == "paper":
-        return PaperSGD(groups, lr=lr, momentum=momentum)
+        return PaperSGD(groups, momentum=momentum)
     if rule == "lars":
-        return LARS(groups, lr=lr, momentum=momentum, trust=trust)
+        return LARS(groups, momentum=momentum, trust=trust)
     trained = [parameter for group in groups for parameter in group["params"]]
     fused = all(parameter.device.type in FUSED_DEVICES for parameter in trained)
-    return torch.optim.SGD(groups, lr=lr, momentum=momentum, fused=fused)
+    return torch.optim.SGD(groups, lr=0.0, momentum=momentum, fused=fused)
 
 
-def _groups(
-    model: nn.Module, *, lr: float, weight_decay: float, bias_lr_factor: float
-) -> list[dict[str, Any]]:
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    # Convolutions and linear layers have 4 and 2 dimensions; biases and norm parameters have 1.
-    weights = [parameter for parameter in trained if parameter.ndim > 1]
-    others = [parameter for parameter in trained if parameter.ndim <= 1]
+def _groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    groups: dict[str, list[Tensor]] = {}
+    for name, parameter in model.named_parameters():
+        # Convolutions and linear layers have 4 and 2 dimensions; biases and norm parameters have 1.
+        kind = "weights" if parameter.ndim > 1 else "biases"
+        rate = f"conv1_{kind}" if "conv1" in name.split(".") else kind
+        if parameter.requires_grad:
+            groups.setdefault(rate, []).append(parameter)
     return [
-        {"params": weights, "weight_decay": weight_decay, "lr": lr, "lr_factor": 1.0},
         {
-            "params": others,
-            "weight_decay": 0.0,
-            "lr": lr * bias_lr_factor,
-            "lr_factor": bias_lr_factor,
-        },
+            "params": parameters,
+            "weight_decay": weight_decay if rate.endswith("weights") else 0.0,
+            "rate": rate,
+        }
+        for rate, parameters in groups.items()
     ]
 
 
@@ -70,8 +79,8 @@ class PaperSGD(torch.optim.Optimizer):
     way. Source also of the sign of v: the released code's update of weights.
     """
 
-    def __init__(self, params: Iterable[dict[str, Any]], *, lr: float, momentum: float) -> None:
-        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": 0.0})
+    def __init__(self, params: Iterable[dict[str, Any]], *, momentum: float) -> None:
+        super().__init__(params, {"lr": 0.0, "momentum": momentum, "weight_decay": 0.0})
 
     @torch.no_grad()
     def step(self) -> None:  # type: ignore[override]
@@ -97,10 +106,8 @@ class LARS(torch.optim.Optimizer):
     has a weight that is all zero: it would stay so for ever.
     """
 
-    def __init__(
-        self, params: Iterable[dict[str, Any]], *, lr: float, momentum: float, trust: float
-    ) -> None:
-        defaults = {"lr": lr, "momentum": momentum, "weight_decay": 0.0, "trust": trust}
+    def __init__(self, params: Iterable[dict[str, Any]], *, momentum: float, trust: float) -> None:
+        defaults = {"lr": 0.0, "momentum": momentum, "weight_decay": 0.0, "trust": trust}
         super().__init__(params, defaults)
 
     @torch.no_grad()
@@ -137,10 +144,11 @@ def _trained(
     return weights, [weight.grad for weight in weights], velocities
 
 
-def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Gives each group lr × its "lr_factor"."""
+def set_rates(optimizer: torch.optim.Optimizer, rates: Rates) -> None:
+    """Gives each group the rate that it is named by."""
+    by_name = asdict(rates)
     for group in optimizer.param_groups:
-        group["lr"] = lr * group["lr_factor"]
+        group["lr"] = by_name[group["rate"]]
 
 
 def step_decay(

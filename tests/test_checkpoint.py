@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from alexnet.errors import UserError
 from alexnet.model import AlexNet
-from alexnet.optim import sgd
+from alexnet.optim import Rates, set_rates, sgd
 from pipelines import storage
 from training import checkpoint
 from training.config import to_dict
@@ -30,7 +30,9 @@ def fresh(seed: int) -> tuple[AlexNet, torch.optim.SGD]:
     torch.manual_seed(seed)
     model = AlexNet(num_classes=3, width=1 / 32, batch_norm=True)
     model = model.to(memory_format=torch.channels_last)
-    return model, sgd(model, lr=0.1, momentum=0.9, weight_decay=5e-4, bias_lr_factor=2.0)
+    optimizer = sgd(model, momentum=0.9, weight_decay=5e-4)
+    set_rates(optimizer, Rates(0.1, 0.2, 0.1, 0.2))
+    return model, optimizer
 
 
 def train_step(model: AlexNet, optimizer: torch.optim.SGD, seed: int) -> None:

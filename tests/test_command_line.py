@@ -4,6 +4,7 @@ import ast
 import dataclasses
 import inspect
 import json
+import re
 
 import pytest
 
@@ -78,9 +79,10 @@ def test_every_field_is_in_the_help_with_its_meaning_and_default(capsys, monkeyp
         flag = "--" + name.replace("_", "-")
         meaning = meanings[name.split(".")[-1]]
         assert "\n" not in meaning, "one line of help each"
-        line = next(line for line in text.splitlines() if f" {flag} " in line)
-        following = text[text.index(line) :]
-        assert meaning in following[: len(line) + 400], flag
+        # In a column of its own, as the description above does not name it.
+        (found,) = re.finditer(rf"(?:  |[│|] ){flag} .*$", text, re.MULTILINE)
+        following = text[found.start() :]
+        assert meaning in following[: len(found[0]) + 400], flag
     assert "(default: 128)" in text and "(default: 25 51 79)" in text
     assert {"--config", "--print-config", "--dry-run"} <= set(text.split())
 

@@ -178,8 +178,32 @@ def test_paper_divides_its_rate_at_epochs_25_51_and_79_of_91():
     golden = [0.01] * 25 + [0.001] * 26 + [0.0001] * 28 + [0.00001] * 12
     assert config.optim.epochs == len(golden) == 91
     for step in (0, 10008):  # the first and the last of an epoch of 1.28 M pictures
-        rates = [loop.learning_rate(config, e * 10009 + step, 10009) for e in range(91)]
-        assert rates == pytest.approx(golden)
+        rates = [loop.learning_rates(config, e * 10009 + step, 10009) for e in range(91)]
+        assert [rate.weights for rate in rates] == pytest.approx(golden)
+        assert {rate.biases for rate in rates} == {0.02}
+        conv1 = [*golden[:67], *[0.00001] * 5, *[0.0] * 19]
+        assert [rate.conv1_weights for rate in rates] == pytest.approx(conv1)
+        assert [rate.conv1_biases for rate in rates] == [0.02] * 72 + [0.0] * 19
+
+
+def test_frozen_first_layer_stays_while_the_others_learn(uri, tmp_path):
+    config = small_config(optim_rule="paper", optim_momentum=0.0, optim_conv1_freeze_epoch=1)
+    folders = fit(config, uri, tmp_path / "kept").folders
+    before, after = (load_file(folders[step] / "model.safetensors") for step in (4, 8))
+    same = {name for name in before if np.array_equal(before[name], after[name])}
+    assert same == {"features.conv1.weight", "features.conv1.bias"}
+
+
+def test_colour_noise_ends_with_its_last_epoch(uri, monkeypatch):
+    view, seen = loop.train_view, []
+
+    def recording(images: Any, spec: Any, augment: loop.Augment, **rest: Any) -> torch.Tensor:
+        seen.append(augment.colour_sigma)
+        return view(images, spec, augment, **rest)
+
+    monkeypatch.setattr(loop, "train_view", recording)
+    fit(small_config(augment_colour_epochs=1), uri)
+    assert seen == [0.1] * 4 + [0.0] * 4
 
 
 def test_inputs_are_divided_by_their_deviation_only_where_the_recipe_says(uri):

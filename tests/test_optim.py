@@ -8,14 +8,17 @@ import torch
 from torch import nn
 
 from alexnet.model import AlexNet
-from alexnet.optim import set_lr, sgd, step_decay, warmup_cosine
+from alexnet.optim import Rates, set_rates, sgd, step_decay, warmup_cosine
 
 LR, MOMENTUM, DECAY, FACTOR = 0.01, 0.9, 5e-4, 2.0
 
 
 def optimizer_of(model: nn.Module, **changes: float) -> torch.optim.SGD:
-    options = {"lr": LR, "momentum": MOMENTUM, "weight_decay": DECAY, "bias_lr_factor": FACTOR}
-    return sgd(model, **(options | changes))
+    return sgd(model, **({"momentum": MOMENTUM, "weight_decay": DECAY} | changes))
+
+
+def rates(lr: float) -> Rates:
+    return Rates(lr, FACTOR * lr, lr, FACTOR * lr)
 
 
 def test_three_steps_equal_the_update_written_in_numpy():
@@ -26,7 +29,7 @@ def test_three_steps_equal_the_update_written_in_numpy():
     values = [p.detach().double().numpy().copy() for p in model.parameters()]
     speeds = [np.zeros_like(value) for value in values]
     for lr in (0.01, 0.01, 0.001):
-        set_lr(optimizer, lr)
+        set_rates(optimizer, rates(lr))
         for value, speed, parameter in zip(values, speeds, model.parameters(), strict=True):
             gradient = rng.standard_normal(value.shape)
             parameter.grad = torch.from_numpy(gradient).float()
@@ -40,21 +43,33 @@ def test_three_steps_equal_the_update_written_in_numpy():
 
 
 def test_groups_hold_each_parameter_once_and_only_weights_decay():
-    model = AlexNet(num_classes=3, width=1 / 16, batch_norm=True)
-    weights, others = optimizer_of(model).param_groups
-    assert {p.ndim for p in weights["params"]} == {2, 4}
-    assert {p.ndim for p in others["params"]} == {1}
-    listed = sorted(id(p) for group in (weights, others) for p in group["params"])
+    model = AlexNet(num_classes=3, width=1 / 16)
+    groups = {group["rate"]: group for group in optimizer_of(model).param_groups}
+    assert set(groups) == {"weights", "biases", "conv1_weights", "conv1_biases"}
+    listed = sorted(id(p) for group in groups.values() for p in group["params"])
     assert listed == sorted(id(p) for p in model.parameters())
-    assert (weights["weight_decay"], others["weight_decay"]) == (DECAY, 0.0)
-    assert (weights["lr_factor"], others["lr_factor"]) == (1.0, FACTOR)
-    assert (weights["lr"], others["lr"]) == (LR, FACTOR * LR)
+    for rate, group in groups.items():
+        weights = rate.endswith("weights")
+        assert {p.ndim > 1 for p in group["params"]} == {weights}
+        assert group["weight_decay"] == (DECAY if weights else 0.0)
+    for rate, parameter in (("weights", model.conv1.weight), ("biases", model.conv1.bias)):
+        assert [id(p) for p in groups[f"conv1_{rate}"]["params"]] == [id(parameter)]
 
 
-def test_set_lr_keeps_the_factor_of_each_group():
-    optimizer = optimizer_of(nn.Linear(2, 2))
-    set_lr(optimizer, 0.001)
-    assert [group["lr"] for group in optimizer.param_groups] == [0.001, 0.002]
+def test_parameters_of_normalisation_learn_and_do_not_decay_like_biases():
+    model = AlexNet(num_classes=3, width=1 / 16, batch_norm=True)
+    groups = {group["rate"]: group for group in optimizer_of(model).param_groups}
+    norms = {id(p) for name, p in model.named_parameters() if p.ndim == 1}
+    assert {id(p) for p in groups["biases"]["params"]} == norms
+    assert set(groups) == {"weights", "biases", "conv1_weights"}  # no bias before a norm
+
+
+def test_each_group_gets_the_rate_that_it_is_named_by():
+    optimizer = optimizer_of(AlexNet(num_classes=3, width=1 / 16))
+    assert {group["lr"] for group in optimizer.param_groups} == {0.0}
+    set_rates(optimizer, Rates(weights=1, biases=2, conv1_weights=3, conv1_biases=4))
+    found = {group["rate"]: group["lr"] for group in optimizer.param_groups}
+    assert found == {"weights": 1, "biases": 2, "conv1_weights": 3, "conv1_biases": 4}
 
 
 def test_the_fused_kernel_is_used_on_the_cpu_and_not_where_there_is_none():
@@ -65,18 +80,20 @@ def test_the_fused_kernel_is_used_on_the_cpu_and_not_where_there_is_none():
 def test_frozen_parameters_are_left_out():
     model = nn.Linear(2, 2)
     model.bias.requires_grad_(False)
-    assert [len(group["params"]) for group in optimizer_of(model).param_groups] == [1, 0]
+    (group,) = optimizer_of(model).param_groups
+    assert group["params"] == [model.weight]
 
 
 def test_optimizer_state_survives_saving():
     torch.manual_seed(0)
     model = nn.Linear(3, 2)
     optimizer = optimizer_of(model)
+    set_rates(optimizer, rates(LR))
     model(torch.randn(4, 3)).sum().backward()
     optimizer.step()
     other = optimizer_of(nn.Linear(3, 2))
     other.load_state_dict(optimizer.state_dict())
-    assert [group["lr_factor"] for group in other.param_groups] == [1.0, FACTOR]
+    assert [group["lr"] for group in other.param_groups] == [LR, FACTOR * LR]
     for before, after in zip(optimizer.state.values(), other.state.values(), strict=True):
         assert torch.equal(before["momentum_buffer"], after["momentum_buffer"])
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from alexnet.model import AlexNet
-from alexnet.optim import LARS, PaperSGD, plateau_factor, set_lr, sgd
+from alexnet.optim import LARS, PaperSGD, Rates, plateau_factor, set_rates, sgd
 
 LR, MOMENTUM, DECAY, FACTOR, TRUST = 0.01, 0.9, 5e-4, 2.0, 0.001
 RATES = (0.01, 0.01, 0.001, 0.001, 0.02)
@@ -20,27 +20,34 @@ def small_model() -> nn.Module:
 
 
 def optimizer_of(model: nn.Module, rule: str, **changes: float) -> torch.optim.Optimizer:
-    options = {"lr": LR, "momentum": MOMENTUM, "weight_decay": DECAY, "bias_lr_factor": FACTOR}
-    return sgd(model, rule=rule, trust=TRUST, **(options | changes))
+    optimizer = sgd(
+        model, rule=rule, trust=TRUST, **({"momentum": MOMENTUM, "weight_decay": DECAY} | changes)
+    )
+    set_rates(optimizer, rates(LR))
+    return optimizer
 
 
-def stepped(model: nn.Module, optimizer: torch.optim.Optimizer, rates=RATES) -> None:
+def rates(lr: float, factor: float = FACTOR) -> Rates:
+    return Rates(lr, factor * lr, lr, factor * lr)
+
+
+def stepped(model: nn.Module, optimizer: torch.optim.Optimizer, lrs=RATES) -> None:
     """A step with each rate, on gradients that are the same in each call."""
     rng = np.random.default_rng(1)
-    for lr in rates:
-        set_lr(optimizer, lr)
+    for lr in lrs:
+        set_rates(optimizer, rates(lr))
         for parameter in model.parameters():
             gradient = rng.standard_normal(tuple(parameter.shape))
             parameter.grad = torch.from_numpy(gradient).float()
         optimizer.step()
 
 
-def in_numpy(model: nn.Module, update, rates=RATES) -> list[np.ndarray]:
+def in_numpy(model: nn.Module, update, lrs=RATES) -> list[np.ndarray]:
     """What `update(w, v, gradient, lr, decay, is_weight) -> (w, v)` makes of the parameters."""
     rng = np.random.default_rng(1)
     values = [p.detach().double().numpy().copy() for p in model.parameters()]
     speeds = [np.zeros_like(value) for value in values]
-    for lr in rates:
+    for lr in lrs:
         for i, value in enumerate(values):
             is_weight = value.ndim > 1
             values[i], speeds[i] = update(
@@ -83,9 +90,9 @@ def test_each_rule_is_its_formula_in_numpy_through_changes_of_the_rate(rule, upd
 
 
 def test_paper_and_torch_agree_until_the_rate_changes():
-    def learned(rule: str, rates: tuple[float, ...]) -> torch.Tensor:
+    def learned(rule: str, lrs: tuple[float, ...]) -> torch.Tensor:
         model = small_model()
-        stepped(model, optimizer_of(model, rule), rates)
+        stepped(model, optimizer_of(model, rule), lrs)
         return nn.utils.parameters_to_vector(model.parameters()).detach()
 
     steady = (0.01, 0.01, 0.01, 0.01)
@@ -97,11 +104,12 @@ def test_paper_and_torch_agree_until_the_rate_changes():
 
 def test_a_rate_of_zero_does_not_stop_the_papers_velocity():
     model = nn.Linear(1, 1, bias=False)
-    optimizer = optimizer_of(model, "paper", weight_decay=0.0, lr=1.0)
+    optimizer = optimizer_of(model, "paper", weight_decay=0.0)
+    set_rates(optimizer, rates(1.0))
     start = model.weight.item()
     model.weight.grad = torch.ones(1, 1)
     optimizer.step()
-    set_lr(optimizer, 0.0)
+    set_rates(optimizer, rates(0.0))
     optimizer.step()
     assert start - model.weight.item() == pytest.approx(1 + MOMENTUM)
 
@@ -109,7 +117,8 @@ def test_a_rate_of_zero_does_not_stop_the_papers_velocity():
 def test_a_lars_step_is_the_trusted_share_of_the_weights_whatever_the_gradients_size():
     for size in (1e-6, 1.0, 1e6):
         model = nn.Linear(8, 8)
-        optimizer = optimizer_of(model, "lars", weight_decay=0.0, lr=2.0, bias_lr_factor=1.0)
+        optimizer = optimizer_of(model, "lars", weight_decay=0.0)
+        set_rates(optimizer, rates(2.0, factor=1.0))
         before, bias = model.weight.detach().clone(), model.bias.detach().clone()
         model.weight.grad = size * torch.randn(8, 8)
         model.bias.grad = torch.ones(8)
@@ -122,7 +131,8 @@ def test_a_lars_step_is_the_trusted_share_of_the_weights_whatever_the_gradients_
 def test_lars_moves_a_weight_of_zeros_and_stands_still_without_a_gradient():
     model = nn.Linear(2, 2, bias=False)
     nn.init.zeros_(model.weight)
-    optimizer = optimizer_of(model, "lars", lr=0.5)
+    optimizer = optimizer_of(model, "lars")
+    set_rates(optimizer, rates(0.5))
     model.weight.grad = torch.ones(2, 2)
     optimizer.step()
     assert torch.equal(model.weight.detach(), torch.full((2, 2), -0.5))
@@ -136,7 +146,7 @@ def test_lars_moves_a_weight_of_zeros_and_stands_still_without_a_gradient():
 @pytest.mark.parametrize(("rule", "kind"), [("paper", PaperSGD), ("lars", LARS)])
 def test_groups_and_state_are_those_of_the_torch_rule(rule, kind):
     def described(optimizer: torch.optim.Optimizer) -> list[tuple]:
-        keys = ("lr", "lr_factor", "weight_decay", "momentum")
+        keys = ("lr", "rate", "weight_decay", "momentum")
         groups = optimizer.param_groups
         return [(len(group["params"]), *(group[key] for key in keys)) for group in groups]
 

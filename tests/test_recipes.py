@@ -6,10 +6,12 @@ import re
 import pytest
 import torch
 
+from alexnet.optim import Rates
 from training.command_line import parse
 from training.config import TrainConfig
 from training.loop import build_model
 from training.recipes import RECIPES
+from training.steps import learning_rates
 
 GOLDEN_EPOCHS = {0: 1e-2, 24: 1e-2, 25: 1e-3, 50: 1e-3, 51: 1e-4, 78: 1e-4, 79: 1e-5, 90: 1e-5}
 
@@ -34,14 +36,21 @@ def test_paper_is_trained_as_its_source_says():
     assert (optim.weight_decay, optim.bias_lr_factor, optim.rule) == (5e-4, 2.0, "paper")
     assert (optim.schedule, optim.milestones) == ("step", (25, 51, 79))
     assert (optim.label_smoothing, optim.ema_decay) == (0.0, 0.0)
-    assert dataclasses.astuple(paper.augment) == ("random", True, 0.1)
+    assert optim.bias_lr_constant
+    assert (optim.conv1_slow_epoch, optim.conv1_freeze_epoch) == (67, 72)
+    assert dataclasses.astuple(paper.augment) == ("random", True, 0.1, 67)
     assert (paper.normalise, paper.model.init, paper.precision) == ("mean", "source", "fp32")
     assert (paper.model.variant, paper.model.width, paper.compile) == ("paper", 1.0, False)
 
 
-def test_papers_own_words_are_one_flag_away():
-    config = parse(["paper", "--optim.schedule", "plateau"]).config
-    assert (config.optim.schedule, config.optim.plateau_drops) == ("plateau", 3)
+def test_papers_own_words_are_a_line_of_flags_away():
+    text = " ".join(str(RECIPES["paper"].__doc__).split())
+    [flags] = re.findall(r"`(--optim\.schedule[^`]+)`", text)
+    config = parse(["paper", *flags.split()]).config
+    optim = config.optim
+    assert (optim.schedule, optim.plateau_drops) == ("plateau", 3)
+    assert learning_rates(config, 10**6, 10_009) == Rates(0.01, 0.01, 0.01, 0.01)
+    assert config.augment.colour_epochs is None
 
 
 def test_fast_is_the_modern_one():

@@ -1,7 +1,16 @@
 """The script's own part: what it prints without training, and which failures it takes for final."""
 
+import fcntl
 import json
+import os
 import pickle
+import pty
+import re
+import struct
+import subprocess
+import sys
+import termios
+from pathlib import Path
 
 import pytest
 import ray
@@ -16,6 +25,8 @@ from training.loop import TrainingStopped
 from training.recipes import RECIPES
 from training.run import main
 from training.worker import FinalErrors, said
+
+SCRIPT = [sys.executable, str(Path(__file__).resolve().parents[1] / "training" / "run.py")]
 
 pytestmark = [pytest.mark.filterwarnings(line) for line in MLFLOW_WARNINGS]
 
@@ -36,6 +47,38 @@ def test_printed_config_is_the_whole_one_and_nothing_else_is_said(capsys):
     said = capsys.readouterr()
     assert json.loads(said.out) == to_dict(RECIPES["smoke"]()) | {"seed": 3}
     assert said.err == ""
+
+
+def test_reader_that_has_seen_enough_of_the_config_gets_no_traceback():
+    end, beginning = os.pipe()
+    os.close(end)
+    command = [*SCRIPT, "smoke", "--print-config"]
+    done = subprocess.run(command, stdout=beginning, stderr=subprocess.PIPE, check=False)
+    os.close(beginning)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
+def test_terminal_shows_a_bar_that_reaches_the_end(data, tmp_path):
+    screen, terminal = pty.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 130, 0, 0))
+    flags = ["--optim.epochs", "1", "--log-steps", "1", "--device", "cpu", "--register", "False"]
+    command = [*SCRIPT, "smoke", "--data", data, *flags]
+    with (tmp_path / "screen").open("wb") as seen:
+        process = subprocess.Popen(command, stdin=terminal, stdout=terminal, stderr=terminal)
+        os.close(terminal)
+        while part := _read(screen):
+            seen.write(part)
+    os.close(screen)
+    shown = (tmp_path / "screen").read_text(errors="replace")
+    assert process.wait() == 0, shown[-3000:]
+    assert re.search(r"epoch 1\.00, 0:00:00 left: 100%.*2\.00/2\.00", shown), shown[-3000:]
+
+
+def _read(screen: int) -> bytes:
+    try:
+        return os.read(screen, 65536)
+    except OSError:  # so Linux says that the other side is closed
+        return b""
 
 
 def test_dry_run_ends_with_0_and_starts_no_ray(data, capsys, monkeypatch):

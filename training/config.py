@@ -50,6 +50,12 @@ class OptimConfig:
     """L2 penalty on weights; biases and normalisation parameters have none."""
     bias_lr_factor: float = 1.0
     """Learning rate of biases as a multiple of the weights'; 2 in the 2012 source."""
+    bias_lr_constant: bool = False
+    """Biases keep their highest rate while that of the weights falls, as in the 2012 source."""
+    conv1_slow_epoch: int | None = None
+    """From this epoch on, counted from 0, conv1's weights learn at a tenth; 67 in the source."""
+    conv1_freeze_epoch: int | None = None
+    """From this epoch on, counted from 0, conv1 learns nothing more; 72 in the 2012 source."""
     lars_trust: float = 0.001
     """Trust coefficient of the lars rule: a step's length as a share of the weights', at rate 1."""
     schedule: Literal["step", "cosine", "plateau"] = "cosine"
@@ -76,6 +82,8 @@ class AugmentConfig:
     """Mirror half of the pictures."""
     colour_sigma: float = 0.1
     """Standard deviation of the paper's PCA colour noise; 0 is off."""
+    colour_epochs: int | None = None
+    """Epochs with colour noise; 67 in the 2012 source, None for all."""
 
 
 @dataclass(frozen=True)
@@ -160,8 +168,11 @@ def _check_ranges(config: TrainConfig) -> None:
         ("optim.bias-lr-factor", optim.bias_lr_factor, 0),
         ("optim.plateau-epochs", optim.plateau_epochs, 1),
         ("optim.plateau-drops", optim.plateau_drops, 0),
+        ("optim.conv1-slow-epoch", optim.conv1_slow_epoch, 0),
+        ("optim.conv1-freeze-epoch", optim.conv1_freeze_epoch, 0),
         ("optim.warmup-epochs", optim.warmup_epochs, 0),
         ("augment.colour-sigma", augment.colour_sigma, 0),
+        ("augment.colour-epochs", augment.colour_epochs, 0),
         ("seed", config.seed, 0),
         ("flat-loss-steps", config.flat_loss_steps, 0),
         ("workers", config.workers, 1),

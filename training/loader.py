@@ -137,6 +137,11 @@ class Loader:
                     whole.cancel()
             self._files.open([])
 
+    def prefetch(self, ids_of_batches: Sequence[Ids]) -> None:
+        """Opens or downloads the first shards of batches to come, as far as there is room."""
+        now, ahead = self._plan(ids_of_batches).advance(0)
+        self._files.open([], ahead=[*now, *ahead])
+
     def read(self, ids: Ids, *, pin: bool = False) -> Batch:
         """The samples of `ids` (int64 (B,)) in that order."""
         return self._finish(self._begin(ids, pin))

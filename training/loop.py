@@ -29,7 +29,7 @@ from training.meter import Meter
 from training.order import Ids, epoch_order, global_batch, rank_part, steps_per_epoch
 from training.speed import training_flops
 from training.steps import Place as Place
-from training.steps import Stepper, algorithms, ended_early, learning_rate
+from training.steps import Stepper, algorithms, ended_early, learning_rates
 from training.synthetic import Synthetic
 from training.tracing import traced
 
@@ -139,7 +139,6 @@ class _Run:
         self.config, self.manifest, self.place = config, manifest, place
         self.train, self.val, self.outside = train, val, outside
         self.spec = input_spec(manifest, config)
-        self.augment = _augment(config, manifest.crop)
         self.stepper = Stepper(config, build_model(config, manifest.num_classes), place)
         self.steps_per_epoch = steps_per_epoch(train.num_samples, config.optim.batch_size)
         self.total_steps = config.optim.epochs * self.steps_per_epoch
@@ -166,12 +165,8 @@ class _Run:
     def epoch(self, step_done: Callable[[], None]) -> None:
         """From the current step to the end of its epoch, then evaluation and a checkpoint."""
         epoch, first = divmod(self.position.step, self.steps_per_epoch)
-        order = self._order(epoch)
-        remaining = [
-            global_batch(order, step, self.steps_per_epoch)
-            for step in range(first, self.steps_per_epoch)
-        ]
-        ids = [rank_part(batch, self.place.rank, self.place.world_size) for batch in remaining]
+        remaining = self._batches(epoch, first)
+        ids = self._parts(remaining)
         pin = self.place.device.type == "cuda"
         self.meter.start()
         with contextlib.closing(self.train.batches(ids, pin=pin)) as batches:
@@ -192,14 +187,16 @@ class _Run:
         x = train_view(
             images,
             self.spec,
-            self.augment,
+            _augment(config, self.manifest.crop, epoch),
             seed=config.seed,
             epoch=epoch,
             sample_ids=batch.sample_ids,  # on the CPU: the draws are the same for every device
         ).contiguous(memory_format=torch.channels_last)
-        lr = learning_rate(config, position.step, self.steps_per_epoch, position.val_errors)
+        rates = learning_rates(config, position.step, self.steps_per_epoch, position.val_errors)
         self.meter.add(
-            self.stepper.step(x, labels, number=position.step, lr=lr, global_size=len(global_ids))
+            self.stepper.step(
+                x, labels, number=position.step, rates=rates, global_size=len(global_ids)
+            )
         )
         position.samples = state.extended(position.samples, position.step, global_ids)
         position.step += 1
@@ -227,7 +224,7 @@ class _Run:
             step=position.step,
             config=self.config,
             num_classes=self.manifest.num_classes,
-            ids_of=lambda step: self._batch(step - 1),
+            ids_of=self._ids_of,
         )
         metrics = self.journal.line(reading.metrics, position, epoch, self.train.timings())
         if self.place.rank == 0:
@@ -236,6 +233,8 @@ class _Run:
 
     def finish_epoch(self, epoch: int) -> None:
         position, began = self.position, time.monotonic()
+        if not self.finished:
+            self.train.prefetch(self._parts(self._batches(epoch + 1)))  # while val is read
         with self.stepper.evaluating() as model:
             result = evaluate(
                 model,
@@ -264,13 +263,19 @@ class _Run:
         self.outside.report(self.position.metrics, folder)
         self.due.saved()
 
-    def _order(self, epoch: int) -> Ids:
-        return epoch_order(self.train.shard_sizes, seed=self.config.seed, epoch=epoch)
+    def _batches(self, epoch: int, first: int = 0) -> list[Ids]:
+        """The global batches of an epoch, from number `first` on."""
+        order = epoch_order(self.train.shard_sizes, seed=self.config.seed, epoch=epoch)
+        count = self.steps_per_epoch
+        return [global_batch(order, number, count) for number in range(first, count)]
 
-    def _batch(self, step: int) -> Ids:
-        """The global batch of a step from 0."""
-        epoch, number = divmod(step, self.steps_per_epoch)
-        return global_batch(self._order(epoch), number, self.steps_per_epoch)
+    def _ids_of(self, step: int) -> Ids:
+        """Those of the global batch that step number `step`, from 1, has learned from."""
+        epoch, number = divmod(step - 1, self.steps_per_epoch)
+        return self._batches(epoch, number)[0]
+
+    def _parts(self, batches: list[Ids]) -> list[Ids]:
+        return [rank_part(batch, self.place.rank, self.place.world_size) for batch in batches]
 
     def _state(self) -> dict[str, Any]:
         return self.position.to_json() | {
@@ -284,8 +289,9 @@ class _Run:
         }
 
 
-def _augment(config: TrainConfig, stored_side: int) -> Augment:
-    crop = config.augment.crop
+def _augment(config: TrainConfig, stored_side: int, epoch: int) -> Augment:
+    crop, noisy = config.augment.crop, config.augment.colour_epochs
     if crop == "auto":
         crop = "random" if stored_side > NETWORK_SIDE else "resized"
-    return Augment(crop=crop, flip=config.augment.flip, colour_sigma=config.augment.colour_sigma)
+    sigma = config.augment.colour_sigma if noisy is None or epoch < noisy else 0.0
+    return Augment(crop=crop, flip=config.augment.flip, colour_sigma=sigma)

@@ -49,15 +49,22 @@ def main(argv: list[str] | None = None) -> int:
     try:
         command = parse(sys.argv[1:] if argv is None else argv)
         if command.action == "print":
-            print(json.dumps(to_dict(command.config), indent=1))
+            _show(json.dumps(to_dict(command.config), indent=1))
             return 0
         if command.action == "dry-run":
-            print(dry_run(command.config))
+            _show(dry_run(command.config))
             return 0
         return train(command.config)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+
+
+def _show(text: str) -> None:
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:  # `| head` has seen enough; Python would complain again at its exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def train(config: TrainConfig) -> int:
@@ -77,8 +84,10 @@ def train(config: TrainConfig) -> int:
     scaling, cpus = _scaling(config)
     run_id = tracking.open_run(client, config, manifest, data).info.run_id
     job = {"config": config, "data": data, "manifest": manifest.digest, "cpus": cpus}
-    job |= {"tracking_uri": uri, "run_id": run_id}
+    job |= {"tracking_uri": uri, "run_id": run_id, "terminal": sys.stderr.isatty()}
     _announce(config, manifest, cpus, scaling.use_gpu)
+    # Ray Train's own print would put an empty line after each state of the progress bar.
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
     try:
         with _terminable(), tracking.run_status(client, run_id):
             _fit(_trainer(config, scaling, job))

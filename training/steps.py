@@ -61,6 +61,24 @@ def learning_rate(
     return recipe.lr * optim.warmup_cosine(step, recipe.epochs * num_steps, warmup)
 
 
+def learning_rates(
+    config: TrainConfig, step: int, num_steps: int, val_errors: Sequence[float] = ()
+) -> optim.Rates:
+    """`learning_rate` of the weights, and what follows from it for the other parameters."""
+    recipe = config.optim
+    weights = learning_rate(config, step, num_steps, val_errors)
+    biases = (recipe.lr if recipe.bias_lr_constant else weights) * recipe.bias_lr_factor
+    epoch = step // num_steps
+    slow = recipe.conv1_slow_epoch is not None and epoch >= recipe.conv1_slow_epoch
+    frozen = recipe.conv1_freeze_epoch is not None and epoch >= recipe.conv1_freeze_epoch
+    return optim.Rates(
+        weights=weights,
+        biases=biases,
+        conv1_weights=0.0 if frozen else weights / 10 if slow else weights,
+        conv1_biases=0.0 if frozen else biases,
+    )
+
+
 def ended_early(config: TrainConfig, val_errors: Sequence[float]) -> bool:
     """Whether the schedule has nothing more to give after the epochs with these errors."""
     return config.optim.schedule == "plateau" and _plateau(config, val_errors)[1]
@@ -75,10 +93,8 @@ class Stepper:
         self.model = model.to(place.device, memory_format=channels_last)  # type: ignore[call-overload]
         self.optimizer = optim.sgd(
             self.model,
-            lr=config.optim.lr,
             momentum=config.optim.momentum,
             weight_decay=config.optim.weight_decay,
-            bias_lr_factor=config.optim.bias_lr_factor,
             rule=config.optim.rule,
             trust=config.optim.lars_trust,
         )
@@ -88,7 +104,9 @@ class Stepper:
         self._own_gradient: Mark | None = None
         self._network = self._replica()
 
-    def step(self, x: Tensor, labels: Tensor, *, number: int, lr: float, global_size: int) -> Step:
+    def step(
+        self, x: Tensor, labels: Tensor, *, number: int, rates: optim.Rates, global_size: int
+    ) -> Step:
         """SGD on the mean loss of a global batch, of which x, float32 (B, 3, 227, 227), is this
         rank's part. number: of the step, from 0.
 
@@ -105,7 +123,7 @@ class Stepper:
         loss_sum = nn.functional.cross_entropy(
             logits, labels, reduction="sum", label_smoothing=self.config.optim.label_smoothing
         )
-        optim.set_lr(self.optimizer, lr)
+        optim.set_rates(self.optimizer, rates)
         self.optimizer.zero_grad(set_to_none=True)
         (loss_sum * (place.world_size / global_size)).backward()  # type: ignore[no-untyped-call]
         communication = self._joined()

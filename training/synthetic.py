@@ -1,6 +1,6 @@
 """Random pictures that stay on the device: the same loop without store, decoding or copying."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -33,6 +33,9 @@ class Synthetic(Loader):
     def batches(self, ids_of_batches: Iterable[Ids], *, pin: bool = False) -> Batches:
         for ids in ids_of_batches:
             yield self.read(ids)
+
+    def prefetch(self, ids_of_batches: Sequence[Ids]) -> None:
+        """There is nothing to fetch."""
 
     def read(self, ids: Ids, *, pin: bool = False) -> Batch:
         """The samples of `ids` (int64 (B,)), on the device; `pin` has nothing to do."""

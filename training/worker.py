@@ -4,7 +4,8 @@ in its controller the judgement which failures are final."""
 import contextlib
 import logging
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import ray.train
 import ray.train.collective
 import ray.train.torch
 import torch
+from ray.experimental import tqdm_ray
 
 from alexnet.errors import UserError
 from pipelines import shards, storage
@@ -26,7 +28,8 @@ logger = logging.getLogger("training")
 
 def train_worker(job: dict[str, Any]) -> dict[str, float]:
     """Trains this worker's share. `job` holds config (TrainConfig), data, manifest (its digest),
-    tracking_uri, run_id, cpus: plain values, since Ray shows them in its dashboard.
+    tracking_uri, run_id, cpus, terminal (whether the driver has one): plain values, since Ray shows
+    them in its dashboard.
 
     Goes on from the newest whole checkpoint of the run, whoever wrote it: a worker group before
     this one that lost a node, another number of workers, or an earlier job.
@@ -48,11 +51,12 @@ def train_worker(job: dict[str, Any]) -> dict[str, float]:
             uploads = stack.enter_context(Uploader(run, keep_last=keep_last, keep_best=keep_best))
             if config.profile:
                 profile = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="profile-")))
+        bar = stack.enter_context(_bar()) if rank == 0 and job["terminal"] else None
         metrics = loop.fit(
             config,
             job["data"],
             _place(job["cpus"]),
-            log=_logging(tracker),
+            log=_logging(tracker, bar),
             report=_reporting(uploads),
             resume=resume,
             run_id=job["run_id"],
@@ -141,10 +145,24 @@ def _place(cpus: int) -> loop.Place:
     )
 
 
-def _logging(tracker: Tracker) -> loop.Log:
+@contextlib.contextmanager
+def _bar() -> Iterator[tqdm_ray.tqdm]:
+    """A bar that Ray draws on the driver's terminal."""
+    bar = tqdm_ray.tqdm(unit="steps")
+    try:
+        yield bar
+    finally:
+        bar.close()
+
+
+def _logging(tracker: Tracker, bar: tqdm_ray.tqdm | None) -> loop.Log:
     def log(metrics: dict[str, float], step: int) -> None:
         logger.info(log_line(metrics, step))
         tracker.log(metrics, step)
+        if bar is not None and "progress" in metrics:
+            bar.n, bar.total = step, round(step / metrics["progress"])
+            left = timedelta(seconds=round(metrics["eta_seconds"]))  # right for resumed runs too
+            bar.set_description(f"epoch {metrics['epoch']:.2f}, {left} left")
 
     return log
 
