@@ -37,7 +37,7 @@ def trained_on(uri: str, seed: int = 0) -> Trained:
     manifest = load_manifest(uri)
     network = AlexNet(num_classes=CLASSES, width=1 / 16, init="he").eval()
     spec = input_spec(manifest, TrainConfig())
-    return Trained("drawn", "", network, spec, manifest.wnids, manifest.digest)
+    return Trained("drawn", "", network, spec, manifest.wnids, manifest.class_names)
 
 
 def call(monkeypatch: pytest.MonkeyPatch, model: Trained, *argv: str) -> int:

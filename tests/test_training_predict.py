@@ -173,11 +173,11 @@ def test_more_pictures_than_a_batch_are_the_same_one_by_one(tmp_path, monkeypatc
     ]
 
 
-def test_a_checkpoint_without_names_predicts_labels(registered_models, tmp_path, capsys):
+def test_a_checkpoint_knows_the_names_of_its_classes(registered_models, tmp_path, capsys):
     path = draw(tmp_path / "a.png", COLOURS[1], 250, 250)
     assert main([path, "--model", str(registered_models.checkpoint), "--top", "1"]) == 0
     ((_, best),) = answers(capsys.readouterr().out)
-    assert best[0][0] == "class 1"
+    assert best[0][0] == "colour 1"
 
 
 def test_the_sheet_shows_each_predicted_picture(tmp_path, capsys):

@@ -16,7 +16,7 @@ import torch
 from alexnet.errors import UserError
 from alexnet.preprocess import InputSpec, average_probabilities, centre_view, ten_crop
 from training.loader import Loader
-from training.order import rank_part
+from training.order import Ids, rank_part
 
 # centre: the middle 227×227. ten_crop: four corners, the centre and their mirror images, with their
 # probabilities averaged, as in section 4.1 of the paper.
@@ -101,15 +101,17 @@ def scores(
     world_size: int = 1,
     batch_size: int = 256,
     protocol: Protocol = "centre",
+    sample_ids: Ids | None = None,
 ) -> Iterator[Scores]:
-    """This rank's part of the split, each sample once.
+    """This rank's part of the split, or of `sample_ids`, int64 (N,), each sample once.
 
     Raises UserError for an empty split, for pictures without a label (a test split has −1), and for
     ten-crop on pictures stored at 227×227.
     """
     if loader.num_samples == 0:
         raise UserError("the split has no pictures to evaluate; choose another --split")
-    ids = rank_part(np.arange(loader.num_samples), rank, world_size)
+    whole = np.arange(loader.num_samples) if sample_ids is None else sample_ids
+    ids = rank_part(whole, rank, world_size)
     pictures = max(1, batch_size // VIEWS[protocol])
     parts = [ids[i : i + pictures] for i in range(0, len(ids), pictures)]
     pin = device.type == "cuda"
@@ -159,7 +161,7 @@ class Count:
     def add(self, batch: Scores) -> None:
         ids = batch.sample_ids.to(self._seen.device)
         self._seen.index_add_(0, ids, torch.ones_like(ids, dtype=torch.int32))
-        place = _place(batch)
+        place = places(batch)
         self._correct += torch.stack([(place < 1).sum(), (place < 5).sum()])
         self._loss -= batch.log_probabilities.gather(1, batch.labels[:, None]).double().sum()
 
@@ -174,7 +176,7 @@ class Count:
         return Metrics(images, correct[0] / images, correct[1] / images, loss, *correct)
 
 
-def _place(batch: Scores) -> torch.Tensor:
+def places(batch: Scores) -> torch.Tensor:
     """int64 (B,): how many classes stand before the true one. Of equals the lower label is first,
     as in argmax, so that ties fall alike on every device; NaN is behind all."""
     own = batch.log_probabilities.gather(1, batch.labels[:, None])

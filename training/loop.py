@@ -284,6 +284,8 @@ class _Run:
             "science": science_digest(self.config),
             "manifest": self.manifest.digest,
             "num_classes": self.manifest.num_classes,
+            "wnids": list(self.manifest.wnids),
+            "class_names": list(self.manifest.class_names),
             "input_spec": self.spec.to_json(),
             "run_id": self.outside.run_id,
         }

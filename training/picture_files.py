@@ -74,7 +74,7 @@ def _is_picture(path: Path) -> bool:
 @dataclass(frozen=True)
 class ClassName:
     name: str
-    wnid: str | None  # None where only the name is known
+    wnid: str
 
 
 @dataclass(frozen=True)
@@ -101,12 +101,10 @@ class Prediction:
         return json.dumps({"path": self.path, "classes": classes})
 
 
-def predict(
-    model: Trained, names: Sequence[ClassName], paths: Sequence[str], top: int
-) -> Iterator[Prediction]:
-    """In the order of `paths`, with a batch of pictures in memory. names: of the model's classes in
-    the order of labels. Raises UserError where they are not as many as these."""
+def predict(model: Trained, paths: Sequence[str], top: int) -> Iterator[Prediction]:
+    """In the order of `paths`, with a batch of pictures in memory."""
     spec = model.input_spec
+    names = [ClassName(n, w) for n, w in zip(model.class_names, model.wnids, strict=True)]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for at in range(0, len(paths), BATCH_SIZE):
             part = paths[at : at + BATCH_SIZE]

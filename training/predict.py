@@ -22,12 +22,10 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from torch import nn
-
 from alexnet.errors import UserError
 from training import picture_files, trained
 from training.evaluate import Metrics
-from training.picture_files import ClassName, Prediction
+from training.picture_files import Prediction
 from training.predictions import write_predictions
 
 
@@ -78,7 +76,7 @@ def _predict_pictures(args: argparse.Namespace) -> int:
     model = trained.load(args.model)
     bad = 0
     shown: list[Prediction] = []
-    for prediction in picture_files.predict(model, _names(model), found.paths, args.top):
+    for prediction in picture_files.predict(model, found.paths, args.top):
         if prediction.error is not None:
             bad += 1
             print(f"error: {prediction.error}", file=sys.stderr)
@@ -91,20 +89,6 @@ def _predict_pictures(args: argparse.Namespace) -> int:
     if args.sheet is not None:
         picture_files.write_sheet(args.sheet, model.name, shown, len(found.paths) - bad)
     return 1 if bad else 0
-
-
-def _names(model: trained.Trained) -> list[ClassName]:
-    """A checkpoint has wnids at best; one of an older release has labels alone."""
-    if model.name.startswith(("models:/", "runs:/")):
-        from training.registry import versions  # mlflow takes seconds, and a checkpoint needs none
-
-        known = versions.load(model.name)
-        return [ClassName(n, w) for n, w in zip(known.class_names, known.wnids, strict=True)]
-    if model.wnids is not None:
-        return [ClassName(wnid, wnid) for wnid in model.wnids]
-    last = model.network.get_submodule("classifier.fc8")
-    assert isinstance(last, nn.Linear)
-    return [ClassName(f"class {label}", None) for label in range(last.out_features)]
 
 
 def _predict_shards(args: argparse.Namespace) -> int:

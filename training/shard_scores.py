@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -13,9 +13,8 @@ from numpy.typing import NDArray
 
 from alexnet.preprocess import InputSpec
 from pipelines.shards import Manifest
-from training.evaluate import Scores, _place, scores
-from training.loader import Batches, Loader
-from training.order import Ids
+from training.evaluate import Scores, places, scores
+from training.loader import Loader
 
 KEPT = 5  # likeliest classes of each picture
 # One row per picture, in the order of the shard. place: how many classes stand before the true one,
@@ -61,35 +60,18 @@ class Scorer:
     def shard(self, number: int, count: Callable[[int], None] = lambda pictures: None) -> pa.Table:
         """The `ROWS` of a shard; `count` is told how many pictures each batch had."""
         ids = np.arange(self._ends[number] - self._sizes[number], self._ends[number])
-        part = cast(Loader, _Part(self._loader, ids))
-        batches = []
-        if len(ids):
-            for batch in scores(self._network, part, self._job.input_spec, device=self._device):
-                batches.append(_rows(batch))
-                count(len(batches[-1]))
+        spec, batches = self._job.input_spec, []
+        for batch in scores(self._network, self._loader, spec, device=self._device, sample_ids=ids):
+            batches.append(_rows(batch))
+            count(len(batches[-1]))
         return pa.concat_tables([ROWS.empty_table(), *batches]).combine_chunks()
-
-
-@dataclass(frozen=True)
-class _Part:
-    """Some samples of a loader, as if they were a split."""
-
-    loader: Loader
-    ids: Ids
-
-    @property
-    def num_samples(self) -> int:
-        return len(self.ids)
-
-    def batches(self, parts: Sequence[Ids], *, pin: bool = False) -> Batches:
-        return self.loader.batches([self.ids[part] for part in parts], pin=pin)
 
 
 def _rows(batch: Scores) -> pa.Table:
     # Stable, so that of equals the lower label is first, as in argmax.
     values, classes = batch.log_probabilities.sort(dim=1, descending=True, stable=True)
     own = batch.log_probabilities.gather(1, batch.labels[:, None])[:, 0]
-    place = _place(batch).clamp_max(torch.iinfo(torch.int32).max)  # of NaN
+    place = places(batch).clamp_max(torch.iinfo(torch.int32).max)  # of NaN
     columns = [
         pa.array(batch.labels.int().cpu().numpy()),
         pa.array(place.int().cpu().numpy()),

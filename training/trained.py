@@ -25,15 +25,14 @@ _REGISTERED = re.compile(r"models:/.+|runs:/.+|[\w-]+")
 @dataclass(frozen=True)
 class Trained:
     """network: float32 (B,3,227,227) -> logits (B, classes), on the CPU, in evaluation mode.
-    wnids: its classes in label order, None where only the data set is known; manifest: digest of
-    the data set it was trained on, None where that is not known."""
+    wnids, class_names: of its classes, in label order."""
 
     name: str
     about: str
     network: torch.nn.Module
     input_spec: InputSpec
-    wnids: tuple[str, ...] | None
-    manifest: str | None
+    wnids: tuple[str, ...]
+    class_names: tuple[str, ...]
 
 
 def load(model: str) -> Trained:
@@ -57,13 +56,8 @@ def check_fits(trained: Trained, manifest: Manifest, data: str) -> None:
             f"pictures resized to {manifest.resize} and cut to {manifest.crop}, where it learned "
             f"from {spec.resize} and {spec.crop}"
         )
-    if trained.wnids is not None and trained.wnids != manifest.wnids:
+    if trained.wnids != manifest.wnids:
         differs.append(_other_classes(trained.wnids, manifest.wnids))
-    if trained.wnids is None and trained.manifest != manifest.digest:
-        differs.append(
-            f"manifest {manifest.digest[:12]}, where it learned from {str(trained.manifest)[:12]} "
-            "and has no list of its classes"
-        )
     if differs:
         raise UserError(
             f"{trained.name} does not fit {data}: {'; '.join(differs)}; pass the shards that it "
@@ -95,7 +89,7 @@ def _registered(model: str) -> Trained:
             held = client.get_model_version_by_alias(match[1], match[2])
             uri, about = f"models:/{match[1]}/{held.version}", f"now {match[2]}"
     found = versions.load(uri)
-    return Trained(uri, about, found.network, found.input_spec, found.wnids, None)
+    return Trained(uri, about, found.network, found.input_spec, found.wnids, found.class_names)
 
 
 @contextlib.contextmanager
@@ -130,10 +124,11 @@ def _local(where: str) -> Iterator[Path]:
 
 def _from_checkpoint(name: str, folder: Path) -> Trained:
     state = checkpoint.load_state(folder)
-    averaged = (folder / "ema.safetensors").exists()
     try:
         network = _network(state)
-        network.load_state_dict(checkpoint.load_tensors(folder, "ema" if averaged else "model"))
+        checkpoint.load_model(folder, network)
+        averaged = state["config"]["optim"]["ema_decay"] > 0
+        wnids, class_names = tuple(state["wnids"]), tuple(state["class_names"])
     except (KeyError, TypeError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(
@@ -145,8 +140,8 @@ def _from_checkpoint(name: str, folder: Path) -> Trained:
         about=f"{about}, averaged weights" if averaged else about,
         network=network.eval(),
         input_spec=InputSpec.from_json(state["input_spec"]),
-        wnids=tuple(state["wnids"]) if "wnids" in state else None,
-        manifest=state["manifest"],
+        wnids=wnids,
+        class_names=class_names,
     )
 
 

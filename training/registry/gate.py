@@ -199,7 +199,8 @@ def _classes(uri: str, model: Registered, manifest: shards.Manifest, data: str) 
 
 def _refuse_misfit(uri: str, model: Registered, manifest: shards.Manifest, data: str) -> None:
     spec = model.input_spec
-    check_fits(Trained(uri, "", model.network, spec, model.wnids, None), manifest, data)
+    named = Trained(uri, "", model.network, spec, model.wnids, model.class_names)
+    check_fits(named, manifest, data)
 
 
 def _measured(

@@ -184,7 +184,7 @@ def _example() -> Any:
     import io
 
     import numpy as np
-    import pandas as pd  # type: ignore[import-untyped]
+    import pandas as pd
     from PIL import Image
 
     content = io.BytesIO()
