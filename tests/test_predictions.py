@@ -142,7 +142,7 @@ def test_predictions_of_another_model_data_set_or_split_are_refused(tmp_path, mo
     other = write_shard_set(tmp_path / "other", train=(2,), val=SIZES, classes=CLASSES, seed=1)
     cases = (
         (trained_on(uri, seed=1), uri, "val", "weights_sha256"),
-        (dataclasses.replace(model, manifest=None), other, "val", "manifest_sha256"),
+        (model, other, "val", "manifest_sha256"),
         (model, uri, "train", "split"),
     )
     for network, data, split, word in cases:
