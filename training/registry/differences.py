@@ -68,6 +68,11 @@ def _of_augmentation(augment: AugmentConfig, manifest: Manifest) -> list[str]:
             augment.colour_sigma not in (0, 0.1),
             f"colour noise of {augment.colour_sigma:g} standard deviations; the paper has 0.1",
         ),
+        (
+            augment.colour_epochs is not None,
+            f"no colour noise from epoch {augment.colour_epochs} on; the released source ended it "
+            "at 67, the paper does not say",
+        ),
     )
 
 
@@ -85,6 +90,10 @@ def _of_optimisation(optim: OptimConfig) -> list[str]:
         (
             optim.bias_lr_factor != 1,
             f"biases learn at {optim.bias_lr_factor:g} times the rate; in the paper all are equal",
+        ),
+        (
+            optim.bias_lr_constant,
+            "the rate of biases never falls, as in the released source; in the paper all are equal",
         ),
         (optim.label_smoothing > 0, f"labels smoothed by {optim.label_smoothing:g}"),
         (optim.ema_decay > 0, f"weights averaged over steps, decay {optim.ema_decay:g}"),
@@ -105,6 +114,14 @@ def _of_schedule(optim: OptimConfig) -> list[str]:
             optim.schedule == "cosine",
             f"the rate follows a cosine after {optim.warmup_epochs:g} epochs of warm-up; in the "
             "paper it falls to a tenth three times (5)",
+        ),
+        (
+            optim.conv1_slow_epoch is not None,
+            f"conv1 learns at a tenth from epoch {optim.conv1_slow_epoch}; in the source from 67",
+        ),
+        (
+            optim.conv1_freeze_epoch is not None,
+            f"conv1 is frozen from epoch {optim.conv1_freeze_epoch}; in the source from 72",
         ),
     )
 

@@ -130,9 +130,11 @@ def _told_shards(found: list[dict[str, Any]]) -> list[tuple[str, str]]:
     for split in dict.fromkeys(shard["split"] for shard in found):
         inside = [shard for shard in found if shard["split"] == split]
         total = sum(shard["samples"] for shard in inside)
-        first, last = inside[0], inside[-1]
         rows.append((f"{split} shards", f"{len(inside)} with {total:,} pictures"))
-        rows += [(f"  {s['name']}", f"sha256 {s['sha256']}") for s in (first, last)[: len(inside)]]
+        told = [(f"  {shard['name']}", f"sha256 {shard['sha256']}") for shard in inside]
+        # Of a thousand, the first and the last; --json has all.
+        between = [("  …", f"{len(told) - 2:,} more")] if len(told) > 2 else []
+        rows += [*told[:1], *between, *told[1:][-1:]]
     return rows
 
 
