@@ -7,7 +7,8 @@ import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+
+from training.speed import processor
 
 _PACKAGES = ("torch", "pillow", "simplejpeg", "webdataset", "numpy")
 
@@ -34,16 +35,7 @@ def machine() -> str:
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in _PACKAGES)
     load = " ".join(f"{value:.2f}" for value in os.getloadavg())
     return (
-        f"{time.strftime('%Y-%m-%d %H:%M', time.gmtime())} UTC; {_processor()}, "
+        f"{time.strftime('%Y-%m-%d %H:%M', time.gmtime())} UTC; {processor()}, "
         f"{os.cpu_count()} CPUs; Python {platform.python_version()}, {versions}; "
         f"load average before the run {load}."
     )
-
-
-def _processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()

@@ -1,10 +1,12 @@
 """Operations per picture by the formula of the layers' table, and the peak they are compared to."""
 
+import subprocess
+
 import pytest
 import torch
 
 from training import loop, recipes
-from training.speed import measured_peak, training_flops
+from training.speed import device_name, measured_peak, processor, training_flops
 
 # side of the output, kernel, input and output channels, groups in the paper's network
 CONVOLUTIONS = [
@@ -44,3 +46,8 @@ def test_peak_is_measured_once_for_each_type():
     assert 1e8 < peak < 1e15
     assert measured_peak(cpu, torch.float32) == peak, "measured again"
     assert measured_peak(cpu, torch.bfloat16) != peak
+
+
+def test_processor_is_the_one_that_the_system_names():
+    shown = subprocess.run(["lscpu"], capture_output=True, text=True, check=True).stdout
+    assert processor() in shown and device_name(torch.device("cpu")) == processor()

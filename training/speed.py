@@ -5,7 +5,9 @@ data sheet's: a plain matrix product of the run's precision on the run's device 
 """
 
 import functools
+import platform
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -65,3 +67,18 @@ def _peak(device: torch.device, dtype: torch.dtype, _threads: int) -> float:
 def _finish(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def device_name(device: torch.device) -> str:
+    """Of the GPU or the processor, such as "NVIDIA H200"."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
+
+
+def processor() -> str:
+    """The model of this machine's CPU."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

@@ -136,6 +136,13 @@ class Tracker:
         else:
             self._spool.unlink(missing_ok=True)
 
+    def tag(self, name: str, value: str) -> None:
+        """Sets a tag of the run; a warning where MLflow does not answer."""
+        try:
+            self._client.set_tag(self._run_id, name, value)
+        except FAILURES as error:
+            logger.warning(f"MLflow has no tag {name} now: {str(error).splitlines()[0][:120]}")
+
     def last_logged(self) -> tuple[int, float] | None:
         """(step, seconds ago) of the newest loss of this run; None for a run without one, or while
         MLflow does not answer."""

@@ -17,7 +17,7 @@ from ray.experimental import tqdm_ray
 
 from alexnet.errors import UserError
 from pipelines import shards, storage
-from training import checkpoint, loop
+from training import checkpoint, loop, speed
 from training.config import TrainConfig
 from training.meter import log_line
 from training.tracking import Tracker
@@ -46,6 +46,7 @@ def train_worker(job: dict[str, Any]) -> dict[str, float]:
         step = _agreed(0 if resume is None else checkpoint.load_state(resume)["step"])
         uploads, profile = None, None
         if rank == 0:
+            tracker.tag("hardware", speed.device_name(ray.train.torch.get_device()))
             _tell_start(tracker, step)
             keep_last, keep_best = config.keep_last, config.keep_best
             uploads = stack.enter_context(Uploader(run, keep_last=keep_last, keep_best=keep_best))

@@ -140,14 +140,15 @@ def _training(config: TrainConfig) -> tuple[tuple[str, str], ...]:
 
 
 def _hardware(run: Run) -> str | None:
-    """Metrics tell workers with a GPU, whose memory is logged, from those without."""
+    """Of the last worker group; rank 0 names its device for all."""
     metrics = run.data.metrics
     if "images_per_second" not in metrics:
         return None
     workers = f"{metrics['workers']:.0f} worker(s)" if "workers" in metrics else "workers"
+    on = f"{workers} on {run.data.tags.get('hardware', 'hardware that was not recorded')}"
     if "gpu_memory_gb" not in metrics:
-        return f"{workers} on CPUs"
-    return f"{workers} with a GPU each, {metrics['gpu_memory_gb']:.1f} GB of its memory in use"
+        return on
+    return f"{on}, {metrics['gpu_memory_gb']:.1f} GB of its memory in use"
 
 
 def _throughput(client: MlflowClient, run_id: str) -> float | None:
