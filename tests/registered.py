@@ -120,7 +120,7 @@ def from_folder(client: MlflowClient, folder: Path) -> str:
 def resealed(folder: Path) -> str:
     """The folder, with hashes that match what it holds now."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    names = [path.relative_to(folder).as_posix() for path in files]
+    names = [path.relative_to(folder).as_posix() for path in files if path.suffix != ".pyc"]
     names = [name for name in names if name not in ("SHA256SUMS", "registered_model_meta")]
     sums = subprocess.check_output(["sha256sum", *names], cwd=folder, text=True)
     (folder / "SHA256SUMS").write_text(sums)

@@ -7,6 +7,7 @@ import torch
 from ranks import run_ranks
 from small_training import CPU, small_config, without_dropout
 
+from alexnet.optim import Rates
 from training import loop
 from training.due import ASK_STEPS, Due
 from training.meter import GRAD_NORM, IMAGES, LOSS
@@ -28,7 +29,8 @@ def stepped(place: Place, dtype: torch.dtype = torch.float32, **changes: Any) ->
     images, labels = batch()
     images = images.to(dtype)
     ids = torch.from_numpy(rank_part(torch.arange(BATCH).numpy(), place.rank, place.world_size))
-    step = stepper.step(images[ids], labels[ids], number=0, lr=0.01, global_size=BATCH)
+    rates = Rates(0.01, 0.01, 0.01, 0.01)
+    step = stepper.step(images[ids], labels[ids], number=0, rates=rates, global_size=BATCH)
     first, last = step.communication or (0.0, 0.0)
     return {
         "gradients": stepper.tensors()["optimizer"],
