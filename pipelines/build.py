@@ -5,10 +5,9 @@ from __future__ import annotations
 import functools
 import logging
 import sys
-import threading
 import traceback
-from collections.abc import Collection, Generator, Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Collection, Generator
+from contextlib import closing
 from dataclasses import asdict
 from typing import Any
 
@@ -22,7 +21,6 @@ from pipelines.produce import Job, Made, codec_versions, produce
 from pipelines.progress import BuildFailed, MaxRejected, Progress
 from pipelines.sources import StoredAs
 
-_SCHEDULER_SECONDS = 10
 _MIB = 1 << 20
 
 
@@ -53,7 +51,7 @@ def build(
         if done and not as_json:
             print(f"{len(done)} of {len(made_plan.shards)} shards are already there", flush=True)
         _remove_faulty(out, made_plan, {number: missing[number] for number in numbers})
-        with _ray():
+        with cluster.connected():
             cluster.refuse_local_paths([raw, out], shared_fs=shared_fs)
             statuses = _statuses(job_for(made_plan, raw, out), made_plan, numbers, workers)
             with progress.running(), closing(statuses):
@@ -90,23 +88,6 @@ def job_for(made_plan: Plan, raw: str, out: str) -> Job:
         keep=keep,
         versions=codec_versions(),
     )
-
-
-@contextmanager
-def _ray() -> Iterator[None]:
-    """A connection to Ray, closed afterwards unless it was there before."""
-    joined_before = ray.is_initialized()
-    try:
-        cluster.connect()
-        yield
-    finally:
-        # After Ctrl-C its scheduler still runs for a moment, and Ray's C++ ends the whole process
-        # with a code of its own when the cluster goes away under it.
-        for thread in threading.enumerate():
-            if thread.name.startswith("StreamingExecutor"):
-                thread.join(_SCHEDULER_SECONDS)
-        if not joined_before:
-            ray.shutdown()
 
 
 def _statuses(

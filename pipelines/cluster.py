@@ -5,6 +5,9 @@ import logging
 import os
 import secrets
 import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,7 @@ from pipelines import storage
 
 _ROOT = Path(__file__).resolve().parents[1]
 _PACKAGES = ("alexnet", "pipelines", "training")
+_SCHEDULER_SECONDS = 10
 
 
 def connect(*, dashboard: bool = False) -> None:
@@ -43,6 +47,23 @@ def connect(*, dashboard: bool = False) -> None:
             "the Ray cluster asks for a token; set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH "
             "(or put the token into ~/.ray/auth_token)"
         ) from error
+
+
+@contextmanager
+def connected() -> Iterator[None]:
+    """`connect` for a while, with Ray Data inside: closed afterwards unless it was there before."""
+    joined_before = ray.is_initialized()
+    try:
+        connect()
+        yield
+    finally:
+        # After Ctrl-C its scheduler still runs for a moment, and Ray's C++ ends the whole process
+        # with a code of its own when the cluster goes away under it.
+        for thread in threading.enumerate():
+            if thread.name.startswith("StreamingExecutor"):
+                thread.join(_SCHEDULER_SECONDS)
+        if not joined_before:
+            ray.shutdown()
 
 
 def refuse_local_paths(paths: list[str], *, shared_fs: bool) -> None:

@@ -6,11 +6,10 @@ import copy
 import logging
 import os
 import sys
-import threading
 import time
 import warnings
-from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Generator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, Protocol, TextIO
 
@@ -27,7 +26,6 @@ from training.shard_scores import Job, Scorer, first_of_each
 
 Tell = Callable[[int, int], None]  # pictures done, of how many
 EVERY_CPU = sys.maxsize  # as `workers`: as many as the cluster has CPUs
-_SCHEDULER_SECONDS = 10
 _TOLD_EVERY = 0.2  # seconds
 
 
@@ -181,7 +179,7 @@ def _on_ray(
 
     if workers < 1:
         raise UserError(f"{workers} workers cannot score anything; ask for 1 or more")
-    with _ray():
+    with cluster.connected():
         cluster.refuse_local_paths([job.data], shared_fs=shared_fs)
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False  # they count shards; ours count pictures
@@ -204,27 +202,6 @@ def _on_ray(
                 table = shards.read_parquet(answer["table"])
                 progress.count(len(table))
                 yield answer["number"], table
-
-
-@contextmanager
-def _ray() -> Iterator[None]:
-    """A connection to Ray, closed afterwards unless it was there before."""
-    import ray
-
-    from pipelines import cluster
-
-    joined_before = ray.is_initialized()
-    try:
-        cluster.connect()
-        yield
-    finally:
-        # After Ctrl-C its scheduler still runs for a moment, and Ray's C++ ends the whole process
-        # with a code of its own when the cluster goes away under it.
-        for thread in threading.enumerate():
-            if thread.name.startswith("StreamingExecutor"):
-                thread.join(_SCHEDULER_SECONDS)
-        if not joined_before:
-            ray.shutdown()
 
 
 def _sent(network: torch.nn.Module) -> tuple[Any, Any]:
