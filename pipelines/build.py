@@ -15,7 +15,7 @@ import ray
 import ray.data
 
 from alexnet.errors import UserError
-from pipelines import cluster, finish, plan, shards
+from pipelines import cluster, finish, metrics, plan, shards
 from pipelines.plan import Plan
 from pipelines.produce import Job, Made, codec_versions, produce
 from pipelines.progress import BuildFailed, MaxRejected, Progress
@@ -56,6 +56,7 @@ def build(
             statuses = _statuses(job_for(made_plan, raw, out), made_plan, numbers, workers)
             with progress.running(), closing(statuses):
                 for status in statuses:
+                    metrics.count(out, status)
                     progress.count(status)
         done, missing = finish.finished_shards(out, made_plan)
     if missing and only is not None and not set(missing) & set(only):
