@@ -15,7 +15,7 @@ import ray
 import ray.data
 
 from alexnet.errors import UserError
-from pipelines import cluster, finish, metrics, plan, shards
+from pipelines import claim, cluster, finish, metrics, plan, shards
 from pipelines.plan import Plan
 from pipelines.produce import Job, Made, codec_versions, produce
 from pipelines.progress import BuildFailed, MaxRejected, Progress
@@ -50,6 +50,7 @@ def build(
     if numbers:
         if done and not as_json:
             print(f"{len(done)} of {len(made_plan.shards)} shards are already there", flush=True)
+        claim.refuse_full(out, made_plan, numbers)
         _remove_faulty(out, made_plan, {number: missing[number] for number in numbers})
         with cluster.connected():
             cluster.refuse_local_paths([raw, out], shared_fs=shared_fs)
