@@ -49,6 +49,12 @@ def connect(*, dashboard: bool = False) -> None:
         ) from error
 
 
+def is_known() -> bool:
+    """Whether `connect` would join a cluster, and not start one."""
+    address = os.environ.get("RAY_ADDRESS")
+    return address != "local" if address else _started_here()
+
+
 @contextmanager
 def connected() -> Iterator[None]:
     """`connect` for a while, with Ray Data inside: closed afterwards unless it was there before."""

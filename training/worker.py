@@ -20,6 +20,7 @@ from pipelines import shards, storage
 from training import checkpoint, loop, metrics, speed
 from training.config import TrainConfig
 from training.meter import log_line
+from training.room import check_node
 from training.tracking import Tracker
 from training.uploads import Uploader
 
@@ -28,8 +29,8 @@ logger = logging.getLogger("training")
 
 def train_worker(job: dict[str, Any]) -> dict[str, float]:
     """Trains this worker's share. `job` holds config (TrainConfig), data, manifest (its digest),
-    tracking_uri, run_id, cpus, terminal (whether the driver has one): plain values, since Ray shows
-    them in its dashboard.
+    checkpoint (bytes of one), tracking_uri, run_id, cpus, terminal (whether the driver has one):
+    plain values, since Ray shows them in its dashboard.
 
     Goes on from the newest whole checkpoint of the run, whoever wrote it: a worker group before
     this one that lost a node, another number of workers, or an earlier job.
@@ -38,7 +39,8 @@ def train_worker(job: dict[str, Any]) -> dict[str, float]:
     rank = ray.train.get_context().get_world_rank()
     _say(rank)
     torch.set_num_threads(job["cpus"])
-    _refuse_changed(job["data"], job["manifest"])
+    manifest = _unchanged(job["data"], job["manifest"])
+    check_node(config, manifest, job["checkpoint"])
     tracker = Tracker(job["tracking_uri"], job["run_id"])
     run = storage.join(str(config.storage), str(config.name))
     with contextlib.ExitStack() as stack:
@@ -102,14 +104,15 @@ def _say(rank: int) -> None:
     logging.getLogger("ray.train").setLevel(logging.WARNING)
 
 
-def _refuse_changed(data: str, digest: str) -> None:
+def _unchanged(data: str, digest: str) -> shards.Manifest:
     """A worker of a later attempt must not train on other shards than those before it."""
-    found = shards.load_manifest(data).digest
-    if found != digest:
+    manifest = shards.load_manifest(data)
+    if manifest.digest != digest:
         raise UserError(
-            f"{data} changed under the run: its manifest is {found[:16]}, was {digest[:16]}; "
-            "put the old shards back, or train the new ones under another --name"
+            f"{data} changed under the run: its manifest is {manifest.digest[:16]}, was "
+            f"{digest[:16]}; put the old shards back, or train the new ones under another --name"
         )
+    return manifest
 
 
 def _agreed(step: int) -> int:
