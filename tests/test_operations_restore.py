@@ -1,4 +1,4 @@
-"""docs/operations.md brings a lost MLflow back: its own commands, on a real PostgreSQL and store."""
+"""A lost MLflow is brought back by the document's own commands, on a real PostgreSQL and store."""
 
 import contextlib
 import os
@@ -52,17 +52,19 @@ class Place:
     programs: Path  # of PostgreSQL
     environment: dict[str, str]
 
-    def paste(self, section: str) -> None:
-        script = commands(section)
+    def paste(self, section: str, shards: str = "", uri: str = "") -> str:
+        """What the commands print. shards, uri: what the reader has there as set and MLflow."""
+        script = commands(section).replace("s3://BUCKET/shards", shards)
         assert script, section
         done = subprocess.run(
             ["bash", "-euo", "pipefail", "-c", script],
-            env=self.environment,
-            cwd=self.folder,
+            env=self.environment | {"MLFLOW_TRACKING_URI": uri},
+            cwd=ROOT,
             capture_output=True,
             text=True,
         )
         assert done.returncode == 0, f"{script}\n{done.stdout}\n{done.stderr}"
+        return done.stdout
 
     @contextlib.contextmanager
     def postgres(self, data: str) -> Iterator[None]:
@@ -123,18 +125,19 @@ def place(seaweed: "Seaweed", tmp_path_factory: pytest.TempPathFactory) -> Itera
     if initdb is None:
         pytest.skip("this machine has no PostgreSQL server (initdb)")
     programs = Path(initdb).parent
+    # Its path must be open to the user postgres, and short for its socket.
+    folder = Path("/tmp") / f"restore-{secrets.token_hex(4)}"
+    folder.mkdir(mode=0o755)
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("AWS_", "MLFLOW_", "PG"))}
     environment = kept | seaweed.environment()
     path = f"{Path(sys.executable).parent}:{programs}:{os.environ['PATH']}"
     environment |= {"PATH": path, "MLFLOW_DISABLE_TELEMETRY": "true"}
+    environment |= {"ALEXNET_HOME": str(folder / "home")}
     environment |= {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
     environment |= {"PGHOST": "127.0.0.1", "PGPORT": str(free_port()), "PGUSER": "mlflow"}
     environment |= {"PGDATABASE": "mlflow", "PGPASSWORD": secrets.token_hex(16)}
     bucket = f"mlflow-{secrets.token_hex(4)}"
     seaweed.client().create_bucket(Bucket=bucket)
-    # Its path must be open to the user postgres, and short for its socket.
-    folder = Path("/tmp") / f"restore-{secrets.token_hex(4)}"
-    folder.mkdir(mode=0o755)
     environment |= {
         "BACKEND": f"postgresql+psycopg2://mlflow@127.0.0.1:{environment['PGPORT']}/mlflow",
         "ARTIFACTS": f"s3://{bucket}/artifacts",
@@ -177,6 +180,8 @@ def test_champion_answers_the_same_after_database_and_bucket_were_lost(
             assert (found.version, found.tags) == (version, tags)
             assert torch.equal(trained.load("champion").network(x), before)
             assert client.get_run(found.run_id).data.metrics["val_top1"] == 0.5
+            said = place.paste("Look at what came back", data, uri)
+            assert "champion" in said and "7 pictures" in said
 
 
 def champion(client: MlflowClient, data: str, folder: Path, patch: pytest.MonkeyPatch) -> str:
