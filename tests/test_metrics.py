@@ -152,7 +152,7 @@ def test_a_shard_whose_task_was_killed_and_run_again_counts_once(node, drawn_raw
 
 
 def test_gauges_of_a_training_are_the_figures_of_its_log_lines(node, tmp_path):
-    data = write_shard_set(tmp_path / "set", train=(80, 80), val=(12,))
+    data = write_shard_set(tmp_path / "set", train=(40,), val=(12,))
     config = small_config(
         name="watched",
         data=data,
