@@ -53,13 +53,15 @@ class Node:
     environment: dict[str, str]  # of a driver
 
     def samples(self, **tag: str) -> Samples:
-        """Our own by name and tags, those of one name and tag added up as PromQL's sum does."""
+        """Our own by name and tags. Counters of several processes are added up; gauges are not,
+        since that of a process just killed is still there for a moment."""
         with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/metrics", timeout=10) as answer:
             families = text_string_to_metric_families(answer.read().decode())
         found: Counter[Any] = Counter()
         for sample in (sample for family in families for sample in family.samples):
             if sample.name.startswith("ray_alexnet_") and tag.items() <= sample.labels.items():
-                rest = {k: v for k, v in sample.labels.items() if k == "reason"}
+                kept = "reason" if sample.name.endswith("_total") else "WorkerId"
+                rest = {k: v for k, v in sample.labels.items() if k == kept}
                 found[sample.name.removeprefix("ray_alexnet_"), tuple(rest.items())] += sample.value
         return dict(found)
 

@@ -3,14 +3,16 @@
 import contextlib
 import http.server
 import os
+import secrets
 import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from drawn import imagefolder, jpeg
+from drawn import ROOT, imagefolder, jpeg
 from registered import MLFLOW_WARNINGS
 from shard_sets import write_shard_set
 
@@ -270,3 +272,27 @@ def test_gpus_that_this_machine_lacks_are_told_where_no_cluster_is_known(
     assert line.startswith("1 workers need a GPU each, this machine has 0 and no cluster is known")
     assert run.main(["smoke", "--dry-run", "--data", data]) == 0
     assert "no cluster is known" in capsys.readouterr().out
+
+
+def test_cluster_whose_only_node_is_a_head_without_cpus_is_told(data, tmp_path):
+    code = (
+        "import sys, ray\n"
+        "context = ray.init(address='local', num_cpus=0, include_dashboard=False,"
+        " logging_level='error')\n"
+        "print(context.address_info['address'], flush=True)\n"
+        "sys.stdin.read()\n"
+    )
+    token = {"RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_AUTH_MODE": "token"}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", code], env=os.environ | token, **pipes) as head:
+        address = head.stdout.readline().strip()
+        done = subprocess.run(
+            [sys.executable, ROOT / "training" / "run.py", "smoke", "--dry-run", "--data", data],
+            env=os.environ | token | {"RAY_ADDRESS": address},
+            capture_output=True,
+            text=True,
+        )
+        head.communicate(timeout=60)
+    assert done.returncode == 2, done.stderr
+    told = "error: 1 workers need a CPU each, no node of the cluster has one; start nodes with"
+    assert done.stderr.splitlines()[-1].startswith(told)

@@ -149,6 +149,11 @@ def _scaling(config: TrainConfig) -> tuple[ray.train.ScalingConfig, int]:
     use_gpu = config.device != "cpu" and gpus >= fewest
     kind = "GPU" if use_gpu else "CPU"
     useful = [node for node in nodes if node.get(kind, 0) >= 1]
+    if not useful:
+        raise UserError(
+            f"{fewest} workers need a CPU each, no node of the cluster has one; start nodes with "
+            "`ray start --address`"
+        )
     per_node = min(-(-config.workers // len(useful)), max(int(node[kind]) for node in useful))
     share = int(min(node.get("CPU", 1) for node in useful)) // per_node
     cpus = config.cpus_per_worker or max(1, share)
