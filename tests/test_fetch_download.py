@@ -144,6 +144,6 @@ def test_progress_is_told_in_plain_lines(
     told = capsys.readouterr().out
     lines = re.findall(r"(?m)^[\d.]+/[\d.]+ MB  [\d.]+ MB/s  ETA (?:\d+ s|\?)$", told)
     assert len(lines) >= 2
-    assert "\nthe archives broke off; trying again in 0.001 s\n" in told
+    assert "\nthe server broke off; trying again in 0.001 s\n" in told
     assert lines[-1].endswith("ETA 0 s")
     assert "\r" not in told
