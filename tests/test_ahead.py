@@ -94,7 +94,10 @@ def test_a_slow_consumer_waits_for_the_first_answer_only(slow_store: str) -> Non
     assert reader.wait_seconds - first < 15 * Slow.DELAY / 3
 
 
-def test_leaving_the_loop_ends_the_threads(slow_store: str) -> None:
+def test_leaving_the_loop_ends_the_threads(
+    slow_store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipelines.ahead._JOIN_SECONDS", 120.0)
     rows = [row(f"{number:04d}", 0, MIB) for number in range(1000)]
     with pytest.raises(KeyboardInterrupt), reads.Reader(slow_store, rows) as reader:
         for position, _ in reader:
@@ -105,7 +108,10 @@ def test_leaving_the_loop_ends_the_threads(slow_store: str) -> None:
     assert Slow.answers < 100  # 64 MiB ahead
 
 
-def test_a_closed_iterator_ends_the_threads(tmp_path: Path) -> None:
+def test_a_closed_iterator_ends_the_threads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipelines.ahead._JOIN_SECONDS", 120.0)
     (tmp_path / "c.tar").write_bytes(bytes(MIB))
     rows = [row("c.tar", offset, 10) for offset in range(0, MIB, 64 * KIB)]
     stream = iter(reads.Reader(str(tmp_path), rows))

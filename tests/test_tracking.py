@@ -222,7 +222,7 @@ class Server:
         while time.monotonic() < deadline:
             assert self._process.poll() is None, self._log.read_text()
             try:
-                if requests.get(f"{self.uri}/health", timeout=5).ok:
+                if requests.get(f"{self.uri}/health", timeout=30).ok:
                     return
             except requests.RequestException:
                 time.sleep(0.2)
