@@ -14,9 +14,11 @@ from typing import Any
 
 import botocore.session
 import botocore.validate
-import cfnlint.api
 import jsonschema
 import kubernetes_validate
+from cfnlint.config import ConfigMixIn
+from cfnlint.decode.decode import decode_str
+from cfnlint.runner import Runner
 from grafana_foundation_sdk.cog.encoder import JSONEncoder
 from grafana_foundation_sdk.cog.plugins import register_default_plugins
 from grafana_foundation_sdk.models.dashboard import Dashboard
@@ -54,7 +56,7 @@ def complaints(path: Path, documents: list[Any]) -> list[str]:
     if path == CLUSTER:
         return _launcher(documents[0])
     if path == ACCESS:
-        return [str(match) for match in cfnlint.api.lint(json.dumps(documents[0]))]
+        return _cloudformation(documents[0])
     if path == DASHBOARD:
         return _dashboard(documents[0])
     schema = {RULES: "rules", SCRAPE: "scrape"} | {each: each.stem for each in PROVISIONING}
@@ -122,7 +124,7 @@ def _kuberay(document: Any) -> list[str]:
         scraped = {"prometheus.io/scrape": "true", "prometheus.io/port": "8080"}
         if metadata.get("annotations", scraped) != scraped:
             found.append("annotations that Prometheus would not find")
-    return found + _unknown_settings(document)
+    return found + _unknown_settings(document) + _unknown_resources(document)
 
 
 def _kubernetes(document: Any) -> list[str]:
@@ -138,11 +140,17 @@ def _core(text: str) -> list[str]:
         return [f"{list(error.path)}: {error.message}"]
     except (KeyError, kubernetes_validate.SchemaNotFoundError) as error:
         return [f"neither kind nor version: {error}"]
-    found = _unknown_settings(document)
-    for path, value in walk(document):
-        if path[-2:] in (("resources", "limits"), ("resources", "requests")):
-            found += [f"no such resource: {name}" for name in value.keys() - RESOURCES]
-    return found
+    return _unknown_settings(document) + _unknown_resources(document)
+
+
+def _unknown_resources(document: Any) -> list[str]:
+    """Of containers; Kubernetes takes any name, and would look for a node that has such a thing."""
+    return [
+        f"no such resource: {name}"
+        for path, value in walk(document)
+        if path[-2:] in (("resources", "limits"), ("resources", "requests"))
+        for name in value.keys() - RESOURCES
+    ]
 
 
 def _selectors(path: Path, documents: list[Any]) -> list[str]:
@@ -211,6 +219,22 @@ def _run_instances() -> Any:
     return model.operation_model("RunInstances").input_shape
 
 
+def _cloudformation(document: Any) -> list[str]:
+    template, errors = decode_str(json.dumps(document))
+    found = [str(match) for match in errors or _runner().validate_template(template)]
+    kinds = {"AWS", "Federated", "Service"}  # which it leaves open
+    return found + [
+        f"{path}: no such principal"
+        for path, value in walk(document)
+        if path and path[-1] == "Principal" and not value.keys() <= kinds
+    ]
+
+
+@functools.cache  # it reads all its rules when it is made
+def _runner() -> Runner:
+    return Runner(ConfigMixIn(regions=["us-east-1"]))
+
+
 def _dashboard(document: Any) -> list[str]:
     """Read by Grafana's own types and written again: what got lost has no such name."""
     register_default_plugins()
@@ -218,11 +242,11 @@ def _dashboard(document: Any) -> list[str]:
         again = json.loads(json.dumps(Dashboard.from_json(document), cls=JSONEncoder))
     except KeyError as error:
         return [f"Grafana misses {error}"]
-    kept = {path: value for path, value in walk(again) if not isinstance(value, dict | list)}
+    kept = dict(walk(again))
     return [
         f"{path}: Grafana reads {kept.get(path)!r}, not {value!r}"
         for path, value in walk(document)
-        if not isinstance(value, dict | list) and kept.get(path, ...) != value
+        if (not value or not isinstance(value, dict | list)) and kept.get(path, ...) != value
     ]
 
 
