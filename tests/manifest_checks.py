@@ -1,6 +1,6 @@
 """What each manifest is held against: the schema that its reader uses, and the names it refers to.
 
-`complaints` gives one line for each thing that is wrong, for the real files and for misspelled ones.
+`complaints` gives one line for each thing that is wrong, in real files and in misspelled ones.
 """
 
 import functools
@@ -24,7 +24,6 @@ from grafana_foundation_sdk.cog.plugins import register_default_plugins
 from grafana_foundation_sdk.models.dashboard import Dashboard
 from known_settings import is_setting
 from manifest_commands import CommandError, check_ray_flags
-from manifests import documents as read
 from manifests import (
     ACCESS,
     CLUSTER,
@@ -39,6 +38,7 @@ from manifests import (
     settings,
     walk,
 )
+from manifests import documents as read
 
 KUBERNETES_VERSION = "1.34"
 RESOURCES = {"cpu", "memory", "nvidia.com/gpu", "storage"}
@@ -163,12 +163,15 @@ def _selectors(path: Path, documents: list[Any]) -> list[str]:
         if way[-1:] == ("matchLabels",) and way[-2] == "namespaceSelector":
             if [*value] != ["kubernetes.io/metadata.name"]:
                 found.append(f"no such label of a namespace: {value}")
-        elif way[-1:] == ("matchLabels",) or (
-            way[-1:] == ("selector",) and "matchLabels" not in value
-        ):
-            if not any(value.items() <= labels.items() for labels in pods):
-                found.append(f"{way} selects no pod: {value}")
+        elif _selects(way, value) and not any(value.items() <= labels.items() for labels in pods):
+            found.append(f"{way} selects no pod: {value}")
     return found
+
+
+def _selects(way: tuple[Any, ...], value: Any) -> bool:
+    """A Service's selector is the labels themselves, the others have them inside."""
+    plain = way[-1:] == ("selector",) and "matchLabels" not in value
+    return plain or way[-1:] == ("matchLabels",)
 
 
 @functools.cache

@@ -20,7 +20,9 @@ def resources() -> Any:
 
 
 def test_workers_are_spot_and_the_head_is_not() -> None:
-    market = {name: node["node_config"].get("InstanceMarketOptions") for name, node in NODES.items()}
+    market = {
+        name: node["node_config"].get("InstanceMarketOptions") for name, node in NODES.items()
+    }
     spot = {"MarketType": "spot"}
     assert market == {"head": None, "cpu": spot, "gpu": spot}
     assert NODES["head"]["resources"] == {"CPU": 0}

@@ -1,4 +1,4 @@
-"""Every manifest fits what its reader wants, and no longer does once a field's name is misspelled."""
+"""Every manifest fits what its reader wants, and no longer once a field's name is misspelled."""
 
 import functools
 import json
@@ -79,8 +79,10 @@ def fields(path: Path) -> list[tuple[Any, ...]]:
     found = []
     for way, _ in walk(plain(loaded(path))):
         spelled = "/".join(map(str, way[1:]))
-        if way and isinstance(way[-1], str) and not any(
-            re.fullmatch(pattern, spelled) for pattern in chosen
+        if (
+            way
+            and isinstance(way[-1], str)
+            and not any(re.fullmatch(pattern, spelled) for pattern in chosen)
         ):
             found.append(way)
     return found
