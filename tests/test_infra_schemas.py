@@ -75,17 +75,16 @@ def test_every_misspelled_field_is_refused(manifest: Path) -> None:
 
 
 def fields(path: Path) -> list[tuple[Any, ...]]:
-    chosen = [pattern for file, pattern in NAMES if file == path]
-    found = []
+    """The ways to all keys that are fields; for CloudFormation's slow reader each field once, in
+    whatever resource it is."""
+    names = [pattern for file, pattern in NAMES if file == path]
+    found: dict[Any, tuple[Any, ...]] = {}
     for way, _ in walk(plain(loaded(path))):
         spelled = "/".join(map(str, way[1:]))
-        if (
-            way
-            and isinstance(way[-1], str)
-            and not any(re.fullmatch(pattern, spelled) for pattern in chosen)
-        ):
-            found.append(way)
-    return found
+        if way and isinstance(way[-1], str) and not any(re.fullmatch(n, spelled) for n in names):
+            alike = tuple(step for step in way[3:] if isinstance(step, str))
+            found.setdefault(alike if path == ACCESS and alike else way, way)
+    return list(found.values())
 
 
 def plain(value: Any) -> Any:
