@@ -7,7 +7,7 @@ from typing import Any
 
 import cfnlint.decode
 import pytest
-from manifests import ACCESS, CLUSTER, documents, version
+from manifests import ACCESS, CLUSTER, INFRA, documents, version
 
 (LAUNCHER,) = documents(CLUSTER)
 NODES = LAUNCHER["available_node_types"]
@@ -57,6 +57,13 @@ def test_launcher_installs_nothing_over_the_image() -> None:
     for name in ("setup_commands", "head_setup_commands", "worker_setup_commands"):
         assert prepared[name] == [], name
     assert prepared["docker"]["image"] == f"REGISTRY/alexnet-workflow:{version()}-cuda"
+
+
+def test_image_of_the_launcher_has_the_programs_that_it_calls_in_containers() -> None:
+    stages = re.split(r"^FROM ", (INFRA / "Dockerfile").read_text(), flags=re.MULTILINE)
+    (packages,) = (stage for stage in stages if stage.startswith("base AS cuda-packages"))
+    assert {"openssh-client", "rsync"} <= set(packages.split())
+    assert "HOME=/home/alexnet" in stages[1]
 
 
 def test_token_is_where_every_container_looks_for_it() -> None:
