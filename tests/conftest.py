@@ -2,6 +2,8 @@
 
 import os
 import secrets
+import shutil
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,7 +12,11 @@ import pytest
 from drawn import ROOT
 
 if TYPE_CHECKING:
+    from archive_server import Server
+    from mlflow.tracking import MlflowClient
     from registered import Built
+
+    from pipelines.shards import Manifest
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -25,6 +31,13 @@ def surroundings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         for name in ("RAY_ADDRESS", "AWS_PROFILE", "AWS_ENDPOINT_URL", "MLFLOW_TRACKING_URI"):
             patch.delenv(name, raising=False)
         yield
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The $ALEXNET_HOME of one test, not made yet."""
+    monkeypatch.setenv("ALEXNET_HOME", str(tmp_path / "home"))
+    return tmp_path / "home"
 
 
 @pytest.fixture(scope="session")
@@ -58,12 +71,72 @@ def drawn_shards(drawn_raw: str, tmp_path_factory: pytest.TempPathFactory) -> st
     return out
 
 
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 64 KiB. Skips where none can be mounted."""
+    if os.geteuid() != 0:
+        pytest.skip("mounting a small disk needs root")
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(disk)])
+    if mounted.returncode != 0:
+        pytest.skip("this machine mounts nothing")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+@pytest.fixture
+def archives(monkeypatch: pytest.MonkeyPatch) -> "Iterator[Server]":
+    """Serves what `fetch` asks for, with the faults that a test sets."""
+    from archive_server import serving
+
+    with serving(monkeypatch) as running:
+        yield running
+
+
+@pytest.fixture
+def copy(drawn_shards: str, tmp_path: Path) -> Path:
+    """`drawn_shards` once more, for a test to change."""
+    return shutil.copytree(drawn_shards, tmp_path / "copy")
+
+
 @pytest.fixture(scope="session")
 def registered_models(tmp_path_factory: pytest.TempPathFactory) -> "Built":
     """Four registered versions; a test changes copies of them only (see `Built`)."""
     from registered import build
 
     return build(tmp_path_factory.mktemp("registered"))
+
+
+@pytest.fixture
+def registry(
+    registered_models: "Built", home: Path, monkeypatch: pytest.MonkeyPatch
+) -> "MlflowClient":
+    """Client of a copy of `registered_models`, without champion, GOOD as candidate."""
+    from registered import GOOD
+
+    client = registered_models.enter_copy(home, monkeypatch)
+    client.set_registered_model_alias("alexnet", "candidate", GOOD)
+    return client
+
+
+@pytest.fixture
+def good_copy(registry: "MlflowClient", tmp_path: Path) -> Path:
+    """The files of GOOD once more, for a test to change."""
+    import mlflow
+    from registered import GOOD
+
+    folder = tmp_path / "model"
+    folder.mkdir()
+    return Path(mlflow.artifacts.download_artifacts(f"models:/alexnet/{GOOD}", dst_path=folder))
+
+
+@pytest.fixture(scope="session")
+def bare_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Versions without content, by `gated.make_bare_store`. Not to be changed by a test."""
+    from gated import make_bare_store
+
+    return make_bare_store(tmp_path_factory.mktemp("bare"))
 
 
 @pytest.fixture(scope="session")
@@ -80,6 +153,22 @@ def s3() -> Iterator[str]:
         boto3.client("s3").create_bucket(Bucket="shards")
         yield "s3://shards"
     server.stop()
+
+
+@pytest.fixture
+def s3_set(tmp_path: Path, s3: str) -> "tuple[Path, str, Manifest]":
+    """A local set, its copy in the bucket, and their manifest."""
+    from s3_shards import uploaded
+
+    return uploaded(tmp_path / "own", f"{s3}/loader-set")
+
+
+@pytest.fixture
+def downloads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The shards fetched from the bucket by this test, in order."""
+    from s3_shards import counted_downloads
+
+    return counted_downloads(monkeypatch)
 
 
 @pytest.fixture(scope="session")

@@ -9,11 +9,15 @@ from pathlib import Path
 import pytest
 from mlflow.tracking import MlflowClient
 from mlflow.tracking._tracking_service import utils
-from registered import Built
+from registered import GOOD, Built
 
 from training import tracking
+from training.registry import checks
+from training.registry.gate import Asked
+from training.registry.verdict import Check
 from training.registry.versions import NAME, aliases
 
+FORCED = Asked(force="the demonstration is at noon")
 _PLACES = {
     "runs": "artifact_uri",
     "experiments": "artifact_location",
@@ -35,6 +39,16 @@ def enter_whole_copy(built: Built, home: Path, patch: pytest.MonkeyPatch) -> Mlf
     return client
 
 
+def enter_candidate_copy(built: Built, home: Path, patch: pytest.MonkeyPatch) -> MlflowClient:
+    """As `enter_whole_copy`, without champion, GOOD as candidate. The check in a fresh process
+    takes seconds and is taken for passed; tests of its own make it."""
+    alike = Check("as used", "8 of 8 pictures alike", "the same classes", True)
+    patch.setattr(checks, "as_used", lambda *args: alike)
+    client = enter_whole_copy(built, home, patch)
+    client.set_registered_model_alias(NAME, "candidate", GOOD)
+    return client
+
+
 def files_of(client: MlflowClient, version: str) -> Path:
     """The folder of a version."""
     return Path(client.get_model_version_download_uri(NAME, version).removeprefix("file://"))
@@ -49,6 +63,10 @@ def content(home: Path) -> tuple[list[str], list[str]]:
 
 def champion(client: MlflowClient) -> str | None:
     return aliases(client).get("champion")
+
+
+def tags(client: MlflowClient, version: str) -> dict[str, str]:
+    return dict(client.get_model_version(NAME, version).tags)
 
 
 LOCK = "alexnet-champion-move"

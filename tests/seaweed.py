@@ -10,7 +10,6 @@ import json
 import os
 import secrets
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -20,8 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ports import free_ports
 
-READY_SECONDS = 90  # three on a quiet machine
+READY_SECONDS = 180  # three on a quiet machine
 STOP_SECONDS = 2  # an orderly stop takes half a minute, for data that nobody keeps
 
 
@@ -85,7 +85,7 @@ def weed_program() -> str | None:
 @contextlib.contextmanager
 def started(folder: Path) -> Iterator[Seaweed]:
     """A server that keeps everything in `folder` and is gone afterwards, whatever happened."""
-    ports = dict(zip(_PORTS, _free_ports(len(_PORTS)), strict=True))
+    ports = dict(zip(_PORTS, free_ports(len(_PORTS)), strict=True))
     server = Seaweed(
         f"http://127.0.0.1:{ports['s3.port']}", secrets.token_hex(8), secrets.token_hex(16)
     )
@@ -110,15 +110,6 @@ _PORTS = [
     for part in ("master", "volume", "filer", "s3")
     for kind in ("port", "port.grpc")
 ]
-
-
-def _free_ports(count: int) -> list[int]:
-    """All held at once, so that they differ."""
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [int(each.getsockname()[1]) for each in sockets]
 
 
 def _start(folder: Path, ports: dict[str, int], server: Seaweed) -> subprocess.Popen[bytes]:

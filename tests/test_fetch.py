@@ -6,7 +6,6 @@ import json
 import subprocess
 import sys
 import tarfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,7 +19,6 @@ from archive_server import (
     publish,
     refusal,
     run,
-    serving,
 )
 from drawn import ROOT
 
@@ -28,17 +26,11 @@ from alexnet.errors import UserError
 from pipelines import fetch, sources
 
 
-@pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    with serving(monkeypatch) as running:
-        yield running
-
-
 def test_the_pictures_and_no_litter_lie_in_class_folders_and_nothing_else_is_left(
-    server: Server, tmp_path: Path
+    archives: Server, tmp_path: Path
 ) -> None:
     raw = tmp_path / "new" / "raw"
-    line = run(server, raw)
+    line = run(archives, raw)
     assert line == f"{raw}: fetched imagenette 160, 3 train + 2 val pictures"
     assert pictures_in(raw) == PICTURES
     assert [path.name for path in raw.parent.iterdir()] == ["raw"]
@@ -46,8 +38,10 @@ def test_the_pictures_and_no_litter_lie_in_class_folders_and_nothing_else_is_lef
     assert (len(mapping), mapping[0]) == (10, "n01440764 tench, Tinca tinca")
 
 
-def test_what_was_fetched_is_an_imagefolder_to_the_builder(server: Server, tmp_path: Path) -> None:
-    run(server, tmp_path / "raw")
+def test_what_was_fetched_is_an_imagefolder_to_the_builder(
+    archives: Server, tmp_path: Path
+) -> None:
+    run(archives, tmp_path / "raw")
     source = sources.scan(str(tmp_path / "raw"), ["train", "val"])
     assert (source.layout, source.count("train"), source.count("val")) == ("imagefolder", 3, 2)
     assert source.wnids == ("n01440764", "n03888257")
@@ -55,15 +49,15 @@ def test_what_was_fetched_is_an_imagefolder_to_the_builder(server: Server, tmp_p
     assert source.notes == ()
 
 
-def test_a_second_run_asks_nobody_and_says_it_is_there(server: Server, tmp_path: Path) -> None:
+def test_a_second_run_asks_nobody_and_says_it_is_there(archives: Server, tmp_path: Path) -> None:
     raw = tmp_path / "raw"
-    run(server, raw)
-    asked = len(server.seen)
-    assert run(server, raw) == f"{raw} holds imagenette 160 already, 3 train + 2 val pictures"
-    assert len(server.seen) == asked
+    run(archives, raw)
+    asked = len(archives.seen)
+    assert run(archives, raw) == f"{raw} holds imagenette 160 already, 3 train + 2 val pictures"
+    assert len(archives.seen) == asked
     (raw / "train/n01440764/n01440764_10026.JPEG").unlink()
     with pytest.raises(UserError, match=r"holds 2 train \+ 2 val pictures instead of 3 train"):
-        run(server, raw)
+        run(archives, raw)
 
 
 def link(name: str, kind: bytes) -> tarfile.TarInfo:
@@ -74,15 +68,15 @@ def link(name: str, kind: bytes) -> tarfile.TarInfo:
 
 @pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE])
 def test_a_picture_that_is_no_plain_file_is_refused(
-    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: bytes
+    archives: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: bytes
 ) -> None:
     name = "imagenette2-160/train/n01440764/n01440764_1.JPEG"
-    publish(server, packed({name: link(name, kind)}), monkeypatch)
-    assert f"{name} is no plain file" in refusal(server, tmp_path / "raw")
+    publish(archives, packed({name: link(name, kind)}), monkeypatch)
+    assert f"{name} is no plain file" in refusal(archives, tmp_path / "raw")
 
 
 def test_nothing_is_written_outside_of_raw(
-    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    archives: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     names = [
         "../train/n01440764/out.JPEG",
@@ -97,9 +91,9 @@ def test_nothing_is_written_outside_of_raw(
     ]
     evil = dict.fromkeys(names, b"out") | {"x/train": link("x/train", tarfile.SYMTYPE)}
     good = {f"./x/{name}": data for name, data in PICTURES.items()}
-    publish(server, packed(evil | good), monkeypatch)
+    publish(archives, packed(evil | good), monkeypatch)
     raw = tmp_path / "deep" / "er" / "raw"
-    run(server, raw)
+    run(archives, raw)
     assert pictures_in(raw) == PICTURES
     assert sorted(path.name for path in raw.iterdir()) == [
         "LOC_synset_mapping.txt",
@@ -111,7 +105,7 @@ def test_nothing_is_written_outside_of_raw(
 
 
 def test_a_run_killed_while_extracting_leaves_no_raw_and_is_repeated(
-    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    archives: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     raw = tmp_path / "raw"
 
@@ -121,54 +115,54 @@ def test_a_run_killed_while_extracting_leaves_no_raw_and_is_repeated(
     with monkeypatch.context() as patch:
         patch.setattr(Path, "rename", killed)
         with pytest.raises(KeyboardInterrupt):
-            run(server, raw)
+            run(archives, raw)
     assert not raw.exists()
-    run(server, raw)
-    assert len(server.seen) == 1  # the archive was whole
+    run(archives, raw)
+    assert len(archives.seen) == 1  # the archive was whole
     assert pictures_in(raw) == PICTURES
     assert list(tmp_path.iterdir()) == [raw]
 
 
-def test_a_folder_with_anything_else_is_left_alone(server: Server, tmp_path: Path) -> None:
+def test_a_folder_with_anything_else_is_left_alone(archives: Server, tmp_path: Path) -> None:
     raw = tmp_path / "raw"
     raw.mkdir()
     (raw / "thesis.txt").write_text("mine")
     with pytest.raises(UserError, match=r"is not empty and holds thesis.txt; choose another --to"):
-        run(server, raw)
+        run(archives, raw)
     assert [path.name for path in raw.iterdir()] == ["thesis.txt"]
     with pytest.raises(UserError, match="Not a directory"):
-        run(server, raw / "thesis.txt")
-    assert server.seen == []
+        run(archives, raw / "thesis.txt")
+    assert archives.seen == []
 
 
-def test_another_size_is_not_mixed_into_a_fetched_folder(server: Server, tmp_path: Path) -> None:
+def test_another_size_is_not_mixed_into_a_fetched_folder(archives: Server, tmp_path: Path) -> None:
     raw = tmp_path / "raw"
-    run(server, raw)
+    run(archives, raw)
     with pytest.raises(UserError, match=r"holds imagenette 160; choose another --to"):
-        fetch.fetch("imagenette", str(raw), "320", server.url)
+        fetch.fetch("imagenette", str(raw), "320", archives.url)
 
 
-def test_an_empty_folder_is_filled(server: Server, tmp_path: Path) -> None:
+def test_an_empty_folder_is_filled(archives: Server, tmp_path: Path) -> None:
     (tmp_path / "raw").mkdir()
-    run(server, tmp_path / "raw")
+    run(archives, tmp_path / "raw")
     assert pictures_in(tmp_path / "raw") == PICTURES
 
 
-def test_two_at_once_are_not_let_into_one_folder(server: Server, tmp_path: Path) -> None:
+def test_two_at_once_are_not_let_into_one_folder(archives: Server, tmp_path: Path) -> None:
     with part_of(tmp_path / "raw").open("ab") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        assert "another process is fetching it" in refusal(server, tmp_path / "raw")
+        assert "another process is fetching it" in refusal(archives, tmp_path / "raw")
 
 
 def test_a_disk_that_is_too_small_is_told_before_the_download(
-    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    archives: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(fetch.SIZES, "160", fetch.Archive(FILE, 10**15, "0" * 32))
-    assert "GB free, imagenette2-160.tgz needs 2000000.00 GB" in refusal(server, tmp_path / "raw")
-    assert server.seen == []
+    assert "GB free, imagenette2-160.tgz needs 2000000.00 GB" in refusal(archives, tmp_path / "raw")
+    assert archives.seen == []
 
 
-def test_a_disk_that_fills_up_is_one_line(server: Server, tmp_path: Path) -> None:
+def test_a_disk_that_fills_up_is_one_line(archives: Server, tmp_path: Path) -> None:
     """A limit on the size of any one file stands for it: the system refuses to write more."""
     code = (
         "import json, resource, sys\n"
@@ -181,8 +175,8 @@ def test_a_disk_that_fills_up_is_one_line(server: Server, tmp_path: Path) -> Non
         "except fetch.UserError as error:\n"
         "    print(error)\n"
     )
-    archive = [FILE, len(server.data), hashlib.md5(server.data).hexdigest()]
-    argument = json.dumps([str(tmp_path / "raw"), server.url, archive])
+    archive = [FILE, len(archives.data), hashlib.md5(archives.data).hexdigest()]
+    argument = json.dumps([str(tmp_path / "raw"), archives.url, archive])
     command = [sys.executable, "-c", code, argument]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == f"{tmp_path / 'raw'}: File too large"

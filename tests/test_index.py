@@ -97,7 +97,7 @@ def test_inner_tars_on_s3_are_read_at_the_same_time(
 ) -> None:
     uri, read = f"{s3}/index/outer.tar", storage.read
     storage.write(uri, tar([(f"n{n}.tar", tar([("x.JPEG", b"1")])) for n in range(4)]))
-    together = threading.Barrier(4, timeout=20)  # breaks unless four reads are under way
+    together = threading.Barrier(4, timeout=120)  # breaks unless four reads are under way
 
     def waiting(uri: str, offset: int = 0, length: int | None = None) -> bytes:
         if threading.current_thread() is not threading.main_thread():

@@ -18,13 +18,9 @@ from alexnet.errors import UserError
 from pipelines.shards import load_manifest
 from training.loader import Loader
 
+pytestmark = pytest.mark.usefixtures("home")
+
 SIZES = (5, 4, 6)
-
-
-@pytest.fixture(autouse=True)
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("ALEXNET_HOME", str(tmp_path / "home"))
-    return tmp_path / "home"
 
 
 @pytest.fixture(scope="module")

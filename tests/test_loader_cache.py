@@ -12,28 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from drawn import ROOT
-from s3_shards import cached, counted_downloads, info_of, uploaded
+from s3_shards import cached, info_of, uploaded
 from test_loader import assert_equal_to_tars, open_loader
 
-from pipelines.shards import Manifest
 from training.loader import Loader
 
-
-@pytest.fixture(autouse=True)
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("ALEXNET_HOME", str(tmp_path / "home"))
-    return tmp_path / "home"
-
-
-@pytest.fixture
-def s3_set(tmp_path: Path, s3: str) -> tuple[Path, str, Manifest]:
-    """A local set, its copy in the bucket, and their manifest."""
-    return uploaded(tmp_path / "own", f"{s3}/loader-set")
-
-
-@pytest.fixture
-def downloads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    return counted_downloads(monkeypatch)
+pytestmark = pytest.mark.usefixtures("home")
 
 
 def test_s3_shards_give_the_same_pixels_and_are_downloaded_once(s3_set, downloads, home):
@@ -99,7 +83,7 @@ def test_shards_that_arrive_together_keep_the_bound_too(s3_set, home):
     _, uri, manifest = s3_set
     sizes = [shard.num_bytes for shard in manifest.split_shards("train")]
     room = max(sizes)
-    together = threading.Barrier(3)
+    together = threading.Barrier(3, timeout=120)
 
     def read(sample: int) -> None:
         with open_loader(uri, cache_gb=room / 1e9) as loader:
@@ -159,7 +143,7 @@ def test_cache_of_another_set_at_the_same_address_is_not_used(s3_set, tmp_path):
 def test_workers_of_a_node_download_a_shard_once_between_them(s3_set, downloads):
     folder, uri, _ = s3_set
     loaders = [open_loader(uri) for _ in range(4)]
-    start = threading.Barrier(4)
+    start = threading.Barrier(4, timeout=120)
 
     def read(loader: Loader) -> None:
         start.wait()

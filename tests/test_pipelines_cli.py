@@ -4,7 +4,6 @@ import io
 import json
 import shutil
 import signal
-import time
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import pytest
 from drawn import A, B, C, archives, devkit, imagefolder, jpeg
 from made import made_shards, started
 from PIL import Image
+from waiting import wait_until
 
 from pipelines import shards, storage
 from pipelines.cli import main
@@ -163,11 +163,9 @@ def test_ctrl_c_says_how_to_continue_and_exits_130(
     out = tmp_path / "out"
     flags = ["--raw", drawn_raw, "--out", str(out), "--samples-per-shard", "2", "--workers", "1"]
     run = started(["build", *flags, "--max-rejected", "3%"], tmp_path, {"RAY_ADDRESS": local_ray})
-    deadline = time.monotonic() + 60
-    while not storage.exists(str(out / "train-000000.tar")) and time.monotonic() < deadline:
-        time.sleep(0.02)
+    wait_until(lambda: (out / "train-000000.tar").exists() or run.poll() is not None)
     run.send_signal(signal.SIGINT)
-    _, errors = run.communicate(timeout=60)
+    _, errors = run.communicate(timeout=120)
     assert run.returncode == 130, errors
     assert "the same command continues" in errors.splitlines()[-1]
     assert not (out / "manifest.json").exists()

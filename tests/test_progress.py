@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from waiting import wait_until
 
 from alexnet.errors import UserError
 from pipelines import journal, progress
@@ -148,13 +149,15 @@ def test_times_are_hours_minutes_and_seconds(seconds: float | None, text: str) -
 
 @pytest.mark.usefixtures("often")
 def test_plain_lines_are_printed_while_shards_are_made(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    said = io.StringIO()
+    monkeypatch.setattr(sys, "stdout", said)
     told = Progress(1, 7, str(tmp_path), NONE)
     with told.running():
-        time.sleep(0.1)
+        wait_until(lambda: said.getvalue().count("\n") >= 2)
         told.count(row(7))
-    lines = capsys.readouterr().out.splitlines()
+    lines = said.getvalue().splitlines()
     assert len(lines) >= 3
     assert lines[0].startswith("shards 0/1  images 0/7  0 img/s") and "ETA ?" in lines[0]
     assert lines[-1].startswith("shards 1/1  images 7/7") and "ETA 0:00:00" in lines[-1]
@@ -169,11 +172,12 @@ def test_on_a_terminal_one_line_is_renewed_and_ended(
         def isatty(self) -> bool:
             return True
 
-    monkeypatch.setattr(sys, "stdout", Terminal())
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stdout", terminal)
     monkeypatch.setenv("COLUMNS", "40")
     with Progress(1, 7, str(tmp_path), NONE).running():
-        time.sleep(0.1)
-    said = sys.stdout.getvalue()
+        wait_until(lambda: terminal.getvalue().count("\r") >= 2)
+    said = terminal.getvalue()
     assert said.count("\n") == 1 and said.endswith("\n")
     first, *lines = said.rstrip("\n").split("\r\x1b[K")
     assert first == "" and len(lines) >= 2

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
-from gated import champion, content, enter_whole_copy
+from gated import champion, content, enter_candidate_copy
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 from registered import AGAIN, FOREIGN, GOOD, MLFLOW_WARNINGS, POOR, Built
@@ -13,27 +13,15 @@ from registered import AGAIN, FOREIGN, GOOD, MLFLOW_WARNINGS, POOR, Built
 from pipelines.shards import load_index
 from training import tracking
 from training.registry import __main__ as command
-from training.registry import checks, gate
-from training.registry.verdict import Check
+from training.registry import gate
 from training.registry.versions import NAME
 
 pytestmark = [pytest.mark.filterwarnings(line) for line in MLFLOW_WARNINGS]
 
 
 @pytest.fixture
-def home(tmp_path: Path) -> Path:
-    return tmp_path / "home"
-
-
-@pytest.fixture
 def client(registered_models: Built, home: Path, monkeypatch: pytest.MonkeyPatch) -> MlflowClient:
-    """Of a copy of the registry, without champion, GOOD as candidate; the check in a fresh process
-    is test_registry_gate's."""
-    alike = Check("as used", "8 of 8 pictures alike", "the same classes", True)
-    monkeypatch.setattr(checks, "as_used", lambda *args: alike)
-    client = enter_whole_copy(registered_models, home, monkeypatch)
-    client.set_registered_model_alias(NAME, "candidate", GOOD)
-    return client
+    return enter_candidate_copy(registered_models, home, monkeypatch)
 
 
 def printed(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:

@@ -14,7 +14,6 @@ from gated import (
     TAGS,
     enter_bare_copy,
     locked,
-    make_bare_store,
     state,
 )
 from mlflow.exceptions import MlflowException
@@ -29,14 +28,9 @@ from training.registry.versions import NAME, aliases
 pytestmark = [pytest.mark.filterwarnings(line) for line in MLFLOW_WARNINGS]
 
 
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_bare_store(tmp_path_factory.mktemp("aliases"))
-
-
 @pytest.fixture
-def client(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MlflowClient:
-    return enter_bare_copy(store, tmp_path, monkeypatch)
+def client(bare_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MlflowClient:
+    return enter_bare_copy(bare_store, tmp_path, monkeypatch)
 
 
 def test_alias_and_tags_change_together_and_nothing_is_left(client):

@@ -7,23 +7,19 @@ from pathlib import Path
 
 import pytest
 from drawn import ROOT
-from gated import AFTER, TAGS, champion, enter_bare_copy, locked, make_bare_store, state
+from gated import AFTER, TAGS, champion, enter_bare_copy, locked, state
 from mlflow.tracking import MlflowClient
 from registered import MLFLOW_WARNINGS
+from waiting import wait_until
 
 from training.registry.alias import Refused, move
 
 pytestmark = [pytest.mark.filterwarnings(line) for line in MLFLOW_WARNINGS]
 
 
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_bare_store(tmp_path_factory.mktemp("aliases"))
-
-
 @pytest.fixture
-def client(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MlflowClient:
-    return enter_bare_copy(store, tmp_path, monkeypatch)
+def client(bare_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MlflowClient:
+    return enter_bare_copy(bare_store, tmp_path, monkeypatch)
 
 
 ONE_OF_TWO = """
@@ -73,13 +69,13 @@ def test_second_waits_for_the_first_and_is_then_refused(client, caplog):
 
     def slow(*args):
         inside.set()
-        go_on.wait(60)
+        go_on.wait(200)
         set_alias(*args)
 
     client.set_registered_model_alias = slow
     first = threading.Thread(target=move, args=(client, "champion", "1", "2", TAGS))
     first.start()
-    assert inside.wait(60)
+    assert inside.wait(120)
     other, outcome = MlflowClient(), []
 
     def second() -> None:
@@ -90,10 +86,10 @@ def test_second_waits_for_the_first_and_is_then_refused(client, caplog):
 
     waiting = threading.Thread(target=second)
     waiting.start()
-    waiting.join(1.0)
-    assert waiting.is_alive() and "waiting: champion from version 1 to version 2" in caplog.text
+    wait_until(lambda: "waiting: champion from version 1 to version 2" in caplog.text)
+    assert waiting.is_alive()
     go_on.set()
-    first.join(60)
-    waiting.join(60)
+    first.join(120)
+    waiting.join(120)
     assert outcome == ["champion changed from version 1 to version 2 meanwhile; promote again"]
     assert state(other) == AFTER

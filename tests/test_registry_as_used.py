@@ -1,12 +1,11 @@
 """The gate's check of a model as users get it: by mlflow.pyfunc, in a process of its own."""
 
 import dataclasses
-from pathlib import Path
 
 import numpy as np
 import pytest
 from gated import enter_whole_copy, files_of
-from registered import GOOD, MLFLOW_WARNINGS, Built
+from registered import GOOD, MLFLOW_WARNINGS
 
 from pipelines.shards import load_index
 from training import tracking
@@ -16,20 +15,12 @@ from training.registry.versions import NAME, load
 pytestmark = [pytest.mark.filterwarnings(line) for line in MLFLOW_WARNINGS]
 
 
-@pytest.fixture
-def built(registered_models: Built) -> Built:
-    return registered_models
-
-
-@pytest.fixture
-def home(tmp_path: Path) -> Path:
-    return tmp_path / "home"
-
-
-def test_model_as_used_in_a_fresh_process_says_what_the_network_says(built, home, monkeypatch):
-    enter_whole_copy(built, home, monkeypatch)
+def test_model_as_used_in_a_fresh_process_says_what_the_network_says(
+    registered_models, home, monkeypatch
+):
+    enter_whole_copy(registered_models, home, monkeypatch)
     uri, model = f"models:/{NAME}/{GOOD}", load(f"models:/{NAME}/{GOOD}")
-    pictures = gate._some_pictures(built.data)
+    pictures = gate._some_pictures(registered_models.data)
     assert len(pictures) == 8 and all(content[:2] == b"\xff\xd8" for content in pictures)
     found = checks.as_used(uri, tracking.tracking_uri(), model, pictures)
     assert (found.value, found.passed) == ("8 of 8 pictures alike", True)
@@ -38,18 +29,21 @@ def test_model_as_used_in_a_fresh_process_says_what_the_network_says(built, home
     assert not found.passed and found.value == "0 of 8 pictures alike"
 
 
-def test_model_that_cannot_be_used_is_told_in_one_line(built, home, monkeypatch):
-    client = enter_whole_copy(built, home, monkeypatch)
+def test_model_that_cannot_be_used_is_told_in_one_line(registered_models, home, monkeypatch):
+    client = enter_whole_copy(registered_models, home, monkeypatch)
     model = load(f"models:/{NAME}/{GOOD}")
     (files_of(client, GOOD) / "artifacts" / "alexnet.json").unlink()
     found = checks.as_used(
-        f"models:/{NAME}/{GOOD}", tracking.tracking_uri(), model, gate._some_pictures(built.data)
+        f"models:/{NAME}/{GOOD}",
+        tracking.tracking_uri(),
+        model,
+        gate._some_pictures(registered_models.data),
     )
     assert not found.passed and found.value.startswith("it cannot be used: ")
     assert "\n" not in found.value
 
 
-def test_pictures_for_that_are_those_of_the_shards(built):
-    index = load_index(built.data, "val")
-    sizes = {len(content) for content in gate._some_pictures(built.data)}
+def test_pictures_for_that_are_those_of_the_shards(registered_models):
+    index = load_index(registered_models.data, "val")
+    sizes = {len(content) for content in gate._some_pictures(registered_models.data)}
     assert sizes <= set(np.asarray(index["size"]).tolist())

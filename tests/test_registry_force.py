@@ -4,38 +4,21 @@ import shutil
 from pathlib import Path
 
 import pytest
-from gated import champion, content, enter_whole_copy, files_of
+from gated import FORCED, champion, content, enter_candidate_copy, files_of, tags
 from mlflow.tracking import MlflowClient
 from registered import AGAIN, GOOD, MLFLOW_WARNINGS, POOR, Built
 
-from training.registry import checks, gate
+from training.registry import gate
 from training.registry.alias import Refused
 from training.registry.gate import Asked
-from training.registry.verdict import Check
 from training.registry.versions import NAME, WEIGHTS
 
 pytestmark = [pytest.mark.filterwarnings(line) for line in MLFLOW_WARNINGS]
 
-FORCED = Asked(force="the demonstration is at noon")
-
-
-@pytest.fixture
-def home(tmp_path: Path) -> Path:
-    return tmp_path / "home"
-
 
 @pytest.fixture
 def client(registered_models: Built, home: Path, monkeypatch: pytest.MonkeyPatch) -> MlflowClient:
-    """As test_registry_gate's."""
-    alike = Check("as used", "8 of 8 pictures alike", "the same classes", True)
-    monkeypatch.setattr(checks, "as_used", lambda *args: alike)
-    client = enter_whole_copy(registered_models, home, monkeypatch)
-    client.set_registered_model_alias(NAME, "candidate", GOOD)
-    return client
-
-
-def tags(client: MlflowClient, version: str) -> dict[str, str]:
-    return dict(client.get_model_version(NAME, version).tags)
+    return enter_candidate_copy(registered_models, home, monkeypatch)
 
 
 def test_champion_that_cannot_be_scored_needs_force(client):

@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from gated import champion, enter_whole_copy, files_of
+from gated import FORCED, champion, enter_candidate_copy, files_of, tags
 from mlflow.tracking import MlflowClient
 from registered import AGAIN, FOREIGN, GOOD, GOOD_CONFIG, MLFLOW_WARNINGS, POOR, Built
 from shard_sets import write_shard_set
@@ -19,41 +19,20 @@ from training import checkpoint, tracking
 from training.evaluate import evaluate
 from training.loader import Loader
 from training.loop import build_model, input_spec
-from training.registry import checks, gate
+from training.registry import gate
 from training.registry.gate import Asked
-from training.registry.verdict import Check, Verdict
+from training.registry.verdict import Verdict
 from training.registry.versions import DESCRIPTION, NAME, WEIGHTS
 
 pytestmark = [pytest.mark.filterwarnings(line) for line in MLFLOW_WARNINGS]
 
 CHECKS = ["files", "signature", "data set", "classes", "as logged", "top-1", "worst class"]
 CHECKS += ["latency", "size", "as used"]
-FORCED = Asked(force="the demonstration is at noon")
 
 
 @pytest.fixture
-def built(registered_models: Built) -> Built:
-    return registered_models
-
-
-@pytest.fixture
-def home(tmp_path: Path) -> Path:
-    return tmp_path / "home"
-
-
-@pytest.fixture
-def client(built: Built, home: Path, monkeypatch: pytest.MonkeyPatch) -> MlflowClient:
-    """Of a copy of the registry, without champion, GOOD as candidate. The check in a fresh process
-    takes seconds; tests of its own make it."""
-    alike = Check("as used", "8 of 8 pictures alike", "the same classes", True)
-    monkeypatch.setattr(checks, "as_used", lambda *args: alike)
-    client = enter_whole_copy(built, home, monkeypatch)
-    client.set_registered_model_alias(NAME, "candidate", GOOD)
-    return client
-
-
-def tags(client: MlflowClient, version: str) -> dict[str, str]:
-    return dict(client.get_model_version(NAME, version).tags)
+def client(registered_models: Built, home: Path, monkeypatch: pytest.MonkeyPatch) -> MlflowClient:
+    return enter_candidate_copy(registered_models, home, monkeypatch)
 
 
 def failed(found: Verdict) -> list[str]:
@@ -75,13 +54,13 @@ def refused(client: MlflowClient, version: str | None, asked: Asked = Asked()) -
 # What passes
 
 
-def test_first_champion_is_measured_anew_and_promoted(client, built):
+def test_first_champion_is_measured_anew_and_promoted(client, registered_models):
     found = gate.promote(client, None, Asked())
     assert (found.outcome, found.champion_before, champion(client)) == ("passed", None, GOOD)
-    manifest = load_manifest(built.data)
+    manifest = load_manifest(registered_models.data)
     model = build_model(GOOD_CONFIG, 4).eval()
-    checkpoint.load_model(built.checkpoint, model)
-    with Loader(built.data, manifest, "val", threads=1, cache_gb=1) as loader:
+    checkpoint.load_model(registered_models.checkpoint, model)
+    with Loader(registered_models.data, manifest, "val", threads=1, cache_gb=1) as loader:
         own = evaluate(model, loader, input_spec(manifest, GOOD_CONFIG), device=CPU)
     assert own.top1 == 1.0 and found.metrics.images == 13
     assert (found.metrics.correct1, found.metrics.correct5) == (own.correct1, own.correct5)
@@ -171,9 +150,10 @@ def test_model_that_logged_no_number_is_refused(client):
     assert failed(refused(client, None)) == ["as logged"]
 
 
-def test_run_without_metrics_is_refused(client, built):
+def test_run_without_metrics_is_refused(client, registered_models):
     config = dataclasses.replace(GOOD_CONFIG, name="silent")
-    run = tracking.open_run(client, config, load_manifest(built.data), built.data)
+    data = registered_models.data
+    run = tracking.open_run(client, config, load_manifest(data), data)
     good = client.get_model_version(NAME, GOOD)
     made = client.create_model_version(NAME, good.source, run.info.run_id, tags=good.tags)
     found = refused(client, str(made.version))

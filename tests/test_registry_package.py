@@ -4,7 +4,6 @@ import dataclasses
 import subprocess
 from pathlib import Path
 
-import mlflow
 import numpy as np
 import pytest
 from mlflow.exceptions import MlflowException
@@ -22,24 +21,6 @@ from training.registry.versions import aliases, load, verify, versions
 PICKLES = {".pkl", ".pickle", ".pt", ".pth", ".bin", ".joblib"}
 
 pytestmark = [pytest.mark.filterwarnings(line) for line in MLFLOW_WARNINGS]
-
-
-@pytest.fixture
-def client(
-    registered_models: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> MlflowClient:
-    """Of a copy of the registry, without champion, GOOD as candidate."""
-    client = registered_models.enter_copy(tmp_path / "home", monkeypatch)
-    client.set_registered_model_alias("alexnet", "candidate", GOOD)
-    return client
-
-
-@pytest.fixture
-def copied(client: MlflowClient, tmp_path: Path) -> Path:
-    """A copy of GOOD's folder, for a test to change."""
-    folder = tmp_path / "model"
-    folder.mkdir()
-    return Path(mlflow.artifacts.download_artifacts(f"models:/alexnet/{GOOD}", dst_path=folder))
 
 
 # What is registered
@@ -61,40 +42,42 @@ def test_newest_registration_is_the_candidate_with_what_vouches_for_it(
     assert client.get_logged_model(model.model_id).status == "READY"
 
 
-def test_folder_holds_the_weights_as_trained_and_no_pickle(copied, registered_models):
-    assert not [path for path in copied.rglob("*") if path.suffix in PICKLES]
+def test_folder_holds_the_weights_as_trained_and_no_pickle(good_copy, registered_models):
+    assert not [path for path in good_copy.rglob("*") if path.suffix in PICKLES]
     trained = load_file(registered_models.checkpoint / "model.safetensors")
-    kept = load_file(copied / "artifacts" / "model.safetensors")
+    kept = load_file(good_copy / "artifacts" / "model.safetensors")
     assert kept.keys() == trained.keys()
     assert all(np.array_equal(kept[name], trained[name]) for name in trained)
-    required = (copied / "requirements.txt").read_text().split()
+    required = (good_copy / "requirements.txt").read_text().split()
     assert {line.split("==")[0] for line in required} >= {"mlflow", "numpy", "pillow", "torch"}
     assert all("==" in line and "+" not in line for line in required)
-    code = {path.name for path in (copied / "code").iterdir()}
+    code = {path.name for path in (good_copy / "code").iterdir()}
     assert code == {"alexnet"}, "and nothing of training or pipelines"
 
 
-def test_hashes_are_what_sha256sum_finds_and_the_tag_is_theirs(client, copied):
+def test_hashes_are_what_sha256sum_finds_and_the_tag_is_theirs(registry, good_copy):
     checked = subprocess.run(
         ["sha256sum", "--check", "--strict", "SHA256SUMS"],
-        cwd=copied,
+        cwd=good_copy,
         capture_output=True,
         text=True,
         check=True,
     )
     listed = {line.removesuffix(": OK") for line in checked.stdout.splitlines()}
-    there = {path.relative_to(copied).as_posix() for path in copied.rglob("*") if path.is_file()}
+    there = {
+        path.relative_to(good_copy).as_posix() for path in good_copy.rglob("*") if path.is_file()
+    }
     assert there - listed <= {"SHA256SUMS", "registered_model_meta"}
-    tags = client.get_model_version("alexnet", GOOD).tags
+    tags = registry.get_model_version("alexnet", GOOD).tags
     for tag, name in (
         ("artifacts_sha256", "SHA256SUMS"),
         ("weights_sha256", "artifacts/model.safetensors"),
     ):
-        told = subprocess.check_output(["sha256sum", copied / name], text=True)
+        told = subprocess.check_output(["sha256sum", good_copy / name], text=True)
         assert told.split()[0] == tags[tag]
 
 
-def test_description_has_classes_geometry_and_where_it_comes_from(client, registered_models):
+def test_description_has_classes_geometry_and_where_it_comes_from(registry, registered_models):
     loaded, manifest = load(f"models:/alexnet/{GOOD}"), load_manifest(registered_models.data)
     assert loaded.input_spec == input_spec(manifest, GOOD_CONFIG)
     assert (loaded.class_names, loaded.wnids) == (manifest.class_names, manifest.wnids)
@@ -110,14 +93,14 @@ def test_description_has_classes_geometry_and_where_it_comes_from(client, regist
     }
 
 
-def test_run_holds_figures_exports_and_card(client, tmp_path):
-    run_id = client.get_model_version("alexnet", GOOD).run_id
+def test_run_holds_figures_exports_and_card(registry, tmp_path):
+    run_id = registry.get_model_version("alexnet", GOOD).run_id
     for name in ("curves", "conv1_kernels"):
-        path = client.download_artifacts(run_id, f"figures/{name}.png", str(tmp_path))
+        path = registry.download_artifacts(run_id, f"figures/{name}.png", str(tmp_path))
         assert Path(path).read_bytes().startswith(b"\x89PNG")
-    names = {file.path for file in client.list_artifacts(run_id, "exports")}
+    names = {file.path for file in registry.list_artifacts(run_id, "exports")}
     assert names == {f"exports/{name}" for name in ("alexnet.json", "model.onnx", "model.pt2")}
-    assert "card/card.html" in {file.path for file in client.list_artifacts(run_id, "card")}
+    assert "card/card.html" in {file.path for file in registry.list_artifacts(run_id, "card")}
 
 
 # A registration that does not go well
@@ -141,31 +124,31 @@ def register_again(client: MlflowClient, built: Built, **changes: object) -> str
 
 
 def test_failing_exports_are_told_and_the_rest_stays(
-    client, registered_models, without_exports, caplog
+    registry, registered_models, without_exports, caplog
 ):
-    version = client.get_model_version("alexnet", register_again(client, registered_models))
+    version = registry.get_model_version("alexnet", register_again(registry, registered_models))
     reason = "failed: ModuleNotFoundError: No module named 'onnxscript'"
     assert (version.tags["export_pt2"], version.tags["export_onnx"]) == (reason, reason)
     assert "model.onnx failed and is left out" in caplog.text
-    names = [file.path for file in client.list_artifacts(version.run_id, "exports")]
+    names = [file.path for file in registry.list_artifacts(version.run_id, "exports")]
     assert names == ["exports/alexnet.json"]
-    assert verify(client, version) == []
+    assert verify(registry, version) == []
 
 
 @pytest.mark.parametrize("step", ["log_model_artifacts", "log_outputs", "create_model_version"])
 def test_fault_while_registering_leaves_no_version(
-    client, registered_models, without_exports, monkeypatch, step
+    registry, registered_models, without_exports, monkeypatch, step
 ):
     def fault(*_: object, **__: object) -> None:
         raise MlflowException("the server is gone")
 
     with monkeypatch.context() as patch:
-        patch.setattr(client, step, fault)
+        patch.setattr(registry, step, fault)
         with pytest.raises(MlflowException, match="the server is gone"):
-            register_again(client, registered_models)
-    assert len(versions(client)) == 4 and aliases(client) == {"candidate": GOOD}
+            register_again(registry, registered_models)
+    assert len(versions(registry)) == 4 and aliases(registry) == {"candidate": GOOD}
 
 
-def test_nothing_is_registered_where_the_config_says_so(client, registered_models):
-    assert register_again(client, registered_models, register=False) is None
-    assert len(versions(client)) == 4
+def test_nothing_is_registered_where_the_config_says_so(registry, registered_models):
+    assert register_again(registry, registered_models, register=False) is None
+    assert len(versions(registry)) == 4

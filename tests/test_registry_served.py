@@ -17,8 +17,9 @@ import pytest
 import requests
 from mlflow.tracking import MlflowClient
 from PIL import Image
+from ports import free_ports
 from registered import GOOD_CONFIG, MLFLOW_WARNINGS, Built, quiet_export
-from test_tracking import Server, free_port
+from test_tracking import Server
 
 from pipelines.shards import load_manifest
 from training import tracking
@@ -108,7 +109,7 @@ def test_one_line_of_python_classifies_a_file_without_this_checkout(
         env=elsewhere(store),
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=250,
     )
     assert done.returncode == 0, done.stderr
     where, ours, (answer,) = json.loads(done.stdout.splitlines()[-1])
@@ -141,7 +142,7 @@ def expected(picture: bytes) -> tuple[list[str], list[float]]:
 @pytest.fixture(scope="module")
 def serving(store: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The URL of `mlflow models serve`."""
-    folder, port = tmp_path_factory.mktemp("serving"), free_port()
+    folder, (port,) = tmp_path_factory.mktemp("serving"), free_ports(1)
     command = [sys.executable, "-m", "mlflow", "models", "serve", "-m", CHAMPION]
     command += ["--env-manager", "local", "--host", "127.0.0.1", "--port", str(port)]
     with (folder / "log").open("wb") as log:
@@ -168,7 +169,7 @@ def serving(store: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[st
 
 def answers(url: str) -> bool:
     try:
-        return requests.get(f"{url}/ping", timeout=5).ok
+        return requests.get(f"{url}/ping", timeout=30).ok
     except requests.RequestException:
         return False
 
@@ -187,7 +188,7 @@ def test_server_answers_a_json_request_with_a_base64_picture(client, serving, pi
         {"inputs": {"image": [text]}},
         {"instances": [{"image": text}]},
     ):
-        answer = requests.post(f"{serving}/invocations", json=request, timeout=60)
+        answer = requests.post(f"{serving}/invocations", json=request, timeout=200)
         assert answer.status_code == 200, answer.text
         (told,) = answer.json()["predictions"]
         assert told["classes"] == names
@@ -197,7 +198,7 @@ def test_server_answers_a_json_request_with_a_base64_picture(client, serving, pi
 def test_server_takes_top_k_and_pixels(client, serving):
     pixels = np.random.default_rng(6).integers(0, 256, (2, 3, 227, 227), dtype=np.uint8)
     request = {"inputs": pixels.tolist(), "params": {"top_k": 1}}
-    answer = requests.post(f"{serving}/invocations", json=request, timeout=60)
+    answer = requests.post(f"{serving}/invocations", json=request, timeout=200)
     assert answer.status_code == 200, answer.text
     assert [len(told["classes"]) for told in answer.json()["predictions"]] == [1, 1]
 
@@ -214,6 +215,6 @@ def test_server_refuses_what_is_no_picture_and_says_which(serving, picture, imag
     good = as_text(picture)
     texts = [good if i is None else as_text(i.encode()) if " " in i else i for i in images]
     request = {"dataframe_split": {"columns": ["image"], "data": [[text] for text in texts]}}
-    answer = requests.post(f"{serving}/invocations", json=request, timeout=60)
+    answer = requests.post(f"{serving}/invocations", json=request, timeout=200)
     assert answer.status_code == 400
     assert told in answer.json()["message"]

@@ -12,7 +12,6 @@ import mlflow
 import numpy as np
 import pytest
 import torch
-from mlflow.tracking import MlflowClient
 from registered import (
     AGAIN,
     FOREIGN,
@@ -20,7 +19,6 @@ from registered import (
     GOOD_CONFIG,
     MLFLOW_WARNINGS,
     POOR,
-    Built,
     from_folder,
     resealed,
 )
@@ -34,29 +32,11 @@ from training.registry.versions import load, resolve, verify, versions
 pytestmark = [pytest.mark.filterwarnings(line) for line in MLFLOW_WARNINGS]
 
 
-@pytest.fixture
-def client(
-    registered_models: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> MlflowClient:
-    """Of a copy of the registry, without champion, GOOD as candidate."""
-    client = registered_models.enter_copy(tmp_path / "home", monkeypatch)
-    client.set_registered_model_alias("alexnet", "candidate", GOOD)
-    return client
-
-
-@pytest.fixture
-def copied(client: MlflowClient, tmp_path: Path) -> Path:
-    """A copy of GOOD's folder, for a test to change."""
-    folder = tmp_path / "model"
-    folder.mkdir()
-    return Path(mlflow.artifacts.download_artifacts(f"models:/alexnet/{GOOD}", dst_path=folder))
-
-
 # Loading
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])
-def test_loaded_model_computes_what_the_trained_one_does(client, registered_models, batch_size):
+def test_loaded_model_computes_what_the_trained_one_does(registry, registered_models, batch_size):
     loaded = load("models:/alexnet@candidate")
     model = build_model(GOOD_CONFIG, 4).eval()
     model.load_state_dict(load_tensors(registered_models.checkpoint / "model.safetensors"))
@@ -91,11 +71,11 @@ TAMPERED: dict[str, tuple[str, Callable[[Path], object]]] = {
 
 
 @pytest.mark.parametrize("told", TAMPERED)
-def test_tampered_version_is_refused_with_the_file_that_differs(client, copied, told):
+def test_tampered_version_is_refused_with_the_file_that_differs(registry, good_copy, told):
     name, change = TAMPERED[told]
-    change(copied / name)
-    number = from_folder(client, copied)
-    assert verify(client, resolve(client, number)) == [told]
+    change(good_copy / name)
+    number = from_folder(registry, good_copy)
+    assert verify(registry, resolve(registry, number)) == [told]
     with pytest.raises(UserError) as refusal:
         load(f"models:/alexnet/{number}")
     assert str(refusal.value) == (
@@ -104,32 +84,32 @@ def test_tampered_version_is_refused_with_the_file_that_differs(client, copied, 
     )
     if "SHA256SUMS changed" not in told:
         with pytest.raises(UserError, match="not those that were registered"):
-            load(str(copied))
+            load(str(good_copy))
 
 
-def test_changed_weights_with_hashes_to_match_are_refused_by_the_tag(client, copied):
-    weights = load_file(copied / "artifacts" / "model.safetensors")
+def test_changed_weights_with_hashes_to_match_are_refused_by_the_tag(registry, good_copy):
+    weights = load_file(good_copy / "artifacts" / "model.safetensors")
     weights["classifier.fc8.bias"] += 1
-    save_file(weights, copied / "artifacts" / "model.safetensors")
-    names = [line.split("  ")[1] for line in (copied / "SHA256SUMS").read_text().splitlines()]
-    (copied / "SHA256SUMS").write_text(
-        subprocess.check_output(["sha256sum", *names], cwd=copied, text=True)
+    save_file(weights, good_copy / "artifacts" / "model.safetensors")
+    names = [line.split("  ")[1] for line in (good_copy / "SHA256SUMS").read_text().splitlines()]
+    (good_copy / "SHA256SUMS").write_text(
+        subprocess.check_output(["sha256sum", *names], cwd=good_copy, text=True)
     )
-    number = from_folder(client, copied)
+    number = from_folder(registry, good_copy)
     for uri in (f"models:/alexnet/{number}", "models:/alexnet@forged"):
-        client.set_registered_model_alias("alexnet", "forged", number)
+        registry.set_registered_model_alias("alexnet", "forged", number)
         with pytest.raises(UserError, match=r"\(SHA256SUMS changed\)"):
             load(uri)
 
 
-def test_what_python_and_mlflow_leave_beside_the_files_is_no_change(client, monkeypatch):
+def test_what_python_and_mlflow_leave_beside_the_files_is_no_change(registry, monkeypatch):
     monkeypatch.setattr(sys, "path", list(sys.path))  # MLflow adds the model's code to it
     mlflow.pyfunc.load_model(f"models:/alexnet/{GOOD}")
-    assert verify(client, resolve(client, GOOD)) == []
+    assert verify(registry, resolve(registry, GOOD)) == []
 
 
-def test_version_without_hashes_is_refused(client, copied):
-    version = client.create_model_version("alexnet", str(copied), tags={"recipe": "deck"})
+def test_version_without_hashes_is_refused(registry, good_copy):
+    version = registry.create_model_version("alexnet", str(good_copy), tags={"recipe": "deck"})
     with pytest.raises(UserError, match="was not registered by a training") as told:
         load(f"models:/alexnet/{version.version}")
     assert "\n" not in str(told.value)
@@ -145,13 +125,13 @@ class Touch:
         return os.mkdir, (self.path,)
 
 
-def test_neither_pickle_nor_code_of_the_registry_is_run(copied, tmp_path):
-    weights = copied / "artifacts" / "model.safetensors"
+def test_neither_pickle_nor_code_of_the_registry_is_run(good_copy, tmp_path):
+    weights = good_copy / "artifacts" / "model.safetensors"
     weights.write_bytes(pickle.dumps(Touch(tmp_path / "touched")))
-    for path in (copied / "pyfunc_model.py", copied / "code" / "alexnet" / "model.py"):
+    for path in (good_copy / "pyfunc_model.py", good_copy / "code" / "alexnet" / "model.py"):
         path.write_text(f"import os\nos.mkdir({str(tmp_path / 'touched')!r})\n")
     with pytest.raises(UserError, match=r"model\.safetensors does not hold the weights") as told:
-        load(resealed(copied))
+        load(resealed(good_copy))
     assert not (tmp_path / "touched").exists(), "the code ran"
     assert "\n" not in str(told.value)
 
@@ -167,16 +147,16 @@ def test_neither_pickle_nor_code_of_the_registry_is_run(copied, tmp_path):
         ({"class_names": None}, "its alexnet.json lacks"),
     ],
 )
-def test_description_of_another_release_is_one_line(copied, changes, told):
-    path = copied / "artifacts" / "alexnet.json"
+def test_description_of_another_release_is_one_line(good_copy, changes, told):
+    path = good_copy / "artifacts" / "alexnet.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
     with pytest.raises(UserError, match=told) as refusal:
-        load(resealed(copied))
+        load(resealed(good_copy))
     assert "\n" not in str(refusal.value)
 
 
-def test_weights_of_another_network_are_one_line(copied):
-    path = copied / "artifacts" / "model.safetensors"
+def test_weights_of_another_network_are_one_line(good_copy):
+    path = good_copy / "artifacts" / "model.safetensors"
     weights = load_file(path)
     for changed in (
         {name: value for name, value in weights.items() if "fc8" not in name},
@@ -185,12 +165,12 @@ def test_weights_of_another_network_are_one_line(copied):
     ):
         save_file(changed, path)
         with pytest.raises(UserError, match="does not hold the weights") as told:
-            load(resealed(copied))
+            load(resealed(good_copy))
         assert "\n" not in str(told.value)
 
 
 @pytest.mark.parametrize("uri", ["models:/alexnet/99", "models:/alexnet@nobody", "models:/x/1"])
-def test_uri_that_names_nothing_is_one_line(client, uri):
+def test_uri_that_names_nothing_is_one_line(registry, uri):
     with pytest.raises(UserError, match="cannot be loaded") as told:
         load(uri)
     assert "\n" not in str(told.value)
@@ -199,17 +179,17 @@ def test_uri_that_names_nothing_is_one_line(client, uri):
 # Finding
 
 
-def test_versions_are_found_by_number_alias_and_as_the_candidate(client):
-    client.set_registered_model_alias("alexnet", "champion", AGAIN)
+def test_versions_are_found_by_number_alias_and_as_the_candidate(registry):
+    registry.set_registered_model_alias("alexnet", "champion", AGAIN)
     asked = (None, "candidate", "champion", "3", "03")
-    found = [str(resolve(client, version).version) for version in asked]
+    found = [str(resolve(registry, version).version) for version in asked]
     assert found == [GOOD, GOOD, AGAIN, POOR, POOR]
-    assert [str(version.version) for version in versions(client)] == [FOREIGN, POOR, AGAIN, GOOD]
+    assert [str(version.version) for version in versions(registry)] == [FOREIGN, POOR, AGAIN, GOOD]
 
 
 @pytest.mark.parametrize("asked", ["17", "champion", "", "-1", "1; drop"])
-def test_unknown_version_is_told_with_what_there_is(client, asked):
+def test_unknown_version_is_told_with_what_there_is(registry, asked):
     with pytest.raises(UserError) as told:
-        resolve(client, asked)
+        resolve(registry, asked)
     line = f"there is no version {asked}; there are 4, 3, 2, 1; aliases candidate"
     assert str(told.value) == line

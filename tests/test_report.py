@@ -2,12 +2,9 @@
 
 import io
 import itertools
-import json
 import re
-import shutil
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -18,18 +15,11 @@ from PIL import Image
 
 from pipelines import journal, shards, storage
 from pipelines.journal import Journal, Point
-from pipelines.report import charts, counts, pace, pictures, quarantine, report
-from pipelines.transform import FIXES, REASONS
+from pipelines.report import charts, counts, pictures, report
 
 HOSTILE = (
     '</style></details><img src=x onerror="alert(1)"><script>alert(2)</script>\u202e\x1b[31m&amp;'
 )
-
-
-@pytest.fixture
-def copy(drawn_shards: str, tmp_path: Path) -> Path:
-    shutil.copytree(drawn_shards, tmp_path / "copy")
-    return tmp_path / "copy"
 
 
 def test_the_page_is_well_formed_loads_nothing_and_is_written_beside_the_set(copy: Path) -> None:
@@ -167,64 +157,6 @@ def test_dark_cells_lie_where_the_pictures_are() -> None:
     assert cells == {"1.00": f"M0 -{last}h", "0.34": f"M{last - 1} -1h"}
 
 
-def test_fixes_are_counted_explained_and_shown(copy: Path) -> None:
-    found = page(copy)
-    text = found.text["fixes"]
-    counted = shards.load_manifest(str(copy)).document["fixes"]
-    assert counted
-    for fix, count in counted.items():
-        block = text[text.index(f"{fix}\n{FIXES[fix]}") :]
-        numbers = re.findall(r"(\d+) (?:train|val) \(", block.split("\n")[2])
-        assert sum(map(int, numbers)) == count
-    with_fixes = {
-        row["key"]
-        for split in ("train", "val")
-        for row in shards.load_index(str(copy), split).to_pylist()
-        if row["fixes"]
-    }
-    assert {key for key, _ in found.images["fixes"]} == with_fixes
-
-
-def test_a_rejected_picture_is_shown_with_reason_sentence_and_place(copy: Path) -> None:
-    found = page(copy)
-    text = found.text["quarantine"]
-    (line,) = (copy / "quarantine" / "train.jsonl").read_text().splitlines()
-    entry = json.loads(line)
-    for part in (entry["name"], entry["detail"], REASONS["truncated"], entry["source"]):
-        assert part in text
-    assert f"at byte {entry['source_offset']:,}" in text
-    ((key, small),) = found.images["quarantine"]
-    assert key == entry["key"]
-    assert max(Image.open(io.BytesIO(small)).size) == 160
-
-
-def test_what_shows_no_picture_is_shown_as_bytes(copy: Path) -> None:
-    html = b"<html>" + bytes(range(256))
-    parquet = {"reason": "zero_bytes", "source": "data/train.parquet", "source_offset": 17}
-    put_rejected(copy, [({"reason": "not_an_image"}, html), (parquet, b"")])
-    found = page(copy)
-    assert "quarantine" not in found.images
-    lines = re.findall(r"^((?:[0-9a-f]{2} ?){1,8}) ", found.text["quarantine"], re.MULTILINE)
-    assert bytes.fromhex("".join(lines)) == html[:64]
-    assert "3c 68 74 6d 6c 3e 00 01  <html>··" in found.text["quarantine"]
-    assert "no bytes" in found.text["quarantine"]
-    assert "row 17 of data/train.parquet" in found.text["quarantine"]
-
-
-def test_every_reason_has_its_turn_in_the_gallery_and_the_rest_is_listed(
-    copy: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(quarantine, "_GALLERY", 3)
-    monkeypatch.setattr(quarantine, "_LISTED", 4)
-    cut = jpeg()[:-300]
-    entries: list[tuple[dict[str, Any], bytes]] = [({}, cut)] * 8
-    put_rejected(copy, [*entries, ({"reason": "corrupt"}, cut)])
-    found = page(copy)
-    assert [key for key, _ in found.images["quarantine"]] == ["k0", "k1", "k8"]
-    assert "4 more" in found.text["quarantine"]
-    assert "2 more are in quarantine/SPLIT.jsonl" in found.text["quarantine"]
-
-
 def test_nothing_that_a_name_can_hold_becomes_a_tag(copy: Path) -> None:
     wnids = [f"n{i}{HOSTILE}" for i in range(4)]
     edit(copy, lambda document: document.update(classes={"wnids": wnids, "names": [HOSTILE] * 4}))
@@ -256,70 +188,6 @@ def test_a_test_split_without_labels_is_called_unlabelled(copy: Path) -> None:
     assert "12 pictures are unlabelled." in found.text["classes"]
     order = [found.text["totals"].index(f"{split}\n") for split in ("train", "val", "test")]
     assert order == sorted(order)
-
-
-def test_duplicates_and_leaks_are_told_with_their_samples(copy: Path) -> None:
-    assert "None: no raw file and no stored picture occurs twice." in page(copy).text["duplicates"]
-    train, val = (shards.load_index(str(copy), split) for split in ("train", "val"))
-    sums = val["source_sha256"].to_pylist()
-    sums[3] = train["source_sha256"][5].as_py()
-    put_index(copy, "val", source_sha256=sums)
-    text = page(copy).text["duplicates"]
-    labels = "the same" if val["label"][3] == train["label"][5] else "different"
-    assert f"equal raw files\ntwo splits\n{labels}\n1\n2\n" in text
-    assert f"train {train['key'][5]} (" in text and f"val {val['key'][3]} (" in text
-
-
-def a_journal(start: float, rates: list[tuple[float, float]], **fields: Any) -> Journal:
-    """With a point every 5 s; `rates`: (seconds, pictures per second) one after the other."""
-    entry = Journal(100, 10**6, host="h", pid=1, started=start, **fields)
-    entry.updated = start
-    now, pictures = 0.0, 0.0
-    journal.add(entry, Point(0, 0, 0, 0, 0, 0))
-    for seconds, rate in rates:
-        for _ in range(int(seconds / 5)):
-            now, pictures = now + 5, pictures + 5 * rate
-            journal.add(entry, Point(now, 1, int(pictures), int(pictures) * 10**5, 0, 0))
-            entry.updated = start + now
-    return entry
-
-
-def test_a_line_of_throughput_follows_the_journal() -> None:
-    course = pace._course(a_journal(1000.0, [(300, 200), (300, 50)]))
-    assert course[0][0] == 1000 and course[-1][0] == 1600
-    assert {round(rate, 6) for at, rate in course if at < 1290} == {200}
-    assert {round(rate, 6) for at, rate in course if at > 1310} == {50}
-
-
-def test_a_shard_that_is_long_in_the_making_is_no_burst() -> None:
-    entry = Journal(2, 10**4, started=0.0)
-    for second in range(0, 1001, 5):
-        journal.add(entry, Point(float(second), 0, 5000 * (second // 500), 0, 0, 0))
-    assert {round(rate, 6) for _, rate in pace._course(entry)} == {10}
-
-
-def test_pauses_are_shaded_and_drawn_short_and_each_builder_has_a_line(copy: Path) -> None:
-    day = 86400.0
-    for entry in (
-        a_journal(0.0, [(600, 100)], state="stopped"),
-        a_journal(day, [(300, 100)], state="failed", message="disk full"),
-        a_journal(day + 100, [(300, 50)]),
-    ):
-        entry.builder = f"h-1-{entry.started:.3f}"
-        storage.write(f"{copy}/_meta/progress/{entry.builder}.json", b"")
-        journal.save(str(copy), entry)
-    found = page(copy)
-    shapes = found.shapes["throughput"]
-    courses = [attrs["points"] for tag, attrs in shapes if tag == "polyline"]
-    assert len(courses) == 3
-    (gap,) = (attrs["d"] for tag, attrs in shapes if attrs.get("class") == "gap")
-    begin, end = (float(x) for x in re.search(r"M([\d.]+) .*H([\d.]+)V", gap).groups())
-    assert begin == pytest.approx(1000 * 600 / 1080, abs=0.2)
-    assert end - begin == pytest.approx(1000 * 80 / 1080, abs=0.2)
-    text = found.text["throughput"]
-    assert "stopped" in text and "failed: disk full" in text and "without a word" in text
-    assert "1970-01-02 00:00:00\n0:05:00\n1\n30,000\n100\n10\n" in text
-    assert "1970-01-01 00:00:00 to " in found.text[""]
 
 
 def test_a_set_without_journals_or_pictures_has_a_page_as_well(copy: Path) -> None:

@@ -4,7 +4,6 @@ import contextlib
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tarfile
@@ -15,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from ports import free_ports
 
 ROOT = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent
@@ -60,7 +60,7 @@ def machine(tmp_path_factory) -> Machine:
 @contextlib.contextmanager
 def ray_head(machine: Machine) -> Iterator[Machine]:
     """`ray start --head` in the checkout; ended by its pid."""
-    ports = [str(port) for port in _free_ports(4)]
+    ports = [str(port) for port in free_ports(4)]
     folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # Ray's socket paths have a limit
     log = Path(folder) / "head.log"
     command = ["ray", "start", "--head", "--block", "--num-cpus", "2", "--temp-dir", folder]
@@ -165,20 +165,8 @@ def _wait_for(client: Machine, head: subprocess.Popen[bytes], log: Path) -> None
     token = client.env["HOME"] + "/.ray/auth_token"
     mode = {"RAY_AUTH_MODE": "token"} if Path(token).exists() else {}
     probe = Machine(client.checkout, client.env | mode)
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + 200
     # Listing jobs works before the agent that starts them is there: only a job tells.
     while probe.run("ray", "job", "submit", "--no-wait", "--", "true").returncode != 0:
         assert head.poll() is None, log.read_text()
         assert time.monotonic() < deadline, log.read_text()
-
-
-def _free_ports(count: int) -> list[int]:
-    """Ports above 20000: Ray gives 10002 to 19999 to its workers."""
-    found: list[int] = []
-    candidate = 20000 + os.getpid() % 10000
-    while len(found) < count:
-        candidate += 1
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("127.0.0.1", candidate))
-            found.append(candidate)
-    return found

@@ -2,7 +2,6 @@
 
 import random
 import re
-import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -13,12 +12,6 @@ from alexnet.errors import UserError
 from pipelines.verify import Findings, verify
 
 REJECTED = "quarantine/train/n09104412_19.bin"
-
-
-@pytest.fixture
-def copy(drawn_shards: str, tmp_path: Path) -> Path:
-    shutil.copytree(drawn_shards, tmp_path / "copy")
-    return tmp_path / "copy"
 
 
 def told(findings: Findings) -> list[str]:

@@ -6,7 +6,6 @@ Somebody, or a defect of the builder, may write wrong files and list them faithf
 import hashlib
 import json
 import re
-import shutil
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -17,12 +16,6 @@ from drawn import encoded, picture
 
 from pipelines import shards
 from pipelines.verify import Findings, verify
-
-
-@pytest.fixture
-def copy(drawn_shards: str, tmp_path: Path) -> Path:
-    shutil.copytree(drawn_shards, tmp_path / "copy")
-    return tmp_path / "copy"
 
 
 def told(findings: Findings) -> list[str]:

@@ -111,7 +111,7 @@ def test_progress_is_told_while_shards_are_read(out: str, monkeypatch: pytest.Mo
     read = storage.read
 
     def slow(uri: str, offset: int = 0, length: int | None = None) -> bytes:
-        assert not uri.endswith(".tar") or said.wait(20)
+        assert not uri.endswith(".tar") or said.wait(120)
         return read(uri, offset, length)
 
     def say(line: str) -> None:
