@@ -135,7 +135,6 @@ def test_waiting_for_the_footers_of_parquet_files_is_waiting(
         thread.join()
 
 
-def test_leaving_the_loop_ends_the_threads(slow_store: str) -> None:
 def test_leaving_the_loop_ends_the_threads(
     slow_store: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -22,11 +22,11 @@ from clusters import tree
 from drawn import ROOT
 from made import started
 from mlflow.tracking import MlflowClient
+from ports import free_ports
 from prometheus_client.parser import text_string_to_metric_families
 from registered import MLFLOW_WARNINGS
 from shard_sets import write_shard_set
 from small_training import small_config
-from test_tracking import free_port
 
 from pipelines import journal, shards, storage
 from training.config import to_dict
@@ -75,7 +75,10 @@ class Node:
 
 @pytest.fixture(scope="module")
 def node() -> Iterator[Node]:
-    port, token = free_port(), {"RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_AUTH_MODE": "token"}
+    (port,), token = (
+        free_ports(1),
+        {"RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_AUTH_MODE": "token"},
+    )
     process = subprocess.Popen(
         [sys.executable, "-c", _RAY, str(port)],
         env=os.environ | token | {"PYTHONPATH": str(ROOT)},

@@ -1,8 +1,8 @@
 """What cannot work is told before anything starts: one line with the remedy, exit code 2."""
 
-import contextlib
 import http.server
 import os
+import re
 import secrets
 import subprocess
 import sys
@@ -27,8 +27,7 @@ pytestmark = [pytest.mark.filterwarnings(line) for line in MLFLOW_WARNINGS]
 
 
 @pytest.fixture(autouse=True)
-def own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ALEXNET_HOME", str(tmp_path / "home"))
+def own_home(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "")
 
 
@@ -210,41 +209,27 @@ def test_mlflow_that_lets_nobody_in_is_told_with_the_remedy(
 # A full disk
 
 
-@contextlib.contextmanager
-def small_disk(folder: Path, size: str) -> Iterator[Path]:
-    folder.mkdir()
-    if os.geteuid() != 0:
-        pytest.skip("mounting a small disk needs root")
-    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
-    if subprocess.run(mount).returncode != 0:
-        pytest.skip("this machine mounts nothing")
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", str(folder)], check=True)
+def test_disk_without_room_for_the_shards_is_told_before_any_is_made(raw, small_disk, capsys):
+    for tell in (planned, built):
+        line = tell(capsys, raw, f"{small_disk}/out")
+        told = r"/out: 0\.\d MB are free and 2 shards take about 0\.8 MB; make room, or choose another "
+        assert re.search(told, line)
+    assert not [name for name, _ in storage.list_files(str(small_disk)) if name.endswith(".tar")]
+    (small_disk / "filler").write_bytes(bytes(storage.free_bytes(str(small_disk))))
+    assert "No space left on device; make room there" in built(capsys, raw, f"{small_disk}/new")
 
 
-def test_disk_without_room_for_the_shards_is_told_before_any_is_made(raw, tmp_path, capsys):
-    with small_disk(tmp_path / "disk", "512k") as disk:
-        for tell in (planned, built):
-            line = tell(capsys, raw, str(disk / "out"))
-            assert line.startswith(f"{disk}/out: 0.5 MB are free and 2 shards take about 0.8 MB")
-            assert line.endswith("make room, or choose another --out")
-        assert not [name for name, _ in storage.list_files(str(disk)) if name.endswith(".tar")]
-        (disk / "filler").write_bytes(bytes(storage.free_bytes(str(disk))))
-        line = built(capsys, raw, str(disk / "new"))
-        assert "No space left on device; make room there" in line
-
-
-def test_disk_without_room_for_the_cache_of_shards_is_told(s3, data, tmp_path, capsys, monkeypatch):
+def test_disk_without_room_for_the_cache_of_shards_is_told(
+    s3, data, small_disk, capsys, monkeypatch
+):
     for name, _ in storage.list_files(data):
         storage.write(f"{s3}/cached/{name}", storage.read(f"{data}/{name}"))
-    with small_disk(tmp_path / "disk", "256k") as disk:
-        monkeypatch.setenv("ALEXNET_HOME", str(disk))
-        flags = ["--data", f"{s3}/cached", "--storage", f"{s3}/runs"]
-        line = dry_run(capsys, *flags)
-        assert line.startswith(f"{disk}/cache has room for 0.00 GB and the shards kept there take")
-        assert "set ALEXNET_HOME to another disk, or pass --cache-gb 0" in line
+    monkeypatch.setenv("ALEXNET_HOME", str(small_disk))
+    line = dry_run(capsys, "--data", f"{s3}/cached", "--storage", f"{s3}/runs")
+    assert line.startswith(
+        f"{small_disk}/cache has room for 0.00 GB and the shards kept there take"
+    )
+    assert "set ALEXNET_HOME to another disk, or pass --cache-gb 0" in line
 
 
 # No GPU

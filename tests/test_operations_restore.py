@@ -18,10 +18,10 @@ import requests
 import torch
 from drawn import ROOT
 from mlflow.tracking import MlflowClient
+from ports import free_ports
 from registered import MLFLOW_WARNINGS, quiet_export
 from shard_sets import write_shard_set
 from small_training import fit, small_config
-from test_tracking import free_port
 
 from pipelines.shards import load_manifest
 from training import tracking, trained
@@ -89,7 +89,7 @@ class Place:
     @contextlib.contextmanager
     def mlflow(self) -> Iterator[str]:
         """Its server, with artifacts through it as infra's manifests have it."""
-        uri = f"http://127.0.0.1:{free_port()}"
+        uri = f"http://127.0.0.1:{free_ports(1)[0]}"
         command = [sys.executable, "-m", "mlflow", "server", "--workers", "1"]
         command += ["--host", "127.0.0.1", "--port", uri.rsplit(":", 1)[1]]
         command += ["--backend-store-uri", self.environment["BACKEND"]]
@@ -134,7 +134,7 @@ def place(seaweed: "Seaweed", tmp_path_factory: pytest.TempPathFactory) -> Itera
     environment |= {"PATH": path, "MLFLOW_DISABLE_TELEMETRY": "true"}
     environment |= {"ALEXNET_HOME": str(folder / "home")}
     environment |= {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-    environment |= {"PGHOST": "127.0.0.1", "PGPORT": str(free_port()), "PGUSER": "mlflow"}
+    environment |= {"PGHOST": "127.0.0.1", "PGPORT": str(free_ports(1)[0]), "PGUSER": "mlflow"}
     environment |= {"PGDATABASE": "mlflow", "PGPASSWORD": secrets.token_hex(16)}
     bucket = f"mlflow-{secrets.token_hex(4)}"
     seaweed.client().create_bucket(Bucket=bucket)
