@@ -212,8 +212,7 @@ def test_mlflow_that_lets_nobody_in_is_told_with_the_remedy(
 def test_disk_without_room_for_the_shards_is_told_before_any_is_made(raw, small_disk, capsys):
     for tell in (planned, built):
         line = tell(capsys, raw, f"{small_disk}/out")
-        told = r"/out: 0\.\d MB are free and 2 shards take about 0\.8 MB; make room, or choose another "
-        assert re.search(told, line)
+        assert re.search(r"/out: 0\.\d MB are free and 2 shards take about 0\.8 MB; make", line)
     assert not [name for name, _ in storage.list_files(str(small_disk)) if name.endswith(".tar")]
     (small_disk / "filler").write_bytes(bytes(storage.free_bytes(str(small_disk))))
     assert "No space left on device; make room there" in built(capsys, raw, f"{small_disk}/new")
