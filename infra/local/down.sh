@@ -39,6 +39,8 @@ end_database
 end_all
 if [ -e "$dir/network" ]; then
     remove_network
-    rm -f /tmp/seaweedfs-*-{"$master_port","$volume_port","$filer_port","$s3_port"}.sock
+    for port in {master,volume,filer,s3_grpc}_port; do
+        rm -f /tmp/seaweedfs-*-{"${!port:-none}","$((${!port:-0} + 10000))"}.sock
+    done
 fi
 rm -rf "$dir"

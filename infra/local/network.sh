@@ -25,10 +25,10 @@ claim_network() { # an address range, or free ports, that no other cluster here 
         free_ports gcs_port dashboard_port client_port mlflow_port s3_port
     fi
     # SeaweedFS leaves sockets in /tmp that are named by these.
-    free_ports master_port volume_port filer_port
+    free_ports master_port volume_port filer_port s3_grpc_port
     local name
     for name in kind network server_address head_address cpus {gcs,dashboard,client,mlflow,s3}_port \
-        {master,volume,filer}_port; do
+        {master,volume,filer,s3_grpc}_port; do
         echo "$name=${!name}"
     done >"$dir/network"
     if [ "$kind" = namespaces ]; then
@@ -51,20 +51,31 @@ join_network() { # join_network NAME LAST_NUMBER_OF_ITS_ADDRESS
     ip -n "$space" link set lo up
     ip -n "$space" addr add "10.77.$network.$2/24" dev eth0
     ip -n "$space" link set eth0 up
-    # As Debian writes it: the name of a host leads to its loopback address.
     mkdir -p "$dir/nodes/$1"
-    printf '127.0.0.1 localhost\n127.0.1.1 %s\n' "$1" >"$dir/nodes/$1/hosts"
+    hosts "$1" >"$dir/nodes/$1/hosts"
     chmod 644 "$dir/nodes/$1/hosts"
+}
+
+hosts() { # as Debian writes it: the name of a host leads to its loopback address
+    local number
+    printf '127.0.0.1 localhost\n127.0.1.1 %s\n' "$1"
+    printf '10.77.%s.%s %s\n' "$network" 2 servers "$network" 3 head
+    for number in 1 2 3 4 5 6 7 8 9; do echo "10.77.$network.$((number + 10)) worker-$number"; done
 }
 
 inside() { # inside NAME: the words in front of a command that is to run on that new machine
     words=()
     [ "$kind" = namespaces ] || return 0
+    # Its folder becomes its disk. Its processes are its own: all of them end with `unshare`.
     # shellcheck disable=SC2016  # expanded over there
-    # `ip netns exec` gives it mounts of its own: its folder is its disk, and nobody else's.
-    words=(ip netns exec "alexnet-$network-$1" unshare --uts bash -c
-        'hostname "$1"; mount --bind "$2/nodes/$1" "$2/node"
-         mount --bind "$2/nodes/$1/hosts" /etc/hosts; shift 2; exec "$@"' bash "$1" "$dir")
+    words=(ip netns exec "alexnet-$network-$1"
+        unshare --uts --pid --fork --kill-child --mount-proc bash -c
+        'hostname "$1"
+         mount --bind "$2/nodes/$1" "$2/node"
+         mount --bind "$2/nodes/$1/hosts" /etc/hosts
+         mount -t tmpfs -o size=1g tmpfs /dev/shm
+         shift 2
+         exec "$@"' bash "$1" "$dir")
 }
 
 pids_in_namespaces() {

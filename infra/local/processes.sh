@@ -31,18 +31,23 @@ wait_for() { # wait_for NAME SECONDS COMMAND…: until it succeeds, while NAME l
 }
 
 ours() { # pids of all that was started here and still lives, with what descends from them
-    local found pid stat child=() all=()
+    local found pid child=() all=()
     found=$(grep -lzxF -- "$(mark)" /proc/[0-9]*/environ 2>/dev/null | cut -d/ -f3) || true
     [ ! -e "$dir/network" ] || found+=" $(pids_in_namespaces)"
     # Ray's workers write their title over their environment, but their parents are known.
-    for pid in /proc/[0-9]*; do
-        stat=$(<"$pid/stat") 2>/dev/null || continue
-        stat=${stat##*) } # state, parent, …
-        stat=${stat#* }
-        child[${stat%% *}]+=" ${pid#/proc/}"
-    done
+    find_children
     for pid in $found; do descendants "$pid"; done
     [ ${#all[@]} -eq 0 ] || printf '%s\n' "${all[@]}" | sort -un
+}
+
+find_children() { # into the caller's array `child`, by the parent's pid
+    local process stat
+    for process in /proc/[0-9]*; do
+        stat=$(<"$process/stat") 2>/dev/null || continue
+        stat=${stat##*) } # state, parent, …
+        stat=${stat#* }
+        child[${stat%% *}]+=" ${process#/proc/}"
+    done
 }
 
 descendants() { # from the caller's array `child`, into its array `all`

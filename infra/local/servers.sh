@@ -44,7 +44,7 @@ start_store() {
         -master.port="$master_port" -master.volumeSizeLimitMB=512 \
         -volume.port="$volume_port" -volume.max=50 -volume.preStopSeconds=0 \
         -filer=true -filer.port="$filer_port" -filer.localSocket="$home/filer.sock" \
-        -s3=true -s3.port="$s3_port" -s3.config="$dir/secrets/s3.json" \
+        -s3=true -s3.port="$s3_port" -s3.port.grpc="$s3_grpc_port" -s3.config="$dir/secrets/s3.json" \
         -s3.localSocket="$home/s3.sock" -s3.autoCreateBucket=false \
         -s3.port.iceberg=0 -s3.port.lance=0
 }
