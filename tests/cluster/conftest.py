@@ -3,6 +3,7 @@
 The road is that of a user: archives on S3, and jobs with `--working-dir .` on two nodes.
 """
 
+import contextlib
 import os
 import tempfile
 from collections.abc import Iterator
@@ -16,16 +17,20 @@ from road import BUILD, DRAWING, OUT, RAW, RUNS, TRAIN, Job, off_cluster, ok
 
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machines]:
-    """A head and two nodes. Skips where the host lacks what up.sh needs."""
+    """A head and two nodes. Skips where the host lacks what up.sh needs.
+
+    $ALEXNET_CLUSTER_FLAGS are more flags of up.sh, such as --same-network.
+    """
     folder = Path(tempfile.mkdtemp(prefix="ax-", dir="/tmp"))  # its path has a limit
     folder.rmdir()
     machines = Machines(folder, tmp_path_factory.mktemp("user"))
-    done = machines.up(*os.environ.get("ALEXNET_CLUSTER_FLAGS", "").split())
-    if done.returncode == LACKING:
-        pytest.skip(done.stderr.strip())
-    assert done.returncode == 0, done.stdout + done.stderr
-    yield machines
-    machines.down()
+    with contextlib.ExitStack() as stack:
+        stack.callback(machines.down)  # also of an up that was interrupted
+        done = machines.up(*os.environ.get("ALEXNET_CLUSTER_FLAGS", "").split())
+        if done.returncode == LACKING:
+            pytest.skip(done.stderr.strip())
+        assert done.returncode == 0, done.stdout + done.stderr
+        yield machines
     assert left_of(folder) == []
 
 
