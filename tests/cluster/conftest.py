@@ -6,7 +6,7 @@ The road is that of a user: archives on S3, and jobs with `--working-dir .` on t
 import contextlib
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -71,3 +71,21 @@ def as_user(cluster: Machines, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in cluster.env.items():
         if name.startswith("AWS_"):
             monkeypatch.setenv(name, value)
+
+
+_SHOWN: pytest.StashKey[list[str]] = pytest.StashKey()
+
+
+@pytest.fixture
+def show(request: pytest.FixtureRequest) -> Callable[[str], None]:
+    """Takes lines for the end of the log, where they are the evidence of what was tested."""
+    return request.config.stash.setdefault(_SHOWN, []).append
+
+
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
+    if lines := config.stash.get(_SHOWN, []):
+        terminalreporter.section("what the cluster did")
+        for line in lines:
+            terminalreporter.write_line(line)

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import time
 import urllib.request
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -119,6 +120,13 @@ class Machines:
         # Ray answers with no data while it is too busy to collect them in time.
         answer = until(lambda: self.ask(f"v0/{what}?detail=1&limit=9999")["data"], 60)
         return [row for row in answer["result"]["result"] if row["job_id"] == job_id]
+
+    def by_node(self, rows: list[dict[str, Any]]) -> str:
+        """How many of these records each node made, in words."""
+        nodes = self.ask("v0/nodes?limit=999")["data"]["result"]["result"]
+        address = {node["node_id"]: node["node_ip"] for node in nodes}
+        counts = Counter(f"{address[row['node_id']]} ({row['node_id'][:6]})" for row in rows)
+        return ", ".join(f"{count} on {node}" for node, count in sorted(counts.items()))
 
     def database(self) -> Any:
         """A connection to MLflow's PostgreSQL."""

@@ -1,5 +1,6 @@
 """What a cluster may leave behind, looked for from outside."""
 
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -18,14 +19,20 @@ def left_of(folder: Path) -> list[str]:
     return found
 
 
-def networks() -> set[str]:
-    """Namespaces and bridges of this host that are made as up.sh makes them."""
-    found: set[str] = set()
-    for command in (["ip", "netns", "list"], ["ip", "-br", "link"]):
-        try:
-            done = subprocess.run(command, capture_output=True, text=True)
-        except FileNotFoundError:  # no iproute2, no networks
-            continue
-        names = (line.split()[0].partition("@")[0] for line in done.stdout.splitlines() if line)
-        found |= {name for name in names if name.startswith(("alexnet-", "ax"))}
-    return found
+def orphaned_networks() -> list[str]:
+    """Namespaces that are named as up.sh does and in which nothing runs, and bridges without any.
+
+    Those of another cluster that is just being started look the same for some seconds.
+    """
+    if shutil.which("ip") is None:
+        return []
+    spaces = [name for name in _first_words("ip", "netns", "list") if name.startswith("alexnet-")]
+    links = _first_words("ip", "-br", "link", "show", "type", "bridge")
+    found = [name for name in spaces if not _first_words("ip", "netns", "pids", name)]
+    used = {name.rsplit("-", 1)[0] for name in spaces}
+    return found + [link for link in links if link.startswith("alexnet-") and link not in used]
+
+
+def _first_words(*command: str) -> list[str]:
+    done = subprocess.run(command, capture_output=True, text=True)
+    return [line.split()[0] for line in done.stdout.splitlines() if line]

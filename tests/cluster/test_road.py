@@ -2,6 +2,7 @@
 
 import re
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 
 import boto3
@@ -18,8 +19,12 @@ from pipelines import shards, storage
 pytestmark = [pytest.mark.timeout(600), pytest.mark.usefixtures("as_user")]
 pytestmark += [pytest.mark.filterwarnings(line) for line in MLFLOW_WARNINGS]
 
+Show = Callable[[str], None]
 
-def test_a_job_builds_on_both_nodes_to_the_s3_server(cluster: Machines, built: Job) -> None:
+
+def test_a_job_builds_on_both_nodes_to_the_s3_server(
+    cluster: Machines, built: Job, show: Show
+) -> None:
     made = [row for row in cluster.states("tasks", built.name) if "_task" in row["name"]]
     manifest = shards.load_manifest(OUT)
     finished = {row["task_id"] for row in made if row["state"] == "FINISHED"}
@@ -29,6 +34,8 @@ def test_a_job_builds_on_both_nodes_to_the_s3_server(cluster: Machines, built: J
     assert {shard.name: there[f"{shard.name}.tar"] for shard in manifest.shards} == {
         shard.name: shard.num_bytes for shard in manifest.shards
     }
+    show(f"build: shards made: {cluster.by_node(made)}")
+    show(f"S3 server {cluster.env['AWS_ENDPOINT_URL']}: {len(there)} objects under {OUT}")
 
 
 def test_the_set_is_the_one_that_is_built_without_a_cluster(built: Job, built_here: Path) -> None:
@@ -37,7 +44,7 @@ def test_the_set_is_the_one_that_is_built_without_a_cluster(built: Job, built_he
 
 
 def test_a_job_trains_on_two_nodes_with_checkpoints_on_the_s3_server(
-    cluster: Machines, trained: Job
+    cluster: Machines, trained: Job, show: Show
 ) -> None:
     workers = [
         row for row in cluster.states("actors", trained.name) if "TrainWorker" in row["class_name"]
@@ -50,10 +57,12 @@ def test_a_job_trains_on_two_nodes_with_checkpoints_on_the_s3_server(
         assert {rank for _, _, rank in told} == {"0"}, "both ranks on one node"
     there = [name for name, _ in storage.list_files(f"{RUNS}/first")]
     assert any(name.endswith("model.safetensors") for name in there), there
+    show(f"training: workers: {cluster.by_node(workers)}")
+    show(f"S3 server: {len(there)} objects under {RUNS}/first")
 
 
 def test_run_and_version_are_rows_in_postgresql_and_files_on_the_s3_server(
-    cluster: Machines, trained: Job
+    cluster: Machines, trained: Job, show: Show
 ) -> None:
     with cluster.database() as database, database.cursor() as rows:
         rows.execute("select run_uuid, status from runs where name = 'first'")
@@ -63,6 +72,9 @@ def test_run_and_version_are_rows_in_postgresql_and_files_on_the_s3_server(
         assert rows.fetchone() == (STEPS,)
         rows.execute("select name, version, run_id from model_versions")
         assert rows.fetchall() == [("alexnet", 1, run_id)]
+        for table in ("runs", "params", "metrics", "model_versions"):
+            rows.execute(f"select count(*) from {table}")
+            show(f"PostgreSQL: {rows.fetchone()[0]} rows in {table}")
     database.close()
     lines = (cluster.folder / "secrets" / "mlflow.env").read_text().split()
     own = dict(line.split("=", 1) for line in lines)
@@ -73,6 +85,7 @@ def test_run_and_version_are_rows_in_postgresql_and_files_on_the_s3_server(
     )
     keys = [item["Key"] for item in client.list_objects_v2(Bucket="mlflow")["Contents"]]
     assert any(run_id in key for key in keys), keys
+    show(f"S3 server: {len(keys)} objects of MLflow")
     assert any("/models/" in key and key.endswith(".safetensors") for key in keys), keys
 
 
