@@ -44,6 +44,7 @@ def build(arguments: argparse.Namespace) -> int:
         max_rejected=limit,
         only=only,
         workers=arguments.workers,
+        address=arguments.address,
         shared_fs=arguments.shared_fs,
         as_json=arguments.json,
     )
