@@ -92,6 +92,7 @@ def train(config: TrainConfig) -> int:
             _fit(_trainer(config, scaling, job))
             version = _register(client, run_id, manifest, config)
     except ray.train.TrainingFailedError as error:
+        ray.shutdown()  # so that the cause comes last, after all that workers have said
         logger.error(f"error: {_cause(error, config)}")
         return 1
     except tracking.FAILURES as error:
