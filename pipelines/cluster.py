@@ -59,15 +59,15 @@ def is_known() -> bool:
 
 
 @contextmanager
-def connected(address: str | None = None) -> Iterator[None]:
-    """`connect` for a while, with Ray Data inside: closed afterwards unless it was there before."""
+def connected(address: str | None = None, *, dashboard: bool = False) -> Iterator[None]:
+    """`connect` for a while: closed afterwards, workers and all, unless it was there before."""
     joined_before = ray.is_initialized()
     try:
-        connect(address)
+        connect(address, dashboard=dashboard)
         yield
     finally:
-        # After Ctrl-C its scheduler still runs for a moment, and Ray's C++ ends the whole process
-        # with a code of its own when the cluster goes away under it.
+        # After Ctrl-C the scheduler of Ray Data still runs for a moment, and Ray's C++ ends the
+        # whole process with a code of its own when the cluster goes away under it.
         for thread in threading.enumerate():
             if thread.name.startswith("StreamingExecutor"):
                 thread.join(_SCHEDULER_SECONDS)

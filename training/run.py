@@ -70,7 +70,6 @@ def _show(text: str) -> None:
 def train(config: TrainConfig) -> int:
     """From a checked config to a registered version."""
     config, manifest = resolve(config)
-    data = str(config.data)
     check_disks(config, manifest)
     uri = tracking.tracking_uri()
     client = tracking.connect(uri)
@@ -78,21 +77,11 @@ def train(config: TrainConfig) -> int:
     if found and found.info.status == "FINISHED":
         logger.info(f"run {config.name} is finished; train again under another --name")
         return 0
-    cluster.connect(dashboard=True)
-    scaling, cpus = _checked(config, uri)
-    run_id = tracking.open_run(client, config, manifest, data).info.run_id
-    job = {"config": config, "data": data, "manifest": manifest.digest, "cpus": cpus}
-    job |= {"checkpoint": estimate(config, manifest).checkpoint}
-    job |= {"tracking_uri": uri, "run_id": run_id, "terminal": sys.stderr.isatty()}
-    _announce(config, manifest, cpus, scaling.use_gpu)
-    # Ray Train's own print would put an empty line after each state of the progress bar.
-    os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
     try:
-        with _terminable(), tracking.run_status(client, run_id):
-            _fit(_trainer(config, scaling, job))
-            version = _register(client, run_id, manifest, config)
+        # Left before anything is told, so that the last line is ours, after all that workers say.
+        with cluster.connected(dashboard=True):
+            version = _trained(config, manifest, client, uri)
     except ray.train.TrainingFailedError as error:
-        ray.shutdown()  # so that the cause comes last, after all that workers have said
         logger.error(f"error: {_cause(error, config)}")
         return 1
     except tracking.FAILURES as error:
@@ -100,13 +89,28 @@ def train(config: TrainConfig) -> int:
         logger.error(f"its checkpoints are safe; once MLflow answers: {_again(config)}")
         return 1
     except KeyboardInterrupt:
-        ray.shutdown()  # ends the workers
         logger.error(f"interrupted; continue with: {_again(config)}")
         return 130
     if version is not None:
         logger.info(f"registered alexnet version {version} as candidate; promote it with:")
         logger.info("  python -m training.registry promote")
     return 0
+
+
+def _trained(config: TrainConfig, manifest: shards.Manifest, client: Any, uri: str) -> str | None:
+    """Trains on the cluster that was joined; the number of the version it registers, if any."""
+    scaling, cpus = _checked(config, uri)
+    data = str(config.data)
+    run_id = tracking.open_run(client, config, manifest, data).info.run_id
+    job = {"config": config, "data": data, "manifest": manifest.digest, "cpus": cpus}
+    job |= {"checkpoint": estimate(config, manifest).checkpoint}
+    job |= {"tracking_uri": uri, "run_id": run_id, "terminal": sys.stderr.isatty()}
+    _announce(config, manifest, cpus, scaling.use_gpu)
+    # Ray Train's own print would put an empty line after each state of the progress bar.
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
+    with _terminable(), tracking.run_status(client, run_id):
+        _fit(_trainer(config, scaling, job))
+        return _register(client, run_id, manifest, config)
 
 
 def _on_cluster(config: TrainConfig) -> str:
