@@ -76,14 +76,19 @@ def run(
 
 
 def ask(
-    python: str | Path, script: str, request: Mapping[str, Any], *, on: Sequence[int]
+    python_path: str | Path, script: str, request: Mapping[str, Any], *, on: Sequence[int]
 ) -> Finished:
     """A runner of benchmarks/peers, in the Python given."""
-    return run([str(python), str(PEERS / script), json.dumps(request)], on=on)
+    return run([str(python_path), str(PEERS / script), json.dumps(request)], on=on)
 
 
 def ask_ours(module: str, request: Mapping[str, Any], *, on: Sequence[int]) -> Finished:
-    return run([sys.executable, "-m", f"benchmarks.{module}", json.dumps(request)], on=on)
+    return python(["-m", f"benchmarks.{module}"], request, on=on)
+
+
+def python(words: Sequence[str], request: Mapping[str, Any], *, on: Sequence[int]) -> Finished:
+    """This Python, with the request as its last word."""
+    return run([sys.executable, *words, json.dumps(request)], on=on)
 
 
 def _watched(process: subprocess.Popen[str], began: float, timeout: float) -> tuple[float, float]:
