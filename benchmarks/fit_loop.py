@@ -1,6 +1,6 @@
 """`training.loop.fit` without Ray and MLflow, for the benchmark of training steps.
 
-    python -m benchmarks.fit_loop '{"shards": …, "batch": …, "steps": …, "augment": …, …}'
+python -m benchmarks.fit_loop '{"shards": …, "batch": …, "steps": …, "augment": …, …}'
 """
 
 import contextlib
@@ -22,7 +22,7 @@ from training.speed import training_flops
 PLAIN = AugmentConfig(crop="centre", flip=False, colour_sigma=0.0)
 
 
-class _Enough(Exception):
+class Enough(Exception):
     """Ends a training that has been watched long enough, before it evaluates or saves."""
 
 
@@ -34,11 +34,11 @@ def train(request: dict[str, Any]) -> dict[str, float]:
     def log(metrics: dict[str, float], step: int) -> None:
         seconds.append(request["batch"] / metrics["images_per_second"])
         if step == request["steps"] + 2:
-            raise _Enough
+            raise Enough
 
     place = Place(torch.device("cpu"), threads=request["threads"])
-    with contextlib.suppress(_Enough):
-        fit(_config(request), request["shards"], place, log=log, report=_never)
+    with contextlib.suppress(Enough):
+        fit(_config(request), request["shards"], place, log=log, report=never)
     with torch.device("meta"):
         shapes = AlexNet("deck", num_classes=request["classes"], width=request["width"])
     return {"seconds": statistics.median(seconds[2:]), "gflop": training_flops(shapes) / 1e9}
@@ -57,7 +57,7 @@ def _config(request: dict[str, Any]) -> TrainConfig:
     )
 
 
-def _never(metrics: dict[str, float], folder: Path | None) -> None:
+def never(metrics: dict[str, float], folder: Path | None) -> None:
     raise AssertionError("the benchmark ends before the first checkpoint")
 
 

@@ -165,7 +165,9 @@ def _rows(made: plan.Plan) -> Iterator[tuple[ShardPlan, pa.Table]]:
 def _indexed(shard: ShardPlan, rows: pa.Table, offsets: np.ndarray) -> pa.Table:
     """Rows of shards.INDEX. Hashes of pictures are as long as true ones, and as random."""
     count = rows.num_rows
-    digests = pa.array([hashlib.sha256(key.encode()).hexdigest() for key in rows["key"].to_pylist()])
+    digests = pa.array(
+        [hashlib.sha256(key.encode()).hexdigest() for key in rows["key"].to_pylist()]
+    )
     constant = {"size": _JPEG_BYTES, "width": 500, "height": 375}
     columns = {
         **{name: rows[name] for name in ("key", "label", "wnid", "source")},

@@ -50,8 +50,8 @@ def run(
     figures = {size: measure(*size, rounds) for size in sizes}
     rows = [_row(count, per_shard, figures[count, per_shard]) for count, per_shard in sizes]
     setting = (
-        f"Made-up sets of {min(1000, min(pictures))} or more classes' worth of rows, tars sparse; "
-        "local disk, page cache warm; each step in a fresh process on one CPU, without the time of "
+        "Made-up sets of up to 1,000 classes, whose tars are sparse; local disk, page cache warm; "
+        "each step in a fresh process on one CPU, without the time of "
         f"imports, with their memory; {rounds} rounds, median [lowest..highest]. The first "
         f"{len(pictures)} rows have {_PER_SHARD} pictures per shard. From the second largest to "
         f"the largest number of pictures, time grows with its power {_powers(pictures, figures)}."

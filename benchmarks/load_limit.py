@@ -6,6 +6,7 @@ read, shuffled, mirrored or batched.
     python -m benchmarks.load_limit '{"action": "run", "tars": […], "threads": …, "batch": …}'
 """
 
+import itertools
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -36,7 +37,7 @@ def batches(request: dict[str, Any]) -> Iterator[tuple[np.ndarray, list[int]]]:
         for first in range(0, len(jpegs), request["batch"]):
             count = min(request["batch"], len(jpegs) - first)
             cuts = np.linspace(0, count, request["threads"] + 1, dtype=int).tolist()
-            spans = [range(a, b) for a, b in zip(cuts, cuts[1:], strict=False)]
+            spans = [range(a, b) for a, b in itertools.pairwise(cuts)]
             list(pool.map(work, [first] * len(spans), spans))
             yield pixels[:count], labels[first : first + count]
 

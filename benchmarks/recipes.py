@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.fit_loop import Enough, never
 from benchmarks.pictures import Raw, stored, write_shards
 from benchmarks.table import Table, spread
 from training.config import TrainConfig
@@ -32,19 +33,15 @@ COLUMNS = (
 )
 
 
-class _Enough(Exception):
-    """Ends a training that has been watched long enough, before it evaluates or saves."""
-
-
 def run(
     raw: Raw,
-    steps: int = 4,
+    rounds: int = 5,
     batch_size: int = 64,
     classes: int = 1000,
     recipes: tuple[str, ...] = tuple(RECIPES),
     threads: int = os.cpu_count() or 1,
 ) -> Table:
-    """`steps` timed steps per recipe after two that warm up; batch_size counts on CPUs alone."""
+    """`rounds` timed steps per recipe after two that warm up; batch_size counts on CPUs alone."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     rows = []
@@ -55,12 +52,12 @@ def run(
                 if place.device.type == "cpu":
                     optim = dataclasses.replace(config.optim, batch_size=batch_size)
                     config = dataclasses.replace(config, optim=optim)
-                rows.append(_row(raw, config, place, steps, classes))
+                rows.append(_row(raw, config, place, rounds, classes))
     finally:
         torch.set_num_threads(before)
     setting = (
         f"{classes} classes; forward, backward and SGD step with decoding and augmentation of the "
-        f"recipe; {threads} threads; {steps} timed steps in one process, median "
+        f"recipe; {threads} threads; {rounds} timed steps in one process, median "
         "[lowest..highest]. On CPUs the batch is not the recipe's. Resident data is --synthetic: "
         "the ceiling. Utilization is the lowest, MFU the median against a matrix product here."
     )
@@ -82,7 +79,7 @@ def _row(raw: Raw, config: TrainConfig, place: Place, steps: int, classes: int) 
         seen.append(metrics)
         progress.show(metrics, step)
         if len(seen) == steps + 2:
-            raise _Enough
+            raise Enough
 
     config = dataclasses.replace(config, log_steps=1, flat_loss_steps=0)
     crop = 256 if config.augment.crop == "random" else 227
@@ -95,8 +92,8 @@ def _row(raw: Raw, config: TrainConfig, place: Place, steps: int, classes: int) 
             classes=classes,
             per_shard=500,
         )
-        with contextlib.suppress(_Enough):
-            fit(config, uri, place, log=log, report=_never)
+        with contextlib.suppress(Enough):
+            fit(config, uri, place, log=log, report=never)
     progress.clear()
     model = build_model(config, classes)
     parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -112,10 +109,6 @@ def _row(raw: Raw, config: TrainConfig, place: Place, steps: int, classes: int) 
         f"{min(metrics['utilization'] for metrics in timed):.0%}",
         f"{statistics.median(metrics['mfu'] for metrics in timed):.0%}",
     )
-
-
-def _never(metrics: dict[str, float], folder: Path | None) -> None:
-    raise AssertionError("the benchmark ends before the first checkpoint")
 
 
 def _device(place: Place) -> str:

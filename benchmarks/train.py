@@ -153,7 +153,5 @@ def _logged(home: Path) -> list[float]:
     return [metric.value for metric in sorted(history, key=lambda metric: metric.step)]
 
 
-def _steps(
-    seconds: float, gflop: str, request: dict[str, Any], done: processes.Finished
-) -> Steps:
+def _steps(seconds: float, gflop: str, request: dict[str, Any], done: processes.Finished) -> Steps:
     return Steps(seconds, gflop, done.wall_seconds - seconds * request["steps"])

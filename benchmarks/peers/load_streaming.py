@@ -44,9 +44,7 @@ def batches(request):
             sample = super().__getitem__(at)
             return tars.picture(sample["jpg"], random.random() < 0.5), sample["label"]
 
-    dataset = Pictures(
-        local=f"{request['work']}/mds", shuffle=True, batch_size=request["batch"]
-    )
+    dataset = Pictures(local=f"{request['work']}/mds", shuffle=True, batch_size=request["batch"])
     return DataLoader(dataset, batch_size=request["batch"], num_workers=request["threads"])
 
 
