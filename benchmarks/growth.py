@@ -30,7 +30,7 @@ COLUMNS = (
 )
 STEPS = ("plan", "finish", "verify", "load")
 PICTURES = (1_000, 10_000, 100_000, 1_000_000)
-SHARDS = (20, 200, 2_000)  # of _OF_SHARDS pictures
+SHARDS = (200, 2_000)  # of _OF_SHARDS pictures, which are in 20 above
 _OF_SHARDS = 100_000
 _PER_SHARD = 5_005
 

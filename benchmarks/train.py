@@ -49,7 +49,7 @@ class Steps:
 def run(
     raw: Raw,
     rounds: int = 5,
-    steps: int = 8,
+    steps: int = 6,
     batch: int = 64,
     classes: int = 1000,
     width: float = 1.0,
@@ -73,25 +73,9 @@ def run(
         measured = in_turns(contenders(request | {"shards": uri}, Path(folder)), rounds)
     refuse_unequal(measured)
     rates = {name: [batch / step.seconds for step in got] for name, got in measured.items()}
-    rows = tuple(
-        (
-            f"**`{name}`**" if name == OURS else name,
-            spread(rates[name], 1),
-            spread(ratios(rates[name], rates[BARE]), 3),
-            measured[name][0].gflop,
-            spread([step.others for step in measured[name]], 1),
-        )
-        for name in measured
-    )
-    setting = (
-        f"Recipe deck, width {width}, {classes} classes, batch {batch}, bf16 autocast, "
-        f"channels-last, fused SGD with momentum; random pictures in memory; "
-        f"{request['threads']} threads; median of {steps} steps after two that warm up, in a fresh "
-        f"process; {rounds} rounds in alternating order, median [lowest..highest], ratios within a "
-        "round. The rest: imports, start of Ray, store of MLflow, initialisation, warm-up, "
-        "evaluation and checkpoint, where the contender has them."
-    )
-    return Table(COLUMNS, rows, setting, Bars("training steps, img/s", rates))
+    rows = tuple(_row(name, measured[name], rates) for name in measured)
+    chart = Bars("training steps, img/s", rates)
+    return Table(COLUMNS, rows, _setting(request, rounds), chart)
 
 
 def contenders(request: dict[str, Any], folder: Path) -> dict[str, Callable[[int], Steps]]:
@@ -151,6 +135,27 @@ def _logged(home: Path) -> list[float]:
     (run,) = client.search_runs(experiments, f"attributes.run_name = '{_RUN}'")
     history = client.get_metric_history(run.info.run_id, "images_per_second")
     return [metric.value for metric in sorted(history, key=lambda metric: metric.step)]
+
+
+def _row(name: str, steps: list[Steps], rates: dict[str, list[float]]) -> tuple[str, ...]:
+    return (
+        f"**`{name}`**" if name == OURS else name,
+        spread(rates[name], 1),
+        spread(ratios(rates[name], rates[BARE]), 3),
+        steps[0].gflop,
+        spread([step.others for step in steps], 1),
+    )
+
+
+def _setting(request: dict[str, Any], rounds: int) -> str:
+    return (
+        f"Recipe deck, width {request['width']}, {request['classes']} classes, batch "
+        f"{request['batch']}, bf16 autocast, channels-last, fused SGD with momentum; random "
+        f"pictures in memory; {request['threads']} threads; median of {request['steps']} steps "
+        f"after two that warm up, in a fresh process; {rounds} rounds in alternating order, median "
+        "[lowest..highest], ratios within a round. The rest: imports, start of Ray, store of "
+        "MLflow, initialisation, warm-up, evaluation and checkpoint, where the contender has them."
+    )
 
 
 def _steps(seconds: float, gflop: str, request: dict[str, Any], done: processes.Finished) -> Steps:
