@@ -86,6 +86,7 @@ def test_task_compares_a_builders_task_with_its_parts(raw: pictures.Raw) -> None
     assert cells(table, "path") == ["the parts alone", "pipelines.produce"]
 
 
+@pytest.mark.timeout(600)  # three starts of Ray
 def test_builder_compares_the_public_command_with_its_parts(
     raw: pictures.Raw, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -166,6 +167,8 @@ def test_a_loader_with_other_pictures_or_labels_is_refused() -> None:
             loader.refuse_unequal({loader.LIMIT: look, "other": look | other}, 8)
 
 
+@pytest.mark.timeout(600)  # Ray Train starts, on a machine that may be busy
+@pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy is deprecated")  # MLflow's
 def test_train_compares_ray_train_with_a_bare_loop_of_the_same_network(raw: pictures.Raw) -> None:
     table = train.run(raw, rounds=1, steps=2, batch=2, classes=3, width=0.1)
     check(table, train.COLUMNS)
