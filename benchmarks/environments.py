@@ -14,6 +14,7 @@ from pathlib import Path
 from benchmarks.processes import PEERS, ROOT
 
 _REASON = "why-not.txt"
+_MADE_FROM = "made-from.txt"  # the requirements, once they are installed
 
 
 class Absent(Exception):
@@ -34,14 +35,17 @@ def python(name: str) -> Path:
     reason = folder() / f"{name}-{_REASON}"
     if reason.exists():
         raise Absent(reason.read_text().strip())
-    if not found.exists():
+    made_from = folder() / name / _MADE_FROM
+    if not made_from.exists():
         raise Absent("not installed; `make bench-peers` does")
+    if made_from.read_text() != _requirements(name).read_text():
+        raise Absent("installed with other versions; `make bench-peers` makes it anew")
     return found
 
 
 def version(name: str) -> str:
     """Of the peer itself, as its requirements pin it in their first line."""
-    first = (PEERS / f"{name}.txt").read_text().splitlines()[0]
+    first = _requirements(name).read_text().splitlines()[0]
     return first.partition("#")[0].strip().replace("==", " ")
 
 
@@ -54,7 +58,7 @@ def install(name: str) -> str:
     pip = [str(place / "bin" / "pip"), "--quiet", "--disable-pip-version-check"]
     steps = (
         [sys.executable, "-m", "venv", str(place)],
-        [*pip, "install", "--requirement", str(PEERS / f"{name}.txt")],
+        [*pip, "install", "--requirement", str(_requirements(name))],
     )
     for step in steps:
         done = subprocess.run(step, capture_output=True, text=True)
@@ -62,7 +66,12 @@ def install(name: str) -> str:
             shutil.rmtree(place, ignore_errors=True)
             reason.write_text(_last_words(done.stderr or done.stdout) + "\n")
             return f"{name}: not here: {reason.read_text().strip()}"
+    shutil.copy(_requirements(name), place / _MADE_FROM)
     return f"{name}: {version(name)}"
+
+
+def _requirements(name: str) -> Path:
+    return PEERS / f"{name}.txt"
 
 
 def _last_words(text: str) -> str:

@@ -82,6 +82,22 @@ def test_a_peer_that_cannot_be_installed_leaves_its_reason(
     assert not (tmp_path / "peer").exists()
 
 
+def test_a_peer_half_installed_or_of_other_versions_is_absent(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("ALEXNET_BENCH_PEERS", str(tmp_path))
+    made_from = tmp_path / "dali" / "made-from.txt"
+    (tmp_path / "dali" / "bin").mkdir(parents=True)
+    (tmp_path / "dali" / "bin" / "python").touch()
+    with pytest.raises(environments.Absent, match="not installed"):
+        environments.python("dali")
+    made_from.write_text("another==1\n")
+    with pytest.raises(environments.Absent, match="other versions"):
+        environments.python("dali")
+    made_from.write_text((environments.PEERS / "dali.txt").read_text())
+    assert environments.python("dali") == tmp_path / "dali" / "bin" / "python"
+
+
 def test_an_unknown_peer_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert environments.main(["nobody"]) == 2
     assert capsys.readouterr().err.count("\n") == 1
