@@ -1,4 +1,4 @@
-.PHONY: setup demo test test-cluster check bench clean
+.PHONY: setup demo test test-cluster check bench bench-peers clean
 BIN := .venv/bin
 
 setup: .venv/installed  ## virtual environment with every pinned dependency
@@ -12,7 +12,9 @@ test-cluster: setup  ## the whole road on several Ray nodes, S3 and MLflow on Po
 	$(BIN)/python -m pytest tests/cluster
 check: setup
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/python -m pytest tests/test_layout.py
-bench: setup
+bench: setup  ## every measurement, to benchmarks/results; about 40 minutes on a quiet machine
 	$(BIN)/python -m benchmarks
+bench-peers: setup  ## what the benchmarks compare with, each in an environment of its own: 5 GB
+	$(BIN)/python -m benchmarks.environments
 clean:
-	rm -rf .venv .demo .pytest_cache .mypy_cache .ruff_cache ./*.egg-info
+	rm -rf .venv .bench-peers .demo .pytest_cache .mypy_cache .ruff_cache ./*.egg-info

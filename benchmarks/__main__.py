@@ -1,42 +1,88 @@
-"""python -m benchmarks [resize] [build] [loader] [train] [--out FILE]: all, to the terminal."""
+"""Measurements, each for one claim; README.md beside this file says what they are.
+
+    python -m benchmarks [NAME…] [--rounds R] [--small] [--out FOLDER]
+
+Without names all of them run. Results go to benchmarks/results/NAME_HARDWARE_DATE.md, with a chart;
+--small is a trial of seconds to minutes whose figures mean nothing, and which writes no file unless
+--out says where.
+"""
 
 import argparse
+import functools
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from alexnet.errors import UserError
-from benchmarks import build, loader, pictures, resize, train
+from benchmarks import builder, growth, loader, pictures, recipes, resize, results, task, train
 from benchmarks.table import Table, machine
 
-SCRIPTS: dict[str, Callable[[pictures.Raw], Table]] = {
+SCRIPTS: dict[str, Callable[..., Table]] = {
     "resize": resize.run,
-    "build": build.run,
+    "task": task.run,
+    "builder": builder.run,
     "loader": loader.run,
     "train": train.run,
+    "recipes": recipes.run,
+    "growth": growth.run,
 }
+SMALL: dict[str, dict[str, Any]] = {
+    "builder": {"sizes": (6, 12)},
+    "loader": {"samples": 64, "batch": 8},
+    "train": {"steps": 2, "batch": 4, "classes": 5, "width": 0.1},
+    "recipes": {"batch_size": 2, "classes": 3, "recipes": ("smoke",)},
+    "growth": {"pictures": (100, 300), "shards": (2,), "of_shards": 300},
+}
+_SMALL_PICTURES = 12
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    arguments = _parsed(argv)
+    try:
+        raw = pictures.load(_SMALL_PICTURES) if arguments.small else pictures.load()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    for name in arguments.names or SCRIPTS:
+        chosen = SMALL.get(name, {}) if arguments.small else {}
+        if arguments.rounds is not None:
+            chosen = chosen | {"rounds": arguments.rounds}
+        elif arguments.small:
+            chosen = chosen | {"rounds": 1}
+        before = machine()
+        table = functools.partial(SCRIPTS[name], raw)(**chosen)
+        print(f"## {name}\n\n{before}\n\n{table.markdown()}\n", flush=True)
+        if arguments.out is not None or not arguments.small:
+            command = shlex.join(["python", "-m", "benchmarks", *_words(name, arguments)])
+            folder = arguments.out or results.FOLDER
+            print(f"{results.write(name, table, before, command, folder)}\n", flush=True)
+    return 0
+
+
+def _parsed(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(SCRIPTS))
-    parser.add_argument("--out", type=Path, help="write the tables there, too")
+    parser.add_argument("--rounds", type=int, help="5 by default, 1 with --small")
+    parser.add_argument("--small", action="store_true", help="a trial; its figures mean nothing")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="for the results")
     arguments = parser.parse_args(argv)
     for name in arguments.names:
         if name not in SCRIPTS:
             parser.error(f"no benchmark {name!r}; there are {', '.join(SCRIPTS)}")
-    try:
-        raw = pictures.load()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    parts = []
-    for name in arguments.names or SCRIPTS:
-        parts.append(f"## {name}\n\n{machine()}\n\n{SCRIPTS[name](raw).markdown()}\n")
-        print(parts[-1], flush=True)
-    if arguments.out:
-        arguments.out.write_text("\n".join(parts))
-    return 0
+    if arguments.rounds is not None and arguments.rounds < 1:
+        parser.error(f"--rounds {arguments.rounds} must be at least 1")
+    return arguments
+
+
+def _words(name: str, arguments: argparse.Namespace) -> list[str]:
+    rounds = [] if arguments.rounds is None else ["--rounds", str(arguments.rounds)]
+    return [name, *rounds, *(["--small"] if arguments.small else [])]
 
 
 if __name__ == "__main__":

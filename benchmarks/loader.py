@@ -1,103 +1,159 @@
-"""Claim: training's loader feeds more pictures than webdataset with Pillow on the same shards."""
+"""Claim: training's loader feeds more pictures than its peers, near what decoding alone allows.
+
+Each contender runs one epoch over the same stored pictures in a process of its own and delivers
+uint8 batches, each picture mirrored with probability 1/2: the one augmentation that all of them
+have for uint8, and a cheap one, so that reading, decoding and batching are what is compared.
+"""
 
 import functools
+import json
+import sys
 import tempfile
-import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-import numpy as np
-import torch
-import webdataset
-from PIL import Image
-from torch import Tensor
-from torch.utils.data import DataLoader
+from benchmarks import environments, processes
+from benchmarks.pictures import QUALITY, Raw, stored, write_shards
+from benchmarks.table import Bars, Table, spread
+from benchmarks.turns import in_turns, ratios
 
-from benchmarks.pictures import Raw, stored, write_shards
-from benchmarks.table import Table, spread
-from pipelines.shards import Manifest, load_manifest
-from training.loader import Loader
-from training.order import epoch_order, global_batch, steps_per_epoch
-
-COLUMNS = ("loader", "img/s", "ratio", "first batch, s")
+COLUMNS = (
+    "loader",
+    "img/s",
+    "ratio to decoding alone",
+    "ratio to webdataset",
+    "img/s per core, CPU time",
+    "first batch, s",
+)
 CROP = 227
+LIMIT = "limit: simplejpeg alone, decoding"
+COPY = "limit: copying decoded pictures"
+OURS = "training.loader"
+RESIDENT = "training.loader, resident (--cache ram)"
+PLAIN = "webdataset + Pillow"
+_AS_THEY_ARE = (LIMIT, COPY, OURS, RESIDENT, PLAIN)  # need no files of their own
+_EQUAL = 0.01  # share by which decoders, and FFCV encoding once more, may move mean pixels
+
+Answer = dict[str, Any]
+Ask = Callable[[dict[str, Any]], Answer]
+_PEERS = {  # environment → what decodes
+    "streaming": "Pillow",
+    "litdata": "Pillow",
+    "ffcv": "its own",
+    "dali": "its own, for CPUs",
+}
 
 
 def run(
-    raw: Raw, samples: int = 6000, batch_size: int = 64, workers: int = 2, rounds: int = 4
+    raw: Raw, rounds: int = 5, samples: int = 9_600, batch: int = 64, threads: int | None = None
 ) -> Table:
-    """One epoch of each loader per round, in alternating order. workers 0 stays in the process."""
+    """Each round runs one epoch of every contender, in alternating order."""
+    threads = threads or len(processes.cpus())
     jpegs = stored(raw, CROP)
-    with tempfile.TemporaryDirectory() as folder:
+    asked, absent = contenders()
+    with tempfile.TemporaryDirectory(prefix="bench-") as folder:
         uri = write_shards(
-            Path(folder), jpegs, crop=CROP, train=samples, classes=1000, per_shard=500
+            Path(folder) / "shards", jpegs, crop=CROP, train=samples, classes=1000, per_shard=500
         )
-        measured = _measure(uri, load_manifest(uri), batch_size, workers, rounds)
-    plain = [rate for rate, _ in measured["webdataset + Pillow, DataLoader"]]
-    rows = []
-    for name, figures in measured.items():
-        rates = [rate for rate, _ in figures]
-        ratios = [mine / theirs for mine, theirs in zip(rates, plain, strict=True)]
-        first = spread([seconds for _, seconds in figures], 2)
-        rows.append((name, spread(rates), spread(ratios, 2), first))
+        request = request_for(uri, Path(folder) / "work", batch, threads)
+        for name, ask in asked.items():
+            if name not in _AS_THEY_ARE:
+                ask(request | {"action": "prepare"})
+        looks = {name: ask(request | {"action": "check"}) for name, ask in asked.items()}
+        refuse_unequal(looks, samples)
+        timed = {
+            name: functools.partial(_timed, ask, request | {"action": "run"}, samples)
+            for name, ask in asked.items()
+        }
+        measured = in_turns(timed, rounds)
+    rates = {name: [a["images"] / a["seconds"] for a in got] for name, got in measured.items()}
+    rows = tuple(_row(name, measured[name], rates) for name in asked)
+    missing = "".join(f" Not here: {name} ({reason})." for name, reason in absent.items())
+    size = sum(map(len, jpegs)) / len(jpegs) / 1000
     setting = (
-        f"{samples} stored pictures of {CROP} px (copies of {len(jpegs)}, mean "
-        f"{np.mean([len(jpeg) for jpeg in jpegs]) / 1000:.0f} kB; {raw.origin}), page cache warm; "
-        f"uint8 batches of {batch_size}, no augmentation; {workers} decoding threads against "
-        f"{workers} worker processes; wall time after the first batch; {rounds} rounds. "
-        "Ours is shuffled, webdataset is not, which favours it."
+        f"{samples} stored pictures of {CROP} px (copies of {len(jpegs)}, mean {size:.0f} kB; "
+        f"{raw.origin}), page cache warm; uint8 batches of {batch}, mirrored at random; {threads} "
+        f"decoding threads or worker processes on {threads} CPUs; one epoch in a fresh process, "
+        "timed after its first batch; first batch: since the start of the process; "
+        f"{rounds} rounds in alternating order, median [lowest..highest], ratios within a round. "
+        f"FFCV's file holds the pictures encoded once more.{missing}"
     )
-    return Table(COLUMNS, tuple(rows), setting)
+    drawn = {name: rates[name] for name in asked if name not in (COPY, RESIDENT)}  # far beyond
+    return Table(COLUMNS, rows, setting, Bars("stored JPEGs to uint8 batches, img/s", drawn))
 
 
-def _measure(
-    uri: str, manifest: Manifest, batch_size: int, workers: int, rounds: int
-) -> dict[str, list[tuple[float, float]]]:
-    epochs = {
-        "webdataset + Pillow, DataLoader": functools.partial(
-            _webdataset, uri, manifest, batch_size, workers
-        ),
-        "training.loader": functools.partial(_ours, uri, manifest, batch_size, workers),
+def request_for(uri: str, work: Path, batch: int, threads: int) -> dict[str, Any]:
+    work.mkdir(parents=True)
+    tars = [str(path) for path in sorted(Path(uri).glob("train-*.tar"))]
+    return {
+        "shards": uri,
+        "tars": tars,
+        "work": str(work),
+        "batch": batch,
+        "threads": threads,
+        "quality": QUALITY,
     }
-    measured: dict[str, list[tuple[float, float]]] = {name: [] for name in epochs}
-    for number in range(rounds):
-        for name in list(epochs)[:: 1 if number % 2 == 0 else -1]:
-            measured[name].append(_timed(epochs[name](number), manifest.num_samples("train")))
-    return measured
 
 
-def _timed(batches: Iterator[Tensor], expected: int) -> tuple[float, float]:
-    """Pictures per second after the first batch, and the seconds until it came."""
-    start = time.perf_counter()
-    first = next(batches)
-    arrived = time.perf_counter()
-    assert first.dtype == torch.uint8 and first.shape[1:] == (3, CROP, CROP)
-    later = sum(len(batch) for batch in batches)
-    seconds = time.perf_counter() - arrived
-    assert len(first) + later == expected, "a loader lost or repeated pictures"
-    return later / seconds, arrived - start
+def contenders() -> tuple[dict[str, Ask], dict[str, str]]:
+    """Those that can run here, and why not for the others."""
+    absent: dict[str, str] = {}
+    asked: dict[str, Ask] = {
+        LIMIT: functools.partial(_ask_ours, "load_limit", {}),
+        COPY: functools.partial(_ask_ours, "load_limit", {"copy": True}),
+        OURS: functools.partial(_ask_ours, "load_ours", {}),
+        RESIDENT: functools.partial(_ask_ours, "load_ours", {"resident": True}),
+        PLAIN: functools.partial(_ask_peer, Path(sys.executable), "load_webdataset.py"),
+    }
+    for name, decoder in _PEERS.items():
+        try:
+            python = environments.python(name)
+        except environments.Absent as reason:
+            absent[name] = str(reason)
+            continue
+        label = f"{environments.version(name)}, decoder: {decoder}"
+        asked[label] = functools.partial(_ask_peer, python, f"load_{name}.py")
+    return asked, absent
 
 
-def _ours(
-    uri: str, manifest: Manifest, batch_size: int, workers: int, epoch: int
-) -> Iterator[Tensor]:
-    with Loader(uri, manifest, "train", threads=max(1, workers), cache_gb=1.0) as loader:
-        order = epoch_order(loader.shard_sizes, seed=0, epoch=epoch)
-        steps = steps_per_epoch(len(order), batch_size)
-        for batch in loader.batches(global_batch(order, step, steps) for step in range(steps)):
-            yield batch.images
+def refuse_unequal(looks: dict[str, Answer], samples: int) -> None:
+    """Every contender but the limit of copying must have delivered the same pictures and labels."""
+    wanted = looks[LIMIT]
+    for name, look in looks.items():
+        equal = look["images"] == samples and look["labels"] == wanted["labels"]
+        equal &= look["shapes"] == wanted["shapes"]
+        if name != COPY:  # whose pixels are zeros
+            moved = max(abs(look[key] / wanted[key] - 1) for key in ("pixels", "mixed"))
+            equal &= moved < _EQUAL
+        assert equal, f"{name} does other work: {json.dumps(look)} and not {json.dumps(wanted)}"
 
 
-def _webdataset(
-    uri: str, manifest: Manifest, batch_size: int, workers: int, epoch: int
-) -> Iterator[Tensor]:
-    urls = [f"{uri}/{shard.name}.tar" for shard in manifest.split_shards("train")]
-    dataset = webdataset.WebDataset(urls, shardshuffle=False).decode("pilrgb")
-    pairs = dataset.to_tuple("jpg", "cls").map_tuple(_planes, int)
-    for images, _ in DataLoader(pairs, batch_size=batch_size, num_workers=workers):
-        yield images
+def _timed(ask: Ask, request: dict[str, Any], samples: int, _: int) -> Answer:
+    answer = ask(request)
+    assert answer["images"] + answer["first_images"] == samples, "a loader lost pictures"
+    return answer
 
 
-def _planes(image: Image.Image) -> Tensor:
-    """uint8 (3, H, W)."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+def _ask_ours(module: str, extra: dict[str, Any], request: dict[str, Any]) -> Answer:
+    pinned = processes.cpus(request["threads"])
+    return dict(processes.ask_ours(module, request | extra, on=pinned).answer())
+
+
+def _ask_peer(python: Path, script: str, request: dict[str, Any]) -> Answer:
+    pinned = processes.cpus(request["threads"])
+    return dict(processes.ask(python, script, request, on=pinned).answer())
+
+
+def _row(name: str, answers: list[Answer], rates: dict[str, list[float]]) -> tuple[str, ...]:
+    per_core = [a["images"] / a["cpu"] if a["cpu"] else float("nan") for a in answers]
+    late = name in (LIMIT, COPY, RESIDENT)  # which read all before their first batch
+    first = "–" if late else spread([a["first"] for a in answers], 2)
+    return (
+        f"**`{name}`**" if name == OURS else name,
+        spread(rates[name]),
+        spread(ratios(rates[name], rates[LIMIT]), 2),
+        spread(ratios(rates[name], rates[PLAIN]), 2),
+        spread(per_core),
+        first,
+    )

@@ -20,6 +20,7 @@ from pipelines.transform import Stored, to_stored
 
 QUALITY = 90
 RESIZE = 256
+_WNIDS = ("n00000001", "n00000002")
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,16 @@ def stored(raw: Raw, crop: int) -> list[bytes]:
     return [result.jpeg for result in results if isinstance(result, Stored)]
 
 
+def class_folders(folder: Path, raw: Raw, count: int) -> Path:
+    """`count` files that repeat raw.jpegs, as train/WNID/KEY.JPEG of two classes, in `folder`."""
+    for number in range(count):
+        wnid = _WNIDS[number % len(_WNIDS)]
+        path = folder / "train" / wnid / f"{wnid}_{number}.JPEG"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(raw.jpegs[number % len(raw.jpegs)])
+    return folder
+
+
 def write_shards(
     folder: Path, jpegs: Sequence[bytes], *, crop: int, train: int, classes: int, per_shard: int
 ) -> str:
@@ -67,6 +78,7 @@ def write_shards(
             packed = shards.pack(name, [_sample(split, i, jpegs, classes) for i in ids])
             data = packed.tar
             storage.write(storage.join(str(folder), f"{name}.tar"), data)
+            storage.write(storage.join(str(folder), f"{name}.idx"), packed.dali_index)
             tables.append(packed.index)
             infos.append((name, split, len(ids), len(data), hashlib.sha256(data).hexdigest()))
         index = shards.parquet_bytes(pa.concat_tables(tables))

@@ -100,11 +100,13 @@ PATHS: dict[str, Path] = {
 }
 
 
-def _geometry(width: int, height: int) -> tuple[int, int, int, int]:
+def _geometry(
+    width: int, height: int, resize: int = RESIZE, crop: int = CROP
+) -> tuple[int, int, int, int]:
     """Size after the resize, then left and top of the crop; the builder's own rounding."""
     short = min(width, height)
-    wide, high = ((2 * side * RESIZE + short) // (2 * short) for side in (width, height))
-    return wide, high, (wide - CROP) // 2, (high - CROP) // 2
+    wide, high = ((2 * side * resize + short) // (2 * short) for side in (width, height))
+    return wide, high, (wide - crop) // 2, (high - crop) // 2
 
 
 def _encoded(image: Image.Image) -> Result:
@@ -117,11 +119,11 @@ def _quality(raw: Raw) -> dict[str, tuple[str, str, str]]:
     """Per path: mean and worst PSNR of the pixels, mean PSNR of the JPEG, and its mean size."""
     figures: dict[str, list[tuple[float, float, int]]] = {name: [] for name in PATHS}
     for jpeg in raw.jpegs:
-        wanted = _reference(jpeg)
+        wanted = reference(jpeg)
         for name, path in PATHS.items():
             pixels, encoded = path(jpeg)
             shown = np.asarray(Image.open(io.BytesIO(encoded)))
-            figures[name].append((_psnr(pixels, wanted), _psnr(shown, wanted), len(encoded)))
+            figures[name].append((psnr(pixels, wanted), psnr(shown, wanted), len(encoded)))
     quality = {}
     for name, rows in figures.items():
         before, after, size = np.mean(rows, axis=0)
@@ -130,12 +132,12 @@ def _quality(raw: Raw) -> dict[str, tuple[str, str, str]]:
     return quality
 
 
-def _reference(jpeg: bytes) -> NDArray[np.float64]:
-    """float64 (227, 227, 3) in 0..255: both passes in double precision, clipped, not rounded."""
+def reference(jpeg: bytes, resize: int = RESIZE, crop: int = CROP) -> NDArray[np.float64]:
+    """float64 (crop, crop, 3) in 0..255: both passes in double precision, clipped, not rounded."""
     pixels = decode(jpeg)[0].astype(np.float64)
-    width, height, left, top = _geometry(pixels.shape[1], pixels.shape[0])
-    rows = _weights(pixels.shape[0], height)[top : top + CROP]
-    columns = _weights(pixels.shape[1], width)[left : left + CROP]
+    width, height, left, top = _geometry(pixels.shape[1], pixels.shape[0], resize, crop)
+    rows = _weights(pixels.shape[0], height)[top : top + crop]
+    columns = _weights(pixels.shape[1], width)[left : left + crop]
     cut: NDArray[np.float64] = np.einsum("yh,hwc,xw->yxc", rows, pixels, columns, optimize=True)
     return cut.clip(0, 255)
 
@@ -151,6 +153,6 @@ def _weights(source: int, target: int) -> NDArray[np.float64]:
     return np.asarray(weights / weights.sum(axis=1, keepdims=True))
 
 
-def _psnr(pixels: Picture, wanted: NDArray[np.float64]) -> float:
+def psnr(pixels: Picture, wanted: NDArray[np.float64]) -> float:
     error = float(np.mean((pixels.astype(np.float64) - wanted) ** 2))
     return 10 * float(np.log10(255**2 / error))

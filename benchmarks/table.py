@@ -1,16 +1,33 @@
-"""What every benchmark returns: rows under promised columns, and the words they need."""
+"""What every benchmark returns: rows under promised columns, the words they need, and a chart."""
 
 import importlib.metadata
 import os
 import platform
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from training.speed import processor
 
-_PACKAGES = ("torch", "pillow", "simplejpeg", "webdataset", "numpy")
+_PACKAGES = ("torch", "pillow", "simplejpeg", "webdataset", "ray", "numpy")
+
+
+@dataclass(frozen=True)
+class Bars:
+    """A bar for each name: the median of its values, with a whisker from lowest to highest."""
+
+    title: str
+    values: Mapping[str, Sequence[float]]
+
+
+@dataclass(frozen=True)
+class Lines:
+    """Lines of (x, y) points by name, in panels by title, on logarithmic axes."""
+
+    title: str
+    across: str  # what x is
+    panels: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]]
 
 
 @dataclass(frozen=True)
@@ -18,6 +35,7 @@ class Table:
     columns: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     setting: str  # one paragraph: input, configuration, number of runs
+    chart: Bars | Lines | None = None
 
     def markdown(self) -> str:
         lines = [self.columns, tuple("---" for _ in self.columns), *self.rows]

@@ -1,124 +1,162 @@
-"""Claim: what a training step costs, for each recipe, through the very code that trains."""
+"""Claim: Ray Train and our loop cost next to nothing beside a bare PyTorch loop's step.
 
-import contextlib
-import dataclasses
-import itertools
-import os
+Network, batch, precision and optimizer are the same, pictures are random and resident, nothing is
+augmented but where said. Each run is a process of its own on all CPUs.
+"""
+
+import functools
+import re
 import statistics
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import torch
+from mlflow import MlflowClient
 
+from benchmarks import processes
+from benchmarks.fit_loop import PLAIN
 from benchmarks.pictures import Raw, stored, write_shards
-from benchmarks.table import Table, spread
-from training.config import TrainConfig
-from training.loop import Place, build_model, fit
-from training.progress import Progress
-from training.recipes import RECIPES
+from benchmarks.table import Bars, Table, spread
+from benchmarks.turns import in_turns, ratios
 
 COLUMNS = (
-    "recipe",
-    "device",
-    "batch",
-    "precision",
-    "parameters",
-    "data",
+    "training step",
     "img/s",
-    "utilization",
-    "MFU",
+    "ratio",
+    "GFLOP per picture",
+    "the rest of the process, s",
 )
+BARE = "bare PyTorch loop"
+FIT = "training.loop.fit, no Ray"
+AUGMENTED = "the same with the recipe's augmentation"
+OURS = "training/run.py, through Ray Train and MLflow"
+_RUN = "bench"
 
 
-class _Enough(Exception):
-    """Ends a training that has been watched long enough, before it evaluates or saves."""
+@dataclass(frozen=True)
+class Steps:
+    """seconds: of a step, the median; gflop: what the process says that a picture needs; others:
+    seconds of the process that were no timed step."""
+
+    seconds: float
+    gflop: str
+    others: float
 
 
 def run(
     raw: Raw,
-    steps: int = 4,
-    batch_size: int = 64,
+    rounds: int = 5,
+    steps: int = 6,
+    batch: int = 64,
     classes: int = 1000,
-    recipes: tuple[str, ...] = tuple(RECIPES),
-    threads: int = os.cpu_count() or 1,
+    width: float = 1.0,
 ) -> Table:
-    """`steps` timed steps per recipe after two that warm up; batch_size counts on CPUs alone."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    rows = []
-    try:
-        for place in _places(threads):
-            for name, synthetic in itertools.product(recipes, (False, True)):
-                config = dataclasses.replace(RECIPES[name](), synthetic=synthetic)
-                if place.device.type == "cpu":
-                    optim = dataclasses.replace(config.optim, batch_size=batch_size)
-                    config = dataclasses.replace(config, optim=optim)
-                rows.append(_row(raw, config, place, steps, classes))
-    finally:
-        torch.set_num_threads(before)
-    setting = (
-        f"{classes} classes; forward, backward and SGD step with decoding and augmentation of the "
-        f"recipe; {threads} threads; {steps} timed steps in one process, median "
-        "[lowest..highest]. On CPUs the batch is not the recipe's. Resident data is --synthetic: "
-        "the ceiling. Utilization is the lowest, MFU the median against a matrix product here."
-    )
-    return Table(COLUMNS, tuple(rows), setting)
-
-
-def _places(threads: int) -> Iterator[Place]:
-    yield Place(torch.device("cpu"), threads=threads)
-    if torch.cuda.is_available():
-        yield Place(torch.device("cuda"), threads=threads)
-
-
-def _row(raw: Raw, config: TrainConfig, place: Place, steps: int, classes: int) -> tuple[str, ...]:
-    # A new optimiser allocates its momentum in the first step, so that two of them warm up.
-    seen: list[dict[str, float]] = []
-    progress = Progress(sys.stderr)
-
-    def log(metrics: dict[str, float], step: int) -> None:
-        seen.append(metrics)
-        progress.show(metrics, step)
-        if len(seen) == steps + 2:
-            raise _Enough
-
-    config = dataclasses.replace(config, log_steps=1, flat_loss_steps=0)
-    crop = 256 if config.augment.crop == "random" else 227
-    with tempfile.TemporaryDirectory() as folder:
+    request = {
+        "batch": batch,
+        "steps": steps,
+        "classes": classes,
+        "width": width,
+        "threads": len(processes.cpus()),
+    }
+    with tempfile.TemporaryDirectory(prefix="bench-") as folder:
         uri = write_shards(
-            Path(folder),
-            stored(raw, crop),
-            crop=crop,
-            train=(steps + 3) * config.optim.batch_size,
+            Path(folder) / "shards",
+            stored(raw, 227),
+            crop=227,
+            train=(steps + 3) * batch,
             classes=classes,
             per_shard=500,
         )
-        with contextlib.suppress(_Enough):
-            fit(config, uri, place, log=log, report=_never)
-    progress.clear()
-    model = build_model(config, classes)
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    timed = seen[2:]
+        measured = in_turns(contenders(request | {"shards": uri}, Path(folder)), rounds)
+    refuse_unequal(measured)
+    rates = {name: [batch / step.seconds for step in got] for name, got in measured.items()}
+    rows = tuple(_row(name, measured[name], rates) for name in measured)
+    chart = Bars("training steps, img/s", rates)
+    return Table(COLUMNS, rows, _setting(request, rounds), chart)
+
+
+def contenders(request: dict[str, Any], folder: Path) -> dict[str, Callable[[int], Steps]]:
+    return {
+        BARE: functools.partial(_module, "bare_loop", request),
+        FIT: functools.partial(_module, "fit_loop", request | {"augment": False}),
+        AUGMENTED: functools.partial(_module, "fit_loop", request | {"augment": True}),
+        OURS: functools.partial(_command, request, folder),
+    }
+
+
+def refuse_unequal(measured: dict[str, list[Steps]]) -> None:
+    found = {name: {step.gflop for step in steps} for name, steps in measured.items()}
+    assert len(set().union(*found.values())) == 1, f"the networks differ: {found}"
+
+
+def _module(name: str, request: dict[str, Any], _: int) -> Steps:
+    done = processes.ask_ours(name, request, on=processes.cpus())
+    answer = done.answer()
+    return _steps(answer["seconds"], f"{answer['gflop']:.2f}", request, done)
+
+
+def _command(request: dict[str, Any], folder: Path, number: int) -> Steps:
+    home = folder / f"home{number}"
+    flags = {
+        "--data": request["shards"],
+        "--name": _RUN,
+        "--synthetic": True,
+        "--optim.batch-size": request["batch"],
+        "--optim.epochs": 1,
+        "--optim.warmup-epochs": 0,
+        "--model.width": request["width"],
+        "--augment.crop": PLAIN.crop,
+        "--augment.flip": PLAIN.flip,
+        "--augment.colour-sigma": PLAIN.colour_sigma,
+        "--log-steps": 1,
+        "--flat-loss-steps": 0,
+        "--device": "cpu",
+        "--cpus-per-worker": request["threads"],
+    }
+    words = [str(word) for flag in flags.items() for word in flag]
+    settings = {"ALEXNET_HOME": str(home)}
+    command = [sys.executable, "training/run.py", "deck", *words]
+    done = processes.run(command, on=processes.cpus(), settings=settings)
+    rates = _logged(home)[2 : request["steps"] + 2]
+    assert len(rates) == request["steps"], f"{len(rates)} steps were logged"
+    told = re.search(r"([\d.]+) GFLOP per picture", done.stdout + done.stderr)
+    assert told is not None, "the loop says what a picture needs"
+    seconds = request["batch"] / statistics.median(rates)
+    return _steps(seconds, told[1], request, done)
+
+
+def _logged(home: Path) -> list[float]:
+    """Pictures per second of each step, as MLflow has them."""
+    client = MlflowClient(f"sqlite:///{home}/mlflow.db")
+    experiments = [found.experiment_id for found in client.search_experiments()]
+    (run,) = client.search_runs(experiments, f"attributes.run_name = '{_RUN}'")
+    history = client.get_metric_history(run.info.run_id, "images_per_second")
+    return [metric.value for metric in sorted(history, key=lambda metric: metric.step)]
+
+
+def _row(name: str, steps: list[Steps], rates: dict[str, list[float]]) -> tuple[str, ...]:
     return (
-        config.recipe,
-        _device(place),
-        str(config.optim.batch_size),
-        config.precision,
-        f"{parameters:,}",
-        "resident" if config.synthetic else "shards",
-        spread([metrics["images_per_second"] for metrics in timed], 1),
-        f"{min(metrics['utilization'] for metrics in timed):.0%}",
-        f"{statistics.median(metrics['mfu'] for metrics in timed):.0%}",
+        f"**`{name}`**" if name == OURS else name,
+        spread(rates[name], 1),
+        spread(ratios(rates[name], rates[BARE]), 3),
+        steps[0].gflop,
+        spread([step.others for step in steps], 1),
     )
 
 
-def _never(metrics: dict[str, float], folder: Path | None) -> None:
-    raise AssertionError("the benchmark ends before the first checkpoint")
+def _setting(request: dict[str, Any], rounds: int) -> str:
+    return (
+        f"Recipe deck, width {request['width']}, {request['classes']} classes, batch "
+        f"{request['batch']}, bf16 autocast, channels-last, fused SGD with momentum; random "
+        f"pictures in memory; {request['threads']} threads; median of {request['steps']} steps "
+        f"after two that warm up, in a fresh process; {rounds} rounds in alternating order, median "
+        "[lowest..highest], ratios within a round. The rest: imports, start of Ray, store of "
+        "MLflow, initialisation, warm-up, evaluation and checkpoint, where the contender has them."
+    )
 
 
-def _device(place: Place) -> str:
-    if place.device.type == "cpu":
-        return f"CPU, {place.threads} threads"
-    return torch.cuda.get_device_name(place.device)
+def _steps(seconds: float, gflop: str, request: dict[str, Any], done: processes.Finished) -> Steps:
+    return Steps(seconds, gflop, done.wall_seconds - seconds * request["steps"])

@@ -1,14 +1,18 @@
-"""Each script runs with a tiny setting and returns the table it promises; no figure is judged."""
+"""Each script runs at its tiniest size, with ours and the limits, and compares equal work; no
+figure is judged. Peers run where `make bench-peers` has made their environments."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from benchmarks import __main__ as command
-from benchmarks import build, loader, pictures, resize, train
+from benchmarks import builder, environments, growth, loader, pictures, recipes, resize, task, train
 from benchmarks.table import Table, spread
+
+PEERS = ("streaming", "litdata", "ffcv", "dali")
 
 
 @pytest.fixture(scope="module")
@@ -16,6 +20,14 @@ def raw() -> pictures.Raw:
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("ALEXNET_TEST_DATA", raising=False)
         return pictures.load(limit=6)
+
+
+@pytest.fixture(scope="module")
+def shards(raw: pictures.Raw, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """64 pictures in two shards."""
+    folder = tmp_path_factory.mktemp("shards")
+    jpegs = pictures.stored(raw, 227)
+    return pictures.write_shards(folder, jpegs, crop=227, train=64, classes=1000, per_shard=32)
 
 
 def cells(table: Table, column: str) -> list[str]:
@@ -28,6 +40,17 @@ def check(table: Table, columns: tuple[str, ...]) -> None:
     lines = table.markdown().splitlines()
     assert lines[2] == f"| {' | '.join(columns)} |"
     assert len(lines) == 4 + len(table.rows)
+
+
+def python_of(peer: str) -> Path:
+    try:
+        return environments.python(peer)
+    except environments.Absent as reason:
+        pytest.skip(f"{peer}: {reason}")
+
+
+def without_peers(patch: pytest.MonkeyPatch, folder: Path) -> None:
+    patch.setenv("ALEXNET_BENCH_PEERS", str(folder / "none"))
 
 
 def test_without_photos_the_pictures_are_drawn_and_said_to_be(raw: pictures.Raw) -> None:
@@ -46,13 +69,7 @@ def test_every_resize_path_cuts_the_same_picture(raw: pictures.Raw) -> None:
     for path in resize.PATHS.values():
         pixels, encoded = path(raw.jpegs[0])
         assert pixels.shape == (227, 227, 3) and encoded[:2] == b"\xff\xd8"
-        assert resize._psnr(pixels, resize._reference(raw.jpegs[0])) > 50
-
-
-def test_build_compares_a_task_with_its_parts(raw: pictures.Raw) -> None:
-    table = build.run(raw, rounds=2)
-    check(table, build.COLUMNS)
-    assert cells(table, "path") == ["the parts alone", "pipelines.produce"]
+        assert resize.psnr(pixels, resize.reference(raw.jpegs[0])) > 50
 
 
 def test_the_reference_resize_is_lanczos_as_in_pillow() -> None:
@@ -63,40 +80,146 @@ def test_the_reference_resize_is_lanczos_as_in_pillow() -> None:
         np.testing.assert_allclose(resize._weights(500, size) @ signal, wanted, atol=1e-3)
 
 
-# webdataset leaves its tars to the garbage collector.
-@pytest.mark.filterwarnings("ignore:unclosed file.*train-000000.tar:ResourceWarning")
-def test_loader_compares_two_loaders_on_the_same_shards(raw: pictures.Raw) -> None:
-    table = loader.run(raw, samples=20, batch_size=8, workers=0, rounds=1)
+def test_task_compares_a_builders_task_with_its_parts(raw: pictures.Raw) -> None:
+    table = task.run(raw, rounds=2)
+    check(table, task.COLUMNS)
+    assert cells(table, "path") == ["the parts alone", "pipelines.produce"]
+
+
+@pytest.mark.timeout(600)  # three starts of Ray
+def test_builder_compares_the_public_command_with_its_parts(
+    raw: pictures.Raw, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    without_peers(monkeypatch, tmp_path)
+    found, absent = builder.contenders()
+    assert "img2dataset" in absent and "make bench-peers" in absent["img2dataset"]
+    fewer = {name: found[name] for name in (builder.LIMIT, builder.OURS)}
+    monkeypatch.setattr(builder, "contenders", lambda: (fewer, absent))
+    table = builder.run(raw, rounds=1, sizes=(3, 6))
+    check(table, builder.COLUMNS)
+    assert cells(table, "builder") == [builder.LIMIT, f"**`{builder.OURS}`**", builder.RAY]
+    limit, ours, _ = cells(table, "PSNR, dB (worst)")
+    assert limit == ours  # the very same JPEGs
+    assert "Not here: img2dataset (not installed" in table.setting
+
+
+def built(make: builder.Command, raw: pictures.Raw, folder: Path) -> builder.Quality:
+    source = pictures.class_folders(folder / "raw", raw, 6)
+    make(source, folder / "out")
+    return builder.examined(source, folder / "out")
+
+
+def test_ray_data_as_documented_makes_the_same_pictures(raw: pictures.Raw, tmp_path: Path) -> None:
+    ours = built(builder._parts, raw, tmp_path / "parts")
+    peer = built(builder._ray_data, raw, tmp_path / "ray")
+    assert ours.pictures == peer.pictures == 6
+    np.testing.assert_allclose(peer.psnr, ours.psnr, atol=0.3)
+    assert peer.kilobytes == pytest.approx(ours.kilobytes, rel=0.02)
+
+
+def test_img2dataset_makes_as_many_pictures_of_the_same_geometry(
+    raw: pictures.Raw, tmp_path: Path
+) -> None:
+    python = python_of("img2dataset")
+    peer = built(lambda *places: builder._img2dataset(python, *places), raw, tmp_path)
+    assert peer.pictures == 6
+    assert min(peer.psnr) > 25  # another filter, the same cut
+
+
+def test_a_builder_that_loses_a_picture_is_refused(raw: pictures.Raw, tmp_path: Path) -> None:
+    built(builder._parts, raw, tmp_path)
+    fewer = pictures.class_folders(tmp_path / "more", raw, 7)
+    with pytest.raises(AssertionError, match="lost"):
+        builder.examined(fewer, tmp_path / "out")
+
+
+def test_loader_compares_ours_with_webdataset_and_the_limits(
+    raw: pictures.Raw, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    without_peers(monkeypatch, tmp_path)
+    table = loader.run(raw, rounds=1, samples=24, batch=8, threads=1)
     check(table, loader.COLUMNS)
-    assert len(table.rows) == 2
+    assert len(table.rows) == 5
+    assert all(f"Not here: {peer} (not installed" in table.setting for peer in PEERS)
 
 
-def test_train_measures_the_real_loop(raw: pictures.Raw) -> None:
-    table = train.run(raw, steps=1, batch_size=2, classes=3, recipes=("smoke",), threads=1)
+@pytest.mark.parametrize("peer", PEERS)
+def test_a_peers_loader_delivers_the_same_pictures(peer: str, shards: str, tmp_path: Path) -> None:
+    python = python_of(peer)
+    request = loader.request_for(shards, tmp_path / "work", batch=8, threads=2)
+    ask = loader._ask_peer
+    script = f"load_{peer}.py"
+    ask(python, script, request | {"action": "prepare"})
+    look = request | {"action": "check"}
+    limit = loader._ask_ours("load_limit", {}, look)
+    loader.refuse_unequal({loader.LIMIT: limit, peer: ask(python, script, look)}, 64)
+    timed = ask(python, script, request | {"action": "run"})
+    assert timed["images"] + timed["first_images"] == 64
+
+
+def test_a_loader_with_other_pictures_or_labels_is_refused() -> None:
+    look: dict[str, Any] = {"images": 8, "labels": 28, "pixels": 100.0, "mixed": 450.0}
+    look["shapes"] = [["uint8", 3, 227, 227]]
+    loader.refuse_unequal({loader.LIMIT: look, "same": look}, 8)
+    others = ({"images": 7}, {"labels": 29}, {"pixels": 90.0}, {"mixed": 470.0}, {"shapes": []})
+    for other in others:
+        with pytest.raises(AssertionError, match="other work"):
+            loader.refuse_unequal({loader.LIMIT: look, "other": look | other}, 8)
+
+
+@pytest.mark.timeout(600)  # Ray Train starts, on a machine that may be busy
+@pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy is deprecated")  # MLflow's
+def test_train_compares_ray_train_with_a_bare_loop_of_the_same_network(raw: pictures.Raw) -> None:
+    table = train.run(raw, rounds=1, steps=2, batch=2, classes=3, width=0.1)
     check(table, train.COLUMNS)
+    assert len(table.rows) == 4
+    assert len(set(cells(table, "GFLOP per picture"))) == 1
+
+
+def test_training_steps_of_different_networks_are_refused() -> None:
+    steps = {"one": [train.Steps(1.0, "6.60", 0.0)], "two": [train.Steps(1.0, "4.13", 0.0)]}
+    with pytest.raises(AssertionError, match="networks differ"):
+        train.refuse_unequal(steps)
+
+
+def test_recipes_measures_the_real_loop(raw: pictures.Raw) -> None:
+    table = recipes.run(raw, rounds=1, batch_size=2, classes=3, recipes=("smoke",), threads=1)
+    check(table, recipes.COLUMNS)
     assert cells(table, "recipe")[0] == "smoke"
     assert cells(table, "batch")[0] == "2"
+
+
+def test_growth_follows_a_set_from_its_plan_to_the_loader(raw: pictures.Raw) -> None:
+    table = growth.run(raw, rounds=1, pictures=(50, 100), shards=(4,), of_shards=100)
+    check(table, growth.COLUMNS)
+    assert cells(table, "pictures") == ["50", "100", "100"]
+    assert cells(table, "shards") == ["1", "1", "4"]
 
 
 def test_spread_is_median_lowest_and_highest() -> None:
     assert spread([3.0, 1.0, 2.0], 1) == "2.0 [1.0..3.0]"
 
 
-def test_the_command_prints_and_writes_only_where_told(
+def test_a_small_trial_prints_and_writes_only_where_told(
     raw: pictures.Raw,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     tmp_path: Path,
 ) -> None:
-    monkeypatch.setattr(pictures, "load", lambda: raw)
+    monkeypatch.setattr(pictures, "load", lambda *_: raw)
     monkeypatch.chdir(tmp_path)
-    tiny = {"resize": lambda pictures_: resize.run(pictures_, rounds=1)}
-    monkeypatch.setattr(command, "SCRIPTS", tiny)
-    assert command.main([]) == 0
+    monkeypatch.setattr(command, "SCRIPTS", {"resize": resize.run})
+    assert command.main(["--small"]) == 0
     assert "| usual Pillow script |" in capsys.readouterr().out
     assert list(tmp_path.iterdir()) == []
-    assert command.main(["resize", "--out", "results.md"]) == 0
-    assert [path.name for path in tmp_path.iterdir()] == ["results.md"]
-    with pytest.raises(SystemExit):
-        command.main(["nonsense"])
-    assert "there are resize" in capsys.readouterr().err
+    assert command.main(["resize", "--rounds", "2", "--out", "results"]) == 0
+    (written,) = (tmp_path / "results").glob("resize_*.md")
+    assert "`python -m benchmarks resize --rounds 2`" in written.read_text()
+    assert "2 rounds" in written.read_text()
+
+
+@pytest.mark.parametrize("words", [["nonsense"], ["--rounds", "0"]])
+def test_a_wrong_call_of_the_benchmarks_is_refused(words: list[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        command.main(words)
+    assert ended.value.code == 2

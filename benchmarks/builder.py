@@ -1,0 +1,221 @@
+"""Claim: `python -m pipelines build` makes shards faster than its peers, near the sum of its parts.
+
+Every contender is a command in a process of its own that turns the same files into tars of JPEGs of
+the same side and quality. Each runs on two sets: what the larger one takes longer is the steady
+rate, the rest is start-up.
+"""
+
+import functools
+import io
+import json
+import shutil
+import sys
+import tarfile
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from benchmarks import environments, processes, resize
+from benchmarks.pictures import QUALITY, Raw, class_folders
+from benchmarks.table import Bars, Table, spread
+from benchmarks.turns import in_turns, ratios
+
+COLUMNS = (
+    "builder",
+    "steady img/s",
+    "ratio",
+    "img/s per core, CPU time",
+    "ratio",
+    "start-up, s",
+    "whole large job, s",
+    "PSNR, dB (worst)",
+    "kB",
+)
+SIDE = 227  # shorter side of the resize and side of the crop: what img2dataset can do as well
+OURS = "pipelines build"
+LIMIT = "the parts alone, one process per CPU"
+RAY = "Ray alone: start, one empty map, end"
+_EXAMINED = 16  # pictures of each contender, for their PSNR
+
+Command = Callable[[Path, Path], processes.Finished]  # (raw, out)
+
+
+@dataclass(frozen=True)
+class Quality:
+    pictures: int
+    psnr: tuple[float, ...]  # dB of the stored JPEGs examined against the exact resize
+    kilobytes: float
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """The same job on both sets: (wall seconds, CPU seconds) each."""
+
+    small: tuple[float, float]
+    large: tuple[float, float]
+    more: int  # pictures that the larger set has more
+    quality: Quality | None = None  # of the smaller set, looked at in the first round
+
+    def rate(self, clock: int) -> float:
+        """Pictures per second of wall (0) or CPU time (1) between the two sizes; nan where the
+        larger one was not slower, as in trials of a few pictures."""
+        seconds = self.large[clock] - self.small[clock]
+        return self.more / seconds if seconds > 0 else float("nan")
+
+
+def run(raw: Raw, rounds: int = 5, sizes: tuple[int, int] = (1000, 3000)) -> Table:
+    commands, absent = contenders()
+    with tempfile.TemporaryDirectory(prefix="bench-") as name:
+        folder = Path(name)
+        sets = [class_folders(folder / f"raw{size}", raw, size) for size in sizes]
+        turns = {
+            name: functools.partial(_pair, command, sets, folder / "out", sizes)
+            for name, command in commands.items()
+        }
+        turns[RAY] = functools.partial(_ray_alone, folder)
+        measured = in_turns(turns, rounds)
+    rows = [_row(name, measured, sizes) for name in commands]
+    alone = spread([pair.small[0] for pair in measured[RAY]], 1)
+    rows.append((RAY, "–", "–", "–", "–", alone, "–", "–", "–"))
+    return Table(COLUMNS, tuple(rows), _setting(raw, rounds, sizes, absent), _chart(measured))
+
+
+def contenders() -> tuple[dict[str, Command], dict[str, str]]:
+    """Those that can run here, and why not for the others."""
+    found: dict[str, Command] = {LIMIT: _parts, OURS: _ours, "Ray Data, as documented": _ray_data}
+    try:
+        python = environments.python("img2dataset")
+    except environments.Absent as reason:
+        return found, {"img2dataset": str(reason)}
+    peer = environments.version("img2dataset")
+    return found | {peer: functools.partial(_img2dataset, python)}, {}
+
+
+def examined(raw: Path, out: Path) -> Quality:
+    """Refuses tars that hold other pictures than `raw`; compares some with the exact resize."""
+    stored = pictures_of(out)
+    files = {path.stem: path for path in raw.glob("train/*/*")}
+    assert stored.keys() == files.keys(), "a builder lost, invented or renamed pictures"
+    psnr = []
+    for key in sorted(stored)[:: max(1, len(stored) // _EXAMINED)]:
+        image = Image.open(io.BytesIO(stored[key]))  # grey ones stay grey in img2dataset
+        pixels = np.asarray(image.convert("RGB"))
+        wanted = resize.reference(files[key].read_bytes(), SIDE, SIDE)
+        psnr.append(resize.psnr(pixels, wanted))
+    size = float(np.mean([len(jpeg) for jpeg in stored.values()])) / 1000
+    return Quality(len(stored), tuple(psnr), size)
+
+
+def pictures_of(out: Path) -> dict[str, bytes]:
+    """Name of the raw file without its ending → stored JPEG, of all tars below `out`."""
+    found = {}
+    for path in sorted(out.rglob("*.tar")):
+        members: dict[str, dict[str, bytes]] = {}
+        with tarfile.open(path) as tar:
+            for member in tar:
+                key, _, suffix = member.name.partition(".")
+                data = tar.extractfile(member)
+                members.setdefault(key, {})[suffix] = data.read() if data else b""
+        for key, parts in members.items():
+            found[_source(key, parts)] = parts["jpg"]
+    return found
+
+
+def _source(key: str, parts: dict[str, bytes]) -> str:
+    """img2dataset numbers its pictures, and notes under "url" where each came from."""
+    url = json.loads(parts.get("json", b"{}")).get("url")
+    return Path(url).stem if url else key
+
+
+def _pair(
+    command: Command, sets: list[Path], out: Path, sizes: tuple[int, int], number: int
+) -> _Pair:
+    seconds, quality = [], None
+    for raw in sets:
+        done = command(raw, out)
+        if number == 0:
+            quality = quality or examined(raw, out)
+        shutil.rmtree(out)
+        seconds.append((done.wall_seconds, done.cpu_seconds))
+    return _Pair(seconds[0], seconds[1], sizes[1] - sizes[0], quality)
+
+
+def _request(raw: Path, out: Path) -> dict[str, object]:
+    return {
+        "raw": str(raw),
+        "out": str(out),
+        "side": SIDE,
+        "quality": QUALITY,
+        "processes": len(processes.cpus()),
+        "per_shard": 250,
+        "pictures": True,
+    }
+
+
+def _parts(raw: Path, out: Path) -> processes.Finished:
+    return processes.ask_ours("parts", _request(raw, out), on=processes.cpus())
+
+
+def _ours(raw: Path, out: Path) -> processes.Finished:
+    command = [sys.executable, "-m", "pipelines", "build", "--raw", str(raw), "--out", str(out)]
+    flags = {
+        "--resize": SIDE,
+        "--crop": SIDE,
+        "--quality": QUALITY,
+        "--samples-per-shard": 250,
+        "--splits": "train",
+    }
+    command += [str(word) for flag in flags.items() for word in flag]
+    return processes.run(command, on=processes.cpus())
+
+
+def _ray_data(raw: Path, out: Path) -> processes.Finished:
+    request = _request(raw, out)
+    return processes.ask(sys.executable, "build_ray_data.py", request, on=processes.cpus())
+
+
+def _img2dataset(python: Path, raw: Path, out: Path) -> processes.Finished:
+    return processes.ask(python, "build_img2dataset.py", _request(raw, out), on=processes.cpus())
+
+
+def _ray_alone(folder: Path, _: int) -> _Pair:
+    request = _request(folder, folder) | {"pictures": False}
+    done = processes.ask(sys.executable, "build_ray_data.py", request, on=processes.cpus())
+    return _Pair((done.wall_seconds, done.cpu_seconds), (0, 0), 0)
+
+
+def _row(name: str, measured: dict[str, list[_Pair]], sizes: tuple[int, int]) -> tuple[str, ...]:
+    made = measured[name][0].quality
+    assert made is not None, "the first round looks at the pictures"
+    cells = [f"**`{name}`**" if name == OURS else name]
+    for clock in (0, 1):
+        mine = [pair.rate(clock) for pair in measured[name]]
+        limit = [pair.rate(clock) for pair in measured[LIMIT]]
+        cells += [spread(mine), spread(ratios(mine, limit), 2)]
+    start = [pair.small[0] - sizes[0] / pair.rate(0) for pair in measured[name]]
+    cells += [spread(start, 1), spread([pair.large[0] for pair in measured[name]], 1)]
+    return (*cells, f"{np.mean(made.psnr):.1f} ({min(made.psnr):.1f})", f"{made.kilobytes:.1f}")
+
+
+def _setting(raw: Raw, rounds: int, sizes: tuple[int, int], absent: dict[str, str]) -> str:
+    missing = "".join(f" Not here: {name} ({reason})." for name, reason in absent.items())
+    return (
+        f"{sizes[0]} and {sizes[1]} files in two class folders, copies of {raw.origin}, page cache "
+        f"warm; shorter side {SIDE}, centre crop {SIDE}, JPEG quality {QUALITY} 4:2:0; tars on a "
+        f"local disk; {len(processes.cpus())} CPUs for each, whose processes take turns; {rounds} "
+        "rounds, median [lowest..highest], ratios to the parts within a round. Steady: from the "
+        "difference between the two sizes; start-up is the rest, Ray's included. PSNR: of the "
+        "stored JPEGs against a resize in double precision. Ray's workers have its own niceness, "
+        f"15.{missing}"
+    )
+
+
+def _chart(measured: dict[str, list[_Pair]]) -> Bars:
+    values = {
+        name: [pair.rate(0) for pair in pairs] for name, pairs in measured.items() if name != RAY
+    }
+    return Bars("raw JPEGs to shards, steady img/s", values)

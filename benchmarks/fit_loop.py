@@ -1,0 +1,65 @@
+"""`training.loop.fit` without Ray and MLflow, for the benchmark of training steps.
+
+python -m benchmarks.fit_loop '{"shards": …, "batch": …, "steps": …, "augment": …, …}'
+"""
+
+import contextlib
+import json
+import statistics
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from alexnet.model import AlexNet
+from training.config import AugmentConfig, TrainConfig
+from training.loop import Place, fit
+from training.recipes import RECIPES
+from training.speed import training_flops
+
+PLAIN = AugmentConfig(crop="centre", flip=False, colour_sigma=0.0)
+
+
+class Enough(Exception):
+    """Ends a training that has been watched long enough, before it evaluates or saves."""
+
+
+def train(request: dict[str, Any]) -> dict[str, float]:
+    """seconds: the median of a step, after two that warm up."""
+    torch.set_num_threads(request["threads"])
+    seconds: list[float] = []
+
+    def log(metrics: dict[str, float], step: int) -> None:
+        seconds.append(request["batch"] / metrics["images_per_second"])
+        if step == request["steps"] + 2:
+            raise Enough
+
+    place = Place(torch.device("cpu"), threads=request["threads"])
+    with contextlib.suppress(Enough):
+        fit(_config(request), request["shards"], place, log=log, report=never)
+    with torch.device("meta"):
+        shapes = AlexNet("deck", num_classes=request["classes"], width=request["width"])
+    return {"seconds": statistics.median(seconds[2:]), "gflop": training_flops(shapes) / 1e9}
+
+
+def _config(request: dict[str, Any]) -> TrainConfig:
+    deck = RECIPES["deck"]()
+    return replace(
+        deck,
+        synthetic=True,
+        log_steps=1,
+        flat_loss_steps=0,
+        model=replace(deck.model, width=request["width"]),
+        optim=replace(deck.optim, batch_size=request["batch"]),
+        augment=deck.augment if request["augment"] else PLAIN,
+    )
+
+
+def never(metrics: dict[str, float], folder: Path | None) -> None:
+    raise AssertionError("the benchmark ends before the first checkpoint")
+
+
+if __name__ == "__main__":
+    print(json.dumps(train(json.loads(sys.argv[1]))))

@@ -1,0 +1,187 @@
+"""A shard set of any size whose tars are empty files: what bookkeeping sees, without its pictures.
+
+Its plan, sidecars and DALI indices are as the builder leaves them; the tars are sparse, of the size
+that their sidecars say. Also the steps whose time and memory `benchmarks.growth` measures, each in
+a process of its own:
+
+    python -m benchmarks.grown STEP '{"pictures": …, "per_shard": …, "out": …}'
+"""
+
+import hashlib
+import json
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from pipelines import claim, finish, plan, shards, sources, storage
+from pipelines.plan import Recipe, ShardPlan
+from pipelines.produce import codec_versions
+from pipelines.sources.table import Source, labelled, part
+from pipelines.verify import verify
+from training.loader import Loader
+from training.order import epoch_order
+
+_CLASSES = 1000
+_JPEG_BYTES = 20_000
+_STRIDE = 23_040  # bytes of a sample in a tar: three headers, the padded JPEG, label and JSON
+_RAW = "made-up.tar"
+
+
+def main() -> None:
+    """Prints seconds and peak memory of one step; what is prepared for it does not count."""
+    step, request = sys.argv[1], json.loads(sys.argv[2])
+    prepared = STEPS[step](request)
+    began = time.perf_counter()
+    prepared()
+    seconds = time.perf_counter() - began
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000
+    print(json.dumps({"seconds": seconds, "peak_mb": peak}))
+
+
+def _plan(request: dict[str, Any]) -> Callable[[], None]:
+    """The plan and its claim, from a table of the pictures."""
+    source = _source(request["pictures"])
+    return lambda: claim.begin(request["out"], _RAW, _planned(source, request))
+
+
+def _tasks(request: dict[str, Any]) -> Callable[[], None]:
+    """What tasks would have left; not measured, and only once for each set."""
+    return lambda: _pretend(request["out"], _planned(_source(request["pictures"]), request))
+
+
+def _finish(request: dict[str, Any]) -> Callable[[], None]:
+    """Index, checksums and manifest from the sidecars."""
+    (Path(request["out"]) / "manifest.json").unlink(missing_ok=True)
+
+    def finished() -> None:
+        made = claim.load(request["out"])
+        done, missing = finish.finished_shards(request["out"], made)
+        assert not missing, missing
+        finish.finish(request["out"], made, done)
+
+    return finished
+
+
+def _verify(request: dict[str, Any]) -> Callable[[], None]:
+    def verified() -> None:
+        found = verify(request["out"])
+        assert not found.problems, found.problems[:3]
+
+    return verified
+
+
+def _load(request: dict[str, Any]) -> Callable[[], None]:
+    """Until the first batch could be asked for: manifest, index, order of an epoch."""
+
+    def loaded() -> None:
+        manifest = shards.load_manifest(request["out"])
+        with Loader(request["out"], manifest, "train", threads=1) as loader:
+            order = epoch_order(loader.shard_sizes, seed=0, epoch=0)
+            assert len(order) == request["pictures"]
+
+    return loaded
+
+
+STEPS: dict[str, Callable[[dict[str, Any]], Callable[[], None]]] = {
+    "plan": _plan,
+    "tasks": _tasks,
+    "finish": _finish,
+    "verify": _verify,
+    "load": _load,
+}
+
+
+def _source(pictures: int) -> Source:
+    """As scanning archives leaves it: one container, classes of equal size one after another."""
+    classes = min(_CLASSES, pictures)
+    wnids = [f"n{label:08d}" for label in range(classes)]
+    labels = np.sort(np.arange(pictures) % classes)
+    of_rows = pa.array(wnids).take(pa.array(labels))
+    names = pa.array([f"{wnids[label]}_{row}.JPEG" for row, label in enumerate(labels)])
+    offsets = pa.array(np.arange(pictures) * 110_592 + 512)
+    rows = part("train", names, of_rows, _RAW, offsets, 110_000)
+    return Source(
+        raw=_RAW,
+        layout="made up",
+        table=labelled([rows], wnids),
+        wnids=tuple(wnids),
+        class_names=tuple(wnids),
+        labels_from={"train": "made up"},
+        containers=((_RAW, pictures * 110_592),),
+        announced=None,
+        notes=(),
+    )
+
+
+def _planned(source: sources.Source, request: dict[str, Any]) -> plan.Plan:
+    recipe = Recipe(samples_per_shard=request["per_shard"], splits=("train",), partial=True)
+    return plan.make(source, recipe)
+
+
+def _pretend(out: str, made: plan.Plan) -> None:
+    for shard, rows in _rows(made):
+        offsets = np.arange(shard.samples) * _STRIDE + 1536
+        index = b"v1.2 %d\n" % shard.samples
+        size = shard.samples * _STRIDE
+        digest = hashlib.sha256(shard.name.encode()).hexdigest()
+        with Path(storage.join(out, f"{shard.name}.tar")).open("wb") as tar:
+            tar.truncate(size)
+        storage.write(storage.join(out, f"{shard.name}.idx"), index)
+        status = {
+            "shard_id": shard.id,
+            "shard": shard.name,
+            "split": shard.split,
+            "samples": shard.samples,
+            "bytes": size,
+            "sha256": digest,
+            "md5": digest[:32],
+            "dali_index_sha256": hashlib.sha256(index).hexdigest(),
+            "pixels": {"count": 2, "sums": [250] * 3, "products": _PRODUCTS},
+            "fixes": {},
+            "rejected": [],
+            "versions": codec_versions(),
+        }
+        sidecar = shards.pack_sidecar(_indexed(shard, rows, offsets), status)
+        storage.write(shards.sidecar_uri(out, shard.name), sidecar)
+
+
+_PRODUCTS = [[40_000 if i == j else 35_000 for j in range(3)] for i in range(3)]
+
+
+def _rows(made: plan.Plan) -> Iterator[tuple[ShardPlan, pa.Table]]:
+    assert made.table is not None, "just made"
+    start = 0
+    for shard in made.shards:
+        yield shard, made.table.slice(start, shard.samples)
+        start += shard.samples
+
+
+def _indexed(shard: ShardPlan, rows: pa.Table, offsets: np.ndarray) -> pa.Table:
+    """Rows of shards.INDEX. Hashes of pictures are as long as true ones, and as random."""
+    count = rows.num_rows
+    digests = pa.array(
+        [hashlib.sha256(key.encode()).hexdigest() for key in rows["key"].to_pylist()]
+    )
+    constant = {"size": _JPEG_BYTES, "width": 500, "height": 375}
+    columns = {
+        **{name: rows[name] for name in ("key", "label", "wnid", "source")},
+        **{name: pa.array(np.full(count, value)) for name, value in constant.items()},
+        "shard": pa.array([shard.name] * count),
+        "offset": pa.array(offsets),
+        "sha256": digests,
+        "source_offset": rows["offset"],
+        "source_size": rows["size"],
+        "source_sha256": digests,
+        "fixes": pa.array([[]] * count, pa.list_(pa.string())),
+    }
+    return pa.table([columns[name] for name in shards.INDEX.names], schema=shards.INDEX)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,46 @@
+"""One epoch of training's own loader, mirrored at random, for the benchmark of loaders.
+
+    python -m benchmarks.load_ours '{"action": "run", "shards": …, "batch": …, "threads": …}'
+
+"resident": the epoch after one that has filled the memory (`--cache ram`).
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.peers import clock
+from pipelines.shards import load_manifest
+from training.loader import Loader
+from training.order import epoch_order, global_batch, steps_per_epoch
+
+
+def batches(request: dict[str, Any]) -> Iterator[tuple[Tensor, Tensor]]:
+    """uint8 (B,3,H,W), labels (B,)."""
+    torch.set_num_threads(1)  # the mirroring's; decoding has threads of its own
+    manifest = load_manifest(request["shards"])
+    resident = bool(request.get("resident"))
+    cache = "ram" if resident else "none"
+    with Loader(
+        request["shards"], manifest, "train", threads=request["threads"], cache=cache
+    ) as loader:
+        if resident:
+            for _ in _epoch(loader, request["batch"], 0):
+                pass
+        yield from _epoch(loader, request["batch"], 1)
+
+
+def _epoch(loader: Loader, size: int, number: int) -> Iterator[tuple[Tensor, Tensor]]:
+    order = epoch_order(loader.shard_sizes, seed=0, epoch=number)
+    steps = steps_per_epoch(len(order), size)
+    chosen = [global_batch(order, step, steps) for step in range(steps)]
+    for batch in loader.batches(chosen):
+        rows = torch.rand(len(batch.images)) < 0.5
+        batch.images[rows] = batch.images[rows].flip(-1)
+        yield batch.images, batch.labels
+
+
+if __name__ == "__main__":
+    clock.main(batches)

@@ -1,0 +1,59 @@
+"""The builder's parts alone, in one pinned process for each CPU: the limit of what it can reach.
+
+The calls are those of the libraries chosen: simplejpeg's decoder, torch's resize, Pillow's encoder,
+`tarfile`; without a check, a label, a hash or a statistic.
+
+    python -m benchmarks.parts '{"raw": …, "out": …, "side": …, "quality": …, "processes": …}'
+"""
+
+import io
+import json
+import os
+import sys
+import tarfile
+from collections.abc import Iterable
+from multiprocessing import get_context
+from pathlib import Path
+
+import simplejpeg
+import torch
+from PIL import Image
+
+from alexnet.preprocess import resize_and_crop
+
+
+def pack(files: Iterable[Path], out: Path, *, resize: int, crop: int, quality: int) -> None:
+    """Stored pictures of `files` in one tar, on one thread."""
+    torch.set_num_threads(1)
+    with tarfile.open(out, "w", format=tarfile.USTAR_FORMAT) as tar:
+        for path in files:
+            pixels = torch.from_numpy(simplejpeg.decode_jpeg(path.read_bytes())).permute(2, 0, 1)
+            small = resize_and_crop(pixels, resize, crop).permute(1, 2, 0).contiguous().numpy()
+            buffer = io.BytesIO()
+            Image.fromarray(small).save(buffer, "JPEG", quality=quality, subsampling="4:2:0")
+            member = tarfile.TarInfo(f"{path.stem}.jpg")
+            member.size = buffer.tell()
+            buffer.seek(0)
+            tar.addfile(member, buffer)
+
+
+def _share(request: dict[str, object], number: int, cpu: int, processes: int) -> None:
+    os.sched_setaffinity(0, [cpu])
+    files = sorted(Path(str(request["raw"])).glob("train/*/*"))[number::processes]
+    side, quality = int(str(request["side"])), int(str(request["quality"]))
+    out = Path(str(request["out"])) / f"parts-{number:06d}.tar"
+    pack(files, out, resize=side, crop=side, quality=quality)
+
+
+def main() -> None:
+    request = json.loads(sys.argv[1])
+    Path(request["out"]).mkdir(parents=True)
+    usable = sorted(os.sched_getaffinity(0))[: request["processes"]]
+    work = [(request, number, cpu, len(usable)) for number, cpu in enumerate(usable)]
+    with get_context("fork").Pool(len(usable)) as pool:
+        pool.starmap(_share, work, chunksize=1)
+    print(json.dumps({"processes": len(usable)}))
+
+
+if __name__ == "__main__":
+    main()

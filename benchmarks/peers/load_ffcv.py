@@ -1,0 +1,59 @@
+"""FFCV: its own file with JPEGs, its compiled pipeline, uint8 batches. It encodes each picture once
+more when it writes the file, at the quality of the shards."""
+
+import clock
+import tars
+
+
+def prepare(request):
+    from ffcv.fields import IntField, RGBImageField
+    from ffcv.writer import DatasetWriter
+
+    fields = {
+        "image": RGBImageField(write_mode="jpg", jpeg_quality=request["quality"]),
+        "label": IntField(),
+    }
+    writer = DatasetWriter(f"{request['work']}/pictures.beton", fields, num_workers=1)
+    writer.from_indexed_dataset(Pictures(list(tars.samples(request["tars"]))))
+
+
+class Pictures:
+    def __init__(self, samples):
+        self.samples = samples
+
+    def __len__(self):
+        return len(self.samples)
+
+    def __getitem__(self, at):
+        import io
+
+        from PIL import Image
+
+        jpeg, label = self.samples[at]
+        return Image.open(io.BytesIO(jpeg)).convert("RGB"), label
+
+
+def batches(request):
+    from ffcv.fields.decoders import IntDecoder, SimpleRGBImageDecoder
+    from ffcv.loader import Loader, OrderOption
+    from ffcv.transforms import RandomHorizontalFlip, ToTensor, ToTorchImage
+
+    image = [
+        SimpleRGBImageDecoder(),
+        RandomHorizontalFlip(),
+        ToTensor(),
+        ToTorchImage(convert_back_int16=False),
+    ]
+    return Loader(
+        f"{request['work']}/pictures.beton",
+        batch_size=request["batch"],
+        num_workers=request["threads"],
+        order=OrderOption.QUASI_RANDOM,
+        os_cache=True,
+        drop_last=False,
+        pipelines={"image": image, "label": [IntDecoder(), ToTensor()]},
+    )
+
+
+if __name__ == "__main__":
+    clock.main(batches, prepare)
