@@ -30,6 +30,7 @@ import pyarrow.parquet as pq
 
 from alexnet.errors import UserError
 from pipelines import storage
+from pipelines.damage import DAMAGE, check_manifest, check_table, said
 
 FORMAT = "alexnet-shards"
 FORMAT_VERSION = 1
@@ -159,15 +160,21 @@ def load_manifest(uri: str) -> Manifest:
     data = storage.read(location)
     try:
         document = json.loads(data)
-    except ValueError as error:
+        found = (document.get("format"), document.get("format_version"))
+    except (ValueError, AttributeError, RecursionError) as error:
         raise UserError(f"{location} is not JSON ({error}); rebuild the shard set") from error
-    found = (document.get("format"), document.get("format_version"))
     if found != (FORMAT, FORMAT_VERSION):
         raise UserError(
-            f"{location} has format {found[0]!r} version {found[1]!r}; this reads {FORMAT!r} "
-            f"version {FORMAT_VERSION}: rebuild the shards, or use the release that wrote them"
+            f"{location} has format {found[0]!r:.40} version {found[1]!r:.40}; this reads "
+            f"{FORMAT!r} version {FORMAT_VERSION}: rebuild the shards, or use the release that "
+            "wrote them"
         )
-    return parse_manifest(document, hashlib.sha256(data).hexdigest())
+    try:
+        manifest = parse_manifest(document, hashlib.sha256(data).hexdigest())
+        check_manifest(manifest)
+    except DAMAGE as error:
+        raise UserError(f"{location} is damaged ({said(error)}); rebuild the shard set") from error
+    return manifest
 
 
 def parse_manifest(document: dict[str, Any], digest: str) -> Manifest:
@@ -191,11 +198,18 @@ def parse_manifest(document: dict[str, Any], digest: str) -> Manifest:
 
 
 def load_index(uri: str, split: str) -> pa.Table:
-    """All samples of a split with the columns of `INDEX`; the row number is the sample id."""
+    """All samples of a split, columns of `INDEX`; the row number is the sample id. Raises UserError."""
     location = storage.join(uri, "index", f"{split}.parquet")
     if not storage.exists(location):
         raise UserError(f"{location}: not there; was this set built with --splits {split}?")
-    return read_parquet(storage.read(location))
+    try:
+        table = read_parquet(storage.read(location))
+        check_table(table, INDEX)
+    except DAMAGE as error:
+        raise UserError(
+            f"{location} is damaged ({said(error)}); run: python -m pipelines verify {uri}"
+        ) from error
+    return table
 
 
 @dataclass(frozen=True)
@@ -273,17 +287,17 @@ def unpack_sidecar(data: bytes) -> tuple[pa.Table, dict[str, Any]]:
     """Rows and status. Raises ValueError when the bytes are not a sidecar."""
     try:
         table = read_parquet(data)
-    except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"no parquet file: {error}") from error
-    metadata = table.schema.metadata or {}
-    if STATUS not in metadata:
-        raise ValueError("no shard status in the parquet metadata")
-    return table.replace_schema_metadata(None), json.loads(metadata[STATUS])
+        status = json.loads((table.schema.metadata or {})[STATUS])
+        rows = table.replace_schema_metadata(None)
+        check_table(rows, INDEX)
+    except DAMAGE as error:
+        raise ValueError(f"no sidecar ({said(error)})") from error
+    return rows, status
 
 
 def parquet_bytes(table: pa.Table, **options: Any) -> bytes:
     buffer = io.BytesIO()
-    pq.write_table(table, buffer, **options)
+    pq.write_table(table, buffer, write_page_checksum=True, **options)
     return buffer.getvalue()
 
 
@@ -291,7 +305,7 @@ def read_json(uri: str) -> Any:
     """Raises UserError when it is missing or no JSON."""
     try:
         return json.loads(storage.read(uri))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(
             f"{uri} is not JSON ({error}); delete the folder and build again"
         ) from error
@@ -300,5 +314,5 @@ def read_json(uri: str) -> Any:
 def read_parquet(data: bytes) -> pa.Table:
     """All of a parquet file, read without Arrow's threads: with them a short-lived process
     sometimes aborts at its end (apache/arrow#34314)."""
-    file = pq.ParquetFile(pa.BufferReader(data), pre_buffer=False)
+    file = pq.ParquetFile(pa.BufferReader(data), pre_buffer=False, page_checksum_verification=True)
     return file.read(use_threads=False)
