@@ -198,7 +198,7 @@ def parse_manifest(document: dict[str, Any], digest: str) -> Manifest:
 
 
 def load_index(uri: str, split: str) -> pa.Table:
-    """All samples of a split, columns of `INDEX`; the row number is the sample id. Raises UserError."""
+    """All samples of a split, in rows of `INDEX`; the row number is the sample id."""
     location = storage.join(uri, "index", f"{split}.parquet")
     if not storage.exists(location):
         raise UserError(f"{location}: not there; was this set built with --splits {split}?")

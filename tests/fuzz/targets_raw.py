@@ -30,13 +30,14 @@ def tar(data: bytes, folder: Path) -> None:
     path = folder / "it.tar"
     path.write_bytes(data)
     found = tars.members(str(path), "it.tar").to_pylist()
-    with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as archive:
-        expected = [
-            {"name": _replaced(info.name), "offset": info.offset_data, "size": info.size}
-            for info in archive
-            if info.isreg()
-        ]
-    assert found == expected, f"{found[:3]} instead of {expected[:3]}"
+    with contextlib.suppress(tarfile.TarError):  # it wants owners and times to be numbers too
+        with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as archive:
+            expected = [
+                {"name": _replaced(info.name), "offset": info.offset_data, "size": info.size}
+                for info in archive
+                if info.isreg()
+            ]
+        assert found == expected, f"{found[:3]} instead of {expected[:3]}"
     assert all(row["offset"] + row["size"] <= len(data) for row in found)
 
 
