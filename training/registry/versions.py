@@ -62,7 +62,7 @@ def load(uri: str) -> Registered:
             spec = InputSpec.from_json(description["input_spec"])
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(
-                f"{uri}: its alexnet.json is unusable ({error!r}); register it again"
+                f"{uri}: its alexnet.json lacks what is needed ({error!r}); register it again"
             ) from error
         return Registered(network, spec, class_names, wnids, description)
 
