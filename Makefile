@@ -1,4 +1,4 @@
-.PHONY: setup demo test check bench clean
+.PHONY: setup demo test test-cluster check bench clean
 BIN := .venv/bin
 
 setup: .venv/installed  ## virtual environment with every pinned dependency
@@ -8,6 +8,8 @@ demo: setup  ## draw raw archives, build shards, train, promote, predict
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash infra/demo.sh
 test: setup
 	$(BIN)/python -m pytest
+test-cluster: setup  ## the whole road on several Ray nodes, S3 and MLflow on PostgreSQL; see infra/local
+	$(BIN)/python -m pytest tests/cluster
 check: setup
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/python -m pytest tests/test_layout.py
 bench: setup

@@ -15,7 +15,7 @@ import ray
 import ray.data
 
 from alexnet.errors import UserError
-from pipelines import cluster, finish, plan, shards
+from pipelines import claim, cluster, finish, metrics, plan, shards
 from pipelines.plan import Plan
 from pipelines.produce import Job, Made, codec_versions, produce
 from pipelines.progress import BuildFailed, MaxRejected, Progress
@@ -32,6 +32,7 @@ def build(
     max_rejected: MaxRejected,
     only: Collection[int] | None = None,
     workers: int | None = None,
+    address: str | None = None,
     shared_fs: bool = False,
     as_json: bool = False,
 ) -> shards.Manifest | None:
@@ -39,6 +40,7 @@ def build(
 
     only: numbers of the shards to make; without the others there is no manifest yet: None.
     workers: most shards under way at once; None for as many as the cluster has CPUs.
+    address: of the Ray cluster, as `cluster.connect` takes it.
     Raises UserError before any long work for what the user can mend, BuildFailed afterwards.
     """
     done, missing = finish.finished_shards(out, made_plan)
@@ -50,12 +52,14 @@ def build(
     if numbers:
         if done and not as_json:
             print(f"{len(done)} of {len(made_plan.shards)} shards are already there", flush=True)
+        claim.refuse_full(out, made_plan, numbers)
         _remove_faulty(out, made_plan, {number: missing[number] for number in numbers})
-        with cluster.connected():
+        with cluster.connected(address):
             cluster.refuse_local_paths([raw, out], shared_fs=shared_fs)
             statuses = _statuses(job_for(made_plan, raw, out), made_plan, numbers, workers)
             with progress.running(), closing(statuses):
                 for status in statuses:
+                    metrics.count(out, status)
                     progress.count(status)
         done, missing = finish.finished_shards(out, made_plan)
     if missing and only is not None and not set(missing) & set(only):

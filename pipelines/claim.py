@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+from collections.abc import Collection
 from dataclasses import asdict
 from typing import Any
 
@@ -46,6 +47,18 @@ def begin(out: str, raw: str, plan: Plan) -> None:
         storage.write(storage.join(out, *_ROWS), _rows_by_shard(plan))
     if raw_of(out) != raw:
         storage.write(storage.join(out, *_RAW), shards.canonical_json({"raw": raw}))
+
+
+def refuse_full(out: str, plan: Plan, numbers: Collection[int]) -> None:
+    """Raises UserError where the disk of `out` has no room for these shards, as far as their sizes
+    can be told before they are made. A store has no end that could be asked for."""
+    free = storage.free_bytes(out)
+    needed = sum(plan.shards[n].samples for n in numbers) * plan.recipe.bytes_per_sample
+    if free is not None and free < needed:
+        raise UserError(
+            f"{out}: {free / 1e6:,.1f} MB are free and {len(numbers)} shards take about "
+            f"{needed / 1e6:,.1f} MB; make room, or choose another --out"
+        )
 
 
 def check_replaceable(out: str, plan: Plan, again: set[str]) -> None:

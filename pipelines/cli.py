@@ -114,6 +114,11 @@ def _add_build_flags(parser: argparse.ArgumentParser) -> None:
     add("--only", metavar="12,40-44", help="these shards only, numbered as plan says, or by name")
     add("--retry-quarantined", action="store_true", help="make shards with rejected pictures anew")
     add("--workers", type=int, help="most shards at once; default: one per CPU")
+    add(
+        "--address",
+        metavar="HOST:PORT",
+        help="Ray cluster to build on, from one of its nodes; default: $RAY_ADDRESS, or this host",
+    )
     add("--shared-fs", action="store_true", help="every node sees the local paths given")
 
 

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
 import ray
 from ray.exceptions import AuthenticationError
 
@@ -22,8 +23,9 @@ _PACKAGES = ("alexnet", "pipelines", "training")
 _SCHEDULER_SECONDS = 10
 
 
-def connect(*, dashboard: bool = False) -> None:
-    """Joins the cluster of $RAY_ADDRESS or of `ray start` on this host; else starts a local one.
+def connect(address: str | None = None, *, dashboard: bool = False) -> None:
+    """Joins the cluster at `address`, by default that of $RAY_ADDRESS or of `ray start` on this
+    host; without any it starts a local one.
 
     Workers get the three packages from this checkout, so nothing has to be installed on them.
     `dashboard` gives a local one its web page, on loopback.
@@ -32,16 +34,17 @@ def connect(*, dashboard: bool = False) -> None:
     if ray.is_initialized():
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    settings: dict[str, Any] = {"runtime_env": _code(), "logging_level": logging.WARNING}
-    address = os.environ.get("RAY_ADDRESS")
+    settings: dict[str, Any] = {"runtime_env": _for_workers(), "logging_level": logging.WARNING}
     if address:
-        _check(address)
+        _check(address, f"--address {address}")
+    elif address := os.environ.get("RAY_ADDRESS"):
+        _check(address, f"RAY_ADDRESS={address}")
     elif not _started_here():
         _own_token()
         ray.init(address="local", include_dashboard=dashboard, **settings)
         return
     try:
-        ray.init(**settings)
+        ray.init(address=address, **settings)
     except AuthenticationError as error:
         raise UserError(
             "the Ray cluster asks for a token; set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH "
@@ -49,12 +52,18 @@ def connect(*, dashboard: bool = False) -> None:
         ) from error
 
 
+def is_known() -> bool:
+    """Whether `connect` would join a cluster, and not start one."""
+    address = os.environ.get("RAY_ADDRESS")
+    return address != "local" if address else _started_here()
+
+
 @contextmanager
-def connected() -> Iterator[None]:
+def connected(address: str | None = None) -> Iterator[None]:
     """`connect` for a while, with Ray Data inside: closed afterwards unless it was there before."""
     joined_before = ray.is_initialized()
     try:
-        connect()
+        connect(address)
         yield
     finally:
         # After Ctrl-C its scheduler still runs for a moment, and Ray's C++ ends the whole process
@@ -78,17 +87,18 @@ def refuse_local_paths(paths: list[str], *, shared_fs: bool) -> None:
         )
 
 
-def _check(address: str) -> None:
-    """Ray itself would wait for minutes for a cluster that is not there."""
+def _check(address: str, given: str) -> None:
+    """Ray itself would wait for minutes for a cluster that is not there. given: how the user said
+    it."""
     if address.startswith("http"):
         raise UserError(
-            f"RAY_ADDRESS={address} is a job server, which only `ray job submit` can use; unset "
-            "it, or set RAY_ADDRESS to the cluster's host:port"
+            f"{given} is a job server, which only `ray job submit` can use; give the cluster's "
+            "host:port, or none to run on this machine alone"
         )
     if "://" not in address and address not in ("auto", "local") and not _answers(address):
         raise UserError(
-            f"no Ray cluster answers at RAY_ADDRESS={address}; start one with "
-            "`ray start --head`, or unset RAY_ADDRESS to run on this machine alone"
+            f"no Ray cluster answers at {given}; start one with `ray start --head`, or give no "
+            "address to run on this machine alone"
         )
 
 
@@ -121,9 +131,28 @@ def _own_token() -> None:
         logging.getLogger(setup).setLevel(logging.ERROR)
 
 
-def _code() -> dict[str, Any]:
-    """The packages for the workers; empty in a job with a working directory, which brings them."""
-    job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") or "{}")
-    if "working_dir" in (job.get("runtime_env") or {}):
-        return {}
-    return {"py_modules": [str(_ROOT / name) for name in _PACKAGES]}
+def _for_workers() -> dict[str, Any]:
+    """The packages, except in a job with a working directory, which brings them; and what a worker
+    does first, except where the job says so itself, since Ray takes only one."""
+    job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") or "{}").get("runtime_env") or {}
+    settings: dict[str, Any] = {}
+    if "working_dir" not in job:
+        settings["py_modules"] = [str(_ROOT / name) for name in _PACKAGES]
+    if "worker_process_setup_hook" not in job:
+        settings["worker_process_setup_hook"] = "pipelines.cluster.use_the_nodes_network"
+    return settings
+
+
+def use_the_nodes_network() -> None:
+    """In each worker before its work: lets gloo listen on the interface by which the cluster knows
+    this node, unless $GLOO_SOCKET_IFNAME says which.
+
+    By itself gloo takes the address that the host's name leads to: 127.0.1.1 on a plain Debian,
+    where ranks on other hosts cannot reach it. NCCL looks at the interfaces and needs no help.
+    """
+    if os.environ.get("GLOO_SOCKET_IFNAME"):
+        return
+    address = ray.util.get_node_ip_address()
+    for interface, addresses in psutil.net_if_addrs().items():
+        if any(each.address.partition("%")[0] == address for each in addresses):
+            os.environ["GLOO_SOCKET_IFNAME"] = interface

@@ -44,6 +44,7 @@ def build(arguments: argparse.Namespace) -> int:
         max_rejected=limit,
         only=only,
         workers=arguments.workers,
+        address=arguments.address,
         shared_fs=arguments.shared_fs,
         as_json=arguments.json,
     )
@@ -59,6 +60,7 @@ def build(arguments: argparse.Namespace) -> int:
 def plan(arguments: argparse.Namespace) -> int:
     source, plan = flags.planned(arguments)
     out = flags.out_of(arguments, plan)
+    _refuse_unusable(out, plan)
     document = _plan_document(source, plan, out)
     if arguments.json:
         print(json.dumps(document, indent=1))
@@ -175,6 +177,15 @@ def _in_words(source: Source, plan: Plan, out: str) -> str:
         f"{source.raw}: {source.layout}{partial}, {pictures} pictures, {len(source.wnids)} classes"
         f"{notes}\n{out}: {len(plan.shards)} shards, plan {plan.plan_id[:12]}"
     )
+
+
+def _refuse_unusable(out: str, plan: Plan) -> None:
+    """A store that does not answer or refuses, and a disk that is too small, are told now."""
+    from pipelines import claim
+
+    there = {name for name, _ in storage.list_files(out)}
+    missing = [n for n, shard in enumerate(plan.shards) if f"{shard.name}.tar" not in there]
+    claim.refuse_full(out, plan, missing)
 
 
 def _plan_document(source: Source, plan: Plan, out: str) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -68,12 +69,13 @@ class Reader:
         self._rows = rows
         self._threads = _THREADS_S3 if storage.is_s3(raw) else _THREADS_LOCAL
         self._counting = threading.Lock()
+        self._footer_seconds = 0.0
         self._ahead: Ahead[_Fetch, _Picture] | None = None
 
     @property
     def wait_seconds(self) -> float:
-        """That the consumer spent waiting for bytes, so far."""
-        return self._ahead.wait_seconds if self._ahead else 0.0
+        """That the consumer spent waiting for bytes, so far, those of footers included."""
+        return self._footer_seconds + (self._ahead.wait_seconds if self._ahead else 0.0)
 
     def __iter__(self) -> Iterator[_Picture]:
         self._ahead = Ahead(self._fetches(), self._fetch, self._threads, _MAX_AHEAD)
@@ -113,8 +115,11 @@ class Reader:
                 size = storage.size(uri)
                 return pq.read_metadata(_Counted(uri, size, self._count)), size
 
+        started = time.perf_counter()
         with ThreadPoolExecutor(self._threads) as pool:
-            return list(pool.map(read, sources))
+            found = list(pool.map(read, sources))
+        self._footer_seconds += time.perf_counter() - started
+        return found
 
     def _by_row_group(
         self, source: str, footer: pq.FileMetaData, file_bytes: int, positions: list[int]

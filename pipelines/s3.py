@@ -20,6 +20,19 @@ from alexnet.errors import UserError
 _TRIES = 5
 _making = threading.Lock()
 _MISSING = {"404", "NoSuchKey", "NotFound"}
+_ELSEWHERE = {"301", "400", "PermanentRedirect", "AuthorizationHeaderMalformed"}
+# What the store says of who asks, and what that person can do.
+_RIGHTS = (
+    "check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and that they may list, read and write there"
+)
+_REFUSED = dict.fromkeys(
+    ("401", "403", "AccessDenied", "Forbidden", "InvalidAccessKeyId", "SignatureDoesNotMatch"),
+    _RIGHTS,
+) | {
+    "ExpiredToken": "renew the credentials, AWS_SESSION_TOKEN among them",
+    "InvalidToken": "renew the credentials, AWS_SESSION_TOKEN among them",
+    "RequestTimeTooSkewed": "set the clock of this machine",
+}
 
 
 @functools.cache
@@ -128,6 +141,8 @@ def remedy(uri: str, error: Exception) -> str | None:
     store = os.environ.get("AWS_ENDPOINT_URL", "Amazon S3")
     if isinstance(error, s3.NoCredentialsError | s3.PartialCredentialsError):
         return f"{uri}: no S3 credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+    if isinstance(error, s3.ProfileNotFound | s3.CredentialRetrievalError):
+        return f"{uri}: no S3 credentials ({' '.join(str(error).split())}); check AWS_PROFILE"
     if isinstance(error, s3.ParamValidationError | s3.NoRegionError):
         return f"{uri}: {' '.join(str(error).split())}"
     if isinstance(error, s3.HTTPClientError | s3.ConnectionError):  # refused, timed out, TLS
@@ -141,7 +156,14 @@ def remedy(uri: str, error: Exception) -> str | None:
         return f"{uri}: no such bucket at {store}; create it first"
     if code in _MISSING:
         return f"{uri}: not there"
-    return f"{uri}: {store} answered {code}: {error.response['Error'].get('Message', '')}".strip()
+    message = " ".join(str(error.response["Error"].get("Message", "")).split())
+    headers = error.response.get("ResponseMetadata", {}).get("HTTPHeaders", {})
+    region = headers.get("x-amz-bucket-region") or error.response["Error"].get("Region")
+    if code in _ELSEWHERE and region:
+        return f"{uri}: {store} has the bucket in another region; set AWS_DEFAULT_REGION={region}"
+    if code in _REFUSED:
+        return f"{uri}: {store} refused the credentials ({code}: {message}); {_REFUSED[code]}"
+    return f"{uri}: {store} answered {code}: {message}".strip()
 
 
 def base64_sha256(data: bytes) -> str:

@@ -7,7 +7,9 @@ a name that exists is never replaced with other bytes behind somebody's back (`w
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import shutil
 import socket
 import tempfile
 from collections import deque
@@ -134,6 +136,17 @@ def sweep(folder: str) -> None:
                 path.unlink(missing_ok=True)
 
 
+def free_bytes(uri: str) -> int | None:
+    """What the disk of a local path, which need not exist yet, has left; None for S3."""
+    if is_s3(uri):
+        return None
+    path = Path(uri)
+    with _told(uri):
+        while not path.exists() and path != path.parent:
+            path = path.parent
+        return shutil.disk_usage(path).free
+
+
 def home() -> Path:
     """$ALEXNET_HOME or ~/.alexnet, absolute because Ray's workers change directory."""
     return Path(os.environ.get("ALEXNET_HOME") or "~/.alexnet").expanduser().absolute()
@@ -255,7 +268,8 @@ def _told(uri: str) -> Iterator[None]:
     except OSError as error:
         if is_s3(uri):
             raise
-        raise UserError(f"{uri}: {error.strerror or error}") from error
+        remedy = "; make room there" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+        raise UserError(f"{uri}: {error.strerror or error}{remedy}") from error
     except Exception as error:
         line = s3.remedy(uri, error) if is_s3(uri) else None
         if line is None:

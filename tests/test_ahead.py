@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
+from drawn import A
+from drawn_layouts import parquet, train_row
 from waiting import wait_until
 
 from alexnet.errors import UserError
@@ -92,6 +94,45 @@ def test_a_slow_consumer_waits_for_the_first_answer_only(slow_store: str) -> Non
         assert len(list(stream)) == 15
     assert first > 0
     assert reader.wait_seconds - first < 15 * Slow.DELAY / 3
+
+
+class SlowFile(Slow):
+    """One file under every name."""
+
+    data: ClassVar[bytes] = b""
+
+    def do_HEAD(self) -> None:
+        time.sleep(self.DELAY)
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(self.data)))
+        self.end_headers()
+
+    def do_GET(self) -> None:
+        time.sleep(self.DELAY)
+        first, last = map(int, self.headers["Range"].removeprefix("bytes=").split("-"))
+        body = self.data[first : last + 1]
+        self.send_response(206)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+
+def test_waiting_for_the_footers_of_parquet_files_is_waiting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parquet(tmp_path / "x.parquet", [train_row(A, number, number) for number in range(4)])
+    monkeypatch.setattr(SlowFile, "data", (tmp_path / "x.parquet").read_bytes())
+    raw = [row("x.parquet", 0, KIB)]
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), SlowFile) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
+        storage.size("s3://bucket/x.parquet")  # makes the client
+        reader = reads.Reader("s3://bucket", raw)
+        reader._fetches()  # asks for the size and the footer
+        assert reader.wait_seconds >= 2 * Slow.DELAY
+        server.shutdown()
+        thread.join()
 
 
 def test_leaving_the_loop_ends_the_threads(

@@ -23,6 +23,8 @@ ALLOWED = {
     "ray": {
         "pipelines/build.py",
         "pipelines/cluster.py",
+        "pipelines/metrics.py",
+        "training/metrics.py",
         "training/run.py",
         "training/worker.py",
         "training/scoring.py",

@@ -1,14 +1,14 @@
 """Everything that can be said of a training before it starts: what is missing, and what it takes.
 
-Needs neither Ray nor a GPU and takes seconds; it writes one empty file, to see that it can.
+Needs no GPU and takes seconds; it writes one empty file, to see that it can, and starts nothing. A
+cluster is asked where one is known, by whoever calls: nothing here imports Ray.
 """
 
 import dataclasses
 import os
-import shutil
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -21,26 +21,25 @@ from training import tracking
 from training.config import TrainConfig
 from training.loop import build_model, input_spec
 from training.order import steps_per_epoch
+from training.room import check_node, check_storage, gb
 
 _FLOAT = 4  # bytes of a weight, a gradient, a velocity
 _BATCHES_AHEAD = 4  # decoded pictures in memory: those in use and the loader's read-ahead
 
 
-def dry_run(config: TrainConfig) -> str:
-    """A table of what the training would do. Raises UserError for what would stop it later."""
+def dry_run(config: TrainConfig, cluster: Callable[[TrainConfig], str] | None = None) -> str:
+    """A table of what the training would do. Raises UserError for what would stop it later.
+
+    cluster: says what the cluster would give, or raises; None where it would be this machine alone.
+    """
     config, manifest = resolve(config)
-    check_writable(str(config.storage))
+    check_disks(config, manifest)
     uri = tracking.tracking_uri()
     found = tracking.find_run(tracking.connect(uri), config, manifest)
-    memory, room = estimate(config, manifest), _room(str(config.storage))
+    memory = estimate(config, manifest)
     total, device = _device_memory(config)
-    stored = memory.checkpoint * (config.keep_last + config.keep_best + 1)
     _refuse_too_large(config, memory, total, device)
-    if room is not None and stored > room:
-        raise UserError(
-            f"{config.storage} has {_gb(room)} free and the checkpoints of this run take "
-            f"{_gb(stored)}; make room, lower --keep-last, or pass another --storage"
-        )
+    place = _this_machine(config) if cluster is None else cluster(config)
     state = "is new" if found is None else f"exists ({found.info.status}): it continues"
     return "\n".join(
         f"{name:<12}{text}"
@@ -48,8 +47,9 @@ def dry_run(config: TrainConfig) -> str:
             ("data", _data(config, manifest)),
             ("network", f"{config.model.variant}, {memory.parameters:,} parameters"),
             ("steps", _steps(config, manifest)),
-            ("memory", f"about {_gb(memory.total)} for each worker; {device} has {_gb(total)}"),
-            ("checkpoints", _checkpoints(config, memory.checkpoint, room)),
+            ("memory", f"about {gb(memory.total)} for each worker; {device} has {gb(total)}"),
+            ("place", place),
+            ("checkpoints", _checkpoints(config, memory.checkpoint)),
             ("tracking", f"{uri} answers; run {config.name} {state}"),
             ("", "nothing was started; leave --dry-run away to train"),
         ]
@@ -84,11 +84,15 @@ def resolve(config: TrainConfig) -> tuple[TrainConfig, shards.Manifest]:
     return dataclasses.replace(config, data=data, name=name, storage=place), manifest
 
 
-def check_writable(place: str) -> None:
-    """Raises UserError where checkpoints could not be written, which would show much later."""
-    probe = storage.join(place, ".writable")
+def check_disks(config: TrainConfig, manifest: shards.Manifest) -> None:
+    """Raises UserError where checkpoints could not be written, or where this machine's disks are
+    too full, which would show much later."""
+    probe = storage.join(str(config.storage), ".writable")
     storage.write(probe, b"")
     storage.delete(probe)
+    each = estimate(config, manifest).checkpoint
+    check_storage(config, each)
+    check_node(config, manifest, each)
 
 
 @dataclass(frozen=True)
@@ -170,7 +174,7 @@ def _refuse_too_large(config: TrainConfig, memory: Memory, total: int, device: s
         fits = int((total - memory.weights) / for_batch * config.optim.batch_size * 0.99)
         raise UserError(
             f"a batch of {config.optim.batch_size} over {config.min_workers or config.workers} "
-            f"worker(s) needs about {_gb(memory.total)} each, {device} has {_gb(total)}; pass "
+            f"worker(s) needs about {gb(memory.total)} each, {device} has {gb(total)}; pass "
             f"--optim.batch-size {max(1, fits)} or more --workers"
         )
 
@@ -182,8 +186,15 @@ def _device_memory(config: TrainConfig) -> tuple[int, str]:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), "this machine"
 
 
-def _room(place: str) -> int | None:
-    return None if storage.is_s3(place) else shutil.disk_usage(Path(place)).free
+def _this_machine(config: TrainConfig) -> str:
+    gpus = torch.cuda.device_count()
+    fewest = config.min_workers or config.workers
+    if config.device == "cuda" and gpus < fewest:
+        raise UserError(
+            f"{fewest} workers need a GPU each, this machine has {gpus} and no cluster is known; "
+            "set RAY_ADDRESS to a cluster's host:port, or pass --device cpu"
+        )
+    return f"no cluster is known: a Ray of its own on this machine, which has {gpus} GPUs"
 
 
 def _data(config: TrainConfig, manifest: shards.Manifest) -> str:
@@ -203,17 +214,14 @@ def _steps(config: TrainConfig, manifest: shards.Manifest) -> str:
     )
 
 
-def _checkpoints(config: TrainConfig, each: int, room: int | None) -> str:
+def _checkpoints(config: TrainConfig, each: int) -> str:
     steps, minutes = config.checkpoint_steps, config.checkpoint_minutes
     when = ["every epoch"]
     when += [f"every {steps} steps"] if steps else []
     when += [f"every {minutes:g} minutes"] if minutes else []
-    free = "" if room is None else f", {_gb(room)} free"
+    room = storage.free_bytes(str(config.storage))
+    free = "" if room is None else f", {gb(room)} free"
     return (
-        f"{_gb(each)} {', '.join(when)} to {config.storage}/{config.name}; the last "
+        f"{gb(each)} {', '.join(when)} to {config.storage}/{config.name}; the last "
         f"{config.keep_last} and the best {config.keep_best} stay{free}"
     )
-
-
-def _gb(num_bytes: int) -> str:
-    return f"{num_bytes / 1e9:.2f} GB"

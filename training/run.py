@@ -34,7 +34,7 @@ from pipelines import cluster, shards, storage
 from training import checkpoint, tracking
 from training.command_line import parse
 from training.config import TrainConfig, to_dict
-from training.dry_run import check_writable, dry_run, resolve
+from training.dry_run import check_disks, dry_run, estimate, resolve
 from training.registry.package import register
 from training.worker import FinalErrors, said, train_worker
 
@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
             _show(json.dumps(to_dict(command.config), indent=1))
             return 0
         if command.action == "dry-run":
-            _show(dry_run(command.config))
+            _show(dry_run(command.config, _on_cluster if cluster.is_known() else None))
             return 0
         return train(command.config)
     except UserError as error:
@@ -71,7 +71,7 @@ def train(config: TrainConfig) -> int:
     """From a checked config to a registered version."""
     config, manifest = resolve(config)
     data = str(config.data)
-    check_writable(str(config.storage))
+    check_disks(config, manifest)
     uri = tracking.tracking_uri()
     client = tracking.connect(uri)
     found = tracking.find_run(client, config, manifest)
@@ -79,11 +79,10 @@ def train(config: TrainConfig) -> int:
         logger.info(f"run {config.name} is finished; train again under another --name")
         return 0
     cluster.connect(dashboard=True)
-    cluster.refuse_local_paths([data, str(config.storage)], shared_fs=config.shared_fs)
-    _refuse_embedded_mlflow(uri)
-    scaling, cpus = _scaling(config)
+    scaling, cpus = _checked(config, uri)
     run_id = tracking.open_run(client, config, manifest, data).info.run_id
     job = {"config": config, "data": data, "manifest": manifest.digest, "cpus": cpus}
+    job |= {"checkpoint": estimate(config, manifest).checkpoint}
     job |= {"tracking_uri": uri, "run_id": run_id, "terminal": sys.stderr.isatty()}
     _announce(config, manifest, cpus, scaling.use_gpu)
     # Ray Train's own print would put an empty line after each state of the progress bar.
@@ -93,6 +92,7 @@ def train(config: TrainConfig) -> int:
             _fit(_trainer(config, scaling, job))
             version = _register(client, run_id, manifest, config)
     except ray.train.TrainingFailedError as error:
+        ray.shutdown()  # so that the cause comes last, after all that workers have said
         logger.error(f"error: {_cause(error, config)}")
         return 1
     except tracking.FAILURES as error:
@@ -107,6 +107,23 @@ def train(config: TrainConfig) -> int:
         logger.info(f"registered alexnet version {version} as candidate; promote it with:")
         logger.info("  python -m training.registry promote")
     return 0
+
+
+def _on_cluster(config: TrainConfig) -> str:
+    """What the cluster would give to this training, for the dry run. Raises UserError where it
+    could not start there."""
+    with cluster.connected():
+        scaling, cpus = _checked(config, tracking.tracking_uri())
+        nodes = sum(node["Alive"] for node in ray.nodes())
+    return f"a cluster of {nodes} nodes: {_workers(config, cpus, scaling.use_gpu)}"
+
+
+def _checked(config: TrainConfig, uri: str) -> tuple[ray.train.ScalingConfig, int]:
+    """`_scaling` where the joined cluster can run this training at all."""
+    paths = [str(config.data), str(config.storage)]
+    cluster.refuse_local_paths(paths, shared_fs=config.shared_fs)
+    _refuse_embedded_mlflow(uri)
+    return _scaling(config)
 
 
 def _refuse_embedded_mlflow(uri: str) -> None:
@@ -133,6 +150,11 @@ def _scaling(config: TrainConfig) -> tuple[ray.train.ScalingConfig, int]:
     use_gpu = config.device != "cpu" and gpus >= fewest
     kind = "GPU" if use_gpu else "CPU"
     useful = [node for node in nodes if node.get(kind, 0) >= 1]
+    if not useful:
+        raise UserError(
+            f"{fewest} workers need a CPU each, no node of the cluster has one; start nodes with "
+            "`ray start --address`"
+        )
     per_node = min(-(-config.workers // len(useful)), max(int(node[kind]) for node in useful))
     share = int(min(node.get("CPU", 1) for node in useful)) // per_node
     cpus = config.cpus_per_worker or max(1, share)
@@ -206,11 +228,13 @@ def _announce(config: TrainConfig, manifest: shards.Manifest, cpus: int, use_gpu
         f"{config.model.width}), {totals['train']} train and {totals['val']} val samples of "
         f"{manifest.num_classes} classes from {config.data}"
     )
-    workers = f"{config.min_workers} to {config.workers}" if config.min_workers else config.workers
-    logger.info(
-        f"{workers} worker(s) with {cpus} CPU(s)"
-        f"{' and a GPU' if use_gpu else ''} each; checkpoints in {config.storage}/{config.name}"
-    )
+    workers = _workers(config, cpus, use_gpu)
+    logger.info(f"{workers}; checkpoints in {config.storage}/{config.name}")
+
+
+def _workers(config: TrainConfig, cpus: int, use_gpu: bool) -> str:
+    count = f"{config.min_workers} to {config.workers}" if config.min_workers else config.workers
+    return f"{count} worker(s) with {cpus} CPU(s){' and a GPU' if use_gpu else ''} each"
 
 
 def _cause(error: ray.train.TrainingFailedError, config: TrainConfig) -> str:

@@ -9,6 +9,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import sqlite3
 import subprocess
 import time
@@ -20,6 +21,8 @@ import mlflow
 from mlflow.entities import Dataset, DatasetInput, Metric, Param, Run, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
+from mlflow.utils.credentials import get_default_host_creds
+from mlflow.utils.rest_utils import http_request
 from sqlalchemy.exc import SQLAlchemyError
 
 from alexnet.errors import UserError
@@ -28,6 +31,9 @@ from pipelines.shards import Manifest
 from training.config import TrainConfig, flatten, science, to_dict
 
 EXPERIMENT = "alexnet"
+# Of a server: versions are registered as logged models, which older ones have no place for. It
+# would show at the end of the training.
+OLDEST_SERVER = (3, 0)
 _ROOT = Path(__file__).resolve().parents[1]
 # requests raises OSErrors.
 FAILURES = (MlflowException, OSError, SQLAlchemyError, sqlite3.Error)
@@ -57,20 +63,42 @@ def connect(uri: str) -> MlflowClient:
     try:
         if uri.startswith("sqlite:///"):
             _open_embedded(Path(uri.removeprefix("sqlite:///")))
+        if uri.startswith("http"):
+            _refuse_old(uri)
         client = MlflowClient(tracking_uri=uri, registry_uri=uri)
         if client.get_experiment_by_name(EXPERIMENT) is None:
             client.create_experiment(EXPERIMENT, artifact_location=_artifact_location(uri))
     except FAILURES as error:
-        reason = str(error).splitlines()[0][:200]
-        if "Max retries exceeded" in reason:
-            reason = "no connection"
-        raise UserError(
-            f"MLflow at {uri} cannot be used ({reason}); start the server, or unset "
-            "MLFLOW_TRACKING_URI to use the embedded store"
-        ) from error
+        raise UserError(f"MLflow at {uri} cannot be used ({_remedy(error)}") from error
     mlflow.set_tracking_uri(uri)
     mlflow.set_registry_uri(uri)
     return client
+
+
+def _refuse_old(uri: str) -> None:
+    """Raises UserError for a server before OLDEST_SERVER. One that does not tell its version, such
+    as a service that only speaks the API, is taken as it is."""
+    answer = http_request(get_default_host_creds(uri), "/version", "GET", raise_on_status=False)
+    found = re.fullmatch(r"(\d+)\.(\d+)\S*", answer.text.strip())
+    if answer.status_code == 200 and found and tuple(map(int, found.groups())) < OLDEST_SERVER:
+        wanted = ".".join(map(str, OLDEST_SERVER))
+        raise UserError(
+            f"MLflow at {uri} is version {found[0]}, this needs {wanted} or newer; upgrade the "
+            f"server (this client is {mlflow.__version__}) and run `mlflow db upgrade` first"
+        )
+
+
+def _remedy(error: BaseException) -> str:
+    """Why MLflow cannot be used, a bracket, and what to do."""
+    reason = str(error).splitlines()[0][:200]
+    status = getattr(error, "get_http_status_code", int)()
+    if "Max retries exceeded" in reason:
+        reason = "no connection"
+    elif status == 401:
+        return "401); set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD on every node"
+    elif "Invalid Host header" in reason:
+        return f"{reason}); start the server with --allowed-hosts and this host's name"
+    return f"{reason}); start the server, or unset MLFLOW_TRACKING_URI to use the embedded store"
 
 
 def find_run(client: MlflowClient, config: TrainConfig, manifest: Manifest) -> Run | None:

@@ -17,9 +17,10 @@ from ray.experimental import tqdm_ray
 
 from alexnet.errors import UserError
 from pipelines import shards, storage
-from training import checkpoint, loop, speed
+from training import checkpoint, loop, metrics, speed
 from training.config import TrainConfig
 from training.meter import log_line
+from training.room import check_node
 from training.tracking import Tracker
 from training.uploads import Uploader
 
@@ -28,8 +29,8 @@ logger = logging.getLogger("training")
 
 def train_worker(job: dict[str, Any]) -> dict[str, float]:
     """Trains this worker's share. `job` holds config (TrainConfig), data, manifest (its digest),
-    tracking_uri, run_id, cpus, terminal (whether the driver has one): plain values, since Ray shows
-    them in its dashboard.
+    checkpoint (bytes of one), tracking_uri, run_id, cpus, terminal (whether the driver has one):
+    plain values, since Ray shows them in its dashboard.
 
     Goes on from the newest whole checkpoint of the run, whoever wrote it: a worker group before
     this one that lost a node, another number of workers, or an earlier job.
@@ -38,7 +39,8 @@ def train_worker(job: dict[str, Any]) -> dict[str, float]:
     rank = ray.train.get_context().get_world_rank()
     _say(rank)
     torch.set_num_threads(job["cpus"])
-    _refuse_changed(job["data"], job["manifest"])
+    manifest = _unchanged(job["data"], job["manifest"])
+    check_node(config, manifest, job["checkpoint"])
     tracker = Tracker(job["tracking_uri"], job["run_id"])
     run = storage.join(str(config.storage), str(config.name))
     with contextlib.ExitStack() as stack:
@@ -47,17 +49,17 @@ def train_worker(job: dict[str, Any]) -> dict[str, float]:
         uploads, profile = None, None
         if rank == 0:
             tracker.tag("hardware", speed.device_name(ray.train.torch.get_device()))
-            _tell_start(tracker, step)
+            _tell_start(str(config.name), tracker, step)
             keep_last, keep_best = config.keep_last, config.keep_best
             uploads = stack.enter_context(Uploader(run, keep_last=keep_last, keep_best=keep_best))
             if config.profile:
                 profile = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="profile-")))
         bar = stack.enter_context(_bar()) if rank == 0 and job["terminal"] else None
-        metrics = loop.fit(
+        last = loop.fit(
             config,
             job["data"],
             _place(job["cpus"]),
-            log=_logging(tracker, bar),
+            log=_logging(str(config.name), tracker, bar),
             report=_reporting(uploads),
             resume=resume,
             run_id=job["run_id"],
@@ -68,7 +70,7 @@ def train_worker(job: dict[str, Any]) -> dict[str, float]:
             tracker.attach(profile, "profile")
     if rank == 0:
         tracker.log({}, 0)  # sends what is still on disk, where MLflow answers again
-    return metrics
+    return last
 
 
 class FinalErrors(ray.train.UserCallback):  # type: ignore[misc]
@@ -102,14 +104,15 @@ def _say(rank: int) -> None:
     logging.getLogger("ray.train").setLevel(logging.WARNING)
 
 
-def _refuse_changed(data: str, digest: str) -> None:
+def _unchanged(data: str, digest: str) -> shards.Manifest:
     """A worker of a later attempt must not train on other shards than those before it."""
-    found = shards.load_manifest(data).digest
-    if found != digest:
+    manifest = shards.load_manifest(data)
+    if manifest.digest != digest:
         raise UserError(
-            f"{data} changed under the run: its manifest is {found[:16]}, was {digest[:16]}; "
-            "put the old shards back, or train the new ones under another --name"
+            f"{data} changed under the run: its manifest is {manifest.digest[:16]}, was "
+            f"{digest[:16]}; put the old shards back, or train the new ones under another --name"
         )
+    return manifest
 
 
 def _agreed(step: int) -> int:
@@ -121,13 +124,15 @@ def _agreed(step: int) -> int:
     return step
 
 
-def _tell_start(tracker: Tracker, step: int) -> None:
+def _tell_start(run: str, tracker: Tracker, step: int) -> None:
     """One line when this is not the beginning of the run: what was lost and how long it took."""
     workers = ray.train.get_context().get_world_size()
     tracker.log({"workers": workers}, step)
+    metrics.show_workers(run, workers)
     last = tracker.last_logged()
     if step == 0 and last is None:
         return
+    metrics.count_restart(run)
     lost = ""
     if last is not None:
         last_step, seconds = last
@@ -156,14 +161,15 @@ def _bar() -> Iterator[tqdm_ray.tqdm]:
         bar.close()
 
 
-def _logging(tracker: Tracker, bar: tqdm_ray.tqdm | None) -> loop.Log:
-    def log(metrics: dict[str, float], step: int) -> None:
-        logger.info(log_line(metrics, step))
-        tracker.log(metrics, step)
-        if bar is not None and "progress" in metrics:
-            bar.n, bar.total = step, round(step / metrics["progress"])
-            left = timedelta(seconds=round(metrics["eta_seconds"]))  # right for resumed runs too
-            bar.set_description(f"epoch {metrics['epoch']:.2f}, {left} left")
+def _logging(run: str, tracker: Tracker, bar: tqdm_ray.tqdm | None) -> loop.Log:
+    def log(line: dict[str, float], step: int) -> None:
+        logger.info(log_line(line, step))
+        metrics.show(run, line, step)
+        tracker.log(line, step)
+        if bar is not None and "progress" in line:
+            bar.n, bar.total = step, round(step / line["progress"])
+            left = timedelta(seconds=round(line["eta_seconds"]))  # right for resumed runs too
+            bar.set_description(f"epoch {line['epoch']:.2f}, {left} left")
 
     return log
 

@@ -1,0 +1,87 @@
+"""How a command finds its Ray, and what its workers do first."""
+
+import json
+import os
+import socket
+import subprocess
+
+import psutil
+import pytest
+import ray
+from drawn import ROOT, archives
+
+from alexnet.errors import UserError
+from pipelines import cluster
+from pipelines.cli import main
+
+
+@pytest.fixture
+def nobody(monkeypatch: pytest.MonkeyPatch) -> str:
+    """host:port where nothing listens."""
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return f"127.0.0.1:{probe.getsockname()[1]}"
+
+
+def test_address_where_no_cluster_answers_is_named_as_it_was_given(nobody, monkeypatch):
+    with pytest.raises(UserError, match=f"answers at --address {nobody}; start one with"):
+        cluster.connect(nobody)
+    monkeypatch.setenv("RAY_ADDRESS", nobody)
+    with pytest.raises(UserError, match=f"answers at RAY_ADDRESS={nobody}; start one with"):
+        cluster.connect()
+
+
+def test_a_job_server_is_no_cluster_to_join(nobody):
+    with pytest.raises(UserError, match="--address http://head:8265 is a job server"):
+        cluster.connect("http://head:8265")
+
+
+def test_build_takes_the_flag_before_the_variable(nobody, monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    raw, out = str(archives(tmp_path / "raw")), str(tmp_path / "out")
+    assert main(["build", "--raw", raw, "--out", out, "--address", nobody]) == 2
+    assert f"--address {nobody}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("job", "expected"),
+    [
+        ({}, {"py_modules", "worker_process_setup_hook"}),
+        ({"working_dir": "gcs://x.zip"}, {"worker_process_setup_hook"}),
+        ({"worker_process_setup_hook": "theirs.hook"}, {"py_modules"}),
+    ],
+)
+def test_workers_get_what_the_job_does_not_bring(monkeypatch, job, expected):
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", json.dumps({"runtime_env": job}))
+    assert set(cluster._for_workers()) == expected
+
+
+def test_gloo_listens_on_the_interface_of_the_nodes_address(monkeypatch):
+    # Written here, so that it is taken back afterwards.
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "")
+    monkeypatch.setattr(ray.util, "get_node_ip_address", lambda: "127.0.0.1")
+    cluster.use_the_nodes_network()
+    chosen = os.environ["GLOO_SOCKET_IFNAME"]
+    assert "127.0.0.1" in {each.address for each in psutil.net_if_addrs()[chosen]}
+
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "mine")
+    cluster.use_the_nodes_network()
+    assert os.environ["GLOO_SOCKET_IFNAME"] == "mine"
+
+
+def test_gloo_is_left_alone_where_no_interface_has_the_nodes_address(monkeypatch):
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "")
+    monkeypatch.setattr(ray.util, "get_node_ip_address", lambda: "203.0.113.9")
+    cluster.use_the_nodes_network()
+    assert os.environ["GLOO_SOCKET_IFNAME"] == ""
+
+
+def test_scripts_of_the_local_cluster_are_bash_that_stops_at_the_first_error():
+    scripts = sorted((ROOT / "infra" / "local").glob("*.sh"))
+    assert {"up.sh", "down.sh", "node.sh", "on.sh"} <= {script.name for script in scripts}
+    for script in scripts:
+        subprocess.run(["bash", "-n", str(script)], check=True)
+        started = script.read_text().startswith("#!")  # the others are read by those
+        assert not started or "\nset -euo pipefail\n" in script.read_text(), script
+        assert not started or os.access(script, os.X_OK), script

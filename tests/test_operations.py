@@ -1,0 +1,163 @@
+"""docs/operations.md says what is so: its commands parse, its table is printed, its names exist."""
+
+import ast
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+from drawn import ROOT
+from registered import MLFLOW_WARNINGS
+
+from pipelines import cli
+from pipelines.plan import Recipe
+from training import cost_estimate, cost_model, evaluate_command
+from training.cost_estimate import INSTANCES, Instance, building, training
+from training.registry import __main__ as registry
+from training.run import parse
+
+pytestmark = [pytest.mark.filterwarnings(line) for line in MLFLOW_WARNINGS]
+
+DOCUMENT = (ROOT / "docs" / "operations.md").read_text()
+_CODE = re.findall(r"^    (.+)$|`([^`\n]+)`", DOCUMENT, re.MULTILINE)
+COMMANDS = sorted({(block or inline).strip() for block, inline in _CODE})
+
+
+def of(program: str) -> list[list[str]]:
+    """The arguments of each whole command of a program in the document."""
+    found = [c for c in COMMANDS if re.search(rf"(?:^|-- ){re.escape(program)} ", c)]
+    lines = [c[c.rindex(f"{program} ") + len(program) :] for c in found]
+    assert lines, program
+    return [[word.replace("…", "x") for word in shlex.split(line)] for line in lines]
+
+
+@pytest.mark.parametrize("arguments", of("python -m pipelines"), ids=" ".join)
+def test_builder_commands_parse(arguments):
+    if len(arguments) > 1:
+        cli._parser().parse_args(arguments)
+        return
+    with pytest.raises(SystemExit) as end:  # a command's name alone
+        cli.main([*arguments, "--help"])
+    assert end.value.code == 0
+
+
+@pytest.mark.parametrize("arguments", of("python training/run.py"), ids=" ".join)
+def test_training_commands_parse(arguments):
+    parse(arguments)
+
+
+def test_flags_that_are_named_alone_are_flags_of_the_training():
+    flags = re.findall(r"`(--[a-z.-]+(?: [a-z0-9:]+)?)`", DOCUMENT)
+    known = [f for f in flags if not re.match(r"--(dry-run|name|price|dash|met|run|app|shuf)", f)]
+    assert {"--cache gpu", "--workers 2:8", "--cpus-per-worker"} <= set(known)
+    for flag in known:
+        name, _, value = flag.partition(" ")
+        value = value or {"--cpus-per-worker": "2", "--cache-gb": "5", "--optim.lr": "0.1"}[name]
+        parse(["deck", name, value])
+
+
+@pytest.mark.parametrize(
+    ("program", "main"),
+    [
+        ("python -m training.registry", registry.main),
+        ("python -m training.evaluate", evaluate_command.main),
+        ("python -m training.cost_estimate", cost_estimate.main),
+    ],
+)
+def test_other_commands_parse(program, main, capsys):
+    lines = [["--price", "p5.48xlarge=60"]] if "cost" in program else of(program)
+    for arguments in lines:
+        with pytest.raises(SystemExit) as end:
+            main([*arguments, "--help"])
+        assert end.value.code == 0
+        flags = {word for word in arguments if word.startswith("-")}
+        assert flags <= set(re.findall(r"--[a-z-]+", capsys.readouterr().out))
+
+
+def test_commands_of_ray_and_mlflow_parse():
+    from mlflow.cli import cli as mlflow
+    from ray.scripts.scripts import cli as ray
+
+    checked = 0
+    for program, group in (("ray", ray), ("mlflow", mlflow)):
+        for arguments in of(program):
+            context: Any = click.Context(group, info_name=program)
+            command: Any = group
+            while isinstance(command, click.Group) and arguments:
+                verb, *arguments = arguments
+                command = command.get_command(context, verb)
+                assert command is not None, f"{program} {verb}"
+            if arguments:
+                command.make_parser(context).parse_args(list(arguments))
+                checked += 1
+    assert checked >= 4
+
+
+def test_metrics_of_the_document_are_those_of_the_code():
+    made = set()
+    for path in ("pipelines/metrics.py", "training/metrics.py"):
+        for node in ast.walk(ast.parse((ROOT / path).read_text())):
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("Counter", "Gauge"):
+                end = "_total" if node.func.id == "Counter" else ""
+                made.add(f"ray_{ast.literal_eval(node.args[0])}{end}")
+    told = set()
+    for row in re.findall(r"^\| (`ray_alexnet.*?) \|", DOCUMENT, re.MULTILINE):
+        first, *others = re.findall(r"`([\w…]+)`", row)
+        prefix = re.match(r"ray_alexnet_(?:build|train)_", first)[0]
+        told |= {first} | {name.replace("…_", prefix) for name in others if "…_" in name}
+    assert told == made and len(made) == 17
+    for expression in (c for c in COMMANDS if "by (" in c):
+        assert set(re.findall(r"ray_\w+", expression)) <= made
+
+
+def test_table_of_costs_is_the_printed_one_and_its_example_too(capsys):
+    assert cost_estimate.main([]) == 0
+    assert capsys.readouterr().out in DOCUMENT
+    assert cost_estimate.main(["--price", "p5.48xlarge=60"]) == 0
+    last = capsys.readouterr().out.strip().splitlines()[-1]
+    assert f"for p5.48xlarge: {last.split('|')[-2].strip()} USD for 90 epochs" in DOCUMENT
+    for wrong in (["--price", "p5=1"], ["--price", "p5.48xlarge=x"], ["--epochs", "0"]):
+        assert cost_estimate.main(wrong) == 2
+        assert wrong[0] in capsys.readouterr().err
+
+
+def test_hours_of_a_build_are_those_of_the_slower_of_cpus_and_network():
+    alone = Instance("", cpus=2, network=1e12)
+    assert building(alone).hours == pytest.approx(1_331_167 / 546 / 3600)
+    assert building(alone).bound_by == "CPUs"
+    slow = Instance("", cpus=1000, network=1e9)
+    assert building(slow).bound_by == "network"
+    assert building(slow).hours == pytest.approx(1_331_167 * 135_700 / (0.115e9) / 3600)
+    assert Recipe().bytes_per_sample == pytest.approx(cost_estimate.STORED_SAMPLE_BYTES, rel=0.01)
+
+
+def test_hours_of_a_training_are_those_of_the_cost_model():
+    machine = next(i for i in INSTANCES if i.name == "p5.48xlarge")
+    assert machine.cluster.images_per_second == pytest.approx(50_000, rel=0.01)
+    assert machine.cluster.decode == 24 * 2880
+    found = training(machine, 4096, 90).hours
+    each = cost_model.step(machine.cluster, 8, 512, 2).seconds
+    assert found == pytest.approx(90 * 1_281_167 / 4096 * each / 3600)
+    few = Instance("", cpus=8, network=1e12, gpus=8, flops=989e12, inside=476e9)
+    assert training(few, 4096, 90).bound_by == "data"
+
+
+def test_figures_of_the_sizing_follow_from_the_measured_ones():
+    assert (
+        f"{cost_estimate.BUILD_PER_CORE:.0f} pictures/s, reading 31 MB/s and writing 6" in DOCUMENT
+    )
+    assert round(273 * 113e3 / 1e6) == 31 and round(273 * 22.7e3 / 1e6) == 6
+    assert -(-50_000 // 2880) == 18 and -(-16_000 // 2880) == 6
+    assert round(1_331_167 * 22.7e3 / 1e9) == 30 and round(1_281_167 * 22.7e3 / 1e9) == 29
+    assert round(50_000 * 22.7e3 * 8 / 1e9) == 9
+    assert round(62_378_344 * 8 / 1e9, 2) == 0.50
+    measured = (ROOT / "benchmarks" / "README.md").read_text()
+    assert "| 273 [" in measured and "| 5760 [" in measured
+
+
+def test_links_lead_to_files_and_the_document_stays_short():
+    links = re.findall(r"\]\(([^)#]+)\)", DOCUMENT)
+    assert links and all((Path(ROOT) / "docs" / link).exists() for link in links)
+    assert len(DOCUMENT.splitlines()) < 250

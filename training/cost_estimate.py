@@ -1,0 +1,139 @@
+"""What a build of all of ImageNet and a training take on named machines: hours, bytes, money.
+
+python -m training.cost_estimate [--batch 256] [--epochs 90] [--price p5.48xlarge=60 ...]
+
+A model on top of training/cost_model.py: docs/operations.md shows its table and says of every
+number where it comes from. Prices are the reader's.
+"""
+
+import argparse
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from alexnet.errors import UserError
+from training.cost_model import (
+    DECODE_PER_CORE,
+    FLOPS,
+    NETWORKS,
+    TRAIN_IMAGES,
+    Cluster,
+    minutes,
+    step,
+)
+
+PICTURES = TRAIN_IMAGES + 50_000  # of a build with its default splits, train and val
+RAW_PICTURE_BYTES, STORED_SAMPLE_BYTES = 113e3, 22.7e3
+BUILD_PER_CORE = 273.0  # pictures a second, measured: benchmarks/README.md, "Raw files to a shard"
+USABLE = 0.92  # of a network's line rate, as in docs/scaling.md
+GPU_SHARE = 1 / 3  # of the data sheet's dense bfloat16 rate: assumed, as in docs/scaling.md
+
+
+@dataclass(frozen=True)
+class Instance:
+    """flops: of one GPU, dense bfloat16, by its data sheet. network: line rate, bits a second.
+    inside: bytes a second of an all-reduce within the machine."""
+
+    name: str
+    cpus: int
+    network: float
+    gpus: int = 0
+    flops: float = 0.0
+    inside: float = 0.0
+
+    @property
+    def cluster(self) -> Cluster:
+        """One machine, its CPUs shared among its GPUs."""
+        return Cluster(
+            images_per_second=self.flops * GPU_SHARE / FLOPS,
+            gpus_per_node=self.gpus,
+            inside=self.inside,
+            network=NETWORKS["100 Gb/s"],  # of no account: one machine
+            decode=self.cpus / self.gpus * DECODE_PER_CORE,
+        )
+
+
+INSTANCES = (
+    Instance("c7a.4xlarge", cpus=16, network=12.5e9),
+    Instance("c7a.16xlarge", cpus=64, network=25e9),
+    Instance("g5.12xlarge", cpus=48, network=40e9, gpus=4, flops=70e12, inside=10e9),
+    Instance("p4d.24xlarge", cpus=96, network=400e9, gpus=8, flops=312e12, inside=230e9),
+    Instance("p5.48xlarge", cpus=192, network=3200e9, gpus=8, flops=989e12, inside=476e9),
+)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Of one machine, from the first picture to the last."""
+
+    hours: float
+    bound_by: str
+
+
+def building(instance: Instance) -> Estimate:
+    """All of ImageNet, read and written over the network: that or the CPUs, whichever is slower."""
+    computing = PICTURES / (instance.cpus * BUILD_PER_CORE)
+    num_bytes = PICTURES * (RAW_PICTURE_BYTES + STORED_SAMPLE_BYTES)
+    moving = num_bytes / (instance.network * USABLE / 8)
+    return Estimate(max(computing, moving) / 3600, "CPUs" if computing >= moving else "network")
+
+
+def training(instance: Instance, batch: int, epochs: int) -> Estimate:
+    """`deck` on all GPUs of the machine with bfloat16 gradients; the shards are in its cache."""
+    cluster = instance.cluster
+    bound_by = step(cluster, instance.gpus, batch / instance.gpus, 2).bound_by
+    return Estimate(minutes(cluster, instance.gpus, batch, 2, epochs) / 60, bound_by)
+
+
+def table(batch: int, epochs: int, prices: Mapping[str, float]) -> str:
+    """As Markdown; prices: US dollars an hour by name, for those that are known."""
+    head = ["job", "instance", "CPUs", "GPUs", "hours", "bound by"] + ["USD"] * bool(prices)
+    lines = [head, ["---"] * len(head)]
+    for instance in INSTANCES:
+        job, found = "build", building(instance)
+        if instance.gpus:
+            job, found = f"train, {epochs} epochs", training(instance, batch, epochs)
+        price = prices.get(instance.name)
+        cells = [job, instance.name, f"{instance.cpus}", f"{instance.gpus or '-'}"]
+        cells += [f"{found.hours:.2f}", found.bound_by]
+        if prices:
+            cells.append("-" if price is None else f"{found.hours * price:.2f}")
+        lines.append(cells)
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser("python -m training.cost_estimate", description=__doc__)
+    parser.add_argument(
+        "--batch", type=int, default=256, help="global, of a training; that of `deck`"
+    )
+    parser.add_argument("--epochs", type=int, default=90)
+    parser.add_argument(
+        "--price", action="append", default=[], metavar="NAME=USD", help="for an hour; repeatable"
+    )
+    args = parser.parse_args(argv)
+    try:
+        for flag, value in (("--batch", args.batch), ("--epochs", args.epochs)):
+            if value < 1:
+                raise UserError(f"{flag} {value} is below 1; pass 1 or more")
+        print(table(args.batch, args.epochs, dict(map(_price, args.price))), end="")
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _price(text: str) -> tuple[str, float]:
+    name, _, value = text.partition("=")
+    names = [instance.name for instance in INSTANCES]
+    try:
+        price = float(value)
+    except ValueError:
+        price = -1.0
+    if name not in names or not 0 <= price < 1e6:
+        raise UserError(f"--price {text}: write NAME=USD with one of {', '.join(names)}")
+    return name, price
+
+
+if __name__ == "__main__":
+    sys.exit(main())
