@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from typing import TYPE_CHECKING, Any
 
@@ -54,6 +55,12 @@ def check_counts(*counts: Any) -> None:
     """Raises ValueError for anything but whole numbers from 0 up."""
     if bad := [count for count in counts if type(count) is not int or count < 0]:
         raise ValueError(f"{bad[0]!r} where a number is expected")
+
+
+def check_sha256(data: bytes, digest: bytes | None) -> None:
+    """Raises ValueError where `digest`, in hex, is another; sidecars of old had none."""
+    if digest is not None and hashlib.sha256(data).hexdigest().encode() != digest:
+        raise ValueError("its status has another sha256")
 
 
 def check_table(table: pa.Table, schema: pa.Schema) -> None:

@@ -30,7 +30,7 @@ import pyarrow.parquet as pq
 
 from alexnet.errors import UserError
 from pipelines import storage
-from pipelines.damage import DAMAGE, check_manifest, check_table, said
+from pipelines.damage import DAMAGE, check_manifest, check_sha256, check_table, said
 
 FORMAT = "alexnet-shards"
 FORMAT_VERSION = 1
@@ -54,7 +54,7 @@ INDEX = pa.schema(
     ]
 )
 _TAR_BLOCK = 512
-STATUS = b"alexnet.status"
+STATUS, STATUS_SHA256 = b"alexnet.status", b"alexnet.status_sha256"
 
 
 @dataclass(frozen=True)
@@ -206,9 +206,8 @@ def load_index(uri: str, split: str) -> pa.Table:
         table = read_parquet(storage.read(location))
         check_table(table, INDEX)
     except DAMAGE as error:
-        raise UserError(
-            f"{location} is damaged ({said(error)}); run: python -m pipelines verify {uri}"
-        ) from error
+        line = f"{location} is damaged ({said(error)}); run: python -m pipelines verify {uri}"
+        raise UserError(line) from error
     return table
 
 
@@ -280,14 +279,18 @@ def sidecar_uri(uri: str, shard: str) -> str:
 
 def pack_sidecar(rows: pa.Table, status: dict[str, Any]) -> bytes:
     """A shard's index rows with its status (plan_id, samples, bytes, sha256, …) in the metadata."""
-    return parquet_bytes(rows.replace_schema_metadata({STATUS: canonical_json(status)}))
+    text = canonical_json(status)
+    metadata = {STATUS: text, STATUS_SHA256: hashlib.sha256(text).hexdigest()}
+    return parquet_bytes(rows.replace_schema_metadata(metadata))
 
 
 def unpack_sidecar(data: bytes) -> tuple[pa.Table, dict[str, Any]]:
     """Rows and status. Raises ValueError when the bytes are not a sidecar."""
     try:
         table = read_parquet(data)
-        status = json.loads((table.schema.metadata or {})[STATUS])
+        metadata = table.schema.metadata or {}
+        check_sha256(metadata[STATUS], metadata.get(STATUS_SHA256))
+        status = json.loads(metadata[STATUS])
         rows = table.replace_schema_metadata(None)
         check_table(rows, INDEX)
     except DAMAGE as error:

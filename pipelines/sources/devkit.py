@@ -102,8 +102,8 @@ def _unpacked(uri: str) -> bytes:
     data, packed = b"", storage.read(uri)
     while not data or packed.strip(b"\0"):  # gzip allows several parts, and zeros at the end
         part = zlib.decompressobj(wbits=31)
-        data += part.decompress(packed, _MAX_UNPACKED - len(data))
-        if part.unconsumed_tail:
+        data += part.decompress(packed, _MAX_UNPACKED + 1 - len(data))
+        if len(data) > _MAX_UNPACKED:
             raise ValueError(f"it unpacks to more than {_MAX_UNPACKED >> 20} MiB")
         if not part.eof:
             raise ValueError("it ends early")
