@@ -1,5 +1,7 @@
 """The one exception class of this project."""
 
+_LONGEST = 1000  # characters; a damaged file may hold a name of a mebibyte
+
 
 class UserError(Exception):
     """A mistake that the user can mend. The text is one line: the value, the limit, the remedy.
@@ -12,4 +14,5 @@ class UserError(Exception):
 
     def __str__(self) -> str:
         text = super().__str__()
-        return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+        text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+        return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 300]} … {text[-297:]}"

@@ -171,3 +171,12 @@ def test_synsets_that_are_no_table_are_refused(tmp_path: Path) -> None:
 def test_a_ground_truth_line_of_thousands_of_digits_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"line 2 of .* is '9999"):
         loaded(tmp_path, devkit([C, A, B], 2, f"3\n{'9' * 5000}\n2\n"))
+
+
+def test_table_that_makes_the_native_reader_crash_is_refused(tmp_path: Path) -> None:
+    """One byte of difference; SciPy 1.17 ends with a segmentation fault."""
+    meta = bytearray(synsets([C, A, B], 2, "ILSVRC2012_ID"))
+    assert meta[1840] == 12
+    meta[1840] = 8
+    with pytest.raises(UserError, match=r"meta\.mat is damaged"):
+        loaded(tmp_path, packed_devkit([("meta.mat", bytes(meta)), TRUTH]))

@@ -15,12 +15,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from alexnet.errors import UserError
 from pipelines import storage
+from pipelines.sources import matlab
 
 NAME = "ILSVRC2012_devkit_t12.tar.gz"
 NAME_2010 = "ILSVRC2010_devkit-1.0.tar.gz"
@@ -113,22 +113,9 @@ def _unpacked(uri: str) -> bytes:
 
 def _synsets(uri: str, meta: bytes, id_field: str) -> list[dict[str, Any]]:
     """The leaves: rows without children, whose IDs are 1 to their number."""
-    from scipy.io import loadmat  # half a second to import, for this one file
-
     try:
-        table = loadmat(io.BytesIO(meta), squeeze_me=True, variable_names=["synsets"])["synsets"]
-        fields = table.dtype.names or ()
-        rows: list[dict[str, Any]] = [
-            {
-                "ID": int(row[id_field]),
-                "WNID": str(row["WNID"]),
-                "words": str(row["words"]),
-                "num_train_images": int(row["num_train_images"]),
-            }
-            for row in np.atleast_1d(table)
-            if id_field in fields and int(row["num_children"]) == 0
-        ]
-    except Exception as error:  # scipy raises nearly anything for a damaged file
+        fields, rows = matlab.synsets(meta, id_field)
+    except ValueError as error:
         raise UserError(f"{uri}: {_META} is damaged ({error}); fetch it again") from error
     other = [name for name in fields if re.fullmatch(r"ILSVRC\d+_ID", name)]
     if other and id_field not in other:
