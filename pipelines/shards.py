@@ -203,8 +203,7 @@ def load_index(uri: str, split: str) -> pa.Table:
     if not storage.exists(location):
         raise UserError(f"{location}: not there; was this set built with --splits {split}?")
     try:
-        table = read_parquet(storage.read(location))
-        check_table(table, INDEX)
+        check_table(table := read_parquet(storage.read(location)), INDEX)
     except DAMAGE as error:
         line = f"{location} is damaged ({said(error)}); run: python -m pipelines verify {uri}"
         raise UserError(line) from error
