@@ -228,6 +228,8 @@ def _check(header: _Header, label: str, length: int) -> None:
             f"{label}: {name} is an absolute path or holds '..'; no published archive does: "
             "fetch it again"
         )
+    if header.kind in _REGULAR and header.name.endswith("/") and header.size:
+        raise UserError(f"{label} is damaged: {name} is a folder with data; fetch it again")
     if end > length:
         raise UserError(
             f"{label} is cut: {name} ends at byte {end:,}, the archive at {length:,}; "

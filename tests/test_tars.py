@@ -270,3 +270,7 @@ def test_folder_hides_no_picture_whatever_its_size_says(tmp_path: Path) -> None:
     folder = info("folder", tarfile.DIRTYPE, size=512).tobuf(tarfile.USTAR_FORMAT)
     path = written(tmp_path, folder + tar(PICTURES))
     assert tars.members(path, "it")["name"].to_pylist() == [name for name, _ in by_tarfile(path)]
+
+
+def test_file_named_as_a_folder_is_refused_instead_of_lost(tmp_path: Path) -> None:
+    refused(tmp_path, packed([info("a.JPEG", size=3), info("b/", size=3)]), "a folder with data")

@@ -64,7 +64,9 @@ def _read(meta: bytes, id_field: str) -> tuple[list[str], list[dict[str, Any]]]:
 def _main() -> None:
     import resource
 
-    resource.setrlimit(resource.RLIMIT_AS, (_ADDRESSES, _ADDRESSES))
+    _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    if hard == resource.RLIM_INFINITY or hard > _ADDRESSES:  # it may be lowered, never raised
+        resource.setrlimit(resource.RLIMIT_AS, (_ADDRESSES, _ADDRESSES))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     print(json.dumps(_read(sys.stdin.buffer.read(), sys.argv[1])))
 

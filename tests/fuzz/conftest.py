@@ -71,6 +71,7 @@ def attack(child: Child, pytestconfig: pytest.Config) -> Attack:
             seed = first + start // BATCH
             counted = counts.setdefault(target, Counter())
             _batch(child, counted, target, drawn, seed, min(BATCH, left - start))
+        assert counts[target]["right"], f"{target} refused even the inputs without an edit"
 
     return run
 
