@@ -261,7 +261,7 @@ def test_numbers_of_thousands_of_digits_are_refused(tmp_path: Path) -> None:
 
 
 def test_hundred_thousand_records_are_read_in_one_pass(tmp_path: Path) -> None:
-    """Each was once cut off the rest by a copy: half a minute for a mebibyte."""
+    """Each was once cut off by a copy of all that follows: time grew with the square."""
     found = tars.members(written(tmp_path, with_records(b"7 a=bc\n" * 100_000)), "it")
     assert found["name"].to_pylist() == [name for name, _ in PICTURES]
 
