@@ -56,7 +56,7 @@ def read_description(path: Path) -> dict[str, Any]:
     try:
         description: dict[str, Any] = json.loads(path.read_text())
         layout = description["layout"]
-    except (OSError, KeyError, TypeError, ValueError) as error:
+    except (OSError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise UserError(
             f"{path.name} is damaged or missing ({error!r}); register the model again"
         ) from error
@@ -66,6 +66,23 @@ def read_description(path: Path) -> dict[str, Any]:
             "release that wrote it"
         )
     return description
+
+
+def names_of_classes(
+    description: Mapping[str, Any], num_classes: int
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """`wnids` and `class_names` of a description, one of each for every class. Raises KeyError or
+    ValueError: a name too few or too many would give a prediction to its neighbour."""
+    found = []
+    for field in ("wnids", "class_names"):
+        names = description[field]
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise ValueError(f"{field} is no list of names")
+        if len(names) != num_classes:
+            raise ValueError(f"{len(names)} {field} for {num_classes} classes")
+        found.append(tuple(names))
+    wnids, class_names = found
+    return wnids, class_names
 
 
 def load_network(weights: Path, fields: Mapping[str, Any]) -> AlexNet:
@@ -82,7 +99,7 @@ def load_network(weights: Path, fields: Mapping[str, Any]) -> AlexNet:
         if other := [name for name in copies if copies[name].dtype != expected.get(name)]:
             raise ValueError(f"{other[0]} is {copies[other[0]].dtype}")
         network.load_state_dict(copies, assign=True)
-    except (OSError, SafetensorError, TypeError, ValueError, RuntimeError) as error:
+    except (OSError, SafetensorError, TypeError, ValueError, OverflowError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(
             f"{weights.name} does not hold the weights of this network ({reason}); register the "

@@ -75,7 +75,7 @@ class InputSpec:
                 std=_triple(document["std"]),
                 covariance=(_triple(first), _triple(second), _triple(third)),
             )
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, OverflowError, TypeError, ValueError) as error:
             raise UserError(
                 f"input specification is damaged ({error!r}); take it again from the shards' "
                 "manifest or the registered model"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 from collections.abc import Collection
@@ -9,15 +10,20 @@ from dataclasses import asdict
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from alexnet.errors import UserError
 from pipelines import shards, storage, tars
+from pipelines.damage import DAMAGE, check_shard_name
 from pipelines.plan import Plan, ShardPlan
+from pipelines.sources import SPLITS, TABLE
+from pipelines.sources.table import check
 
 _PLAN = ("_meta", "plan.json")
 _ROWS = ("_meta", "plan.parquet")
 _RAW = ("_meta", "raw.json")
+_NO_PLAN: tuple[type[Exception], ...] = (UserError, *DAMAGE)  # a recipe is checked as flags are
 _PLAN_ID = b"alexnet.plan_id"
 
 
@@ -84,8 +90,21 @@ def load(out: str) -> Plan:
     if not storage.exists(location):
         raise UserError(f"{out}: no shard set was begun here (no _meta/plan.json)")
     document = _read_plan(location)
+    try:
+        return _parsed(document)
+    except _NO_PLAN as error:
+        raise _damaged(location) from error
+
+
+def _parsed(document: dict[str, Any]) -> Plan:
+    """Raises whatever Python does, and ValueError for a plan that is not the one of its name."""
+    if (
+        hashlib.sha256(shards.canonical_json(document["identity"])).hexdigest()
+        != document["plan_id"]
+    ):
+        raise ValueError("its identity is not that of its plan_id")
     fields = {name: document[name] for name in ("labels_from", "announced", "official")}
-    return Plan(
+    plan = Plan(
         plan_id=document["plan_id"],
         identity=document["identity"],
         shards=tuple(ShardPlan(**shard) for shard in document["shards"]),
@@ -94,6 +113,11 @@ def load(out: str) -> Plan:
         table=None,
         **fields,
     )
+    for shard in plan.shards:
+        check_shard_name(shard.name, shard.split)  # the name of a file that will be written
+        if type(shard.samples) is not int or shard.samples < 0:
+            raise ValueError(f"{shard.samples!r} samples")
+    return plan
 
 
 def _refuse_strangers(out: str, plan: Plan) -> None:
@@ -111,9 +135,13 @@ def _read_plan(location: str) -> Any:
         document = json.loads(storage.read(location))
         if {"plan_id", "identity", "shards", "classes"} <= document.keys():
             return document
-    except (ValueError, AttributeError):
+    except (ValueError, AttributeError, RecursionError):
         pass
-    raise UserError(
+    raise _damaged(location)
+
+
+def _damaged(location: str) -> UserError:
+    return UserError(
         f"{location} is damaged; delete it and start the build command of this set again: it "
         "writes the plan anew and keeps every good shard"
     )
@@ -130,16 +158,38 @@ def read_rows(out: str, plan_id: str, number: int) -> list[dict[str, Any]]:
 
     Raises UserError when the rows in `out` are those of another plan.
     """
-    with _open_rows(out) as parquet:
-        if _plan_id(parquet) != plan_id:
-            raise UserError(f"{out} was given another plan meanwhile; start the same command again")
-        rows: list[dict[str, Any]] = parquet.read_row_group(number, use_threads=False).to_pylist()
+    try:
+        with _open_rows(out) as parquet:
+            if _plan_id(parquet) != plan_id:
+                raise UserError(
+                    f"{out} was given another plan meanwhile; start the same command again"
+                )
+            table = parquet.read_row_group(number, use_threads=False)
+            _check_rows(table)
+            rows: list[dict[str, Any]] = table.to_pylist()
+    except DAMAGE as error:
+        raise _damaged(storage.join(out, *_ROWS)) from error
     return rows
+
+
+def _check_rows(table: pa.Table) -> None:
+    """Keys and sources become names of files: in OUT those of quarantined pictures, in RAW those of
+    archives. Raises UserError or ValueError for any that leads elsewhere."""
+    table = table.replace_schema_metadata(None)
+    if not table.schema.equals(TABLE):
+        raise ValueError(f"columns {table.schema.names}")
+    table.validate(full=True)
+    check(_ROWS[1], table)
+    outside = pc.match_substring_regex(table["source"], r"(^|/)\.\.(/|$)|^/|^s3:")
+    known = pc.is_in(table["split"], value_set=pa.array(SPLITS))
+    if pc.any(outside).as_py() or not pc.all(known).as_py():
+        raise ValueError("a source outside of RAW, or an unknown split")
 
 
 def _open_rows(out: str) -> pq.ParquetFile:
     uri = storage.join(out, *_ROWS)
-    return pq.ParquetFile(io.BufferedReader(tars.RangeFile(uri, 0, storage.size(uri)), 1 << 16))
+    file = io.BufferedReader(tars.RangeFile(uri, 0, storage.size(uri)), 1 << 16)
+    return pq.ParquetFile(file, page_checksum_verification=True)
 
 
 def _plan_id(parquet: pq.ParquetFile) -> str:
@@ -152,7 +202,7 @@ def _rows_belong_to(out: str) -> str | None:
     try:
         with _open_rows(out) as parquet:
             return _plan_id(parquet)
-    except (pa.ArrowException, OSError):  # damaged
+    except DAMAGE:
         return None
 
 
@@ -175,7 +225,7 @@ def _rows_by_shard(plan: Plan) -> bytes:
     table = plan.table.replace_schema_metadata({_PLAN_ID: plan.plan_id})
     buffer = io.BytesIO()
     start = 0
-    with pq.ParquetWriter(buffer, table.schema) as writer:
+    with pq.ParquetWriter(buffer, table.schema, write_page_checksum=True) as writer:
         for shard in plan.shards:
             rows = table.slice(start, shard.samples)
             writer.write_table(rows, row_group_size=shard.samples)

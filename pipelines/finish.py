@@ -55,8 +55,9 @@ def _status(out: str, data: bytes, shard: ShardPlan) -> tuple[dict[str, Any], st
     Asks for the tar itself: a listing may be from before another builder published it.
     """
     try:
-        _, status = shards.unpack_sidecar(data)
-    except ValueError:
+        rows, status = shards.unpack_sidecar(data)
+        _check_status(rows, status)
+    except (AttributeError, LookupError, TypeError, ValueError):
         return {}, "its sidecar was damaged"
     if status.get("shard_id") != shard.id:
         return {}, "it held other pictures"
@@ -66,6 +67,19 @@ def _status(out: str, data: bytes, shard: ShardPlan) -> tuple[dict[str, Any], st
     if status["versions"] != codec_versions():
         return {}, f"other codecs had made it ({status['versions']})"
     return status, None
+
+
+def _check_status(rows: pa.Table, status: dict[str, Any]) -> None:
+    """Raises LookupError, TypeError or ValueError for one that `produce` did not write."""
+    numbers = [status["samples"], status["bytes"], *status["fixes"].values()]
+    texts = [status[name] for name in ("shard", "split", "sha256", "md5", "dali_index_sha256")]
+    texts += [entry[name] for entry in status["rejected"] for name in ("key", "source_sha256")]
+    if not all(type(number) is int for number in numbers) or not isinstance(status["pixels"], dict):
+        raise TypeError("text where a number is expected")
+    if not all(isinstance(text, str) for text in texts) or not isinstance(status["versions"], dict):
+        raise TypeError("a number where text is expected")
+    if status["samples"] != rows.num_rows:
+        raise ValueError("more or fewer rows than samples")
 
 
 def remove(out: str, shard: str) -> None:
@@ -131,7 +145,7 @@ def _write_split(out: str, split: str, statuses: list[dict[str, Any]]) -> dict[s
 def _index(out: str, statuses: list[dict[str, Any]]) -> bytes:
     """The rows of all sidecars, a row group per shard."""
     buffer = io.BytesIO()
-    with pq.ParquetWriter(buffer, shards.INDEX) as writer:
+    with pq.ParquetWriter(buffer, shards.INDEX, write_page_checksum=True) as writer:
         for rows in _sidecar_rows(out, statuses):
             if rows.num_rows:
                 writer.write_table(rows)

@@ -6,6 +6,7 @@ One file for every time that somebody built; no part of the set's identity, and 
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import socket
@@ -13,7 +14,7 @@ import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 from pipelines import shards, storage
 
@@ -107,9 +108,19 @@ def parse(data: bytes) -> Journal | None:
     try:
         document = json.loads(data)
         points = [Point(float(row[0]), *map(int, row[1:])) for row in document.pop("points")]
-        return Journal(**document, points=points)
-    except (ValueError, TypeError, KeyError, IndexError, AttributeError):
+        found = Journal(**document, points=points)
+    except (ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError):
         return None
+    times = [found.started, found.updated, *(point.seconds for point in points)]
+    numbers = (found.shards, found.pictures, found.pid)
+    texts = (found.builder, found.host, found.message)
+    good = (
+        all(type(time) in (int, float) and math.isfinite(time) for time in times)
+        and all(type(number) is int for number in numbers)
+        and all(isinstance(text, str) for text in texts)
+        and found.state in get_args(State)
+    )
+    return found if good else None
 
 
 def rate(points: list[Point], recent: float | None = None) -> float:

@@ -30,6 +30,7 @@ import pyarrow.parquet as pq
 
 from alexnet.errors import UserError
 from pipelines import storage
+from pipelines.damage import DAMAGE, check_manifest, check_sha256, check_table, said
 
 FORMAT = "alexnet-shards"
 FORMAT_VERSION = 1
@@ -53,7 +54,7 @@ INDEX = pa.schema(
     ]
 )
 _TAR_BLOCK = 512
-STATUS = b"alexnet.status"
+STATUS, STATUS_SHA256 = b"alexnet.status", b"alexnet.status_sha256"
 
 
 @dataclass(frozen=True)
@@ -159,15 +160,21 @@ def load_manifest(uri: str) -> Manifest:
     data = storage.read(location)
     try:
         document = json.loads(data)
-    except ValueError as error:
+        found = (document.get("format"), document.get("format_version"))
+    except (ValueError, AttributeError, RecursionError) as error:
         raise UserError(f"{location} is not JSON ({error}); rebuild the shard set") from error
-    found = (document.get("format"), document.get("format_version"))
     if found != (FORMAT, FORMAT_VERSION):
         raise UserError(
-            f"{location} has format {found[0]!r} version {found[1]!r}; this reads {FORMAT!r} "
-            f"version {FORMAT_VERSION}: rebuild the shards, or use the release that wrote them"
+            f"{location} has format {found[0]!r:.40} version {found[1]!r:.40}; this reads "
+            f"{FORMAT!r} version {FORMAT_VERSION}: rebuild the shards, or use the release that "
+            "wrote them"
         )
-    return parse_manifest(document, hashlib.sha256(data).hexdigest())
+    try:
+        manifest = parse_manifest(document, hashlib.sha256(data).hexdigest())
+        check_manifest(manifest)
+    except DAMAGE as error:
+        raise UserError(f"{location} is damaged ({said(error)}); rebuild the shard set") from error
+    return manifest
 
 
 def parse_manifest(document: dict[str, Any], digest: str) -> Manifest:
@@ -191,11 +198,16 @@ def parse_manifest(document: dict[str, Any], digest: str) -> Manifest:
 
 
 def load_index(uri: str, split: str) -> pa.Table:
-    """All samples of a split with the columns of `INDEX`; the row number is the sample id."""
+    """All samples of a split, in rows of `INDEX`; the row number is the sample id."""
     location = storage.join(uri, "index", f"{split}.parquet")
     if not storage.exists(location):
         raise UserError(f"{location}: not there; was this set built with --splits {split}?")
-    return read_parquet(storage.read(location))
+    try:
+        check_table(table := read_parquet(storage.read(location)), INDEX)
+    except DAMAGE as error:
+        line = f"{location} is damaged ({said(error)}); run: python -m pipelines verify {uri}"
+        raise UserError(line) from error
+    return table
 
 
 @dataclass(frozen=True)
@@ -266,24 +278,28 @@ def sidecar_uri(uri: str, shard: str) -> str:
 
 def pack_sidecar(rows: pa.Table, status: dict[str, Any]) -> bytes:
     """A shard's index rows with its status (plan_id, samples, bytes, sha256, …) in the metadata."""
-    return parquet_bytes(rows.replace_schema_metadata({STATUS: canonical_json(status)}))
+    text = canonical_json(status)
+    metadata = {STATUS: text, STATUS_SHA256: hashlib.sha256(text).hexdigest()}
+    return parquet_bytes(rows.replace_schema_metadata(metadata))
 
 
 def unpack_sidecar(data: bytes) -> tuple[pa.Table, dict[str, Any]]:
     """Rows and status. Raises ValueError when the bytes are not a sidecar."""
     try:
         table = read_parquet(data)
-    except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"no parquet file: {error}") from error
-    metadata = table.schema.metadata or {}
-    if STATUS not in metadata:
-        raise ValueError("no shard status in the parquet metadata")
-    return table.replace_schema_metadata(None), json.loads(metadata[STATUS])
+        metadata = table.schema.metadata or {}
+        check_sha256(metadata[STATUS], metadata.get(STATUS_SHA256))
+        status = json.loads(metadata[STATUS])
+        rows = table.replace_schema_metadata(None)
+        check_table(rows, INDEX)
+    except DAMAGE as error:
+        raise ValueError(f"no sidecar ({said(error)})") from error
+    return rows, status
 
 
 def parquet_bytes(table: pa.Table, **options: Any) -> bytes:
     buffer = io.BytesIO()
-    pq.write_table(table, buffer, **options)
+    pq.write_table(table, buffer, write_page_checksum=True, **options)
     return buffer.getvalue()
 
 
@@ -291,7 +307,7 @@ def read_json(uri: str) -> Any:
     """Raises UserError when it is missing or no JSON."""
     try:
         return json.loads(storage.read(uri))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(
             f"{uri} is not JSON ({error}); delete the folder and build again"
         ) from error
@@ -300,5 +316,5 @@ def read_json(uri: str) -> Any:
 def read_parquet(data: bytes) -> pa.Table:
     """All of a parquet file, read without Arrow's threads: with them a short-lived process
     sometimes aborts at its end (apache/arrow#34314)."""
-    file = pq.ParquetFile(pa.BufferReader(data), pre_buffer=False)
+    file = pq.ParquetFile(pa.BufferReader(data), pre_buffer=False, page_checksum_verification=True)
     return file.read(use_threads=False)

@@ -15,8 +15,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from alexnet.errors import UserError
-from pipelines import journal, shards, storage, tars
+from pipelines import claim, journal, shards, storage, tars
+from pipelines.damage import DAMAGE
 from pipelines.journal import Journal
+from pipelines.plan import Plan
 from pipelines.progress import clock
 
 SILENT_SECONDS = 60.0  # without a sign of life: twelve times the journal's interval
@@ -37,7 +39,7 @@ def status(out: str) -> dict[str, Any]:
             f"{out}: no build was begun here (no _meta/plan.json); start one with "
             f"`python -m pipelines build --raw RAW --out {out}`"
         )
-    plan = shards.read_json(storage.join(out, "_meta", "plan.json"))
+    plan = claim.load(out)
     complete = "manifest.json" in files
     facts = _from_manifest(out) if complete else _from_sidecars(out, plan, files)
     rows = facts.pop("shards")
@@ -46,7 +48,7 @@ def status(out: str) -> dict[str, Any]:
     now = time.time()
     return {
         "out": out,
-        "plan_id": plan["plan_id"],
+        "plan_id": plan.plan_id,
         "complete": complete,
         "splits": _splits(plan, done, files),
         "damaged": sorted(set(rows) - set(done)),
@@ -81,13 +83,13 @@ def _from_manifest(out: str) -> dict[str, Any]:
     document = shards.load_manifest(out).document
     return {
         "shards": {row["name"]: row for row in document["shards"]},
-        "rejected": dict(sorted(document["rejected"].items())),
+        "rejected": dict(sorted(document.get("rejected", {}).items())),
         "sidecars_read": len(document["shards"]),
     }
 
 
-def _from_sidecars(out: str, plan: dict[str, Any], files: dict[str, int]) -> dict[str, Any]:
-    ids = {shard["name"]: shard["id"] for shard in plan["shards"]}
+def _from_sidecars(out: str, plan: Plan, files: dict[str, int]) -> dict[str, Any]:
+    ids = {shard.name: shard.id for shard in plan.shards}
     names = [name for name in ids if f"_meta/{name}.parquet" in files]
     read = names[:_MAX_SIDECARS]
     sizes = [files[f"_meta/{name}.parquet"] for name in read]
@@ -117,25 +119,28 @@ def _footer(out: str, name: str, size: int) -> dict[str, Any] | None:
     try:
         metadata = pq.read_schema(file).metadata or {}
         found: dict[str, Any] = json.loads(metadata.get(shards.STATUS, b""))
-    except (ValueError, pa.ArrowException, OSError):
+        numbers = (found["bytes"], found["samples"])
+        reasons = [entry["reason"] for entry in found["rejected"]]
+    except DAMAGE:
         return None
-    return found
+    good = all(type(n) is int for n in numbers) and all(isinstance(r, str) for r in reasons)
+    return found if good and "shard_id" in found else None
 
 
 def _splits(
-    plan: dict[str, Any], done: dict[str, dict[str, Any]], files: dict[str, int]
+    plan: Plan, done: dict[str, dict[str, Any]], files: dict[str, int]
 ) -> dict[str, dict[str, Any]]:
     splits: dict[str, dict[str, Any]] = {}
-    for shard in plan["shards"]:
+    for shard in plan.shards:
         part = splits.setdefault(
-            shard["split"],
+            shard.split,
             {"shards": 0, "shards_total": 0, "samples": 0, "pictures_total": 0, "bytes": 0},
         )
         part["shards_total"] += 1
-        part["pictures_total"] += shard["samples"]
-        if (row := done.get(shard["name"])) is not None:
+        part["pictures_total"] += shard.samples
+        if (row := done.get(shard.name)) is not None:
             part["shards"] += 1
-            part["bytes"] += files[f"{shard['name']}.tar"]
+            part["bytes"] += files[f"{shard.name}.tar"]
             unknown = row["samples"] is None or part["samples"] is None
             part["samples"] = None if unknown else part["samples"] + row["samples"]
     return splits
@@ -180,7 +185,9 @@ def _remedy(document: dict[str, Any]) -> str:
 
 
 def _rejected_in_words(document: dict[str, Any]) -> str:
-    reasons = ", ".join(f"{count:,} {reason}" for reason, count in document["rejected"].items())
+    reasons = ", ".join(
+        f"{count:,} {reason}" for reason, count in document.get("rejected", {}).items()
+    )
     shards_done = sum(part["shards"] for part in document["splits"].values())
     read = document["sidecars_read"]
     of_some = f" (in {read:,} of {shards_done:,} shards)" if read < shards_done else ""

@@ -12,6 +12,7 @@ stands in the archive, with its folders, is never used as a path of this machine
 from __future__ import annotations
 
 import io
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -44,6 +45,8 @@ _COMPRESSED = {
     b"PK\x03\x04": ("zip", "unzip"),
 }
 _REGULAR, _FOLDER, _SPARSE = (b"0", b"\0", b"7"), b"5", b"S"
+_OCTAL = re.compile(rb"[ 0-7]*")
+_MAX_DIGITS = 20  # of a number in a pax record; 2**64 has as many
 _LONG_NAME, _LONG_LINK, _PAX, _PAX_GLOBAL = b"L", b"K", (b"x", b"X"), b"g"
 _Passed = Callable[[int, int], None]  # takes members and bytes got past
 
@@ -93,7 +96,7 @@ def _walk(window: _Window, label: str, length: int, passed: _Passed) -> Iterator
         elif kind in (_LONG_NAME, _LONG_LINK, *_PAX):
             extra |= _extension(window, label, header, length)
         else:
-            header = _extended(header, common | extra)
+            header = _extended(header, common | extra, label)
             extra = {}
             _check(header, label, length)
             if kind in _REGULAR and not header.name.endswith("/"):
@@ -136,6 +139,8 @@ def _parse(block: bytes, label: str, position: int, length: int) -> _Header:
             f"{label} is damaged: no valid member at byte {position:,} ({error}), but "
             f"{length - position:,} bytes follow; fetch it again"
         ) from error
+    if block[156:157] == _FOLDER:
+        size = 0  # no data follows, whatever the field says (POSIX.1-2001, pax, typeflag 5)
     name = block[:100].partition(b"\0")[0]
     if block[257:263] == b"ustar\0" and (prefix := block[345:500].partition(b"\0")[0]):
         name = prefix + b"/" + name
@@ -161,7 +166,10 @@ def _number(field: bytes) -> int:
         if field[0] != 0x80:
             raise ValueError("a negative number")
         return int.from_bytes(field[1:], "big")
-    return int(field.partition(b"\0")[0].strip() or b"0", 8)
+    digits = field.partition(b"\0")[0]
+    if not _OCTAL.fullmatch(digits):  # int() would take a sign, and walk backwards for ever
+        raise ValueError("a number that is not octal")
+    return int(digits.strip() or b"0", 8)
 
 
 def _extension(window: _Window, label: str, header: _Header, length: int) -> dict[str, str]:
@@ -176,28 +184,33 @@ def _extension(window: _Window, label: str, header: _Header, length: int) -> dic
         text = data.partition(b"\0")[0].decode("utf-8", "replace")
         return {"path": text} if header.kind == _LONG_NAME else {}
     records = {}
-    while data.strip(b"\0"):
-        digits, _, rest = data.partition(b" ")
-        end = int(digits) if digits.isdigit() else 0
-        key, equals, value = data[len(digits) + 1 : end - 1].partition(b"=")
-        if not equals or data[end - 1 : end] != b"\n" or not rest:
+    position, last = 0, len(data.rstrip(b"\0"))
+    while position < last:
+        blank = data.find(b" ", position, position + _MAX_DIGITS)
+        digits = data[position : max(blank, position)]
+        end = position + (int(digits) if digits.isdigit() else 0)
+        key, equals, value = data[blank + 1 : end - 1].partition(b"=")
+        if not equals or data[end - 1 : end] != b"\n":
             raise UserError(
                 f"{label} is damaged: a pax record at byte {header.data:,} is unreadable; "
                 "fetch it again"
             )
         records[key.decode("utf-8", "replace")] = value.decode("utf-8", "replace")
-        data = data[end:]
+        position = end
     return records
 
 
-def _extended(header: _Header, said: dict[str, str]) -> _Header:
+def _extended(header: _Header, said: dict[str, str], label: str) -> _Header:
     if not said:
         return header
     sparse = any(key.startswith("GNU.sparse.") for key in said)
     size = said.get("size", "")
+    known = size.isascii() and size.isdecimal() and len(size) <= _MAX_DIGITS
+    if size and not known:
+        raise UserError(f"{label} is damaged: a pax record says size {size[:40]}; fetch it again")
     return _Header(
         said.get("path", header.name),
-        int(size) if size.isdecimal() else header.size,
+        int(size) if known else header.size,
         _SPARSE if sparse else header.kind,
         header.data,
     )
@@ -215,6 +228,8 @@ def _check(header: _Header, label: str, length: int) -> None:
             f"{label}: {name} is an absolute path or holds '..'; no published archive does: "
             "fetch it again"
         )
+    if header.kind in _REGULAR and header.name.endswith("/") and header.size:
+        raise UserError(f"{label} is damaged: {name} is a folder with data; fetch it again")
     if end > length:
         raise UserError(
             f"{label} is cut: {name} ends at byte {end:,}, the archive at {length:,}; "

@@ -1,5 +1,6 @@
 """Checkpoints: bit-equal round trip, damage is seen, nothing in them can run code."""
 
+import hashlib
 import json
 import os
 import struct
@@ -21,6 +22,7 @@ from alexnet.optim import Rates, set_rates, sgd
 from pipelines import storage
 from training import checkpoint
 from training.config import to_dict
+from training.trained import load
 
 FILES = {"model.safetensors", "optimizer.safetensors", "state.json", "hashes.json"}
 STATE = {"step": 7, "metrics": {"val_top1": 0.25}, "lowest_loss": float("inf")}
@@ -146,7 +148,9 @@ def test_damaged_file_is_refused(folder, name, damage):
         checkpoint.verify(folder)
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe\x80", b"[1]", b"null", b"{}"])
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"\xff\xfe\x80", b"[1]", b"null", b"{}", b"[[1, 2]]", b"[" * 100_000]
+)
 def test_unreadable_hashes_are_refused(folder, content):
     (folder / "hashes.json").write_bytes(content)
     with pytest.raises(UserError, match=r"incomplete|damaged"):
@@ -253,3 +257,42 @@ def test_folders_that_killed_processes_left_are_removed(monkeypatch, tmp_path):
     first = checkpoint.temporary_folder()
     second = checkpoint.temporary_folder()
     assert {*tmp_path.iterdir()} == {first, second}
+
+
+def vouched(folder: Path, name: str, data: bytes) -> None:
+    """With a hash that fits, as another program or release writes it."""
+    (folder / name).write_bytes(data)
+    hashes = json.loads((folder / "hashes.json").read_text())
+    hashes[name] = hashlib.sha256(data).hexdigest()
+    (folder / "hashes.json").write_text(json.dumps(hashes))
+
+
+@pytest.mark.parametrize("name", ["../../outside.json", "/etc/passwd", "sub/x.json", "x"])
+def test_hashes_of_files_elsewhere_are_refused(folder, name):
+    hashes = json.loads((folder / "hashes.json").read_text()) | {name: "0" * 64}
+    (folder / "hashes.json").write_text(json.dumps(hashes))
+    with pytest.raises(UserError, match="is no file of it"):
+        checkpoint.verify(folder)
+
+
+def test_step_without_end_is_that_of_no_checkpoint(run_folder):
+    vouched(run_folder / "checkpoint_b", "state.json", b'{"step": 1e999}')
+    assert step_found(str(run_folder)) == 9
+
+
+def test_files_that_fit_their_hashes_but_are_none_are_one_line(folder):
+    for content in (b"[]", b"{", b"[" * 100_000):
+        vouched(folder, "state.json", content)
+        with pytest.raises(UserError, match=r"damaged: state\.json"):
+            load(str(folder))
+    vouched(folder, "model.safetensors", b"\x08")
+    with pytest.raises(UserError, match=r"damaged: model\.safetensors"):
+        checkpoint.load_tensors(folder, "model")
+
+
+def test_claim_of_a_huge_network_takes_no_memory(of_a_training):
+    """300 million classes would be 5 TB of weights; the file has three classes' worth."""
+    state = checkpoint.load_state(of_a_training) | {"num_classes": 300_000_000}
+    vouched(of_a_training, "state.json", json.dumps(state).encode())
+    with pytest.raises(UserError, match="is from another release"):
+        load(str(of_a_training))

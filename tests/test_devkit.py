@@ -136,3 +136,47 @@ def renumbered(ids: list[int]) -> bytes:
     buffer = io.BytesIO()
     savemat(buffer, {"synsets": table})
     return buffer.getvalue()
+
+
+def test_damage_that_only_the_checksum_of_gzip_tells_is_refused(tmp_path: Path) -> None:
+    """tarfile stops before it: a flipped bit in a stored block is a wrong label."""
+    stored = bytearray(gzip.compress(gzip.decompress(GOOD), 0))
+    stored[stored.index(b"3\n1\n2\n")] = ord("2")
+    for data in (bytes(stored), GOOD[:-8], GOOD[:-1], GOOD + b"x"):
+        with pytest.raises(UserError, match="is damaged"):
+            loaded(tmp_path, data)
+    loaded(tmp_path, GOOD + bytes(512))
+
+
+def test_a_gzip_bomb_is_not_unpacked(tmp_path: Path) -> None:
+    bomb = gzip.compress(bytes(1 << 20), 9) * 200
+    with pytest.raises(UserError, match="unpacks to more than 128 MiB"):
+        loaded(tmp_path, bomb)
+
+
+def test_class_that_is_no_wnid_and_negative_counts_are_refused(tmp_path: Path) -> None:
+    for wnid, count in (("../../x", 2), ("n0000001", 2), (A, -1)):
+        files = [("meta.mat", synsets([wnid], count, "ILSVRC2012_ID")), TRUTH]
+        with pytest.raises(UserError, match=r"meta\.mat has class '"):
+            loaded(tmp_path, packed_devkit(files))
+
+
+def test_synsets_that_are_no_table_are_refused(tmp_path: Path) -> None:
+    meta = io.BytesIO()
+    savemat(meta, {"synsets": np.zeros((0, 0))})
+    with pytest.raises(UserError, match=r"lists no class by ILSVRC2012_ID"):
+        loaded(tmp_path, packed_devkit([("meta.mat", meta.getvalue()), TRUTH]))
+
+
+def test_a_ground_truth_line_of_thousands_of_digits_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"line 2 of .* is '9999"):
+        loaded(tmp_path, devkit([C, A, B], 2, f"3\n{'9' * 5000}\n2\n"))
+
+
+def test_table_that_makes_the_native_reader_crash_is_refused(tmp_path: Path) -> None:
+    """One byte of difference; SciPy 1.17 ends with a segmentation fault."""
+    meta = bytearray(synsets([C, A, B], 2, "ILSVRC2012_ID"))
+    assert meta[1840] == 12
+    meta[1840] = 8
+    with pytest.raises(UserError, match=r"meta\.mat is damaged"):
+        loaded(tmp_path, packed_devkit([("meta.mat", bytes(meta)), TRUTH]))

@@ -156,3 +156,10 @@ def test_a_full_train_set_needs_a_val_of_the_same_thousand_classes(tmp_path: Pat
     assert folders.scan(str(tmp_path), files, BOTH, partial=True).count("val") == 999
     files[f"val/{wnids[0]}/v.JPEG"] = 1
     assert folders.scan(str(tmp_path), files, BOTH, partial=False).count("val") == 1000
+
+
+def test_file_name_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    raw = imagefolder(tmp_path, {f"train/{A}/{A}_1.JPEG": b"x"})
+    (raw / "train" / A / "\udcf4.JPEG").write_bytes(b"x")
+    with pytest.raises(UserError, match=r"the name of train/.*\\udcf4\.JPEG is no UTF-8"):
+        sources.scan(str(raw), ("train",))

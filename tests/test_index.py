@@ -153,3 +153,18 @@ def test_a_long_reading_says_how_far_it_is(
     with index.Meter("short", 10) as meter:
         meter.add(1, 10)
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("cut", [0, 4, 300])
+def test_kept_index_that_is_damaged_is_read_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cut: int
+) -> None:
+    monkeypatch.setenv("ALEXNET_HOME", str(tmp_path / "home"))
+    (tmp_path / "it.tar").write_bytes(tar([("a.JPEG", b"1"), ("b.JPEG", b"22")]))
+    right = index.flat(str(tmp_path / "it.tar"))
+    (kept,) = (tmp_path / "home" / "index").iterdir()
+    whole = kept.read_bytes()
+    for damaged in (whole[:cut], shards.parquet_bytes(right.drop_columns("size"))):
+        kept.write_bytes(damaged)
+        assert index.flat(str(tmp_path / "it.tar")).equals(right)
+        assert kept.read_bytes() == whole

@@ -193,3 +193,19 @@ def test_unknown_version_is_told_with_what_there_is(registry, asked):
         resolve(registry, asked)
     line = f"there is no version {asked}; there are 4, 3, 2, 1; aliases candidate"
     assert str(told.value) == line
+
+
+@pytest.mark.parametrize("field", ["wnids", "class_names"])
+@pytest.mark.parametrize("names", ["text", ["a", "b", "c"], [1, 2, 3, 4]])
+def test_names_that_do_not_fit_the_classes_are_refused(good_copy, field, names):
+    file = good_copy / "artifacts" / "alexnet.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {field: names}))
+    with pytest.raises(UserError, match=f"its alexnet.json lacks .*{field}"):
+        load(resealed(good_copy))
+
+
+def test_sums_that_are_no_list_of_hashes_are_refused(good_copy):
+    for content in (b"no hash\n", b"\xff\n"):
+        (good_copy / "SHA256SUMS").write_bytes(content)
+        with pytest.raises(UserError, match="SHA256SUMS unreadable"):
+            load(str(good_copy))

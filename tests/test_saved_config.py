@@ -130,3 +130,25 @@ def test_file_that_is_not_there_is_refused(tmp_path):
         parse(["--config", str(tmp_path / "gone.json")])
     with pytest.raises(UserError, match=r"no folder|directory|not"):
         parse(["--config", str(tmp_path)])
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (changed("optim.lr", 10**400), "optim.lr is 1000"),
+        (changed("a\nb", 1), "1 unknown field(s): a\\nb; "),
+        (changed("name", ["x" * 5000]), "name is ['xxx"),
+    ],
+    ids=["beyond floats", "line end", "long"],
+)
+def test_odd_values_are_told_in_one_short_line(tmp_path, change, told):
+    with pytest.raises(UserError) as refused:
+        read_config(saved(tmp_path, "paper", change=change))
+    assert told in str(refused.value)
+    assert "\n" not in str(refused.value) and len(str(refused.value)) < 500
+
+
+def test_brackets_without_end_are_no_config(tmp_path):
+    (tmp_path / "config.json").write_text("[" * 100_000)
+    with pytest.raises(UserError, match="is not JSON"):
+        read_config(str(tmp_path / "config.json"))

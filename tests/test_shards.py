@@ -165,3 +165,49 @@ def test_the_wids_index_lists_the_shards_with_their_md5(drawn_shards: str) -> No
         assert entry["md5sum"] == hashlib.md5(data).hexdigest()
         assert entry["filesize"] == len(data)
     assert sum(entry["nsamples"] for entry in document["shardlist"]) == 12
+
+
+DAMAGE = [
+    ("[]", "is not JSON"),
+    ("[" * 100_000, "is not JSON"),
+    ("geometry", "damaged"),
+    ("wnids", "damaged"),
+    ("pixels", "damaged"),
+    ("shards", "damaged"),
+]
+
+
+@pytest.mark.parametrize(("what", "told"), DAMAGE, ids=[what[:9] for what, _ in DAMAGE])
+def test_manifest_that_lacks_something_is_refused_in_one_line(
+    copy: Path, what: str, told: str
+) -> None:
+    file = copy / "manifest.json"
+    broken = file.read_text().replace(f'"{what}"', '"other"') if what.isalpha() else what
+    file.write_text(broken)
+    with pytest.raises(UserError, match=told) as caught:
+        shards.load_manifest(str(copy))
+    assert len(str(caught.value)) < 500
+
+
+def test_damaged_label_in_an_index_or_sidecar_is_told(drawn_shards: str) -> None:
+    """Parquet alone does not notice it: the pages have checksums."""
+    for name in ("index/train.parquet", "_meta/train-000000.parquet"):
+        data = storage.read(f"{drawn_shards}/{name}")
+        table = shards.read_parquet(data)
+        wrong = 0
+        footer = int.from_bytes(data[-8:-4], "little")
+        for place in range(4, len(data) - 8 - footer, 97):
+            flipped = data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :]
+            try:
+                wrong += not shards.read_parquet(flipped).equals(table)
+            except (OSError, pa.ArrowException, ValueError):
+                continue
+        assert wrong == 0, name
+
+
+def test_damaged_fact_in_a_sidecar_is_told(drawn_shards: str) -> None:
+    data = storage.read(f"{drawn_shards}/_meta/train-000000.parquet")
+    place = data.index(b'"count":') + len(b'"count":')
+    other = b"2" if data[place : place + 1] != b"2" else b"3"
+    with pytest.raises(ValueError, match="its status has another sha256"):
+        shards.unpack_sidecar(data[:place] + other + data[place + 1 :])

@@ -1,5 +1,6 @@
 """pipelines/status.py: how far a build is, from what lies in OUT alone."""
 
+import json
 import shutil
 import time
 from pathlib import Path
@@ -172,3 +173,19 @@ def test_a_store_is_asked_for_one_listing_and_footers_only(
 def test_where_nothing_was_begun_it_is_said_in_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"^\S+: no build was begun here .* pipelines build --raw"):
         status.status(str(tmp_path))
+
+
+@pytest.mark.parametrize("text", ["[]", "{", "[" * 100_000, '{"plan_id": 1}'])
+def test_damaged_plan_is_one_line(copy: Path, text: str) -> None:
+    (copy / "_meta" / "plan.json").write_text(text)
+    with pytest.raises(UserError, match=r"plan\.json is damaged"):
+        status.status(str(copy))
+
+
+@pytest.mark.parametrize(
+    "change", [{"pid": "x"}, {"points": [[1e999, 0, 0, 0, 0, 0]]}, {"state": 3}, {"updated": None}]
+)
+def test_journal_with_odd_values_is_passed_over(change: dict[str, object]) -> None:
+    document = {"shards": 5, "pictures": 40, "points": [], "builder": "h-1-2.0"}
+    assert journal.parse(json.dumps(document).encode()) is not None
+    assert journal.parse(json.dumps(document | change).encode()) is None

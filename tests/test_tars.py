@@ -237,3 +237,40 @@ def test_close_headers_cost_few_requests_on_s3_and_distant_ones_no_pictures(
     assert len(tars.members(f"{s3}/windows/large.tar", "it")) == 8
     assert len(reads) <= 10
     assert sum(reads) < len(large) / 8
+
+
+@pytest.mark.parametrize("size", [b"-0000001000", b"-0000002000", b"+0000000003", b"0o17", b"1_0"])
+def test_size_that_is_no_octal_number_is_refused(tmp_path: Path, size: bytes) -> None:
+    """A negative one led back to the same header, for ever."""
+    header = bytearray(info("a.JPEG").tobuf(tarfile.USTAR_FORMAT))
+    header[124:136] = size.ljust(12, b"\0")
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    refused(tmp_path, bytes(header) + tar(PICTURES), "no valid member at byte 0 .*not octal")
+
+
+def with_records(records: bytes) -> bytes:
+    pax = info("records", tarfile.XHDTYPE, size=len(records)).tobuf(tarfile.USTAR_FORMAT)
+    return pax + records + bytes(-len(records) % 512) + tar(PICTURES)
+
+
+def test_numbers_of_thousands_of_digits_are_refused(tmp_path: Path) -> None:
+    long = b"9" * 5000
+    refused(tmp_path, with_records(b"5011 size=" + long + b"\n"), "a pax record says size 99")
+    refused(tmp_path, with_records(long + b" path=a\n"), "pax record at byte 512 is unreadable")
+
+
+def test_hundred_thousand_records_are_read_in_one_pass(tmp_path: Path) -> None:
+    """Each was once cut off by a copy of all that follows: time grew with the square."""
+    found = tars.members(written(tmp_path, with_records(b"7 a=bc\n" * 100_000)), "it")
+    assert found["name"].to_pylist() == [name for name, _ in PICTURES]
+
+
+def test_folder_hides_no_picture_whatever_its_size_says(tmp_path: Path) -> None:
+    folder = info("folder", tarfile.DIRTYPE, size=512).tobuf(tarfile.USTAR_FORMAT)
+    path = written(tmp_path, folder + tar(PICTURES))
+    assert tars.members(path, "it")["name"].to_pylist() == [name for name, _ in by_tarfile(path)]
+
+
+def test_file_named_as_a_folder_is_refused_instead_of_lost(tmp_path: Path) -> None:
+    refused(tmp_path, packed([info("a.JPEG", size=3), info("b/", size=3)]), "a folder with data")

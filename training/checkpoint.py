@@ -14,6 +14,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 import socket
 import tempfile
@@ -31,6 +32,7 @@ from training.config import TrainConfig, science
 
 logger = logging.getLogger("training")
 
+_FILE = re.compile(r"[A-Za-z0-9_-]+\.(safetensors|json)")  # no path: nothing outside is looked at
 # Without these a folder is no checkpoint; hashes.json says what else belongs to it.
 _LEAST = ("model.safetensors", "optimizer.safetensors", "state.json")
 
@@ -73,10 +75,14 @@ def temporary_folder() -> Path:
 def verify(folder: Path) -> None:
     """Raises UserError when a file is missing or its hash differs."""
     try:
-        hashes = dict(json.loads((folder / "hashes.json").read_text()))
-    except (FileNotFoundError, TypeError, ValueError) as error:  # absent, or no JSON object
+        hashes = json.loads((folder / "hashes.json").read_text())
+        if not isinstance(hashes, dict):
+            raise TypeError(f"hashes.json is {type(hashes).__name__}")
+    except (OSError, TypeError, ValueError, RecursionError) as error:  # absent, or no JSON object
         raise UserError(f"checkpoint {folder} is incomplete: no readable hashes.json") from error
     for name in sorted({*_LEAST, *hashes}):
+        if not _FILE.fullmatch(name):
+            raise UserError(f"checkpoint {folder} is damaged: {name[:80]} is no file of it")
         if not (folder / name).exists() or _sha256(folder / name) != hashes.get(name):
             raise UserError(f"checkpoint {folder} is damaged: {name} does not match its sha256")
 
@@ -126,14 +132,22 @@ def refuse_other(folder: Path, config: TrainConfig, manifest_digest: str) -> Non
 
 
 def load_state(folder: Path) -> dict[str, Any]:
-    """state.json of a checkpoint."""
-    state: dict[str, Any] = json.loads((folder / "state.json").read_text())
+    """state.json of a checkpoint. Raises UserError where it is no JSON object."""
+    try:
+        state: dict[str, Any] = json.loads((folder / "state.json").read_text())
+        if not isinstance(state, dict):
+            raise TypeError(f"it is {type(state).__name__}")
+    except (TypeError, ValueError, RecursionError) as error:
+        raise UserError(f"checkpoint {folder} is damaged: state.json ({error})") from error
     return state
 
 
 def load_tensors(folder: Path, name: str) -> dict[str, torch.Tensor]:
-    """NAME.safetensors of a checkpoint, on the CPU."""
-    tensors: dict[str, torch.Tensor] = load_file(folder / f"{name}.safetensors")
+    """NAME.safetensors of a checkpoint, on the CPU. Raises UserError where it is none."""
+    try:
+        tensors: dict[str, torch.Tensor] = load_file(folder / f"{name}.safetensors")
+    except SafetensorError as error:
+        raise UserError(f"checkpoint {folder} is damaged: {name}.safetensors ({error})") from error
     return tensors
 
 
@@ -175,8 +189,8 @@ def _leaf(document: Any, dotted: str) -> str | None:
 def _step(checkpoint: str) -> int:
     try:
         return int(json.loads(storage.read(storage.join(checkpoint, "state.json")))["step"])
-    except (KeyError, TypeError, ValueError):  # damaged, as verify will tell
-        return -1
+    except (LookupError, TypeError, ValueError, OverflowError, RecursionError):
+        return -1  # damaged, as verify will tell
 
 
 @contextlib.contextmanager

@@ -141,7 +141,7 @@ def read_config(uri: str) -> TrainConfig:
     """
     try:
         document = json.loads(storage.read(uri))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{uri} is not JSON ({error}); pass a config.json of a run") from None
     try:
         config: TrainConfig = _record(TrainConfig, document, "")
@@ -166,7 +166,7 @@ def _record(kind: Any, document: Any, prefix: str) -> Any:
         (hints.keys() - document.keys(), "missing"),
     ]:
         if names:
-            listed = ", ".join(f"{prefix}{name}" for name in sorted(names)[:4])
+            listed = ", ".join(f"{prefix}{name}"[:60] for name in sorted(names)[:4])
             raise UserError(f"{len(names)} {problem} field(s): {listed}; {_SHOWN}")
     values = {name: _value(hint, document[name], prefix + name) for name, hint in hints.items()}
     return kind(**values)
@@ -176,13 +176,23 @@ def _value(hint: Any, value: Any, name: str) -> Any:
     if dataclasses.is_dataclass(hint):
         return _record(hint, value, f"{name}.")
     if type(value) is int and float in (hint, *get_args(hint)):  # as people write it
-        return float(value)
+        with contextlib.suppress(OverflowError):  # beyond every float: refused below
+            return float(value)
     if get_origin(hint) is tuple and isinstance(value, list):
         value = tuple(value)
     if not _fits(hint, value):
         wanted = hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
-        raise UserError(f"{name} is {value!r}, not {wanted}; {_SHOWN}")
+        raise UserError(f"{name} is {_shown(value)}, not {wanted}; {_SHOWN}")
     return value
+
+
+def _shown(value: Any) -> str:
+    """At most 80 characters; Python writes no number of thousands of digits."""
+    try:
+        text = repr(value)
+    except ValueError:
+        text = "a number of thousands of digits"
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _fits(hint: Any, value: Any) -> bool:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from alexnet.classifier import names_of_classes
 from alexnet.errors import UserError
 from alexnet.preprocess import InputSpec
 from pipelines import storage
@@ -126,20 +127,28 @@ def _from_checkpoint(name: str, folder: Path) -> Trained:
     state = checkpoint.load_state(folder)
     try:
         network = _network(state)
-        checkpoint.load_model(folder, network)
+        # On storage of their own: the file may vanish under the mapped ones.
+        tensors = checkpoint.load_tensors(folder, "model")
+        copies = {key: tensor.clone() for key, tensor in tensors.items()}
+        expected = {key: tensor.dtype for key, tensor in network.state_dict().items()}
+        if other := [key for key in copies if copies[key].dtype != expected.get(key)]:
+            raise TypeError(f"{other[0]} is {copies[other[0]].dtype}")
+        network.load_state_dict(copies, assign=True)
         averaged = state["config"]["optim"]["ema_decay"] > 0
-        wnids, class_names = tuple(state["wnids"]), tuple(state["class_names"])
-    except (KeyError, TypeError, RuntimeError) as error:
+        about = f"recipe {state['config']['recipe']}, step {state['step']} of "
+        about += f"{state['total_steps']}"
+        wnids, class_names = names_of_classes(state, state["num_classes"])
+        spec = InputSpec.from_json(state["input_spec"])
+    except (LookupError, TypeError, ValueError, OverflowError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(
             f"checkpoint {name} is from another release ({reason}); evaluate it with that one"
         ) from error
-    about = f"recipe {state['config']['recipe']}, step {state['step']} of {state['total_steps']}"
     return Trained(
         name=name,
         about=f"{about}, averaged weights" if averaged else about,
         network=network.eval(),
-        input_spec=InputSpec.from_json(state["input_spec"]),
+        input_spec=spec,
         wnids=wnids,
         class_names=class_names,
     )
@@ -149,4 +158,5 @@ def _network(state: dict[str, Any]) -> torch.nn.Module:
     # The fields of the model alone: where and how it was trained may have other names by now.
     model = ModelConfig(**state["config"]["model"])
     config = dataclasses.replace(TrainConfig(), model=model)
-    return build_model(config, state["num_classes"])
+    with torch.device("meta"):  # memory for the weights that the file has, not for those claimed
+        return build_model(config, state["num_classes"])

@@ -38,6 +38,9 @@ def scan(raw: str, splits: Sequence[str], partial: bool = False) -> Source:
             f"{raw}: there is no folder with files of that name; --raw wants the folder or s3:// "
             "prefix that holds the raw data"
         )
+    for name in files:
+        if not name.isascii() and not _is_text(name):
+            raise UserError(f"{raw}: the name of {name} is no UTF-8; rename it")
     found = {name: module for name, module in _LAYOUTS.items() if module.recognises(files)}
     if len(found) > 1:
         raise UserError(
@@ -50,3 +53,11 @@ def scan(raw: str, splits: Sequence[str], partial: bool = False) -> Source:
     source: Source = module.scan(raw, files, splits, partial)
     table.check(raw, source.table)
     return source
+
+
+def _is_text(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -10,22 +10,25 @@ from __future__ import annotations
 import io
 import re
 import tarfile
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from alexnet.errors import UserError
 from pipelines import storage
+from pipelines.sources import matlab
 
 NAME = "ILSVRC2012_devkit_t12.tar.gz"
 NAME_2010 = "ILSVRC2010_devkit-1.0.tar.gz"
 TEST_TRUTH_2010 = "ILSVRC2010_test_ground_truth.txt"  # beside the devkit, not in it
 _META = "meta.mat"
-_MAX_MEMBER = 64 << 20  # bytes; the real meta.mat has under 2 MB
+_MAX_UNPACKED = 128 << 20  # bytes; the real devkits have a few MB
+_ID = re.compile(r"[0-9]{1,9}")
+_WNID = re.compile(r"n[0-9]{8}")
 
 
 @dataclass(frozen=True)
@@ -79,14 +82,14 @@ def load(uri: str) -> Devkit:
 def _read_members(uri: str, wanted: tuple[str, ...]) -> dict[str, bytes]:
     files: dict[str, bytes] = {}
     try:
-        with tarfile.open(fileobj=io.BytesIO(storage.read(uri)), mode="r:gz") as tar:
+        with tarfile.open(fileobj=io.BytesIO(_unpacked(uri)), mode="r:") as tar:
             for info in tar:
                 name = info.name.rsplit("/", 1)[-1]
-                if info.isreg() and name in wanted and info.size <= _MAX_MEMBER:
+                if info.isreg() and name in wanted:
                     file = tar.extractfile(info)
                     assert file is not None  # a regular member always has data
                     files[name] = file.read()
-    except (tarfile.TarError, OSError, EOFError) as error:
+    except (tarfile.TarError, ValueError, OverflowError, zlib.error) as error:
         raise UserError(f"{uri} is damaged ({error}); fetch it again") from error
     for name in wanted:
         if name not in files:
@@ -94,24 +97,25 @@ def _read_members(uri: str, wanted: tuple[str, ...]) -> dict[str, bytes]:
     return files
 
 
+def _unpacked(uri: str) -> bytes:
+    """To the end and its checksum, which tarfile never gets to; at most _MAX_UNPACKED bytes."""
+    data, packed = b"", storage.read(uri)
+    while not data or packed.strip(b"\0"):  # gzip allows several parts, and zeros at the end
+        part = zlib.decompressobj(wbits=31)
+        data += part.decompress(packed, _MAX_UNPACKED + 1 - len(data))
+        if len(data) > _MAX_UNPACKED:
+            raise ValueError(f"it unpacks to more than {_MAX_UNPACKED >> 20} MiB")
+        if not part.eof:
+            raise ValueError("it ends early")
+        packed = part.unused_data
+    return data
+
+
 def _synsets(uri: str, meta: bytes, id_field: str) -> list[dict[str, Any]]:
     """The leaves: rows without children, whose IDs are 1 to their number."""
-    from scipy.io import loadmat  # half a second to import, for this one file
-
     try:
-        table = loadmat(io.BytesIO(meta), squeeze_me=True, variable_names=["synsets"])["synsets"]
-        fields = table.dtype.names
-        rows = [
-            {
-                "ID": int(row[id_field]),
-                "WNID": str(row["WNID"]),
-                "words": str(row["words"]),
-                "num_train_images": int(row["num_train_images"]),
-            }
-            for row in np.atleast_1d(table)
-            if id_field in fields and int(row["num_children"]) == 0
-        ]
-    except Exception as error:  # scipy raises nearly anything for a damaged file
+        fields, rows = matlab.synsets(meta, id_field)
+    except ValueError as error:
         raise UserError(f"{uri}: {_META} is damaged ({error}); fetch it again") from error
     other = [name for name in fields if re.fullmatch(r"ILSVRC\d+_ID", name)]
     if other and id_field not in other:
@@ -119,6 +123,12 @@ def _synsets(uri: str, meta: bytes, id_field: str) -> list[dict[str, Any]]:
             f"{uri}: {_META} has {other[0]}, not {id_field}: it is the devkit of another year; "
             "take the one that was published with the pictures"
         )
+    for row in rows:
+        if not _WNID.fullmatch(row["WNID"]) or row["num_train_images"] < 0:
+            raise UserError(
+                f"{uri}: {_META} has class {row['WNID'][:20]!r} with {row['num_train_images']} "
+                "train pictures; fetch it again"
+            )
     if not rows:
         raise UserError(f"{uri}: {_META} lists no class by {id_field}; fetch it again")
     return rows
@@ -127,7 +137,7 @@ def _synsets(uri: str, meta: bytes, id_field: str) -> list[dict[str, Any]]:
 def _truth(where: str, text: bytes, wnid_of_id: dict[int, str], year: int) -> tuple[str, ...]:
     wnids = []
     for number, line in enumerate(text.decode("ascii", "replace").strip().splitlines(), start=1):
-        wnid = wnid_of_id.get(int(line)) if line.strip().isdecimal() else None
+        wnid = wnid_of_id.get(int(line)) if _ID.fullmatch(line.strip()) else None
         if wnid is None:
             raise UserError(
                 f"line {number} of {where} is {line.strip()[:20]!r}, not an ILSVRC{year}_ID "

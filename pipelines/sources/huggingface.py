@@ -174,9 +174,9 @@ def _told_names(metadata: dict[bytes, bytes]) -> tuple[str, ...]:
     try:
         document = json.loads(metadata.get(b"huggingface", b"{}"))
         names = document["info"]["features"]["label"]["names"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, LookupError, TypeError, RecursionError):
         return ()
-    return tuple(str(name) for name in names)
+    return tuple(map(str, names)) if isinstance(names, list) else ()
 
 
 def _wnids(uri: str, split: str, rows: pa.Table) -> pa.Array:

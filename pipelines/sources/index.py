@@ -127,13 +127,25 @@ def _once(uri: str, kind: str, read: Callable[[str], pa.Table]) -> pa.Table:
     name = f"{hashlib.sha256(identity.encode()).hexdigest()}.parquet"
     kept = storage.join(str(storage.home()), "index", name)
     if storage.exists(kept):
-        return shards.read_parquet(storage.read(kept))
+        try:
+            return _kept(storage.read(kept))
+        except (pa.ArrowException, OSError, ValueError) as error:
+            logger.warning(f"{kept} is damaged ({error}); reading {uri} again")
     found = read(uri)
     try:
         storage.write(kept, shards.parquet_bytes(found))
     except UserError as error:  # a read-only home costs time, not the build
         logger.warning(f"the index of {uri} is not kept: {error}")
     return found
+
+
+def _kept(data: bytes) -> pa.Table:
+    """Raises ValueError for what `_once` has not written."""
+    table = shards.read_parquet(data)
+    if not table.schema.equals(_SCHEMA) or any(column.null_count for column in table.columns):
+        raise ValueError(f"columns {table.schema.names}")
+    table.validate(full=True)
+    return table
 
 
 class Meter:

@@ -17,7 +17,7 @@ from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
-from alexnet.classifier import load_network, read_description
+from alexnet.classifier import load_network, names_of_classes, read_description
 from alexnet.errors import UserError
 from alexnet.preprocess import InputSpec
 
@@ -57,15 +57,14 @@ def load(uri: str) -> Registered:
         _refuse_changed(uri, folder, registered)
         description = read_description(folder / DESCRIPTION)
         try:
-            return Registered(
-                network=load_network(folder / WEIGHTS, description["model"]),
-                input_spec=InputSpec.from_json(description["input_spec"]),
-                class_names=tuple(description["class_names"]),
-                wnids=tuple(description["wnids"]),
-                description=description,
-            )
-        except (KeyError, TypeError) as error:
-            raise UserError(f"{uri}: its alexnet.json lacks {error}; register it again") from error
+            network = load_network(folder / WEIGHTS, description["model"])
+            wnids, class_names = names_of_classes(description, description["model"]["num_classes"])
+            spec = InputSpec.from_json(description["input_spec"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(
+                f"{uri}: its alexnet.json lacks what is needed ({error!r}); register it again"
+            ) from error
+        return Registered(network, spec, class_names, wnids, description)
 
 
 def verify(client: MlflowClient, version: ModelVersion) -> list[str]:
@@ -203,7 +202,11 @@ def _differences(folder: Path, registered: str) -> list[str]:
         return [f"{SUMS} missing"]
     if sha256(sums) != registered:
         return [f"{SUMS} changed"]
-    then, now = _parsed(sums.read_text()), _parsed(file_sums(folder))
+    try:
+        then = _parsed(sums.read_text())
+    except ValueError:
+        return [f"{SUMS} unreadable"]
+    now = _parsed(file_sums(folder))
     words = dict.fromkeys(then.keys() - now.keys(), "missing")
     words |= dict.fromkeys(now.keys() - then.keys(), "added")
     words |= {name: "changed" for name in then.keys() & now.keys() if then[name] != now[name]}
