@@ -62,8 +62,8 @@ def is_known() -> bool:
 def connected(address: str | None = None, *, dashboard: bool = False) -> Iterator[None]:
     """`connect` for a while: closed afterwards, workers and all, unless it was there before."""
     joined_before = ray.is_initialized()
+    connect(address, dashboard=dashboard)
     try:
-        connect(address, dashboard=dashboard)
         yield
     finally:
         # After Ctrl-C the scheduler of Ray Data still runs for a moment, and Ray's C++ ends the

@@ -152,7 +152,8 @@ def test_repair_makes_what_is_damaged_again_and_nothing_else(
     shutil.copytree(undisturbed, out)
     for name in damaged:
         data = bytearray((out / name).read_bytes())
-        data[len(data) // 2] ^= 255
+        # In a page of a parquet file: their footers have no checksum of their own.
+        data[min(200, len(data) // 2)] ^= 255
         (out / name).write_bytes(data)
     again = {name.removeprefix("_meta/").split(".")[0] for name in damaged}  # shards of theirs
     kept = {path: path.stat().st_mtime_ns for path in out.glob("*.tar") if path.stem not in again}

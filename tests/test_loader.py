@@ -124,7 +124,7 @@ def test_bytes_that_do_not_decode_name_their_sample_and_shard(own_set):
 def test_picture_of_another_size_than_the_set_is_refused_and_not_half_filled(tmp_path):
     small = Path(write_shard_set(tmp_path / "small", train=(2,), val=(1,), side=100))
     document = json.loads((small / "manifest.json").read_text())
-    document["geometry"]["crop"] = 227
+    document["geometry"] = {"resize": 227, "crop": 227}
     (small / "manifest.json").write_text(json.dumps(document))
     told = r"sample 0 of train-000000 .*\(100, 100\) pixels instead of \(227, 227\)"
     with open_loader(small) as loader, pytest.raises(UserError, match=told):

@@ -105,7 +105,7 @@ def test_batches_decoded_on_the_gpu_have_the_right_pictures_and_labels(uri, deco
 def test_picture_that_does_not_decode_on_the_gpu_is_named(decoders, tmp_path):
     small = Path(write_shard_set(tmp_path / "small", train=(3,), val=(1,), side=100))
     document = json.loads((small / "manifest.json").read_text())
-    document["geometry"]["crop"] = 227
+    document["geometry"] = {"resize": 227, "crop": 227}
     (small / "manifest.json").write_text(json.dumps(document))
     device = torch.device("cuda")
     told = pytest.raises(UserError, match="sample 0 of train-000000 does not decode")
@@ -148,7 +148,7 @@ def test_a_batch_decoded_by_one_call_has_its_pictures_in_order(uri, together, ca
 def test_what_one_call_does_not_decode_is_named_or_its_error_kept(uri, together, tmp_path):
     small = Path(write_shard_set(tmp_path / "small", train=(3,), val=(1,), side=100))
     document = json.loads((small / "manifest.json").read_text())
-    document["geometry"]["crop"] = 227
+    document["geometry"] = {"resize": 227, "crop": 227}
     (small / "manifest.json").write_text(json.dumps(document))
     told = pytest.raises(UserError, match="sample 1 of train-000000 does not decode")
     with open_loader(small, decode="gpu") as loader, told:
