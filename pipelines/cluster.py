@@ -83,7 +83,7 @@ def refuse_local_paths(paths: list[str], *, shared_fs: bool) -> None:
     if local and len(nodes) > 1 and not shared_fs:
         raise UserError(
             f"{local[0]} is local and this cluster has {len(nodes)} nodes; use s3://, or pass "
-            "--shared-fs if every node mounts it"
+            "--shared-fs (of a training: --shared-fs True) if every node mounts it"
         )
 
 
