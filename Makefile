@@ -1,4 +1,4 @@
-.PHONY: setup demo test test-cluster test-fuzz check bench bench-peers clean
+.PHONY: setup demo test test-cluster test-faults test-fuzz check bench bench-peers clean
 BIN := .venv/bin
 
 setup: .venv/installed  ## virtual environment with every pinned dependency
@@ -10,6 +10,8 @@ test: setup
 	$(BIN)/python -m pytest
 test-cluster: setup  ## the whole road on several Ray nodes, S3 and MLflow on PostgreSQL; see infra/local
 	$(BIN)/python -m pytest tests/cluster
+test-faults: setup  ## kills, full disks, broken stores and networks; RUNS=N of each attack, SEED=N to have them again
+	$(BIN)/python -m pytest tests/faults --fault-runs $(or $(RUNS),10) $(if $(SEED),--fault-seed $(SEED))
 test-fuzz: setup  ## garbage for every parser, 4,000 inputs each; INPUTS=N for others
 	$(BIN)/python -m pytest tests/fuzz --fuzz-inputs $(or $(INPUTS),4000)
 check: setup
