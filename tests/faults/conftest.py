@@ -12,7 +12,6 @@ from collections import defaultdict
 import pytest
 from attacks import Attack, Survivals
 
-
 _SURVIVALS = pytest.StashKey[Survivals]()
 _FIRST_SEED = pytest.StashKey[int]()
 
