@@ -36,6 +36,7 @@ class Aim:
 
 _RATE, _LOADED, _STEPS = "steady img/s", "img/s", "img/s"
 _LOADER, _BUILDER = r"training\.loader$", "pipelines build$"
+_GPU_STEP = "deck, bf16, channels-last, eager, batch 1024$"
 _OURS_STEP = r"training/run\.py"
 
 AIMS = (
@@ -86,8 +87,15 @@ AIMS = (
     Aim(
         "registry list of 1,000 versions, s", "growth", r"registry list, 1,000 ", "seconds", "≤", 5
     ),
-    Aim("MFU of deck in bf16 on a GPU, %", "gpu-steps", r"deck, bf16", "MFU", "≥", 50),
-    Aim("utilization with resident pictures, %", "gpu-feed", "resident", "utilization", "≥", 95),
+    Aim(
+        "MFU of deck in bf16 on a GPU, %",
+        "gpu-steps",
+        "deck, bf16, channels-last, eager, batch 1024$",
+        "MFU",
+        "≥",
+        50,
+    ),
+    Aim("utilization with resident pictures, %", "gpu-feed", "resident on", "utilization", "≥", 95),
 )
 
 

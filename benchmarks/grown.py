@@ -2,7 +2,7 @@ r"""A shard set of any size whose tars are empty files: what bookkeeping sees, w
 
 Its plan, sidecars and DALI indices are as the builder leaves them; the tars are sparse, of the
 size that their sidecars say. Also the steps whose time and memory `benchmarks.growth` measures, one
-after the other, each in a process of its own, forked from one that has only imported what they need:
+after the other, each in a process of its own, forked from one that only imported what they need:
 
     python -m benchmarks.grown \
         '[{"step": "plan", "pictures": …, "per_shard": …, "classes": …, "out": …}, …]'

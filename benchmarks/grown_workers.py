@@ -53,7 +53,7 @@ class Sizes:
                 self._turns(functools.partial(self._built, sets, folder / "out"), counts, rounds),
             )
             request = self._training(folder / "shards", raw)
-            yield "training step", self._turns(functools.partial(_stepped, request), counts, rounds)
+            yield "training step", self._turns(functools.partial(stepped, request), counts, rounds)
 
     def words(self, raw: Raw) -> str:
         return (
@@ -100,7 +100,8 @@ class Sizes:
         return asdict(self) | {"shards": uri, "augment": False}
 
 
-def _stepped(request: dict[str, Any], count: int) -> float:
+def stepped(request: dict[str, Any], count: int) -> float:
+    """Seconds of a step of `count` ranks, each on a CPU of its own."""
     asked = request | {"workers": count}
     answer = processes.ask_ours("grown_workers", asked, on=processes.cpus(count)).answer()
     return float(answer["seconds"])

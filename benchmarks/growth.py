@@ -148,7 +148,8 @@ def _setting(raw: Raw, rounds: int, middle: int, workers: grown_workers.Sizes | 
         f"in a process of its own, without the time of imports, with their memory; {rounds} "
         f"rounds ({min(rounds, _LARGE_ROUNDS)} of the largest two sets), median "
         f"[lowest..highest]. Pictures: {_PER_SHARD} in a shard, {_USUAL_CLASSES} classes. Shards: "
-        f"{middle:,} pictures. Classes: {middle:,} pictures in {_FEW_SHARDS} shards. Power: 1 is a straight line from the size before, "
+        f"{middle:,} pictures. Classes: {middle:,} pictures in {_FEW_SHARDS} shards. "
+        "Power: 1 is a straight line from the size before, "
         "0 is flat, -1 is twice as fast on twice the CPUs. Registry list: the whole command, on "
         f"SQLite. {'' if workers is None else workers.words(raw)}"
     )

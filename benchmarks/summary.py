@@ -146,7 +146,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not begin or not end:
         print(f"error: README.md lacks {BEGIN} … {END}; put them in", file=sys.stderr)
         return 2
-    README.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}")
+    README.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{after}")
     return 0
 
 

@@ -1,6 +1,7 @@
 """Each script runs at its tiniest size, with ours and the limits, and compares equal work; no
 figure is judged. Peers run where `make bench-peers` has made their environments."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,19 @@ import pytest
 from PIL import Image
 
 from benchmarks import __main__ as command
-from benchmarks import builder, environments, growth, loader, pictures, recipes, resize, task, train
+from benchmarks import (
+    builder,
+    environments,
+    grown_workers,
+    growth,
+    loader,
+    pictures,
+    processes,
+    recipes,
+    resize,
+    task,
+    train,
+)
 from benchmarks.table import Table, spread
 
 PEERS = ("streaming", "litdata", "ffcv", "dali")
@@ -190,10 +203,38 @@ def test_recipes_measures_the_real_loop(raw: pictures.Raw) -> None:
 
 
 def test_growth_follows_a_set_from_its_plan_to_the_loader(raw: pictures.Raw) -> None:
-    table = growth.run(raw, rounds=1, pictures=(50, 100), shards=(4,), of_shards=100)
+    table = growth.run(
+        raw,
+        rounds=1,
+        pictures=(50, 100),
+        shards=(4, 20),
+        classes=(2, 5),
+        middle=100,
+        versions=(1, 3),
+        workers=None,
+    )
     check(table, growth.COLUMNS)
-    assert cells(table, "pictures") == ["50", "100", "100"]
-    assert cells(table, "shards") == ["1", "1", "4"]
+    told = cells(table, "what")
+    assert {"plan, 50 pictures", "verify, 20 shards", "order of an epoch, 5 classes"} <= set(told)
+    assert told[-2:] == ["registry list, 1 versions", "registry list, 3 versions"]
+    assert len(told) == 5 * (2 + 2 + 2) + 2
+    power = cells(table, "power of time")
+    assert all((cell == "–") == (number % 2 == 0) for number, cell in enumerate(power))
+
+
+def test_power_is_that_of_the_size() -> None:
+    series = growth.Series("plan", "pictures", {10: [(1.0, 5.0)], 1000: [(100.0, 50.0)]})
+    assert series.power(10, 0) == "–"
+    assert (series.power(1000, 0), series.power(1000, 1)) == ("1.00", "0.50")
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_training_steps_are_timed_on_any_number_of_ranks(shards: str, ranks: int) -> None:
+    sizes = grown_workers.Sizes(batch=4, steps=1, classes=1000, width=0.1)
+    request = asdict(sizes) | {"shards": shards, "augment": False}
+    if ranks > len(processes.cpus()):
+        pytest.skip(f"{len(processes.cpus())} CPUs here")
+    assert grown_workers.stepped(request, ranks) > 0
 
 
 def test_spread_is_median_lowest_and_highest() -> None:
