@@ -83,9 +83,9 @@ def run(device: torch.device, rounds: int, scale: Scale) -> Table:
         "`training.loop.fit` of the recipe deck without Ray and MLflow: "
         f"width {scale.width}, bf16, channels-last, eager, its augmentation; batch {scale.batch}; "
         f"shards of {_SIDE} px in the page cache, {threads} threads; {rounds} rounds of "
-        f"{scale.steps} steps, from the second epoch on, median [lowest..highest]. Utilization is the lowest. Extrapolated: 1,281,167 "
-        "pictures at the median rate, without evaluation and checkpoints; nobody ran an epoch of "
-        "ImageNet here."
+        f"{scale.steps} steps, from the second epoch on, median [lowest..highest]. Utilization is "
+        "the lowest. Extrapolated: 1,281,167 pictures at the median rate, without evaluation and "
+        "checkpoints; nobody ran an epoch of ImageNet here."
     )
     return Table(COLUMNS, tuple(rows), setting, Bars("feeding a GPU, img/s", rates))
 

@@ -71,6 +71,7 @@ def test_without_a_gpu_it_is_one_line(
 
 
 def test_it_runs_where_only_torch_numpy_and_pillow_are(tmp_path: Path) -> None:
+    words = ["decoders", "feed", "--small", "--rounds", "1", "--out", str(tmp_path)]
     code = (
         "import sys\n"
         "class Absent:\n"
@@ -79,7 +80,7 @@ def test_it_runs_where_only_torch_numpy_and_pillow_are(tmp_path: Path) -> None:
         "            raise ModuleNotFoundError(f'No module named {name!r}', name=name)\n"
         "sys.meta_path.insert(0, Absent())\n"
         "from benchmarks import gpu\n"
-        f"sys.exit(gpu.main(['decoders', 'feed', '--small', '--rounds', '1', '--out', {str(tmp_path)!r}]))"
+        f"sys.exit(gpu.main({words!r}))"
     )
     command = [sys.executable, "-W", "ignore", "-c", code]
     done = subprocess.run(command, cwd=results.ROOT, capture_output=True, text=True)
