@@ -61,12 +61,12 @@ def _panel(axes: Any, panel: Panel) -> None:
         axes.loglog(*zip(*points, strict=True), marker="o", markersize=3.5, label=name)
     axes.set(xlabel=panel.across, ylabel=panel.up)
     low, high = axes.get_ylim()
-    if high / low < 10:  # a flat line should look flat, and have more than one label
+    if high / low < 10:  # a flat line should look flat
         middle = math.sqrt(low * high)
         axes.set_ylim(middle / math.sqrt(10), middle * math.sqrt(10))
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.yaxis.set_major_formatter("{x:g}")
-        axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < 100 else (1,)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter(NullFormatter())
     sizes = sorted({x for points in panel.lines.values() for x, _ in points})
     axes.set_xticks(sizes, [_short(size) for size in sizes])
     axes.xaxis.set_minor_locator(NullLocator())
