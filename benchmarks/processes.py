@@ -2,7 +2,7 @@
 
 import json
 import os
-import resource
+import re
 import secrets
 import subprocess
 import sys
@@ -26,7 +26,7 @@ _FOREIGN = ("RAY_ADDRESS", "MLFLOW_TRACKING_URI", "AWS_ENDPOINT_URL", "PYTHONPAT
 class Finished:
     """cpu_seconds: of every process below the command. Processes that nobody waits for, such as
     Ray's workers, are looked at four times a second: what they did after the last look is missing.
-    peak_mb: resident memory of the command's own process.
+    peak_mb: resident memory of the command's own process, by the last of these looks.
     """
 
     wall_seconds: float
@@ -99,12 +99,14 @@ def _watched(
 ) -> tuple[float, float, float]:
     """Wall and CPU seconds, and the peak of memory in MB. Raises Failed after `timeout` seconds."""
     seen: dict[tuple[int, int], float] = {}
+    peaks = [0.0]
     over = threading.Event()
 
     def look() -> None:
         while not over.wait(_SAMPLE_SECONDS):
             found = clock.tree(process.pid, tuple(seen))
             seen.update({key: own for key, (own, _) in found.items()})
+            peaks.append(_peak_mb(process.pid))
 
     watcher = threading.Thread(target=look)
     watcher.start()
@@ -116,16 +118,24 @@ def _watched(
         watcher.join()
     if ended is None:
         raise Failed(f"{' '.join(map(str, process.args))[:200]}: longer than {timeout:.0f} s")
-    cpu = max(sum(seen.values()), ended.ru_utime + ended.ru_stime)
-    return wall, cpu, ended.ru_maxrss / 1000
+    return wall, max(sum(seen.values()), ended), max(peaks)
 
 
-def _wait(process: subprocess.Popen[str], deadline: float) -> resource.struct_rusage | None:
-    """Of the process and of those it waited for; None when it had to be ended."""
+def _peak_mb(pid: int) -> float:
+    """Of the program that it runs now: what `wait4` tells has that of its parent in it."""
+    try:
+        found = re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
+    except (FileNotFoundError, ProcessLookupError):
+        return 0.0
+    return int(found[1]) / 1000 if found else 0.0
+
+
+def _wait(process: subprocess.Popen[str], deadline: float) -> float | None:
+    """CPU seconds of the process and of those it waited for; None when it had to be ended."""
     alarm = threading.Timer(deadline - time.perf_counter(), process.kill)
     alarm.start()
     _, status, usage = os.wait4(process.pid, 0)
     late = not alarm.is_alive()
     alarm.cancel()
     process.returncode = os.waitstatus_to_exitcode(status)
-    return None if late else usage
+    return None if late else usage.ru_utime + usage.ru_stime

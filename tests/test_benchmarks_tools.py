@@ -150,5 +150,8 @@ def test_bars_without_a_figure_are_drawn_empty(tmp_path: Path) -> None:
 
 
 def test_the_largest_memory_of_a_command_is_known() -> None:
-    small, large = run("pass").peak_mb, run("x = bytearray(200_000_000)").peak_mb
-    assert 190 < large - small < 250
+    small, large = (
+        run(f"import time; x = bytearray({size}); time.sleep(1)").peak_mb
+        for size in (1, 200_000_000)
+    )
+    assert 195 < large - small < 205
