@@ -3,7 +3,7 @@
     python -m benchmarks [NAME…] [--rounds R] [--small] [--out FOLDER]
 
 Without names all of them run. Results go to benchmarks/results/NAME_HARDWARE_DATE.md, with a chart;
---small is a trial of seconds to minutes whose figures mean nothing, and which writes no file unless
+One that fails is told, and the others go on. --small is a trial of seconds to minutes whose figures mean nothing, and which writes no file unless
 --out says where.
 """
 
@@ -23,6 +23,7 @@ from benchmarks import (
     growth,
     loader,
     pictures,
+    processes,
     recipes,
     resize,
     results,
@@ -65,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    names, ended = arguments.names or list(SCRIPTS), []
+    names, ended, failed = arguments.names or list(SCRIPTS), [], 0
     for name in names:
         chosen = SMALL.get(name, {}) if arguments.small else {}
         if arguments.rounds is not None:
@@ -73,7 +74,12 @@ def main(argv: list[str] | None = None) -> int:
         elif arguments.small:
             chosen = chosen | {"rounds": 1}
         before, began = machine(), time.monotonic()
-        table = functools.partial(SCRIPTS[name], raw)(**chosen)
+        try:
+            table = functools.partial(SCRIPTS[name], raw)(**chosen)
+        except (processes.Failed, AssertionError) as error:  # the others are worth having
+            print(f"error: {name} was not measured: {error}", file=sys.stderr, flush=True)
+            failed += 1
+            continue
         print(f"## {name}\n\n{before}\n\n{table.markdown()}\n", flush=True)
         if arguments.out is not None or not arguments.small:
             command = shlex.join(["python", "-m", "benchmarks", *_words(name, arguments)])
@@ -84,7 +90,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{name}: {(time.monotonic() - began) / 60:.1f} minutes\n", flush=True)
     if arguments.out is not None or not arguments.small:
         _end(ended, names, arguments.out or results.FOLDER)
-    return 0
+    return 1 if failed else 0
 
 
 def _end(moved: list[str], names: list[str], folder: Path) -> None:

@@ -259,6 +259,24 @@ def test_a_small_trial_prints_and_writes_only_where_told(
     assert "2 rounds" in written.read_text()
 
 
+def test_a_benchmark_that_fails_does_not_keep_the_others_from_running(
+    raw: pictures.Raw,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    def unequal(*_: object, **__: object) -> Table:
+        raise AssertionError("a loader does other work")
+
+    monkeypatch.setattr(pictures, "load", lambda *_: raw)
+    monkeypatch.setattr(command, "SCRIPTS", {"loader": unequal, "resize": resize.run})
+    assert command.main(["--small", "--out", str(tmp_path)]) == 1
+    told = capsys.readouterr()
+    assert "error: loader was not measured: a loader does other work" in told.err
+    assert "What moved:" in told.out and "met: PSNR of the resize" in told.out
+    assert [path.stem.partition("_")[0] for path in tmp_path.glob("*.md")] == ["resize"]
+
+
 @pytest.mark.parametrize("words", [["nonsense"], ["--rounds", "0"]])
 def test_a_wrong_call_of_the_benchmarks_is_refused(words: list[str]) -> None:
     with pytest.raises(SystemExit) as ended:
