@@ -2,9 +2,9 @@
 
     python -m benchmarks [NAME…] [--rounds R] [--small] [--out FOLDER]
 
-Without names all of them run. Results go to benchmarks/results/NAME_HARDWARE_DATE.md, with a chart;
-One that fails is told, and the others go on. --small is a trial of seconds to minutes whose figures mean nothing, and which writes no file unless
---out says where.
+Without names all of them run. Results go to benchmarks/results/NAME_HARDWARE_DATE.md, with a chart.
+One that fails is told, and the others go on. --small is a trial of seconds to minutes whose figures
+mean nothing, and which writes no file unless --out says where.
 """
 
 import argparse
