@@ -202,6 +202,7 @@ def test_recipes_measures_the_real_loop(raw: pictures.Raw) -> None:
     assert cells(table, "batch")[0] == "2"
 
 
+@pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy is deprecated")  # MLflow's
 def test_growth_follows_a_set_from_its_plan_to_the_loader(raw: pictures.Raw) -> None:
     table = growth.run(
         raw,
