@@ -21,7 +21,7 @@ import hashlib
 import io
 import json
 import tarfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -197,13 +197,15 @@ def parse_manifest(document: dict[str, Any], digest: str) -> Manifest:
     )
 
 
-def load_index(uri: str, split: str) -> pa.Table:
-    """All samples of a split, in rows of `INDEX`; the row number is the sample id."""
+def load_index(uri: str, split: str, columns: Sequence[str] = tuple(INDEX.names)) -> pa.Table:
+    """All samples of a split, in rows of `INDEX` or of some of its columns; the row number is the
+    sample id."""
     location = storage.join(uri, "index", f"{split}.parquet")
     if not storage.exists(location):
         raise UserError(f"{location}: not there; was this set built with --splits {split}?")
     try:
-        check_table(table := read_parquet(storage.read(location)), INDEX)
+        wanted = pa.schema([INDEX.field(name) for name in columns])
+        check_table(table := read_parquet(storage.read(location), columns), wanted)
     except DAMAGE as error:
         line = f"{location} is damaged ({said(error)}); run: python -m pipelines verify {uri}"
         raise UserError(line) from error
@@ -313,8 +315,8 @@ def read_json(uri: str) -> Any:
         ) from error
 
 
-def read_parquet(data: bytes) -> pa.Table:
-    """All of a parquet file, read without Arrow's threads: with them a short-lived process
-    sometimes aborts at its end (apache/arrow#34314)."""
+def read_parquet(data: bytes, columns: Sequence[str] | None = None) -> pa.Table:
+    """A parquet file, or some columns of it, read without Arrow's threads: with them a short-lived
+    process sometimes aborts at its end (apache/arrow#34314)."""
     file = pq.ParquetFile(pa.BufferReader(data), pre_buffer=False, page_checksum_verification=True)
-    return file.read(use_threads=False)
+    return file.read(None if columns is None else list(columns), use_threads=False)
