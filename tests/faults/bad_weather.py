@@ -5,6 +5,9 @@ from collections.abc import Collection
 from attacks import Attack
 from store_proxy import FAULTS, Seen, Weather
 
+# Flags of a build whose set is that of the fixture `built_here`.
+SMALL = ["--samples-per-shard", "8", "--max-rejected", "3%"]
+
 
 def weather_of(attack: Attack, faults: Collection[str] = FAULTS, rate: float = 0.3) -> Weather:
     """All of `faults` in the first run, then one of them after the other; up to `rate` of the

@@ -50,6 +50,7 @@ class Weather:
     seed: int = 0
     rate: float = 0.0
     faults: Collection[str] = FAULTS
+    begins: int = 0  # after so many requests
 
 
 @dataclass(frozen=True)
@@ -128,10 +129,11 @@ class Proxy(http.server.ThreadingHTTPServer):
         asked = (request.method, request.target, ranges)
         with self._lock:
             self.seen.requests += 1
+            early = self.seen.requests <= weather.begins
             self._asked[asked] += 1
             draw = random.Random(f"{weather.seed} {asked} {self._asked[asked]}")
         possible = request.possible(weather.faults)
-        if not possible or draw.random() >= weather.rate:
+        if early or not possible or draw.random() >= weather.rate:
             return "", draw
         return draw.choice(possible), draw
 
