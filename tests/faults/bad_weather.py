@@ -3,7 +3,7 @@
 from collections.abc import Collection
 
 from attacks import Attack
-from store_proxy import FAULTS, Seen, Weather
+from store_proxy import FAULTS, OF_LISTS, Seen, Weather
 
 # Flags of a build whose set is that of the fixture `built_here`.
 SMALL = ["--samples-per-shard", "8", "--max-rejected", "3%"]
@@ -11,9 +11,11 @@ SMALL = ["--samples-per-shard", "8", "--max-rejected", "3%"]
 
 def weather_of(attack: Attack, faults: Collection[str] = FAULTS, rate: float = 0.3) -> Weather:
     """All of `faults` in the first run, then one of them after the other; up to `rate` of the
-    requests."""
+    requests, of listings alone most, since there are few."""
     turn = attack.seed % (len(faults) + 1)
     chosen = list(faults)[turn - 1 : turn] or faults
+    if {*chosen} <= {*OF_LISTS}:
+        rate = 0.9
     return Weather(attack.seed, attack.draw.uniform(rate / 2, rate), chosen)
 
 

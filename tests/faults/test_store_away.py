@@ -26,9 +26,9 @@ TRIES = s3._TRIES
 
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Half a second of silence is a failure, and a second of failures too long."""
-    monkeypatch.setattr(s3, "_SILENCE", 0.5)
-    monkeypatch.setattr(s3, "_PATIENCE", 1.0)
+    """A third of a second of silence is a failure, and half a second of failures too long."""
+    monkeypatch.setattr(s3, "_SILENCE", 0.3)
+    monkeypatch.setattr(s3, "_PATIENCE", 0.5)
     s3._store_for.cache_clear()
     yield
     s3._store_for.cache_clear()
@@ -104,7 +104,7 @@ def test_a_restart_of_the_store_costs_seconds_and_no_failure(
     def mend() -> None:
         while not proxy.seen.faults and not mended.wait(0.01):
             pass
-        mended.wait(3.0)
+        mended.wait(2.0)
         proxy.weather = Weather()
 
     restart = threading.Thread(target=mend)
@@ -119,7 +119,7 @@ def test_a_restart_of_the_store_costs_seconds_and_no_failure(
     faults = bool(proxy.fair().faults)
     assert contents(out) == built_here
     lost = max(0.0, seconds - lived(["verify", out, "--full"], Weather()))
-    attack.survived("store away for 3 s", command, faults=faults, seconds_lost=lost)
+    attack.survived("store away for 2 s", command, faults=faults, seconds_lost=lost)
 
 
 @pytest.mark.parametrize("fault", GONE)
@@ -130,7 +130,7 @@ def test_a_training_does_not_wait_for_ever_for_a_shard(
     impatient: None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("training.cache._WAITS", (0.1,) * 30)
+    monkeypatch.setattr("training.cache._WAITS", (0.05,) * 20)
     manifest = load_manifest(set_on_store)
     with Loader(set_on_store, manifest, "train", threads=2, cache_gb=1) as loader:
         proxy.foul(Weather(0, 1.0, [fault]))

@@ -1,0 +1,78 @@
+"""The commands as users run them, on a Ray whose workers know a bad store only."""
+
+import os
+import secrets
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from attacks import Attack
+from bad_weather import SMALL, survived, weather_of
+from drawn import ROOT
+from made import contents, started
+from store_proxy import FAULTS, Proxy, Weather
+
+from pipelines import storage
+
+pytest_plugins = ["bad_store", "store_commands"]
+
+_RAY = """
+import sys, ray
+context = ray.init(address="local", num_cpus=2, include_dashboard=False, logging_level="error")
+print(context.address_info["address"], flush=True)
+sys.stdin.read()
+"""
+_MOST_LIVES = 4
+
+
+@pytest.fixture(scope="module")
+def environment(good_store: dict[str, str], proxy: Proxy) -> Iterator[dict[str, str]]:
+    """Of a driver: the proxy in the place of the store, and a Ray whose workers have it too."""
+    known = good_store | {"AWS_ENDPOINT_URL": proxy.url, "RAY_AUTH_MODE": "token"}
+    known["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    process = subprocess.Popen(
+        [sys.executable, "-c", _RAY],
+        env=os.environ | known | {"PYTHONPATH": str(ROOT)},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    yield known | {"RAY_ADDRESS": process.stdout.readline().strip()}
+    process.communicate(timeout=120)
+
+
+def test_commands_on_ray_succeed_or_say_why_in_a_line_and_then_succeed(
+    attack: Attack,
+    proxy: Proxy,
+    bucket: str,
+    raw_on_store: str,
+    built_here: dict[str, bytes],
+    environment: dict[str, str],
+    home: Path,
+    tmp_path: Path,
+) -> None:
+    out = f"{bucket}/out"
+    proxy.foul(weather := weather_of(attack, FAULTS))
+    for life in range(_MOST_LIVES):
+        proxy.weather = weather if life < _MOST_LIVES - 1 else Weather()
+        run = started(["build", "--raw", raw_on_store, "--out", out, *SMALL], tmp_path, environment)
+        _, errors = run.communicate(timeout=200)
+        proxy.weather = Weather()
+        found = contents(out)
+        assert all(built_here[name] == data for name, data in found.items()), "a part or other"
+        if run.returncode == 0:
+            break
+        assert errors.strip().splitlines()[-1].startswith(("error: ", "failed: ")), errors
+        assert "Traceback" not in errors
+    assert contents(out) == built_here
+    victim = attack.draw.choice([name for name in built_here if name.endswith(".tar")])
+    storage.write(f"{out}/{victim}", built_here[victim][:-1])
+    proxy.weather = Weather()
+    run = started(["verify", out, "--repair"], tmp_path, environment)
+    said, errors = run.communicate(timeout=200)
+    assert run.returncode == 0, said + errors
+    assert contents(out) == built_here
+    survived(attack, "build on Ray", proxy.fair())
