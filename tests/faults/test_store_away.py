@@ -40,11 +40,8 @@ def test_a_store_that_never_answered_is_told_after_few_tries(
 ) -> None:
     for action in (
         lambda: storage.read(f"{bucket}/file"),
-        lambda: storage.exists(f"{bucket}/file"),
         lambda: storage.list_files(bucket),
         lambda: storage.write_new(f"{bucket}/file", b"content"),
-        lambda: storage.write(f"{bucket}/file", b"content"),
-        lambda: storage.delete(f"{bucket}/file"),
     ):
         proxy.foul(Weather(0, 1.0, [fault]))
         with pytest.raises(UserError) as told:
