@@ -144,13 +144,13 @@ class Proxy(http.server.ThreadingHTTPServer):
         with self._lock:
             self.seen.faults[fault] += 1
 
-    def earlier(self, request: Request, now: Answer) -> Answer:
+    def earlier(self, request: Request, now: Answer, draw: random.Random) -> Answer:
         """A listing as it was some time ago; `now` where there was none before."""
         with self._lock:
             before = self._lists.setdefault(request.target, [])
-            found = next((answer for answer in before if answer.body != now.body), now)
+            others = [answer for answer in before if answer.body != now.body]
             before.append(now)
-            return found
+            return draw.choice(others) if others else now
 
     def ask(self, request: Request, cut: int | None = None) -> Answer:
         """The server's answer; after `cut` bytes of the body the connection to it ends."""
@@ -202,7 +202,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         """None for a connection that is reset."""
         if fault == "stale list":
             now = self.server.ask(request)
-            found = self.server.earlier(request, now)
+            found = self.server.earlier(request, now, draw)
             if found is not now:
                 self.server.count(fault)
             return found
@@ -226,7 +226,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self.server.ask(request)
         answer = self.server.ask(request)
         if request.is_list:
-            self.server.earlier(request, answer)
+            self.server.earlier(request, answer, draw)
         if fault == "delay":
             time.sleep(draw.uniform(0, _LONGEST_DELAY))
         if fault == "done, then reset":

@@ -152,3 +152,26 @@ def test_a_training_with_checkpoints_on_a_bad_store_learns_the_same(
     again = sum(map(len, training.losses.values())) - steps
     assert again <= (len(training.starts) - 1) * (steps if "stale list" in seen.faults else 4)
     survived(attack, "training", seen, max(0.0, seconds - usual))
+
+
+def test_a_checkpoint_that_was_deleted_since_it_was_listed_is_passed_over(
+    proxy: Proxy, bucket: str, tmp_path: Path
+) -> None:
+    run = f"{bucket}/run"
+    with Uploader(run, keep_last=2, keep_best=0, patience=60) as uploads:
+        for step in (1, 2):
+            state = {"step": step, "metrics": {}, "evaluated_step": 0}
+            checkpoint.save(tmp_path / "here", {"model": {}, "optimizer": {}}, state)
+            uploads.send(tmp_path / "here")
+            uploads.wait()
+    proxy.foul(Weather())
+    with checkpoint.newest_good(run) as newest:
+        assert newest is not None and checkpoint.load_state(newest)["step"] == 2
+    gone = [name for name, _ in storage.list_files(run) if name.startswith("checkpoint-00000002")]
+    for name in gone:
+        storage.delete(f"{run}/{name}")
+    assert len(storage.list_files(run)) == len(gone)  # the other one's
+    proxy.weather = Weather(0, 1.0, ["stale list"])
+    with checkpoint.newest_good(run) as newest:
+        assert newest is not None and checkpoint.load_state(newest)["step"] == 1
+    assert proxy.fair().faults["stale list"] == 1
