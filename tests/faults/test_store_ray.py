@@ -1,47 +1,27 @@
 """The commands as users run them, on a Ray whose workers know a bad store only."""
 
-import os
-import secrets
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from attacks import Attack
 from bad_weather import SMALL, survived, weather_of
-from drawn import ROOT
 from made import contents, started
+from own_ray import own_ray
 from store_proxy import FAULTS, Proxy, Weather
 
 from pipelines import storage
 
 pytest_plugins = ["bad_store", "store_commands"]
 
-_RAY = """
-import sys, ray
-context = ray.init(address="local", num_cpus=2, include_dashboard=False, logging_level="error")
-print(context.address_info["address"], flush=True)
-sys.stdin.read()
-"""
 _MOST_LIVES = 4
 
 
 @pytest.fixture(scope="module")
 def environment(good_store: dict[str, str], proxy: Proxy) -> Iterator[dict[str, str]]:
     """Of a driver: the proxy in the place of the store, and a Ray whose workers have it too."""
-    known = good_store | {"AWS_ENDPOINT_URL": proxy.url, "RAY_AUTH_MODE": "token"}
-    known["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
-    process = subprocess.Popen(
-        [sys.executable, "-c", _RAY],
-        env=os.environ | known | {"PYTHONPATH": str(ROOT)},
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stdout is not None
-    yield known | {"RAY_ADDRESS": process.stdout.readline().strip()}
-    process.communicate(timeout=120)
+    with own_ray(good_store | {"AWS_ENDPOINT_URL": proxy.url}) as known:
+        yield known
 
 
 def test_commands_on_ray_succeed_or_say_why_in_a_line_and_then_succeed(
