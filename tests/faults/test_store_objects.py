@@ -103,7 +103,8 @@ def test_an_own_write_whose_answer_was_lost_is_no_stranger(
 def test_an_answer_that_stays_damaged_is_one_line(
     bucket: str, proxy: Proxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(s3, "_PATIENCE", 1.0)
+    monkeypatch.setattr(s3, "_PATIENCE", 0.5)
+    monkeypatch.setattr(s3, "_TRIES", 2)
     storage.write(f"{bucket}/file", content(0, 0))
     for fault in ("answer cut", "reset in the answer", "bit flipped in the answer"):
         proxy.foul(Weather(0, 1.0, [fault]))
