@@ -187,10 +187,12 @@ def _leaf(document: Any, dotted: str) -> str | None:
 
 
 def _step(checkpoint: str) -> int:
+    """-1 where it is damaged or gone, as verify will tell."""
+    state = _if_there(storage.join(checkpoint, "state.json"))
     try:
-        return int(json.loads(storage.read(storage.join(checkpoint, "state.json")))["step"])
+        return -1 if state is None else int(json.loads(state)["step"])
     except (LookupError, TypeError, ValueError, OverflowError, RecursionError):
-        return -1  # damaged, as verify will tell
+        return -1
 
 
 @contextlib.contextmanager
@@ -200,9 +202,20 @@ def _local(checkpoint: str) -> Iterator[Path]:
         return
     with tempfile.TemporaryDirectory(prefix="checkpoint-") as folder:
         for name, _ in storage.list_files(checkpoint):
-            if "/" not in name:
-                (Path(folder) / name).write_bytes(storage.read(storage.join(checkpoint, name)))
+            if "/" not in name and (data := _if_there(storage.join(checkpoint, name))) is not None:
+                (Path(folder) / name).write_bytes(data)
         yield Path(folder)
+
+
+def _if_there(uri: str) -> bytes | None:
+    """None for a file that was deleted since it was listed: by an uploader that still runs, or in a
+    store whose listings lag behind."""
+    try:
+        return storage.read(uri)
+    except UserError:
+        if storage.exists(uri):
+            raise
+        return None
 
 
 def _sha256(path: Path) -> str:
