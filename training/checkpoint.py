@@ -83,22 +83,23 @@ def verify(folder: Path) -> None:
     for name in sorted({*_LEAST, *hashes}):
         if not _FILE.fullmatch(name):
             raise UserError(f"checkpoint {folder} is damaged: {name[:80]} is no file of it")
-        if not (folder / name).exists() or _sha256(folder / name) != hashes.get(name):
+        if hashes.get(name) is None or _sha256_if_there(folder / name) != hashes[name]:
             raise UserError(f"checkpoint {folder} is damaged: {name} does not match its sha256")
 
 
 @contextlib.contextmanager
 def newest_good(run: str) -> Iterator[Path | None]:
     """The checkpoint of the highest step below `run` (a folder or s3:// prefix) whose hashes match,
-    as a local folder for the time of the block; None where there is no checkpoint at all.
+    as a local folder of the same name for the time of the block; None where there is no checkpoint at all.
 
     A damaged one is told and passed over: the training then repeats some steps instead of failing.
+    One without hashes.json is none yet: its upload goes on or was killed.
     It looks at the files, not at Ray's list of checkpoints, which lags behind them when a run is
     killed. Raises UserError when there are checkpoints and none is good.
     """
-    names = [name for name, _ in storage.list_files(run) if name.endswith("/state.json")]
+    names = [name for name, _ in storage.list_files(run) if name.endswith("/hashes.json")]
     folders = sorted(
-        (name.removesuffix("/state.json") for name in names),
+        (name.removesuffix("/hashes.json") for name in names),
         key=lambda folder: (_step(storage.join(run, folder)), folder),
         reverse=True,
     )
@@ -187,10 +188,21 @@ def _leaf(document: Any, dotted: str) -> str | None:
 
 
 def _step(checkpoint: str) -> int:
+    content = _read_if_there(storage.join(checkpoint, "state.json"))
     try:
-        return int(json.loads(storage.read(storage.join(checkpoint, "state.json")))["step"])
+        return int(json.loads(content or b"")["step"])
     except (LookupError, TypeError, ValueError, OverflowError, RecursionError):
-        return -1  # damaged, as verify will tell
+        return -1  # damaged or gone, as verify will tell
+
+
+def _read_if_there(uri: str) -> bytes | None:
+    """None for what a training that goes on has pruned meanwhile."""
+    try:
+        return storage.read(uri)
+    except UserError:
+        if storage.exists(uri):
+            raise
+        return None
 
 
 @contextlib.contextmanager
@@ -199,10 +211,20 @@ def _local(checkpoint: str) -> Iterator[Path]:
         yield Path(checkpoint)
         return
     with tempfile.TemporaryDirectory(prefix="checkpoint-") as folder:
+        here = Path(folder) / checkpoint.rpartition("/")[2]
+        here.mkdir()
         for name, _ in storage.list_files(checkpoint):
-            if "/" not in name:
-                (Path(folder) / name).write_bytes(storage.read(storage.join(checkpoint, name)))
-        yield Path(folder)
+            content = _read_if_there(storage.join(checkpoint, name))
+            if "/" not in name and content is not None:
+                (here / name).write_bytes(content)
+        yield here
+
+
+def _sha256_if_there(path: Path) -> str | None:
+    try:
+        return _sha256(path)
+    except OSError:  # gone, pruned this moment by the training itself, or unreadable
+        return None
 
 
 def _sha256(path: Path) -> str:

@@ -40,6 +40,8 @@ FAILURES = (MlflowException, OSError, SQLAlchemyError, sqlite3.Error)
 
 logger = logging.getLogger("training")
 
+_Row = tuple[str, float, int, int]  # name, value, milliseconds since 1970, step
+
 
 def tracking_uri() -> str:
     """$MLFLOW_TRACKING_URI, or the embedded store under $ALEXNET_HOME.
@@ -139,13 +141,15 @@ def open_run(client: MlflowClient, config: TrainConfig, manifest: Manifest, data
 
 
 class Tracker:
-    """Metrics of one run from one process. State: what could not be sent yet, in a local file."""
+    """Metrics of one run from one process. State: what could not be sent yet, in a local file, or
+    in memory while that cannot be written."""
 
     def __init__(self, uri: str, run_id: str) -> None:
         _patience()
         self._client = MlflowClient(tracking_uri=uri)
         self._run_id = run_id
         self._spool = storage.home() / "spool" / f"{run_id}.jsonl"
+        self._unwritten: list[_Row] = []  # with what the file holds
 
     def log(self, metrics: dict[str, float], step: int) -> None:
         """Sends, or keeps for later; two tries of ten seconds at most."""
@@ -158,11 +162,12 @@ class Tracker:
                 self._client.log_batch(self._run_id, metrics=batch)
         except FAILURES as error:
             reason = str(error).splitlines()[0][:120]
-            logger.warning(f"MLflow does not answer ({reason}); {len(pending)} values wait on disk")
-            self._spool.parent.mkdir(parents=True, exist_ok=True)
-            self._spool.write_text("".join(json.dumps(row) + "\n" for row in pending))
+            where = self._kept(pending)
+            logger.warning(f"MLflow does not answer ({reason}); {len(pending)} values wait {where}")
         else:
-            self._spool.unlink(missing_ok=True)
+            self._unwritten = []
+            with contextlib.suppress(OSError):  # sent again, they are the same values
+                self._spool.unlink(missing_ok=True)
 
     def tag(self, name: str, value: str) -> None:
         """Sets a tag of the run; a warning where MLflow does not answer."""
@@ -192,11 +197,30 @@ class Tracker:
         except FAILURES as error:
             logger.warning(f"{name} could not be kept with the run: {str(error).splitlines()[0]}")
 
-    def _spooled(self) -> list[tuple[str, float, int, int]]:
-        if not self._spool.exists():
+    def _kept(self, pending: list[_Row]) -> str:
+        """Where they are now. A full or broken disk is no reason to end a training."""
+        text = "".join(json.dumps(row) + "\n" for row in pending)
+        try:
+            storage.write(str(self._spool), text.encode())
+        except UserError as error:
+            self._unwritten = pending
+            return f"in memory ({error})"
+        self._unwritten = []
+        return "on disk"
+
+    def _spooled(self) -> list[_Row]:
+        if self._unwritten:
+            return self._unwritten
+        rows: list[_Row] = []
+        try:
+            for line in self._spool.read_text().splitlines():
+                key, value, at, step = json.loads(line)
+                rows.append((str(key), float(value), int(at), int(step)))
+        except FileNotFoundError:
             return []
-        rows = [json.loads(line) for line in self._spool.read_text().splitlines()]
-        return [(str(key), float(value), int(at), int(step)) for key, value, at, step in rows]
+        except (OSError, TypeError, ValueError) as error:
+            logger.warning(f"values that wait in {self._spool} are lost from here on: {error}")
+        return rows
 
 
 @contextlib.contextmanager

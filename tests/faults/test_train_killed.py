@@ -1,0 +1,158 @@
+"""SIGKILL at any instant of a training and of its checkpoints: the bits of one that was not."""
+
+import json
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from attacks import Attack
+from mortal import Life, Mortals
+from shard_sets import write_shard_set
+
+from training import checkpoint
+
+# 4 steps in each of 3 epochs; checkpoints after 3, 4, 6, 8, 9 and 12.
+STEPS, EVERY = 12, 3
+CHANGES = {
+    "model_batch_norm": True,
+    "optim_batch_size": 7,
+    "optim_epochs": 3,
+    "optim_ema_decay": 0.9,
+    "checkpoint_steps": EVERY,
+}
+KILLS = 5
+
+
+class Training:
+    """One training in a folder of its own: lives that go on with it, and what they left."""
+
+    def __init__(self, mortals: Mortals, uri: str, folder: Path) -> None:
+        self._mortals, self._uri, self._folder = mortals, uri, folder
+        self.run, self.lives = folder / "run", []
+        folder.mkdir()
+
+    def live(self, **how: Any) -> Life:
+        arguments = {"uri": self._uri, "run": str(self.run), "log": str(self._folder / "log")}
+        arguments |= {"changes": CHANGES}
+        self.lives.append(self._mortals.live("train", **arguments, **how))
+        return self.lives[-1]
+
+    @property
+    def lines(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (self._folder / "log").read_text().splitlines()]
+
+    @property
+    def seconds(self) -> float:
+        return sum(life.seconds for life in self.lives)
+
+    @property
+    def files(self) -> dict[str, bytes]:
+        with checkpoint.newest_good(str(self.run)) as last:
+            assert last is not None
+            return {path.name: path.read_bytes() for path in sorted(last.iterdir())}
+
+
+@pytest.fixture(scope="module")
+def mortals(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mortals]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TMPDIR", str(tmp_path_factory.mktemp("checkpoints")))
+        with Mortals("mortal_training") as running:
+            yield running
+
+
+@pytest.fixture(scope="module")
+def uri(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("killed")
+    return write_shard_set(folder / "set", train=(10, 9, 9), val=(7, 6))
+
+
+@pytest.fixture(scope="module")
+def whole(mortals: Mortals, uri: str, tmp_path_factory: pytest.TempPathFactory) -> Training:
+    """A training that nobody disturbed."""
+    training = Training(mortals, uri, tmp_path_factory.mktemp("whole") / "training")
+    life = training.live(watch="checkpoint-")
+    assert life.status == 0, life.said
+    assert json.loads(training.files["state.json"])["step"] == STEPS
+    return training
+
+
+@pytest.fixture
+def training(mortals: Mortals, uri: str, tmp_path: Path) -> Training:
+    return Training(mortals, uri, tmp_path / "training")
+
+
+def learned(training: Training) -> dict[int, set[tuple[float, ...]]]:
+    """What was said of each step, in any life, of loss and samples."""
+    said: dict[int, set[tuple[float, ...]]] = {}
+    for line in training.lines:
+        values = tuple(line[key] for key in ("loss", "sample_digest", "val_loss") if key in line)
+        if values:
+            said.setdefault(line["step"], set()).add(values)
+    return said
+
+
+def check_steps_done_again(training: Training) -> None:
+    """An upload goes on behind the steps up to the next checkpoint: what a kill takes with it are
+    at most the steps since the last checkpoint but one."""
+    reached = 0
+    for line in training.lines:
+        if "loss" not in line and "val_loss" not in line:
+            assert reached - 2 * EVERY <= line["step"] <= reached, training.lines
+        reached = line["step"]
+
+
+def check_same_as(whole: Training, training: Training) -> None:
+    assert training.files == whole.files
+    assert learned(training) == learned(whole)
+    check_steps_done_again(training)
+    names = {path.name.split("-")[1] for path in training.run.iterdir()}
+    assert names == {path.name.split("-")[1] for path in whole.run.iterdir()}
+    held = {path.name for path in training.run.rglob("*") if path.is_file()}
+    assert held == set(whole.files), "nothing of the killed is left"
+
+
+def test_killed_at_any_instant_a_training_ends_with_the_same_bits(attack, whole, training):
+    # Later lives begin later in the training: they reach its end before those of the first do.
+    longest = 0.7 * whole.lives[0].seconds
+    while len(training.lives) < KILLS:
+        if not training.live(after=attack.draw.uniform(0, longest)).killed:
+            break
+    kills = sum(life.killed for life in training.lives)
+    if training.lives[-1].killed:
+        assert training.live().status == 0, training.lives[-1].said
+    check_same_as(whole, training)
+    told(attack, "training", kills, training.seconds - whole.seconds)
+
+
+def test_killed_between_two_files_of_a_checkpoint_takes_nothing_half_written(
+    attack, whole, training
+):
+    operations = whole.lives[0].operations
+    assert operations > 50, "saving and uploading were not seen"
+    while len(training.lives) < KILLS:
+        instant = attack.draw.randint(1, operations // 2)
+        if not training.live(watch="checkpoint-", at=instant).killed:
+            break
+    kills = sum(life.killed for life in training.lives)
+    if training.lives[-1].killed:
+        assert training.live().status == 0, training.lives[-1].said
+    check_same_as(whole, training)
+    told(attack, "checkpoint", kills, training.seconds - whole.seconds)
+
+
+def told(attack: Attack, place: str, kills: int, lost: float) -> None:
+    attack.survived("SIGKILL", place, faults=kills, seconds_lost=max(0.0, lost))
+
+
+def test_nothing_is_left_of_an_upload_that_was_killed_in_its_first_file(whole, training, tmp_path):
+    left = training.run / "checkpoint-00000003-0a0a0a"
+    left.mkdir(parents=True)
+    (left / ".another-host~1~hashes.json.x.tmp").write_bytes(b"half")
+    assert training.live().status == 0
+    check_same_as(whole, training)
+
+
+def test_folders_of_killed_trainings_do_not_fill_the_temporary_disk(mortals, whole):
+    assert not list(Path(tempfile.gettempdir()).glob("checkpoint-*~*~*"))
