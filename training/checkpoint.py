@@ -90,7 +90,7 @@ def verify(folder: Path) -> None:
 @contextlib.contextmanager
 def newest_good(run: str) -> Iterator[Path | None]:
     """The checkpoint of the highest step below `run` (a folder or s3:// prefix) whose hashes match,
-    as a local folder of the same name for the time of the block; None where there is no checkpoint at all.
+    as a local folder of the same name for the time of the block; None where there is none at all.
 
     A damaged one is told and passed over: the training then repeats some steps instead of failing.
     One without hashes.json is none yet: its upload goes on or was killed.

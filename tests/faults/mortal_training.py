@@ -2,6 +2,10 @@
 
 import json
 import os
+import resource
+import signal
+import subprocess
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +14,34 @@ import torch._dynamo  # the first step of an optimizer would import it, in every
 from small_training import CPU, small_config
 
 from alexnet.errors import UserError
-from training import checkpoint, loop
+from training import checkpoint, loop, predictions
+from training import predict as commands
 from training.uploads import Uploader
 
 
-def train(uri: str, run: str, log: str, changes: dict[str, Any]) -> int:
+def train(
+    uri: str,
+    run: str,
+    log: str,
+    changes: dict[str, Any],
+    temporary: str | None = None,
+    signalled: list[str] | None = None,
+    memory: int | None = None,
+) -> int:
     """Goes on from the newest checkpoint in `run`. `log` gets a line for each log line, before
-    them one with the step that this life began at. 2, and one line, where the user must mend."""
+    them one with the step that this life began at. 2, and one line, where the user must mend; 3
+    where memory ended.
+
+    temporary: where checkpoints are written first. signalled: a command that SIGUSR1 makes it run.
+    memory: bytes of address space that it may take on.
+    """
     torch.set_num_threads(1)
+    tempfile.tempdir = temporary or tempfile.tempdir
+    if signalled is not None:
+        signal.signal(signal.SIGUSR1, lambda *_: subprocess.run(signalled, check=True) and None)
+    if memory is not None:
+        taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (taken + memory, resource.RLIM_INFINITY))
     config = small_config(**changes)
 
     def tell(metrics: dict[str, float], step: int) -> None:
@@ -42,4 +66,15 @@ def train(uri: str, run: str, log: str, changes: dict[str, Any]) -> int:
     except UserError as error:
         print(f"error: {error}")
         return 2
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and "can't allocate memory" not in str(error):
+            raise
+        return 3
     return 0
+
+
+def predict(argv: list[str]) -> int:
+    """`python -m training.predict ARGV`, with the shards scored in this process."""
+    torch.set_num_threads(1)
+    predictions.scoring.EVERY_CPU = None  # type: ignore[assignment]
+    return commands.main(argv)
