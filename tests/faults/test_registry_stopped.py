@@ -51,13 +51,12 @@ def test_promotion_whose_server_is_killed_is_finished_by_the_same_command(
 ):
     if not request.config.getoption("--fault-runs"):
         pytest.skip("takes half a minute: with --fault-runs only")
+    place = tmp_path / "home", tmp_path / "log"
     server = Server(tmp_path / "home")
     (tmp_path / "home" / "mlflow.db").rename(tmp_path / "home" / "server.db")
     try:
         server.start()
-        script = Script(
-            PROMOTE, tmp_path / "home", tmp_path / "log", MLFLOW_TRACKING_URI=server.uri
-        )
+        script = Script(PROMOTE, *place, MLFLOW_TRACKING_URI=server.uri)
         time.sleep(attack.draw.uniform(3, 14))
         server.kill()
         code = script.wait()
@@ -65,9 +64,7 @@ def test_promotion_whose_server_is_killed_is_finished_by_the_same_command(
             assert code == 2 and "Traceback" not in script.said, script.said
             assert script.said.splitlines()[-1].startswith("error: ")
         server.start()
-        script = Script(
-            PROMOTE, tmp_path / "home", tmp_path / "log", MLFLOW_TRACKING_URI=server.uri
-        )
+        script = Script(PROMOTE, *place, MLFLOW_TRACKING_URI=server.uri)
         assert script.wait() == 0, script.said
         there = MlflowClient(tracking_uri=server.uri, registry_uri=server.uri)
         assert aliases(there)["champion"] == GOOD and not locked(there)

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import os
 import re
 import shutil
 import signal
@@ -35,10 +34,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def config(folder: Path, home: Path) -> TrainConfig:
-    where = {"data": str(folder / "set"), "device": "cpu", "cpus_per_worker": 1}
-    return small_config(
-        name="killed", storage=str(home / "runs"), register=False, **where, **CHANGES
-    )
+    where = {"data": str(folder / "set"), "storage": str(home / "runs"), "device": "cpu"}
+    return small_config(name="killed", cpus_per_worker=1, register=False, **where, **CHANGES)
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +61,7 @@ def training(folder: Path, home: Path, *flags: str) -> Iterator[Script]:
     saved, log = home / "config.json", home / f"log-{len(list(home.glob('log-*')))}"
     saved.write_text(json.dumps(to_dict(config(folder, home))))
     argv = [str(ROOT / "training" / "run.py"), "--config", str(saved), *flags]
-    sockets = os.readlink(home / "sockets")
+    sockets = str((home / "sockets").readlink())
     script = Script(argv, home, log, RAY_TMPDIR=sockets)
     try:
         yield script
