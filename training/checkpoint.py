@@ -133,12 +133,12 @@ def refuse_other(folder: Path, config: TrainConfig, manifest_digest: str) -> Non
 
 
 def load_state(folder: Path) -> dict[str, Any]:
-    """state.json of a checkpoint. Raises UserError where it is no JSON object."""
+    """state.json of a checkpoint. Raises UserError where it is no JSON object, or pruned by now."""
     try:
         state: dict[str, Any] = json.loads((folder / "state.json").read_text())
         if not isinstance(state, dict):
             raise TypeError(f"it is {type(state).__name__}")
-    except (TypeError, ValueError, RecursionError) as error:
+    except (OSError, TypeError, ValueError, RecursionError) as error:
         raise UserError(f"checkpoint {folder} is damaged: state.json ({error})") from error
     return state
 
@@ -147,7 +147,7 @@ def load_tensors(folder: Path, name: str) -> dict[str, torch.Tensor]:
     """NAME.safetensors of a checkpoint, on the CPU. Raises UserError where it is none."""
     try:
         tensors: dict[str, torch.Tensor] = load_file(folder / f"{name}.safetensors")
-    except SafetensorError as error:
+    except (OSError, SafetensorError) as error:
         raise UserError(f"checkpoint {folder} is damaged: {name}.safetensors ({error})") from error
     return tensors
 

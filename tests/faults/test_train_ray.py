@@ -151,3 +151,17 @@ def test_worker_without_memory_is_told_in_one_line_and_the_same_command_finishes
             assert "error: " in script.said.splitlines()[-1] and "continue with: " in script.said
     lost = again(folder, home, whole) if code != 0 else 0.0
     attack.survived("out of memory", "run.py: worker", seconds_lost=lost)
+
+
+def test_stopped_while_it_imports_its_libraries_it_says_one_line(attack: Attack, home):
+    number = attack.draw.choice([signal.SIGTERM, signal.SIGINT])
+    script = Script([str(ROOT / "training" / "run.py"), "--print-config"], home, home / "log")
+    try:
+        time.sleep(0.15 + attack.draw.uniform(0, 5))
+        script.send(number)
+        assert script.wait() in (0, 130), script.said
+        assert "Traceback" not in script.said
+        assert script.said.startswith("{") or script.said.startswith("interrupted")
+    finally:
+        script.end()
+    attack.survived(number.name, "run.py: imports")
