@@ -14,6 +14,7 @@ import torch._dynamo  # an export would import it, in every life
 from mlflow.tracking import MlflowClient
 from registered import GOOD_CONFIG
 
+from alexnet.errors import UserError
 from pipelines.shards import load_manifest
 from training import tracking
 from training.registry import __main__ as commands
@@ -30,10 +31,18 @@ def command(*, argv: list[str]) -> int:
     return commands.main(argv)
 
 
-def register(*, run_id: str, checkpoint: str, data: str) -> None:
-    client = _prepare()
+def register(*, run_id: str, checkpoint: str, data: str) -> int:
+    """1 or 2, and one line, for what `training/run.py` answers with these."""
     manifest = load_manifest(data)
-    print(package.register(client, run_id, Path(checkpoint), manifest, GOOD_CONFIG))
+    try:
+        package.register(_prepare(), run_id, Path(checkpoint), manifest, GOOD_CONFIG)
+    except UserError as error:
+        print(f"error: {error}")
+        return 2
+    except tracking.FAILURES as error:
+        print(f"error: {str(error).splitlines()[0]}")
+        return 1
+    return 0
 
 
 def _prepare() -> MlflowClient:

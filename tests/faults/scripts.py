@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
 from drawn import ROOT
 
 
@@ -86,3 +87,9 @@ class Script:
             if mark in environment + b"\0" and command:
                 found[int(entry.name)] = command
         return found
+
+
+def only_in_long_runs(request: pytest.FixtureRequest) -> None:
+    """Skips where nobody asked for many attacks."""
+    if not request.config.getoption("--fault-runs", default=None):
+        pytest.skip("starts servers and takes half a minute: with --fault-runs only")

@@ -1,6 +1,5 @@
 """SIGKILL at any instant of what changes the registry: nothing half of it is ever visible."""
 
-import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,20 +9,23 @@ from gated import enter_whole_copy, locked
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 from mortal import Life, Mortals
-from registered import AGAIN, GOOD, GOOD_CONFIG, MLFLOW_WARNINGS, POOR, Built
+from registered import AGAIN, GOOD, MLFLOW_WARNINGS, POOR, Built
+from registries import check_visible, new_run, register
 
-from pipelines.shards import load_manifest
-from training import tracking
 from training.registry import alias
 from training.registry.gate import rollback
-from training.registry.versions import NAME, aliases, load, verify, versions
+from training.registry.versions import NAME, aliases, load, versions
 
 pytestmark = [pytest.mark.filterwarnings(line) for line in MLFLOW_WARNINGS]
 
-# Of POOR the gate asks too much: what cannot pass must never be champion.
-COMMANDS = [["promote", GOOD], ["promote", AGAIN], ["promote", POOR], ["rollback"]]
-CHAMPIONS = [GOOD, AGAIN, AGAIN, GOOD]  # after each
-KILLS = 2  # of each command
+# Command, champion before and after. What POOR lacks must never make it champion.
+COMMANDS: list[tuple[list[str], str | None, str | None]] = [
+    (["promote", GOOD], None, GOOD),
+    (["promote", AGAIN], GOOD, AGAIN),
+    (["promote", POOR], GOOD, GOOD),
+    (["rollback"], AGAIN, GOOD),
+]
+KILLS = 3
 
 
 @pytest.fixture(scope="module")
@@ -39,84 +41,60 @@ def client(
     return enter_whole_copy(registered_models, tmp_path / "home", monkeypatch)
 
 
-def check_visible(client: MlflowClient) -> None:
-    """What anybody would find now."""
-    for version in versions(client):
-        assert verify(client, version) == [], f"version {version.version}"
-    for name, number in aliases(client).items():
-        tags = client.get_model_version(NAME, number).tags
-        if name == "champion":
-            assert tags["gate"] == "passed" and "promoted_at" in tags
-            load(f"models:/{NAME}@champion")
+def made_champion(client: MlflowClient, *numbers: str) -> None:
+    """One after the other, as promotions leave them."""
+    for place, number in enumerate(numbers):
+        history = " ".join(numbers[:place]) or None
+        before = numbers[place - 1] if place else None
+        tags = {"gate": "passed", "promoted_at": "then", "previous_champion": before}
+        alias.move(client, "champion", before, number, tags | {"champions_before": history})
 
 
-# Tags of the verdicts and moves after COMMANDS.
-REMEMBERED = {
-    GOOD: {"gate": "passed"},
-    AGAIN: {"gate": "passed", "champions_before": GOOD, "previous_champion": GOOD},
-    POOR: {"gate": "refused"},
-}
-
-
-def remembered(client: MlflowClient, number: str) -> dict[str, str]:
-    tags = client.get_model_version(NAME, number).tags
-    return {key: tags[key] for key in ("gate", *REMEMBERED[AGAIN]) if key in tags}
-
-
-def test_killed_commands_are_finished_by_the_same_again(
-    attack, mortals, client, registered_models, tmp_path, monkeypatch
+def test_killed_command_is_finished_by_the_same_again(
+    attack, mortals, client, tmp_path, monkeypatch
 ):
-    kills, lost = 0, 0.0
     monkeypatch.setattr(alias, "STALE_SECONDS", 0.2)
-    for argv, expected in zip(COMMANDS, CHAMPIONS, strict=True):
-        lives, before = [], aliases(client).get("champion")
-        for _ in range(KILLS):
-            how = {"after": attack.draw.uniform(0, 1.5)}
-            if attack.draw.random() < 0.7:
-                how = {"watch": "mlflow", "at": attack.draw.randint(1, 60)}
-            lives.append(mortals.live("command", argv=argv, home=tmp_path / "home", **how))
-            check_visible(client)
-            assert aliases(client).get("champion") in (before, expected)
-        kills += sum(life.killed for life in lives)
-        lost += sum(life.seconds for life in lives if life.killed)
-        moved = aliases(client).get("champion") == expected != before
-        if not (argv == ["rollback"] and moved and not locked(client)):  # as good as done
-            lives.append(mortals.live("command", argv=argv, home=tmp_path / "home"))
+    argv, before, after = COMMANDS[attack.seed % len(COMMANDS)]
+    made_champion(client, *{None: [], GOOD: [GOOD], AGAIN: [GOOD, AGAIN]}[before])
+    lives: list[Life] = []
+    done = False  # as good as: a rollback that is over would be followed by another
+    while len(lives) < KILLS and not done:
+        how = {"after": attack.draw.uniform(0, 1.5)}
+        if attack.draw.random() < 0.7:
+            how = {"watch": "mlflow", "at": attack.draw.randint(1, 60)}
+        lives.append(mortals.live("command", argv=argv, home=tmp_path / "home", **how))
         check_visible(client)
-        assert not locked(client)
-        assert aliases(client)["champion"] == expected, (argv, lives)
-    assert {number: remembered(client, number) for number in REMEMBERED} == REMEMBERED
-    attack.survived("SIGKILL", "promote, rollback", faults=kills, seconds_lost=lost)
-
-
-def register(mortals: Mortals, built: Built, home: Path, run_id: str, **how: Any) -> Life:
-    checkpoint, data = str(built.checkpoint), built.data
-    told = {"run_id": run_id, "checkpoint": checkpoint, "data": data}
-    return mortals.live("register", watch="", home=home, **told, **how)
+        now = aliases(client).get("champion")
+        assert now in (before, after)
+        done = argv == ["rollback"] and now == after and not locked(client)
+    if not done:
+        lives.append(mortals.live("command", argv=argv, home=tmp_path / "home"))
+        assert lives[-1].status == int(POOR in argv), lives[-1].said
+    check_visible(client)
+    assert aliases(client)["champion"] == after and not locked(client)
+    tags = client.get_model_version(NAME, argv[-1] if len(argv) > 1 else GOOD).tags
+    assert tags["gate"] == ("refused" if POOR in argv else "passed")
+    assert tags.get("champions_before") == (GOOD if AGAIN in argv else None)
+    lost = sum(life.seconds for life in lives if life.killed)
+    kills = sum(life.killed for life in lives)
+    attack.survived("SIGKILL", f"registry {argv[0]}", faults=kills, seconds_lost=lost)
 
 
 def test_killed_registration_is_finished_by_the_same_again(
     attack, mortals, client, registered_models, tmp_path
 ):
-    data = registered_models.data
-    config = dataclasses.replace(GOOD_CONFIG, name="killed")
-    run = tracking.open_run(client, config, load_manifest(data), data)
-    tracker = tracking.Tracker(tracking.tracking_uri(), run.info.run_id)
-    tracker.log({"loss": 1.0, "top1": 0.5, "val_loss": 1.0, "val_top1": 0.5}, 1)
-    there, lost = len(versions(client)), 0.0
-    instants = [{"at": attack.draw.randint(1, 250)}, {"after": attack.draw.uniform(0, 6)}]
-    lives = []
-    for how in instants:
-        home = tmp_path / "home"
-        lives.append(register(mortals, registered_models, home, run.info.run_id, **how))
-        check_visible(client)
-        assert len(versions(client)) in (there, there + 1)
-    lives.append(register(mortals, registered_models, home, run.info.run_id))
+    run_id = new_run(client, registered_models.data)
+    there, home = len(versions(client)), tmp_path / "home"
+    instants = [{"at": attack.draw.randint(1, 250)}, {"after": attack.draw.uniform(0, 5)}]
+    lives = [register(mortals, registered_models, home, run_id, **instants[attack.seed % 2])]
+    check_visible(client)
+    assert len(versions(client)) in (there, there + 1)
+    lives.append(register(mortals, registered_models, home, run_id))
     assert lives[-1].status == 0, lives[-1].said
     check_visible(client)
     newest, *others = versions(client)
     assert len(others) == there and aliases(client)["candidate"] == str(newest.version)
-    assert newest.run_id == run.info.run_id and load(f"models:/{NAME}@candidate")
+    assert newest.run_id == run_id and load(f"models:/{NAME}@candidate")
     lost = sum(life.seconds for life in lives if life.killed)
     kills = sum(life.killed for life in lives)
     attack.survived("SIGKILL", "registration", faults=kills, seconds_lost=lost)
@@ -124,9 +102,7 @@ def test_killed_registration_is_finished_by_the_same_again(
 
 def test_rollback_that_was_killed_is_finished_once_and_goes_no_further(client, monkeypatch):
     monkeypatch.setattr(alias, "STALE_SECONDS", 0.2)
-    for number, before in ((GOOD, None), (AGAIN, GOOD), (POOR, AGAIN)):
-        history = {GOOD: "", AGAIN: GOOD, POOR: f"{GOOD} {AGAIN}"}[number]
-        alias.move(client, "champion", before, number, {"champions_before": history or None})
+    made_champion(client, GOOD, AGAIN, POOR)
     with monkeypatch.context() as patch:
         patch.setattr(alias, "_release", lambda *_: None)  # killed before it
         assert rollback(client) == (POOR, AGAIN)

@@ -8,7 +8,7 @@ import pytest
 from gated import enter_whole_copy, locked
 from mlflow.tracking import MlflowClient
 from registered import GOOD, MLFLOW_WARNINGS, Built
-from scripts import Script
+from scripts import Script, only_in_long_runs
 from test_tracking import Server
 
 from training.registry import alias
@@ -49,8 +49,7 @@ def test_stopped_promotion_ends_with_130_one_line_and_nothing_half_moved(
 def test_promotion_whose_server_is_killed_is_finished_by_the_same_command(
     attack, request, client, tmp_path, monkeypatch
 ):
-    if not request.config.getoption("--fault-runs"):
-        pytest.skip("takes half a minute: with --fault-runs only")
+    only_in_long_runs(request)
     place = tmp_path / "home", tmp_path / "log"
     server = Server(tmp_path / "home")
     (tmp_path / "home" / "mlflow.db").rename(tmp_path / "home" / "server.db")

@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 from mlflow.tracking import MlflowClient
 from registered import MLFLOW_WARNINGS
+from scripts import only_in_long_runs
 from shard_sets import write_shard_set
 from small_training import small_config
 from test_tracking import Server
-from tmpfs import tmpfs
+from tmpfs import filled, tmpfs
 
 from pipelines.shards import load_manifest
 from training import tracking
@@ -22,6 +23,11 @@ from training.spool import Spool
 pytestmark = [pytest.mark.filterwarnings(line) for line in MLFLOW_WARNINGS]
 
 ROW = ("loss", 1.5, 1_700_000_000_000, 7)
+
+
+@pytest.fixture
+def long_run(request: pytest.FixtureRequest) -> None:
+    only_in_long_runs(request)
 
 
 @pytest.fixture
@@ -46,7 +52,7 @@ def killed_and_started(server: Server, waits: list[float], over: threading.Event
 
 
 def test_no_value_is_lost_or_doubled_while_the_server_is_killed_and_started(
-    attack, server, home, tmp_path, monkeypatch
+    attack, long_run, server, home, tmp_path, monkeypatch
 ):
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR", "0")
     data = write_shard_set(tmp_path / "set", train=(4,), val=(2,))
@@ -134,15 +140,3 @@ def test_full_disk_of_the_embedded_store_does_not_end_a_training(attack, tmp_pat
         found = [(p.step, p.value) for p in client.get_metric_history(run.info.run_id, "loss")]
         assert sorted(found) == [(n, 1 / n) for n in range(1, steps + 1)]
     attack.survived("full disk", "MLflow's SQLite")
-
-
-def filled(path: Path) -> None:
-    """Takes all the room that its disk has."""
-    with path.open("wb", buffering=0) as file:
-        for size in (1 << 20, 1 << 12, 1):
-            while True:
-                try:
-                    if file.write(bytes(size)) < size:
-                        break
-                except OSError:
-                    break

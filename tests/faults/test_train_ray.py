@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from attacks import Attack
 from drawn import ROOT
-from scripts import Script
+from scripts import Script, only_in_long_runs
 from shard_sets import write_shard_set
 from small_training import fit, small_config
 
@@ -88,11 +88,6 @@ def again(folder: Path, home: Path, whole: dict[str, bytes]) -> float:
         check_steps_done_again(script.said)
         check_finished(folder, home, whole)
         return script.seconds
-
-
-def only_in_long_runs(request: pytest.FixtureRequest) -> None:
-    if not request.config.getoption("--fault-runs"):
-        pytest.skip("starts Ray twice: with --fault-runs only")
 
 
 def test_killed_process_of_a_training_costs_the_steps_since_its_checkpoint(

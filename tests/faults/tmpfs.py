@@ -37,3 +37,13 @@ def tmpfs(path: Path, num_bytes: int) -> Iterator[Disk]:
         yield Disk(path)
     finally:
         subprocess.run(["umount", "--lazy", str(path)], check=True)
+
+
+def filled(path: Path, free: int = 0) -> None:
+    """Takes all the room that its disk has, but for `free` bytes."""
+    with path.open("wb", buffering=0) as file:
+        for size in (1 << 20, 1 << 12):
+            with contextlib.suppress(OSError):
+                while file.write(bytes(size)) == size:
+                    pass
+        file.truncate(max(0, file.tell() - free))
