@@ -1,7 +1,6 @@
 """SIGKILL at any instant of a training and of its checkpoints: the bits of one that was not."""
 
 import json
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,9 +14,15 @@ KILLS = 5
 
 
 @pytest.fixture(scope="module")
-def mortals(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mortals]:
+def temporary(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where checkpoints are written first."""
+    return tmp_path_factory.mktemp("checkpoints")
+
+
+@pytest.fixture(scope="module")
+def mortals(temporary: Path) -> Iterator[Mortals]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TMPDIR", str(tmp_path_factory.mktemp("checkpoints")))
+        patch.setenv("TMPDIR", str(temporary))
         with Mortals("mortal_training") as running:
             yield running
 
@@ -49,11 +54,7 @@ def test_killed_at_any_instant_a_training_ends_with_the_same_bits(attack, whole,
     while len(training.lives) < KILLS:
         if not training.live(after=attack.draw.uniform(0, longest)).killed:
             break
-    kills = sum(life.killed for life in training.lives)
-    if training.lives[-1].killed:
-        assert training.live().status == 0, training.lives[-1].said
-    check_same_as(whole, training)
-    told(attack, "training", kills, training.seconds - whole.seconds)
+    check_survived(attack, "training", whole, training)
 
 
 def test_killed_between_two_files_of_a_checkpoint_takes_nothing_half_written(
@@ -65,24 +66,25 @@ def test_killed_between_two_files_of_a_checkpoint_takes_nothing_half_written(
         instant = attack.draw.randint(1, operations // 2)
         if not training.live(watch="checkpoint-", at=instant).killed:
             break
+    check_survived(attack, "checkpoint", whole, training)
+
+
+def check_survived(attack: Attack, place: str, whole: Training, training: Training) -> None:
+    """After the same command once more, where the last life was killed."""
     kills = sum(life.killed for life in training.lives)
     if training.lives[-1].killed:
         assert training.live().status == 0, training.lives[-1].said
     check_same_as(whole, training)
-    told(attack, "checkpoint", kills, training.seconds - whole.seconds)
+    lost = max(0.0, training.seconds - whole.seconds)
+    attack.survived("SIGKILL", place, faults=kills, seconds_lost=lost)
 
 
-def told(attack: Attack, place: str, kills: int, lost: float) -> None:
-    attack.survived("SIGKILL", place, faults=kills, seconds_lost=max(0.0, lost))
-
-
-def test_nothing_is_left_of_an_upload_that_was_killed_in_its_first_file(whole, training, tmp_path):
+def test_nothing_is_left_of_what_was_killed_in_its_first_file(whole, training, temporary):
     left = training.run / "checkpoint-00000003-0a0a0a"
     left.mkdir(parents=True)
     (left / ".another-host~1~hashes.json.x.tmp").write_bytes(b"half")
+    assert training.live(watch="checkpoint-", at=3).killed
+    assert list(temporary.iterdir()), "it was killed while it saved"
     assert training.live().status == 0
+    assert not list(temporary.iterdir())
     check_same_as(whole, training)
-
-
-def test_folders_of_killed_trainings_do_not_fill_the_temporary_disk(mortals, whole):
-    assert not list(Path(tempfile.gettempdir()).glob("checkpoint-*~*~*"))

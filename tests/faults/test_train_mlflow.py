@@ -1,5 +1,6 @@
 """What MLflow is told survives its server's SIGKILLs, full disks and the logger's own death."""
 
+import contextlib
 import itertools
 import json
 import threading
@@ -33,11 +34,10 @@ def long_run(request: pytest.FixtureRequest) -> None:
 @pytest.fixture
 def server(tmp_path: Path, home: Path) -> Iterator[Server]:
     server = Server(tmp_path)
-    try:
+    with contextlib.ExitStack() as stack:
+        stack.callback(server.kill)
         server.start()
         yield server
-    finally:
-        server.kill()
 
 
 def killed_and_started(server: Server, waits: list[float], over: threading.Event) -> None:
