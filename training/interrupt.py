@@ -12,7 +12,7 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 def end_at_once() -> None:
     """From now on both end the process, with a line. For the seconds in which a command imports its
-    libraries: nothing has begun."""
+    libraries: nothing has begun yet."""
     for number in _SIGNALS:
         signal.signal(number, _end)
 
@@ -29,5 +29,5 @@ def raised() -> Iterator[None]:
 
 
 def _end(number: int, frame: FrameType | None) -> None:
-    os.write(2, b"interrupted before it began\n")
+    os.write(2, b"interrupted\n")
     os._exit(INTERRUPTED)  # libraries are half imported: their ends would say much

@@ -49,7 +49,11 @@ class Script:
         self._process.send_signal(number)
 
     def kill_one(self, name: str) -> bool:
-        """SIGKILL to the first of its processes whose command line holds `name`."""
+        """SIGKILL to the first of its processes whose command line holds `name`; "driver" is the
+        command itself."""
+        if name == "driver":
+            self.send(signal.SIGKILL)
+            return True
         for pid, command in self.processes().items():
             if name in command:
                 os.kill(pid, signal.SIGKILL)

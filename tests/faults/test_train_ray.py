@@ -23,7 +23,7 @@ from training.config import TrainConfig, to_dict
 CHANGES = {"optim_epochs": 6, "optim_batch_size": 8, "checkpoint_steps": 5}
 STEPS = 6 * 5
 NAMES = ("model.safetensors", "optimizer.safetensors")
-VICTIMS = ("ray::RayTrainWorker", "raylet/raylet", "gcs_server", "ray::TrainController", "run.py")
+VICTIMS = ("ray::RayTrainWorker", "raylet/raylet", "gcs_server", "ray::TrainController", "driver")
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +100,7 @@ def test_killed_process_of_a_training_costs_the_steps_since_its_checkpoint(
         time.sleep(attack.draw.uniform(0, 0.3))
         assert script.kill_one(victim), script.processes()
         code = script.wait()
-        assert code == (-signal.SIGKILL if victim == "run.py" else code)
+        assert code == (-signal.SIGKILL if victim == "driver" else code)
         finished = code == 0
         assert "Traceback" not in script.said.splitlines()[-1]
         check_steps_done_again(script.said)
