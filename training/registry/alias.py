@@ -78,7 +78,7 @@ def settle(client: MlflowClient, alias: str) -> "Move | None":
         if first is None or held.holder != first.holder:
             first = held
             logger.warning(
-                f"waiting: {held} is being moved; settled in {STALE_SECONDS:.0f} s if nobody does"
+                f"waiting: {held} is being moved; left so, it is settled in {STALE_SECONDS:.0f} s"
             )
         if time.monotonic() - first.taken > STALE_SECONDS:
             return held if _settle(client, held) else None
