@@ -116,12 +116,12 @@ def _life(works: Any, asked: dict[str, Any]) -> dict[str, Any]:
     listening.join()
     _, status = os.waitpid(pid, 0)
     text = b"".join(said).decode(errors="replace")
-    told, _, count = text.rpartition("\0")
+    told, over, count = text.rpartition("\0")  # the last that a life says, if it is not killed
     return {
         "status": os.waitstatus_to_exitcode(status),
         "seconds": time.monotonic() - began,
-        "operations": int(count) if told and count.isdecimal() else 0,
-        "said": told or text,
+        "operations": int(count) if over else 0,
+        "said": told if over else text,
     }
 
 
