@@ -96,4 +96,4 @@ class Script:
 def only_in_long_runs(request: pytest.FixtureRequest) -> None:
     """Skips where nobody asked for many attacks."""
     if not request.config.getoption("--fault-runs", default=None):
-        pytest.skip("starts servers and takes half a minute: with --fault-runs only")
+        pytest.skip("takes a quarter of a minute or more: with --fault-runs only")

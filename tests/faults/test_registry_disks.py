@@ -7,6 +7,7 @@ from gated import enter_whole_copy, locked
 from mortal import Life, Mortals
 from registered import GOOD, MLFLOW_WARNINGS
 from registries import check_visible, new_run, register
+from scripts import only_in_long_runs
 from tmpfs import filled, tmpfs
 
 from training.registry.versions import aliases, versions
@@ -26,8 +27,9 @@ def check_told(life: Life) -> None:
 
 
 def test_registration_on_a_full_disk_is_finished_by_the_same_again(
-    attack, mortals, registered_models, tmp_path, monkeypatch
+    attack, request, mortals, registered_models, tmp_path, monkeypatch
 ):
+    only_in_long_runs(request)
     with tmpfs(tmp_path / "disk", 1 << 28) as disk:
         home = disk.path / "home"
         client = enter_whole_copy(registered_models, home, monkeypatch)

@@ -26,10 +26,8 @@ def client(
     return enter_whole_copy(registered_models, tmp_path / "home", monkeypatch)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "Ctrl-C"])
-def test_stopped_promotion_ends_with_130_one_line_and_nothing_half_moved(
-    attack, client, tmp_path, number
-):
+def test_stopped_promotion_ends_with_130_one_line_and_nothing_half_moved(attack, client, tmp_path):
+    number = attack.draw.choice([signal.SIGTERM, signal.SIGINT])
     script = Script(PROMOTE, tmp_path / "home", tmp_path / "log")
     try:
         time.sleep(0.15)  # the interpreter itself
