@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from types import FrameType
 
 INTERRUPTED = 130
+# What one raises: since it was joined, Ray answers SIGTERM in its own way.
+KINDS = (KeyboardInterrupt, SystemExit)
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 

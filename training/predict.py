@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
+    except interrupt.KINDS:
         kept = "" if args.data is None else "; the same command goes on from here"
         print(f"stopped{kept}", file=sys.stderr)
         return interrupt.INTERRUPTED

@@ -99,7 +99,7 @@ def train(config: TrainConfig) -> int:
             f"is mended, continue with: {_again(config)}"
         )
         return 1
-    except KeyboardInterrupt:
+    except interrupt.KINDS:
         logger.error(f"interrupted; continue with: {_again(config)}")
         return interrupt.INTERRUPTED
     if version is not None:
@@ -119,7 +119,6 @@ def _trained(config: TrainConfig, manifest: shards.Manifest, client: Any, uri: s
     _announce(config, manifest, cpus, scaling.use_gpu)
     # Ray Train's own print would put an empty line after each state of the progress bar.
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
-    # Again: Ray answers SIGTERM in its own way since it was joined.
     with interrupt.raised(), tracking.run_status(client, run_id):
         _fit(_trainer(config, scaling, job))
         return _register(client, run_id, manifest, config)

@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except tracking.FAILURES as error:
         print(f"error: {_told(error)}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
+    except interrupt.KINDS:
         print(
             "interrupted; the next promote or rollback settles what is unfinished", file=sys.stderr
         )
