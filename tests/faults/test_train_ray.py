@@ -16,6 +16,7 @@ from drawn import ROOT
 from scripts import Script, only_in_long_runs
 from shard_sets import write_shard_set
 from small_training import fit, small_config
+from waiting import wait_until
 
 from training import checkpoint
 from training.config import TrainConfig, to_dict
@@ -136,9 +137,10 @@ def test_worker_without_memory_is_told_in_one_line_and_the_same_command_finishes
 
     only_in_long_runs(request)
     with training(folder, home, "--max-failures", "0") as script:
-        script.wait_for(rf"step={attack.draw.randint(1, STEPS // 2)} ")
+        wait_until(lambda: "ray::RayTrainWorker" in str(script.processes().values()))
         (worker,) = (p for p, c in script.processes().items() if "ray::RayTrainWorker" in c)
         taken = int(Path(f"/proc/{worker}/statm").read_text().split()[0]) * resource.getpagesize()
+        taken += attack.draw.randint(20, 400) << 20
         resource.prlimit(worker, resource.RLIMIT_AS, (taken, resource.RLIM_INFINITY))
         code = script.wait()
         if code != 0:
