@@ -42,8 +42,13 @@ from training.worker import FinalErrors, said, train_worker
 logger = logging.getLogger("training")
 
 # As torch says it of the host and of a GPU, oneDNN, Python and Ray's own watch.
-_OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "could not create a primitive")
-_OUT_OF_MEMORY += ("MemoryError", "OutOfMemoryError")
+_OUT_OF_MEMORY = (
+    "can't allocate memory",
+    "out of memory",
+    "could not create a primitive",
+    "MemoryError",
+    "OutOfMemoryError",
+)
 
 
 def main(argv: list[str] | None = None) -> int:
