@@ -46,6 +46,7 @@ _OUT_OF_MEMORY = (
     "can't allocate memory",
     "out of memory",
     "could not create a primitive",
+    "can't start new thread",
     "MemoryError",
     "OutOfMemoryError",
 )
