@@ -138,7 +138,7 @@ def test_memory_that_ends_costs_the_steps_since_the_last_checkpoint(
 ):
     training = Training(mortals, whole.uri, tmp_path / "training")
     # Libraries that find no memory in a thread of theirs may stand still: ended from outside then.
-    life = training.live(memory=attack.draw.randint(10, 250) << 20, after=20.0)
+    life = training.live(memory=attack.draw.randint(10, 250) << 20, after=8.0)
     if life.status not in (0, 3, -signal.SIGABRT, -signal.SIGKILL):
         check_told(life)
     assert training.live().status == 0, training.lives[-1].said
