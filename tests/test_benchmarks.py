@@ -96,7 +96,9 @@ def test_the_reference_resize_is_lanczos_as_in_pillow() -> None:
 def test_task_compares_a_builders_task_with_its_parts(raw: pictures.Raw) -> None:
     table = task.run(raw, rounds=2)
     check(table, task.COLUMNS)
-    assert cells(table, "path") == ["the parts alone", "pipelines.produce"]
+    parts = ["the parts alone", "the parts alone, RGB throughout"]
+    assert cells(table, "path") == [*parts, "pipelines.produce"]
+    assert table.chart is not None and list(table.chart.values) == cells(table, "path")
 
 
 @pytest.mark.timeout(600)  # three starts of Ray
