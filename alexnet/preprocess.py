@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from alexnet import NETWORK_SIDE
 from alexnet.errors import UserError
 
-NETWORK_SIDE = 227
 # A picture longer than this many times its shorter side is first cut to its centre.
 MAX_ASPECT = 8
 # Share of the stored area that a "resized" crop keeps, and its width / height. Milder than the 0.08

@@ -22,8 +22,8 @@ import numpy as np
 import pyarrow as pa
 
 from pipelines import claim, finish, plan, shards, sources, storage
+from pipelines.job import codec_versions
 from pipelines.plan import Recipe, ShardPlan
-from pipelines.produce import codec_versions
 from pipelines.sources.table import Source, labelled, part
 from pipelines.verify import verify
 from training.loader import Loader

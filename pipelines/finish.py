@@ -17,8 +17,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipelines import shards, storage
+from pipelines.job import codec_versions, quarantine_uri
 from pipelines.plan import Plan, ShardPlan
-from pipelines.produce import codec_versions, quarantine_uri
 
 NOT_MADE = "it was not made yet"
 Done = tuple[ShardPlan, dict[str, Any]]  # with the status of its sidecar

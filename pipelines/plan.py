@@ -22,12 +22,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from alexnet import NETWORK_SIDE
 from alexnet.errors import UserError
-from alexnet.preprocess import NETWORK_SIDE
 from pipelines import shards
 from pipelines.sources import SPLITS, Shuffle, Source, StoredAs
-from pipelines.transform import CODEC
 
+CODEC = "jpeg-pillow-420"  # Pillow's encoder: 0.06 dB better than simplejpeg's at the same size
 ORDERING = "runs-2"  # change it when an order or the shuffle below changes
 # Bytes per pixel of a photo by JPEG quality at 4:2:0; 19.7 kB for 227×227 at 90 was measured.
 _QUALITIES, _BYTES_PER_PIXEL = (50, 90, 95, 100), (0.16, 0.38, 0.53, 1.1)

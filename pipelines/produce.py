@@ -8,45 +8,15 @@ from __future__ import annotations
 import hashlib
 import time
 from collections import Counter
-from dataclasses import dataclass
-from importlib.metadata import version
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import features
 
 from alexnet.errors import UserError
 from pipelines import claim, reads, shards, storage
-from pipelines.plan import Orientation
+from pipelines.job import Job, Made, codec_versions, quarantine_uri
 from pipelines.transform import Pixels, Rejected, Stored, keep_stored, to_stored
-
-
-@dataclass(frozen=True)
-class Job:
-    """What every task of a build needs besides the shard that it makes."""
-
-    raw: str
-    out: str
-    plan_id: str
-    resize: int  # of the picture as it lies in RAW
-    crop: int
-    quality: int
-    exif_orientation: Orientation
-    keep: bool  # a stored picture that needs no change
-    versions: dict[str, str]  # codec_versions() of the driver
-
-
-@dataclass(frozen=True)
-class Made:
-    """How the making of a shard went; what it holds is in its sidecar."""
-
-    samples: int
-    rejected: list[dict[str, Any]]
-    read_bytes: int
-    stored_bytes: int
-    wait_seconds: float  # for the raw pictures
-    work_seconds: float  # in all, waiting included
 
 
 def produce(job: Job, number: int, name: str, shard_id: str) -> Made:
@@ -148,20 +118,6 @@ def _sample(row: dict[str, Any], raw: bytes, made: Stored) -> shards.Sample:
         fixes=made.fixes,
         **_lineage(row, raw),
     )
-
-
-def quarantine_uri(out: str, split: str, key: str) -> str:
-    return storage.join(out, "quarantine", split, f"{key}.bin")
-
-
-def codec_versions() -> dict[str, str]:
-    """Of everything that has a say in the bytes of a stored picture."""
-    return {
-        "libjpeg_turbo": str(features.version_feature("libjpeg_turbo")),
-        "pillow": version("pillow"),
-        "simplejpeg": version("simplejpeg"),
-        "torch": torch.__version__.partition("+")[0],
-    }
 
 
 class _PixelSums:

@@ -8,8 +8,8 @@ from typing import Any
 
 from alexnet.errors import UserError
 from pipelines import claim, finish, shards, storage
+from pipelines.job import codec_versions, quarantine_uri
 from pipelines.plan import Plan
-from pipelines.produce import codec_versions, quarantine_uri
 from pipelines.progress import BuildFailed, MaxRejected
 
 

@@ -4,12 +4,14 @@ import io
 import json
 import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from drawn import A, B, C, archives, devkit, imagefolder, jpeg
+from drawn import ROOT, A, B, C, archives, devkit, imagefolder, jpeg
 from made import made_shards, started
 from PIL import Image
 from waiting import wait_until
@@ -252,3 +254,11 @@ def test_a_subset_is_ranked_by_its_own_classes(
     assert document["classes"] == 2
     assert document["splits"]["train"]["pictures"] == document["splits"]["val"]["pictures"] == 2
     assert document["identity"]["recipe"]["subset"] == [B, C]
+
+
+def test_driver_of_a_build_starts_without_torch() -> None:
+    code = "import sys, pipelines.build, pipelines.cli, pipelines.verify; print('torch' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], cwd=ROOT, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout) == (0, "False\n"), done.stderr

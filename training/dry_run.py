@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from alexnet import NETWORK_SIDE
 from alexnet.errors import UserError
 from alexnet.model import AlexNet
-from alexnet.preprocess import NETWORK_SIDE
 from pipelines import shards, storage
 from training import tracking
 from training.config import TrainConfig

@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from alexnet import NETWORK_SIDE
 from alexnet.model import AlexNet
-from alexnet.preprocess import NETWORK_SIDE, Augment, InputSpec, train_view
+from alexnet.preprocess import Augment, InputSpec, train_view
 from pipelines.shards import Manifest, load_manifest
 from training import checkpoint, guards, state
 from training.config import TrainConfig, science_digest, to_dict

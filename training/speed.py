@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from alexnet.preprocess import NETWORK_SIDE
+from alexnet import NETWORK_SIDE
 
 _SIDES = {"cpu": 768, "cuda": 8192}
 _TIMES = 5

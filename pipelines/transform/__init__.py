@@ -36,10 +36,9 @@ from pipelines.transform import jpegs, picture_files
 from pipelines.transform.jpegs import Pixels
 from pipelines.transform.picture_files import MAX_PIXELS, Unusable
 
-__all__ = ["CODEC", "FIXES", "MAX_PIXELS", "REASONS", "Pixels", "Rejected", "Stored"]
+__all__ = ["FIXES", "MAX_PIXELS", "REASONS", "Pixels", "Rejected", "Stored"]
 __all__ += ["decode", "keep_stored", "to_stored"]
 
-CODEC = "jpeg-pillow-420"  # Pillow's encoder: 0.06 dB better than simplejpeg's at the same size
 MAX_UNPACKED = 64 << 20  # bytes inside a gzip; the largest picture file of ImageNet has a quarter
 
 REASONS = {

@@ -14,9 +14,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from alexnet import NETWORK_SIDE
 from alexnet.errors import UserError
 from alexnet.predict import decode, top_k
-from alexnet.preprocess import NETWORK_SIDE, resize_and_crop
+from alexnet.preprocess import resize_and_crop
 from training.evaluate import Metrics
 from training.mistakes import by_class
 from training.registry.mcnemar import Paired, compare

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from alexnet import NETWORK_SIDE
 from alexnet.classifier import Classifier
-from alexnet.preprocess import NETWORK_SIDE
 
 # Largest difference of a logit, as a share of the largest logit where that is above 1.
 TOLERANCE = 1e-4

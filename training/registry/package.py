@@ -20,10 +20,11 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 import alexnet
+from alexnet import NETWORK_SIDE
 from alexnet.classifier import LAYOUT, Classifier, ModelFields
 from alexnet.errors import UserError
 from alexnet.model import AlexNet
-from alexnet.preprocess import NETWORK_SIDE, InputSpec
+from alexnet.preprocess import InputSpec
 from pipelines import shards
 from training import checkpoint, figures, tracking
 from training.config import TrainConfig
