@@ -38,8 +38,9 @@ def batches(request: dict[str, Any]) -> Iterator[tuple[np.ndarray, list[int]]]:
         np.take(resident, rows, axis=0, out=pixels[places.start : places.stop], mode="clip")
 
     work = copy if request.get("copy") else decode
+    firsts = range(0, len(jpegs), request["batch"])
     with ThreadPoolExecutor(request["threads"]) as pool:
-        for first in range(0, len(jpegs), request["batch"]):
+        for first in itertools.chain(*[firsts] * request.get("epochs", 1)):
             count = min(request["batch"], len(jpegs) - first)
             cuts = np.linspace(0, count, request["threads"] + 1, dtype=int).tolist()
             spans = [range(a, b) for a, b in itertools.pairwise(cuts)]

@@ -2,7 +2,7 @@
 
     python -m benchmarks.load_ours '{"action": "run", "shards": …, "batch": …, "threads": …}'
 
-"resident": the epoch after one that has filled the memory (`--cache ram`), not mirrored.
+"resident": epochs after one that has filled the memory (`--cache ram`), not mirrored.
 """
 
 from collections.abc import Iterator
@@ -29,7 +29,8 @@ def batches(request: dict[str, Any]) -> Iterator[tuple[Tensor, Tensor]]:
         if resident:
             for _ in _epoch(loader, request["batch"], 0, mirrored=False):
                 pass
-        yield from _epoch(loader, request["batch"], 1, mirrored=not resident)
+        for number in range(1, request.get("epochs", 1) + 1):
+            yield from _epoch(loader, request["batch"], number, mirrored=not resident)
 
 
 def _epoch(

@@ -17,15 +17,17 @@ from typing import Any
 from mlflow import MlflowClient
 
 from benchmarks import processes
-from benchmarks.fit_loop import PLAIN
+from benchmarks.fit_loop import PLAIN, line_seconds
 from benchmarks.pictures import Raw, stored, write_shards
 from benchmarks.table import Bars, Table, spread
 from benchmarks.turns import in_turns, ratios
+from training.config import TrainConfig
 
 COLUMNS = (
     "training step",
     "img/s",
     "ratio",
+    "a log line, ms",
     "GFLOP per picture",
     "the rest of the process, s",
 )
@@ -34,14 +36,17 @@ FIT = "training.loop.fit, no Ray"
 AUGMENTED = "the same with the recipe's augmentation"
 OURS = "training/run.py, through Ray Train and MLflow"
 _RUN = "bench"
+_LINE_EVERY = TrainConfig.log_steps
 
 
 @dataclass(frozen=True)
 class Steps:
-    """seconds: of a step, the median; gflop: what the process says that a picture needs; others:
-    seconds of the process that were no timed step."""
+    """seconds: of a step, the median; line: of what a log line takes between two steps; gflop: what
+    the process says that a picture needs; others: seconds of the process that were no timed step.
+    """
 
     seconds: float
+    line: float
     gflop: str
     others: float
 
@@ -72,7 +77,10 @@ def run(
         )
         measured = in_turns(contenders(request | {"shards": uri}, Path(folder)), rounds)
     refuse_unequal(measured)
-    rates = {name: [batch / step.seconds for step in got] for name, got in measured.items()}
+    rates = {
+        name: [batch / (step.seconds + step.line / _LINE_EVERY) for step in got]
+        for name, got in measured.items()
+    }
     rows = tuple(_row(name, measured[name], rates) for name in measured)
     chart = Bars("training steps, img/s", rates)
     return Table(COLUMNS, rows, _setting(request, rounds), chart)
@@ -95,7 +103,8 @@ def refuse_unequal(measured: dict[str, list[Steps]]) -> None:
 def _module(name: str, request: dict[str, Any], _: int) -> Steps:
     done = processes.ask_ours(name, request, on=processes.cpus())
     answer = done.answer()
-    return _steps(answer["seconds"], f"{answer['gflop']:.2f}", request, done)
+    others = done.wall_seconds - answer["seconds"] * request["steps"]
+    return Steps(answer["seconds"], answer.get("line", 0.0), f"{answer['gflop']:.2f}", others)
 
 
 def _command(request: dict[str, Any], folder: Path, number: int) -> Steps:
@@ -120,21 +129,25 @@ def _command(request: dict[str, Any], folder: Path, number: int) -> Steps:
     settings = {"ALEXNET_HOME": str(home)}
     command = [sys.executable, "training/run.py", "deck", *words]
     done = processes.run(command, on=processes.cpus(), settings=settings)
-    rates = _logged(home)[2 : request["steps"] + 2]
-    assert len(rates) == request["steps"], f"{len(rates)} steps were logged"
+    seconds, logged = _logged(home, request)
     told = re.search(r"([\d.]+) GFLOP per picture", done.stdout + done.stderr)
     assert told is not None, "the loop says what a picture needs"
-    seconds = request["batch"] / statistics.median(rates)
-    return _steps(seconds, told[1], request, done)
+    step = statistics.median(seconds[2:])
+    others = done.wall_seconds - step * request["steps"]
+    return Steps(step, line_seconds(logged, seconds), told[1], others)
 
 
-def _logged(home: Path) -> list[float]:
-    """Pictures per second of each step, as MLflow has them."""
+def _logged(home: Path, request: dict[str, Any]) -> tuple[list[float], list[float]]:
+    """Seconds of each step, two that warm up and those that are timed, and when they were logged,
+    by what MLflow has of them."""
     client = MlflowClient(f"sqlite:///{home}/mlflow.db")
     experiments = [found.experiment_id for found in client.search_experiments()]
     (run,) = client.search_runs(experiments, f"attributes.run_name = '{_RUN}'")
     history = client.get_metric_history(run.info.run_id, "images_per_second")
-    return [metric.value for metric in sorted(history, key=lambda metric: metric.step)]
+    steps = sorted(history, key=lambda metric: metric.step)[: request["steps"] + 2]
+    assert len(steps) == request["steps"] + 2, f"{len(steps)} steps were logged"
+    seconds = [request["batch"] / metric.value for metric in steps]
+    return seconds, [metric.timestamp / 1000 for metric in steps]
 
 
 def _row(name: str, steps: list[Steps], rates: dict[str, list[float]]) -> tuple[str, ...]:
@@ -142,6 +155,7 @@ def _row(name: str, steps: list[Steps], rates: dict[str, list[float]]) -> tuple[
         f"**`{name}`**" if name == OURS else name,
         spread(rates[name], 1),
         spread(ratios(rates[name], rates[BARE]), 3),
+        "–" if name == BARE else spread([1000 * step.line for step in steps], 1),
         steps[0].gflop,
         spread([step.others for step in steps], 1),
     )
@@ -152,11 +166,8 @@ def _setting(request: dict[str, Any], rounds: int) -> str:
         f"Recipe deck, width {request['width']}, {request['classes']} classes, batch "
         f"{request['batch']}, bf16 autocast, channels-last, fused SGD with momentum; random "
         f"pictures in memory; {request['threads']} threads; median of {request['steps']} steps "
-        f"after two that warm up, in a fresh process; {rounds} rounds in alternating order, median "
-        "[lowest..highest], ratios within a round. The rest: imports, start of Ray, store of "
+        f"after two that warm up, in a fresh process, with the share of a log line every "
+        f"{_LINE_EVERY} steps; {rounds} rounds in alternating order, median [lowest..highest], "
+        "ratios within a round. The rest: imports, start of Ray, store of "
         "MLflow, initialisation, warm-up, evaluation and checkpoint, where the contender has them."
     )
-
-
-def _steps(seconds: float, gflop: str, request: dict[str, Any], done: processes.Finished) -> Steps:
-    return Steps(seconds, gflop, done.wall_seconds - seconds * request["steps"])

@@ -177,7 +177,7 @@ def test_train_compares_ray_train_with_a_bare_loop_of_the_same_network(raw: pict
 
 
 def test_training_steps_of_different_networks_are_refused() -> None:
-    steps = {"one": [train.Steps(1.0, "6.60", 0.0)], "two": [train.Steps(1.0, "4.13", 0.0)]}
+    steps = {"one": [train.Steps(1, 0, "6.60", 0)], "two": [train.Steps(1, 0, "4.13", 0)]}
     with pytest.raises(AssertionError, match="networks differ"):
         train.refuse_unequal(steps)
 
