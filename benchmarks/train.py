@@ -5,12 +5,14 @@ augmented but where said. Each run is a process of its own on all CPUs.
 """
 
 import functools
+import itertools
 import re
 import statistics
 import sys
 import tempfile
+import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from benchmarks.pictures import Raw, stored, write_shards
 from benchmarks.table import Bars, Table, spread
 from benchmarks.turns import in_turns, ratios
 from training.config import TrainConfig
+from training.tracking import EXPERIMENT
 
 COLUMNS = (
     "training step",
@@ -49,6 +52,7 @@ class Steps:
     line: float
     gflop: str
     others: float
+    phases: dict[str, float] = field(default_factory=dict)  # seconds, of the command alone
 
 
 def run(
@@ -83,7 +87,8 @@ def run(
     }
     rows = tuple(_row(name, measured[name], rates) for name in measured)
     chart = Bars("training steps, img/s", rates)
-    return Table(COLUMNS, rows, _setting(request, rounds), chart)
+    setting = f"{_setting(request, rounds)} {_start(measured[OURS])}"
+    return Table(COLUMNS, rows, setting, chart)
 
 
 def contenders(request: dict[str, Any], folder: Path) -> dict[str, Callable[[int], Steps]]:
@@ -128,26 +133,43 @@ def _command(request: dict[str, Any], folder: Path, number: int) -> Steps:
     words = [str(word) for flag in flags.items() for word in flag]
     settings = {"ALEXNET_HOME": str(home)}
     command = [sys.executable, "training/run.py", "deck", *words]
+    began = time.time()
     done = processes.run(command, on=processes.cpus(), settings=settings)
-    seconds, logged = _logged(home, request)
+    ended = time.time()
+    seconds, logged, phases = _logged(home, request, began, ended)
     told = re.search(r"([\d.]+) GFLOP per picture", done.stdout + done.stderr)
     assert told is not None, "the loop says what a picture needs"
     step = statistics.median(seconds[2:])
     others = done.wall_seconds - step * request["steps"]
-    return Steps(step, line_seconds(logged, seconds), told[1], others)
+    return Steps(step, line_seconds(logged, seconds), told[1], others, phases)
 
 
-def _logged(home: Path, request: dict[str, Any]) -> tuple[list[float], list[float]]:
-    """Seconds of each step, two that warm up and those that are timed, and when they were logged,
-    by what MLflow has of them."""
+def _logged(
+    home: Path, request: dict[str, Any], began: float, ended: float
+) -> tuple[list[float], list[float], dict[str, float]]:
+    """Seconds of each step, two that warm up and those that are timed; when they were logged; and
+    seconds from one event to the next in the life of the command: by what MLflow has of it."""
     client = MlflowClient(f"sqlite:///{home}/mlflow.db")
-    experiments = [found.experiment_id for found in client.search_experiments()]
-    (run,) = client.search_runs(experiments, f"attributes.run_name = '{_RUN}'")
+    experiment = client.get_experiment_by_name(EXPERIMENT)
+    (run,) = client.search_runs([experiment.experiment_id], f"attributes.run_name = '{_RUN}'")
     history = client.get_metric_history(run.info.run_id, "images_per_second")
-    steps = sorted(history, key=lambda metric: metric.step)[: request["steps"] + 2]
+    every = sorted(history, key=lambda metric: metric.step)
+    steps = every[: request["steps"] + 2]
     assert len(steps) == request["steps"] + 2, f"{len(steps)} steps were logged"
+    (workers,) = client.get_metric_history(run.info.run_id, "workers")
+    events = {
+        "start of the process": began,
+        "imports and MLflow's new store": experiment.creation_time / 1000,
+        "Ray's start": run.info.start_time / 1000,
+        "the worker's start with its imports": workers.timestamp / 1000,
+        "network and first step": steps[0].timestamp / 1000,
+        "the other steps": every[-1].timestamp / 1000,
+        "evaluation, checkpoint and end": ended,
+    }
+    gaps = itertools.pairwise(events.values())
+    phases = dict(zip(list(events)[1:], (after - before for before, after in gaps), strict=True))
     seconds = [request["batch"] / metric.value for metric in steps]
-    return seconds, [metric.timestamp / 1000 for metric in steps]
+    return seconds, [metric.timestamp / 1000 for metric in steps], phases
 
 
 def _row(name: str, steps: list[Steps], rates: dict[str, list[float]]) -> tuple[str, ...]:
@@ -159,6 +181,13 @@ def _row(name: str, steps: list[Steps], rates: dict[str, list[float]]) -> tuple[
         steps[0].gflop,
         spread([step.others for step in steps], 1),
     )
+
+
+def _start(commands: list[Steps]) -> str:
+    """Where the seconds of the command go."""
+    spreads = {name: spread([c.phases[name] for c in commands], 1) for name in commands[0].phases}
+    told = ", ".join(f"{name} {seconds}" for name, seconds in spreads.items())
+    return f"Life of `{OURS.partition(',')[0]}`, s: {told}."
 
 
 def _setting(request: dict[str, Any], rounds: int) -> str:
