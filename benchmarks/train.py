@@ -6,6 +6,7 @@ augmented but where said. Each run is a process of its own on all CPUs.
 
 import functools
 import itertools
+import json
 import re
 import statistics
 import sys
@@ -24,6 +25,7 @@ from benchmarks.pictures import Raw, stored, write_shards
 from benchmarks.table import Bars, Table, spread
 from benchmarks.turns import in_turns, ratios
 from training.config import TrainConfig
+from training.run import worker_settings
 from training.tracking import EXPERIMENT
 
 COLUMNS = (
@@ -35,8 +37,9 @@ COLUMNS = (
     "the rest of the process, s",
 )
 BARE = "bare PyTorch loop"
+TUNED = "the same with the memory settings of run.py's workers"
 FIT = "training.loop.fit, no Ray"
-AUGMENTED = "the same with the recipe's augmentation"
+AUGMENTED = "training.loop.fit with the recipe's augmentation"
 OURS = "training/run.py, through Ray Train and MLflow"
 _RUN = "bench"
 _LINE_EVERY = TrainConfig.log_steps
@@ -92,10 +95,12 @@ def run(
 
 
 def contenders(request: dict[str, Any], folder: Path) -> dict[str, Callable[[int], Steps]]:
+    memory = worker_settings(use_gpu=False)
     return {
-        BARE: functools.partial(_module, "bare_loop", request),
-        FIT: functools.partial(_module, "fit_loop", request | {"augment": False}),
-        AUGMENTED: functools.partial(_module, "fit_loop", request | {"augment": True}),
+        BARE: functools.partial(_module, "bare_loop", request, {}),
+        TUNED: functools.partial(_module, "bare_loop", request, memory),
+        FIT: functools.partial(_module, "fit_loop", request | {"augment": False}, memory),
+        AUGMENTED: functools.partial(_module, "fit_loop", request | {"augment": True}, memory),
         OURS: functools.partial(_command, request, folder),
     }
 
@@ -105,8 +110,9 @@ def refuse_unequal(measured: dict[str, list[Steps]]) -> None:
     assert len(set().union(*found.values())) == 1, f"the networks differ: {found}"
 
 
-def _module(name: str, request: dict[str, Any], _: int) -> Steps:
-    done = processes.ask_ours(name, request, on=processes.cpus())
+def _module(name: str, request: dict[str, Any], memory: dict[str, str], _: int) -> Steps:
+    command = [sys.executable, "-m", f"benchmarks.{name}", json.dumps(request)]
+    done = processes.run(command, on=processes.cpus(), settings=memory)
     answer = done.answer()
     others = done.wall_seconds - answer["seconds"] * request["steps"]
     return Steps(answer["seconds"], answer.get("line", 0.0), f"{answer['gflop']:.2f}", others)
@@ -177,7 +183,7 @@ def _row(name: str, steps: list[Steps], rates: dict[str, list[float]]) -> tuple[
         f"**`{name}`**" if name == OURS else name,
         spread(rates[name], 1),
         spread(ratios(rates[name], rates[BARE]), 3),
-        "–" if name == BARE else spread([1000 * step.line for step in steps], 1),
+        "–" if name in (BARE, TUNED) else spread([1000 * step.line for step in steps], 1),
         steps[0].gflop,
         spread([step.others for step in steps], 1),
     )
@@ -195,8 +201,9 @@ def _setting(request: dict[str, Any], rounds: int) -> str:
         f"Recipe deck, width {request['width']}, {request['classes']} classes, batch "
         f"{request['batch']}, bf16 autocast, channels-last, fused SGD with momentum; random "
         f"pictures in memory; {request['threads']} threads; median of {request['steps']} steps "
-        f"after two that warm up, in a fresh process, with the share of a log line every "
-        f"{_LINE_EVERY} steps; {rounds} rounds in alternating order, median [lowest..highest], "
-        "ratios within a round. The rest: imports, start of Ray, store of "
-        "MLflow, initialisation, warm-up, evaluation and checkpoint, where the contender has them."
+        f"after two that warm up, in a fresh process, all but the first row with those memory "
+        f"settings, with the share of a log line every {_LINE_EVERY} steps; {rounds} rounds in "
+        "alternating order, median [lowest..highest], ratios within a round. The rest: imports, "
+        "start of Ray, store of MLflow, initialisation, warm-up, evaluation and checkpoint, where "
+        "the contender has them."
     )

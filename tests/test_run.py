@@ -23,7 +23,7 @@ from alexnet.errors import UserError
 from training.config import to_dict
 from training.loop import TrainingStopped
 from training.recipes import RECIPES
-from training.run import main
+from training.run import main, worker_settings
 from training.worker import FinalErrors, said
 
 SCRIPT = [sys.executable, str(Path(__file__).resolve().parents[1] / "training" / "run.py")]
@@ -99,6 +99,14 @@ def test_what_cannot_work_is_one_line_and_exit_code_2(data, flags, told, capsys)
     assert main([*flags, "--dry-run", "--data", data]) == 2
     said = capsys.readouterr()
     assert told in said.err and said.err.count("\n") == 1 and said.out == ""
+
+
+def test_workers_on_cpus_take_huge_pages_unless_the_user_says_otherwise(monkeypatch):
+    monkeypatch.delenv("THP_MEM_ALLOC_ENABLE", raising=False)
+    assert worker_settings(use_gpu=False) == {"THP_MEM_ALLOC_ENABLE": "1"}
+    assert worker_settings(use_gpu=True) == {}
+    monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", "0")
+    assert worker_settings(use_gpu=False) == {"THP_MEM_ALLOC_ENABLE": "0"}
 
 
 FINAL = [UserError("mend this"), TrainingStopped("loss is nan at step 7")]

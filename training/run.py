@@ -192,8 +192,20 @@ def _trainer(
             storage_path=str(storage.home() / "ray"),  # Ray's own notes; see training/uploads.py
             failure_config=ray.train.FailureConfig(max_failures=config.max_failures),
             callbacks=[FinalErrors()],
+            worker_runtime_env={"env_vars": worker_settings(scaling.use_gpu)},
         ),
     )
+
+
+def worker_settings(use_gpu: bool) -> dict[str, str]:
+    """Environment of the workers, which torch reads before any code of ours runs there.
+
+    On CPUs each step's memory goes back to the system; in huge pages it costs fewer page faults to
+    take it again (benchmarks/LOG.md). The bits of the results are the same. The driver's own
+    setting comes first: THP_MEM_ALLOC_ENABLE=0 switches it off.
+    """
+    name = "THP_MEM_ALLOC_ENABLE"
+    return {} if use_gpu else {name: os.environ.get(name, "1")}
 
 
 def _fit(trainer: TorchTrainer) -> None:
