@@ -101,12 +101,13 @@ def test_what_cannot_work_is_one_line_and_exit_code_2(data, flags, told, capsys)
     assert told in said.err and said.err.count("\n") == 1 and said.out == ""
 
 
-def test_workers_on_cpus_take_huge_pages_unless_the_user_says_otherwise(monkeypatch):
-    monkeypatch.delenv("THP_MEM_ALLOC_ENABLE", raising=False)
-    assert worker_settings(use_gpu=False) == {"THP_MEM_ALLOC_ENABLE": "1"}
+def test_workers_on_cpus_keep_their_memory_unless_the_user_says_otherwise(monkeypatch):
+    name = "MALLOC_TRIM_THRESHOLD_"
+    monkeypatch.delenv(name, raising=False)
+    assert int(worker_settings(use_gpu=False)[name]) > 2**30
     assert worker_settings(use_gpu=True) == {}
-    monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", "0")
-    assert worker_settings(use_gpu=False) == {"THP_MEM_ALLOC_ENABLE": "0"}
+    monkeypatch.setenv(name, "131072")
+    assert worker_settings(use_gpu=False)[name] == "131072"
 
 
 FINAL = [UserError("mend this"), TrainingStopped("loss is nan at step 7")]

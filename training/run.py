@@ -198,14 +198,19 @@ def _trainer(
 
 
 def worker_settings(use_gpu: bool) -> dict[str, str]:
-    """Environment of the workers, which torch reads before any code of ours runs there.
+    """Environment of the workers, which their C library reads before any code runs there.
 
-    On CPUs each step's memory goes back to the system; in huge pages it costs fewer page faults to
-    take it again (benchmarks/LOG.md). The bits of the results are the same. The driver's own
-    setting comes first: THP_MEM_ALLOC_ENABLE=0 switches it off.
+    On CPUs each step would give its memory back to the system and take it again, page by page
+    (benchmarks/LOG.md). So malloc keeps what it has, in one heap for all threads; blocks from 1 GiB
+    on, such as resident pictures, still come and go. What the driver's own environment says about
+    these variables comes first. The bits of the results are the same.
     """
-    name = "THP_MEM_ALLOC_ENABLE"
-    return {} if use_gpu else {name: os.environ.get(name, "1")}
+    keep = {
+        "MALLOC_ARENA_MAX": 1,
+        "MALLOC_MMAP_THRESHOLD_": 2**30,
+        "MALLOC_TRIM_THRESHOLD_": 2**40,
+    }
+    return {} if use_gpu else {name: os.environ.get(name, str(keep[name])) for name in keep}
 
 
 def _fit(trainer: TorchTrainer) -> None:
