@@ -98,7 +98,10 @@ class Augment:
 
 
 def resize_and_crop(image: Tensor, resize: int, crop: int) -> Tensor:
-    """uint8 (3, H, W) on the CPU → uint8 (3, crop, crop), possibly a view of a larger picture.
+    """uint8 (C, H, W) on the CPU → uint8 (C, crop, crop), possibly a view of a larger picture.
+
+    Each channel alone, the fastest where a pixel's channels are neighbours in memory; so they are
+    in the result, then.
 
     The shorter side becomes `resize`, the other long·resize/short rounded half up, by antialiased
     Lanczos (Pillow's filter); then the centre, with offset (side − crop) / 2 rounded down.
@@ -110,13 +113,16 @@ def resize_and_crop(image: Tensor, resize: int, crop: int) -> Tensor:
 
     Raises UserError where torch has no Lanczos filter, because any other gives other pixels.
     """
-    assert image.dtype == torch.uint8 and image.shape[0] == 3 and image.device.type == "cpu"
+    assert image.dtype == torch.uint8 and image.ndim == 3 and image.device.type == "cpu"
     assert crop <= resize
     short = min(image.shape[1:])
     image = _centre(image, *(min(side, MAX_ASPECT * short) for side in image.shape[1:]))
     size = [(2 * side * resize + short) // (2 * short) for side in image.shape[1:]]
+    # By all four strides torch sees that channels are neighbours, and `image[None]` has a wrong
+    # first one: the pixels would be the same, but sorted by channel before and after.
+    batch = image.permute(1, 2, 0)[None].permute(0, 3, 1, 2)
     try:
-        resized = F.interpolate(image[None], size=size, mode="lanczos", antialias=True)[0]
+        resized = F.interpolate(batch, size=size, mode="lanczos", antialias=True)[0]
     except NotImplementedError as error:
         raise UserError(
             f"torch {torch.__version__} has no Lanczos resize; install torch 2.13 or later"

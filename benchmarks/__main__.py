@@ -2,21 +2,35 @@
 
     python -m benchmarks [NAME…] [--rounds R] [--small] [--out FOLDER]
 
-Without names all of them run. Results go to benchmarks/results/NAME_HARDWARE_DATE.md, with a chart;
---small is a trial of seconds to minutes whose figures mean nothing, and which writes no file unless
---out says where.
+Without names all of them run. Results go to benchmarks/results/NAME_HARDWARE_DATE.md, with a chart.
+One that fails is told, and the others go on. --small is a trial of seconds to minutes whose figures
+mean nothing, and which writes no file unless --out says where.
 """
 
 import argparse
 import functools
 import shlex
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from alexnet.errors import UserError
-from benchmarks import builder, growth, loader, pictures, recipes, resize, results, task, train
+from benchmarks import (
+    builder,
+    grown_workers,
+    growth,
+    loader,
+    pictures,
+    processes,
+    recipes,
+    resize,
+    results,
+    summary,
+    task,
+    train,
+)
 from benchmarks.table import Table, machine
 
 SCRIPTS: dict[str, Callable[..., Table]] = {
@@ -33,7 +47,14 @@ SMALL: dict[str, dict[str, Any]] = {
     "loader": {"samples": 64, "batch": 8},
     "train": {"steps": 2, "batch": 4, "classes": 5, "width": 0.1},
     "recipes": {"batch_size": 2, "classes": 3, "recipes": ("smoke",)},
-    "growth": {"pictures": (100, 300), "shards": (2,), "of_shards": 300},
+    "growth": {
+        "pictures": (100, 300),
+        "shards": (2, 20),
+        "classes": (2, 10),
+        "middle": 300,
+        "versions": (2, 6),
+        "workers": grown_workers.Sizes((6, 12), batch=4, steps=1, classes=5, width=0.1),
+    },
 }
 _SMALL_PICTURES = 12
 
@@ -45,20 +66,38 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    for name in arguments.names or SCRIPTS:
+    names, ended, failed = arguments.names or list(SCRIPTS), [], 0
+    for name in names:
         chosen = SMALL.get(name, {}) if arguments.small else {}
         if arguments.rounds is not None:
             chosen = chosen | {"rounds": arguments.rounds}
         elif arguments.small:
             chosen = chosen | {"rounds": 1}
-        before = machine()
-        table = functools.partial(SCRIPTS[name], raw)(**chosen)
+        before, began = machine(), time.monotonic()
+        try:
+            table = functools.partial(SCRIPTS[name], raw)(**chosen)
+        except (processes.Failed, AssertionError) as error:  # the others are worth having
+            print(f"error: {name} was not measured: {error}", file=sys.stderr, flush=True)
+            failed += 1
+            continue
         print(f"## {name}\n\n{before}\n\n{table.markdown()}\n", flush=True)
         if arguments.out is not None or not arguments.small:
             command = shlex.join(["python", "-m", "benchmarks", *_words(name, arguments)])
             folder = arguments.out or results.FOLDER
-            print(f"{results.write(name, table, before, command, folder)}\n", flush=True)
-    return 0
+            path, moved = results.write(name, table, before, command, folder)
+            print(f"{path}\n", flush=True)
+            ended += [f"{path.name}: {line}" for line in moved]
+        print(f"{name}: {(time.monotonic() - began) / 60:.1f} minutes\n", flush=True)
+    if arguments.out is not None or not arguments.small:
+        _end(ended, names, arguments.out or results.FOLDER)
+    return 1 if failed else 0
+
+
+def _end(moved: list[str], names: list[str], folder: Path) -> None:
+    lines = moved or ["nothing, or there was no result before"]
+    aims = list(summary.told(folder, names))
+    print("\n".join(["What moved:", *lines, "", "Aims:", *aims]))
+    print("\nThe table of README.md: python -m benchmarks.summary --write", flush=True)
 
 
 def _parsed(argv: list[str] | None) -> argparse.Namespace:

@@ -1,10 +1,11 @@
-"""A shard set of any size whose tars are empty files: what bookkeeping sees, without its pictures.
+r"""A shard set of any size whose tars are empty files: what bookkeeping sees, without its pictures.
 
-Its plan, sidecars and DALI indices are as the builder leaves them; the tars are sparse, of the size
-that their sidecars say. Also the steps whose time and memory `benchmarks.growth` measures, each in
-a process of its own:
+Its plan, sidecars and DALI indices are as the builder leaves them; the tars are sparse, of the
+size that their sidecars say. Also the steps whose time and memory `benchmarks.growth` measures, one
+after the other, each in a process of its own, forked from one that only imported what they need:
 
-    python -m benchmarks.grown STEP '{"pictures": …, "per_shard": …, "out": …}'
+    python -m benchmarks.grown \
+        '[{"step": "plan", "pictures": …, "per_shard": …, "classes": …, "out": …}, …]'
 """
 
 import hashlib
@@ -13,6 +14,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Iterator
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -25,34 +27,38 @@ from pipelines.produce import codec_versions
 from pipelines.sources.table import Source, labelled, part
 from pipelines.verify import verify
 from training.loader import Loader
-from training.order import epoch_order
+from training.order import epoch_order, global_batch, steps_per_epoch
 
-_CLASSES = 1000
+_BATCH = 256  # of `deck`
 _JPEG_BYTES = 20_000
 _STRIDE = 23_040  # bytes of a sample in a tar: three headers, the padded JPEG, label and JSON
 _RAW = "made-up.tar"
 
 
 def main() -> None:
-    """Prints seconds and peak memory of one step; what is prepared for it does not count."""
-    step, request = sys.argv[1], json.loads(sys.argv[2])
-    prepared = STEPS[step](request)
+    with get_context("fork").Pool(1, maxtasksperchild=1) as pool:
+        print(json.dumps(pool.map(measured, json.loads(sys.argv[1]), chunksize=1)))
+
+
+def measured(request: dict[str, Any]) -> tuple[float, float]:
+    """Seconds of a step, without what is prepared for it, and the peak memory of both in MB."""
+    prepared = STEPS[request["step"]](request)
     began = time.perf_counter()
     prepared()
     seconds = time.perf_counter() - began
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000
-    print(json.dumps({"seconds": seconds, "peak_mb": peak}))
+    return seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000
 
 
 def _plan(request: dict[str, Any]) -> Callable[[], None]:
     """The plan and its claim, from a table of the pictures."""
-    source = _source(request["pictures"])
+    Path(request["out"]).mkdir()
+    source = _source(request)
     return lambda: claim.begin(request["out"], _RAW, _planned(source, request))
 
 
 def _tasks(request: dict[str, Any]) -> Callable[[], None]:
     """What tasks would have left; not measured, and only once for each set."""
-    return lambda: _pretend(request["out"], _planned(_source(request["pictures"]), request))
+    return lambda: _pretend(request["out"], _planned(_source(request), request))
 
 
 def _finish(request: dict[str, Any]) -> Callable[[], None]:
@@ -77,15 +83,28 @@ def _verify(request: dict[str, Any]) -> Callable[[], None]:
 
 
 def _load(request: dict[str, Any]) -> Callable[[], None]:
-    """Until the first batch could be asked for: manifest, index, order of an epoch."""
+    """Until the first batch could be asked for: manifest and index."""
 
     def loaded() -> None:
         manifest = shards.load_manifest(request["out"])
         with Loader(request["out"], manifest, "train", threads=1) as loader:
-            order = epoch_order(loader.shard_sizes, seed=0, epoch=0)
-            assert len(order) == request["pictures"]
+            assert loader.num_samples == request["pictures"]
 
     return loaded
+
+
+def _order(request: dict[str, Any]) -> Callable[[], None]:
+    """The batches of an epoch, as the training asks its loader for them."""
+    whole, rest = divmod(request["pictures"], request["per_shard"])
+    sizes = [request["per_shard"]] * whole + [rest] * bool(rest)
+
+    def ordered() -> None:
+        order = epoch_order(sizes, seed=0, epoch=1)
+        steps = steps_per_epoch(len(order), _BATCH)
+        batches = [global_batch(order, step, steps) for step in range(steps)]
+        assert sum(map(len, batches)) == request["pictures"]
+
+    return ordered
 
 
 STEPS: dict[str, Callable[[dict[str, Any]], Callable[[], None]]] = {
@@ -94,12 +113,14 @@ STEPS: dict[str, Callable[[dict[str, Any]], Callable[[], None]]] = {
     "finish": _finish,
     "verify": _verify,
     "load": _load,
+    "order": _order,
 }
 
 
-def _source(pictures: int) -> Source:
+def _source(request: dict[str, Any]) -> Source:
     """As scanning archives leaves it: one container, classes of equal size one after another."""
-    classes = min(_CLASSES, pictures)
+    pictures = request["pictures"]
+    classes = min(request["classes"], pictures)
     wnids = [f"n{label:08d}" for label in range(classes)]
     labels = np.sort(np.arange(pictures) % classes)
     of_rows = pa.array(wnids).take(pa.array(labels))
@@ -132,7 +153,7 @@ def _pretend(out: str, made: plan.Plan) -> None:
         digest = hashlib.sha256(shard.name.encode()).hexdigest()
         with Path(storage.join(out, f"{shard.name}.tar")).open("wb") as tar:
             tar.truncate(size)
-        storage.write(storage.join(out, f"{shard.name}.idx"), index)
+        Path(storage.join(out, f"{shard.name}.idx")).write_bytes(index)
         status = {
             "shard_id": shard.id,
             "shard": shard.name,
@@ -148,7 +169,7 @@ def _pretend(out: str, made: plan.Plan) -> None:
             "versions": codec_versions(),
         }
         sidecar = shards.pack_sidecar(_indexed(shard, rows, offsets), status)
-        storage.write(shards.sidecar_uri(out, shard.name), sidecar)
+        Path(shards.sidecar_uri(out, shard.name)).write_bytes(sidecar)
 
 
 _PRODUCTS = [[40_000 if i == j else 35_000 for j in range(3)] for i in range(3)]

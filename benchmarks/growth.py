@@ -1,40 +1,60 @@
-"""Claim: what is done once per set grows no faster than the set, in time and in memory.
+"""Claim: what is done once per set grows no faster than the set, in time and in memory; more
+workers make building and training faster; the registry's list stays quick.
 
-Plan, bookkeeping at the end of a build, verify and the start of a loader, each in a process of its
-own, over made-up sets (see benchmarks.grown): a series over pictures in shards of one length, and
-one over shards of one number of pictures.
+Made-up sets (see benchmarks.grown) in three series: more pictures in shards of one length, the same
+pictures in more shards, and of more classes.
 """
 
+import functools
 import math
 import statistics
 import tempfile
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 
-from benchmarks import processes
+from benchmarks import grown_registry, grown_workers, processes
 from benchmarks.pictures import Raw
-from benchmarks.table import Lines, Table, spread
+from benchmarks.table import Lines, Panel, Table, spread
 
-COLUMNS = (
-    "pictures",
-    "shards",
-    "plan, s",
-    "finish, s",
-    "verify, s",
-    "loader start, s",
-    "peak MB: plan",
-    "finish",
-    "verify",
-    "loader start",
-)
-STEPS = ("plan", "finish", "verify", "load")
-PICTURES = (1_000, 10_000, 100_000, 1_000_000)
-SHARDS = (200, 2_000)  # of _OF_SHARDS pictures, which are in 20 above
-_OF_SHARDS = 100_000
-_PER_SHARD = 5_005
+COLUMNS = ("what", "seconds", "power of time", "peak MB", "power of memory")
+STEPS = {
+    "plan": "plan",
+    "finish": "end of a build",
+    "verify": "verify",
+    "load": "loader start",
+    "order": "order of an epoch",
+}
+PICTURES = (1_000, 10_000, 100_000, 1_281_167)
+SHARDS = (20, 200, 2_000, 10_000)  # of _MIDDLE pictures
+CLASSES = (10, 1_000, 10_000)  # of _MIDDLE pictures in _FEW_SHARDS shards
+VERSIONS = (10, 100, 1_000)
+_MIDDLE = 100_000
+_PER_SHARD, _FEW_SHARDS, _USUAL_CLASSES = 5_005, 20, 1_000
+_LARGE_ROUNDS = 2  # of sets that take longer than all others together
 
 Figures = dict[str, list[tuple[float, float]]]  # step → (seconds, peak MB) of each round
+
+
+@dataclass(frozen=True)
+class Series:
+    """One thing measured at several sizes: (seconds, peak MB, nan where it is unknown)."""
+
+    what: str
+    across: str
+    points: dict[int, list[tuple[float, float]]] = field(default_factory=dict)
+
+    def median(self, size: int, at: int) -> float:
+        return statistics.median(figures[at] for figures in self.points[size])
+
+    def power(self, size: int, at: int) -> str:
+        """log(ratio) / log(size ratio) against the size before: 1 is a straight line, 0 flat."""
+        before = max((other for other in self.points if other < size), default=None)
+        if before is None:
+            return "–"
+        ratio = self.median(size, at) / self.median(before, at)
+        if not ratio > 0:  # unknown, or a trial too small to have a steady rate
+            return "–"
+        return f"{math.log(ratio) / math.log(size / before):.2f}"
 
 
 def run(
@@ -42,74 +62,94 @@ def run(
     rounds: int = 5,
     pictures: Sequence[int] = PICTURES,
     shards: Sequence[int] = SHARDS,
-    of_shards: int = _OF_SHARDS,
+    classes: Sequence[int] = CLASSES,
+    middle: int = _MIDDLE,
+    versions: Sequence[int] = VERSIONS,
+    workers: grown_workers.Sizes | None = grown_workers.Sizes(),  # noqa: B008 (frozen)
 ) -> Table:
-    """`raw` is not needed: the pictures are made up."""
-    sizes = [(count, _PER_SHARD) for count in pictures]
-    sizes += [(of_shards, -(-of_shards // number)) for number in shards]
-    figures = {size: measure(*size, rounds) for size in sizes}
-    rows = [_row(count, per_shard, figures[count, per_shard]) for count, per_shard in sizes]
-    setting = (
-        "Made-up sets of up to 1,000 classes, whose tars are sparse; local disk, page cache warm; "
-        "each step in a fresh process on one CPU, without the time of "
-        f"imports, with their memory; {rounds} rounds, median [lowest..highest]. The first "
-        f"{len(pictures)} rows have {_PER_SHARD} pictures per shard. From the second largest to "
-        f"the largest number of pictures, time grows with its power {_powers(pictures, figures)}."
-    )
-    series = [figures[count, _PER_SHARD] for count in pictures]
-    chart = Lines(
-        "growth with the number of pictures",
-        "pictures",
-        {
-            panel: {
-                step: [
-                    (count, statistics.median(figure[at] for figure in found[step]))
-                    for count, found in zip(pictures, series, strict=True)
-                ]
-                for step in STEPS
-            }
-            for at, panel in enumerate(("seconds", "peak MB"))
-        },
-    )
-    return Table(COLUMNS, tuple(rows), setting, chart)
+    """Without `workers` nothing is built and trained."""
+    measured = functools.cache(measure)  # one set belongs to two series
+    over = functools.partial(_over, measured, rounds)
+    series = [
+        *over("pictures", [(size, size, _PER_SHARD, _USUAL_CLASSES) for size in pictures]),
+        *over("shards", [(n, middle, -(-middle // n), _USUAL_CLASSES) for n in shards]),
+        *over("classes", [(n, middle, -(-middle // _FEW_SHARDS), n) for n in classes]),
+        Series("registry list", "versions", grown_registry.listed(versions, rounds)),
+    ]
+    if workers is not None:
+        more = workers.measured(raw, rounds)
+        series += [Series(what, "CPUs", points) for what, points in more]
+    rows = [row for one in series for row in _rows(one)]
+    chart = Lines("growth: median time and peak memory", list(_panels(series)))
+    return Table(COLUMNS, tuple(rows), _setting(raw, rounds, middle, workers), chart)
 
 
-def measure(pictures: int, per_shard: int, rounds: int) -> Figures:
+def _over(
+    measured: Callable[..., Figures],
+    rounds: int,
+    across: str,
+    sizes: Sequence[tuple[int, int, int, int]],
+) -> list[Series]:
+    """sizes: (size of the series, pictures, pictures per shard, classes)."""
+    series = {step: Series(words, across) for step, words in STEPS.items()}
+    for size, pictures, per_shard, classes in sizes:
+        large = pictures > 10 * _MIDDLE or pictures / per_shard > 5_000
+        few = min(rounds, _LARGE_ROUNDS) if large else rounds
+        figures = measured(pictures, per_shard, classes, few)
+        for step, one in series.items():
+            one.points[size] = figures[step]
+    return list(series.values())
+
+
+def measure(pictures: int, per_shard: int, classes: int, rounds: int) -> Figures:
     """Each round runs the steps in their order, on one set."""
-    figures: Figures = {step: [] for step in STEPS}
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
-        request = {"pictures": pictures, "per_shard": per_shard, "out": f"{folder}/set"}
+        request = {"pictures": pictures, "per_shard": per_shard, "classes": classes}
+        one = request | {"out": f"{folder}/set"}
+        asked = [one | {"step": "plan"}, one | {"step": "tasks"}]
         for number in range(rounds):
-            plan = request | {"out": f"{folder}/plan{number}"}
-            figures["plan"].append(_step("plan", request if number == 0 else plan))
-            if number == 0:
-                _step("tasks", request)
-            for step in STEPS[1:]:
-                figures[step].append(_step(step, request))
+            if number:
+                asked.append(request | {"step": "plan", "out": f"{folder}/plan{number}"})
+            asked += [one | {"step": step} for step in STEPS if step != "plan"]
+        answers = processes.python(["-m", "benchmarks.grown"], asked, on=processes.cpus(1)).answer()
+    figures: Figures = {step: [] for step in STEPS}
+    for each, (seconds, peak) in zip(asked, answers, strict=True):
+        figures.setdefault(str(each["step"]), []).append((seconds, peak))
     return figures
 
 
-def _step(step: str, request: dict[str, Any]) -> tuple[float, float]:
-    Path(request["out"]).mkdir(exist_ok=True)
-    module = ["-m", "benchmarks.grown", step]
-    answer = processes.python(module, request, on=processes.cpus(1)).answer()
-    return answer["seconds"], answer["peak_mb"]
+def _rows(series: Series) -> Iterator[tuple[str, ...]]:
+    for size, figures in series.points.items():
+        peaks = [peak for _, peak in figures]
+        yield (
+            f"{series.what}, {size:,} {series.across}",
+            spread([seconds for seconds, _ in figures], 3),
+            series.power(size, 0),
+            "–" if peaks[0] != peaks[0] else spread(peaks),
+            series.power(size, 1),
+        )
 
 
-def _row(pictures: int, per_shard: int, figures: Figures) -> tuple[str, ...]:
-    seconds = [spread([figure[0] for figure in figures[step]], 2) for step in STEPS]
-    peaks = [spread([figure[1] for figure in figures[step]]) for step in STEPS]
-    return (f"{pictures:,}", f"{-(-pictures // per_shard):,}", *seconds, *peaks)
+def _panels(series: Sequence[Series]) -> Iterator[Panel]:
+    for across in dict.fromkeys(one.across for one in series):
+        for at, up in enumerate(("seconds", "peak MB")):
+            lines = {
+                one.what: [(size, one.median(size, at)) for size in one.points]
+                for one in series
+                if one.across == across and all(one.median(n, at) > 0 for n in one.points)
+            }
+            if lines:
+                yield Panel(across, up, lines)
 
 
-def _powers(pictures: Sequence[int], figures: dict[tuple[int, int], Figures]) -> str:
-    """log(time ratio) / log(size ratio) of the two largest sets: 1 is a straight line."""
-    before, last = sorted(pictures)[-2:]
-    found = []
-    for step in STEPS:
-        times = [
-            statistics.median(figure[0] for figure in figures[count, _PER_SHARD][step])
-            for count in (before, last)
-        ]
-        found.append(f"{math.log(times[1] / times[0]) / math.log(last / before):.2f} ({step})")
-    return ", ".join(found)
+def _setting(raw: Raw, rounds: int, middle: int, workers: grown_workers.Sizes | None) -> str:
+    return (
+        f"Made-up sets whose tars are sparse; local disk, page cache warm; each step on one CPU "
+        f"in a process of its own, without the time of imports, with their memory; {rounds} "
+        f"rounds ({min(rounds, _LARGE_ROUNDS)} of the largest two sets), median "
+        f"[lowest..highest]. Pictures: {_PER_SHARD} in a shard, {_USUAL_CLASSES} classes. Shards: "
+        f"{middle:,} pictures. Classes: {middle:,} pictures in {_FEW_SHARDS} shards. "
+        "Power: 1 is a straight line from the size before, "
+        "0 is flat, -1 is twice as fast on twice the CPUs. Registry list: the whole command, on "
+        f"SQLite. {'' if workers is None else workers.words(raw)}"
+    )

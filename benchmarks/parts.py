@@ -14,6 +14,7 @@ import tarfile
 from collections.abc import Iterable
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Literal
 
 import simplejpeg
 import torch
@@ -22,15 +23,26 @@ from PIL import Image
 from alexnet.preprocess import resize_and_crop
 
 
-def pack(files: Iterable[Path], out: Path, *, resize: int, crop: int, quality: int) -> None:
-    """Stored pictures of `files` in one tar, on one thread."""
+def pack(
+    files: Iterable[Path],
+    out: Path,
+    *,
+    resize: int,
+    crop: int,
+    quality: int,
+    colours: Literal["RGB", "RGBX"] = "RGBX",
+) -> None:
+    """Stored pictures of `files` in one tar, on one thread. colours: how pixels lie on their way;
+    RGBX, with an idle fourth byte, is Pillow's own layout and saves unpacking and packing."""
     torch.set_num_threads(1)
     with tarfile.open(out, "w", format=tarfile.USTAR_FORMAT) as tar:
         for path in files:
-            pixels = torch.from_numpy(simplejpeg.decode_jpeg(path.read_bytes())).permute(2, 0, 1)
+            decoded = simplejpeg.decode_jpeg(path.read_bytes(), colorspace=colours)
+            pixels = torch.from_numpy(decoded).permute(2, 0, 1)
             small = resize_and_crop(pixels, resize, crop).permute(1, 2, 0).contiguous().numpy()
+            image = Image.frombuffer(colours, (crop, crop), small, "raw", colours, 0, 1)
             buffer = io.BytesIO()
-            Image.fromarray(small).save(buffer, "JPEG", quality=quality, subsampling="4:2:0")
+            image.save(buffer, "JPEG", quality=quality, subsampling="4:2:0")
             member = tarfile.TarInfo(f"{path.stem}.jpg")
             member.size = buffer.tell()
             buffer.seek(0)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import secrets
 import subprocess
 import sys
@@ -25,12 +26,14 @@ _FOREIGN = ("RAY_ADDRESS", "MLFLOW_TRACKING_URI", "AWS_ENDPOINT_URL", "PYTHONPAT
 class Finished:
     """cpu_seconds: of every process below the command. Processes that nobody waits for, such as
     Ray's workers, are looked at four times a second: what they did after the last look is missing.
+    peak_mb: resident memory of the command's own process, by the last of these looks.
     """
 
     wall_seconds: float
     cpu_seconds: float
     stdout: str
     stderr: str
+    peak_mb: float = 0.0
 
     def answer(self) -> Any:
         """The JSON of the last line on stdout."""
@@ -66,13 +69,13 @@ def run(
             )
         finally:
             os.sched_setaffinity(0, before)
-        wall, cpu = _watched(process, began, timeout)
+        wall, cpu, peak = _watched(process, began, timeout)
         out.seek(0)
         err.seek(0)
         if process.returncode:
             end = (out.read() + err.read()).strip()[-2000:]
             raise Failed(f"{' '.join(command)[:200]}: exit code {process.returncode}\n{end}")
-        return Finished(wall, cpu, out.read(), err.read())
+        return Finished(wall, cpu, out.read(), err.read(), peak)
 
 
 def ask(
@@ -91,15 +94,19 @@ def python(words: Sequence[str], request: Mapping[str, Any], *, on: Sequence[int
     return run([sys.executable, *words, json.dumps(request)], on=on)
 
 
-def _watched(process: subprocess.Popen[str], began: float, timeout: float) -> tuple[float, float]:
-    """Wall and CPU seconds. Raises Failed when it takes longer than `timeout` seconds."""
+def _watched(
+    process: subprocess.Popen[str], began: float, timeout: float
+) -> tuple[float, float, float]:
+    """Wall and CPU seconds, and the peak of memory in MB. Raises Failed after `timeout` seconds."""
     seen: dict[tuple[int, int], float] = {}
+    peaks = [0.0]
     over = threading.Event()
 
     def look() -> None:
         while not over.wait(_SAMPLE_SECONDS):
             found = clock.tree(process.pid, tuple(seen))
             seen.update({key: own for key, (own, _) in found.items()})
+            peaks.append(_peak_mb(process.pid))
 
     watcher = threading.Thread(target=look)
     watcher.start()
@@ -111,7 +118,16 @@ def _watched(process: subprocess.Popen[str], began: float, timeout: float) -> tu
         watcher.join()
     if ended is None:
         raise Failed(f"{' '.join(map(str, process.args))[:200]}: longer than {timeout:.0f} s")
-    return wall, max(sum(seen.values()), ended)
+    return wall, max(sum(seen.values()), ended), max(peaks)
+
+
+def _peak_mb(pid: int) -> float:
+    """Of the program that it runs now: what `wait4` tells has that of its parent in it."""
+    try:
+        found = re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
+    except (FileNotFoundError, ProcessLookupError):
+        return 0.0
+    return int(found[1]) / 1000 if found else 0.0
 
 
 def _wait(process: subprocess.Popen[str], deadline: float) -> float | None:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from benchmarks.pictures import QUALITY, RESIZE, Raw
-from benchmarks.table import Table, spread
+from benchmarks.table import Bars, Table, spread
 from pipelines.transform import Stored, decode, to_stored
 
 COLUMNS = (
@@ -54,7 +54,8 @@ def run(raw: Raw, rounds: int = 5) -> Table:
         f"one thread, in memory; seconds of CPU time; {rounds} rounds, median [lowest..highest], "
         "ratios within a round."
     )
-    return Table(COLUMNS, tuple(rows), setting)
+    chart = Bars("raw JPEG to stored JPEG, img/s per core of CPU time", rates)
+    return Table(COLUMNS, tuple(rows), setting, chart)
 
 
 def _rates(raw: Raw, rounds: int) -> dict[str, list[float]]:

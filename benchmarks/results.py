@@ -1,53 +1,99 @@
-"""Results as files: a table with all that it depends on, a chart, and what moved since the last."""
+"""Results as files: a table with all that it depends on, every round, a chart, and what moved."""
 
 import re
-import statistics
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from benchmarks.table import Bars, Lines, Table
+from benchmarks import charts
+from benchmarks.table import Bars, Table
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "benchmarks" / "results"
 _SPREAD = re.compile(r"^([\d.]+) \[([\d.]+)\.\.([\d.]+)\]$")
+_ROUNDS = "Every round:"
 
 
-def write(name: str, table: Table, machine: str, command: str, folder: Path = FOLDER) -> Path:
-    """NAME_HARDWARE_DATE.md, and .svg where the table has a chart. `machine` is table.machine() of
-    before the run; the file says what moved against the newest older one of the same hardware."""
+@dataclass(frozen=True)
+class Result:
+    """A file as `write` leaves it. rows: by their first cell, without its marks; rounds: the
+    values of the chart's bars, for ratios within a round."""
+
+    path: Path
+    name: str
+    hardware: str
+    date: str
+    columns: tuple[str, ...]
+    rows: Mapping[str, tuple[str, ...]]
+    rounds: Mapping[str, tuple[float, ...]]
+
+    def cell(self, row: str, column: str) -> str:
+        return self.rows[row][self.columns.index(column)]
+
+
+def write(
+    name: str, table: Table, machine: str, command: str, folder: Path = FOLDER
+) -> tuple[Path, list[str]]:
+    """NAME_HARDWARE_DATE.md, and .svg where the table has a chart; and what moved against the
+    newest result of the same hardware before. `machine` is table.machine() of before the run."""
     folder.mkdir(parents=True, exist_ok=True)
     today = datetime.now(UTC).date().isoformat()
     stem = f"{name}_{hardware(machine)}"
     path = folder / f"{stem}_{today}.md"
-    older = sorted(old for old in folder.glob(f"{stem}_*.md") if old.name < path.name)
+    older = sorted(old for old in folder.glob(f"{stem}_*.md") if old.name <= path.name)
+    lines = list(moved(older[-1].read_text(), table)) if older else []
     parts = [f"# {name}", f"{machine}\nCommit {_commit()}; `{command}`.", table.markdown()]
     if older:
-        lines = list(moved(older[-1].read_text(), table)) or ["nothing moved out of its spread"]
-        parts.append("\n".join([f"Against {older[-1].name}:", "", *(f"- {x}" for x in lines)]))
-    if table.chart is not None:
-        draw(table.chart, path.with_suffix(".svg"))
+        before = "the run before, of the same day" if older[-1] == path else older[-1].name
+        told = lines or ["nothing moved out of its spread"]
+        parts.append("\n".join([f"Against {before}:", "", *(f"- {x}" for x in told)]))
+    if isinstance(table.chart, Bars):
+        parts.append(f"{_ROUNDS} {table.chart.title}.\n\n{_every_round(table.chart)}")
+    if table.chart is not None and charts.draw(table.chart, path.with_suffix(".svg")):
         parts.append(f"![{table.chart.title}]({path.with_suffix('.svg').name})")
     path.write_text("\n\n".join(parts) + "\n")
-    return path
+    return path, lines
+
+
+def newest(folder: Path = FOLDER) -> list[Result]:
+    """The last result of each name and hardware."""
+    found: dict[tuple[str, str], Result] = {}
+    for path in sorted(folder.glob("*_*_*.md")):
+        result = read(path)
+        found[result.name, result.hardware] = result
+    return list(found.values())
+
+
+def read(path: Path) -> Result:
+    name, hardware, date = path.stem.split("_")
+    text, _, every = path.read_text().partition(_ROUNDS)
+    columns, *rows = _tables(text)
+    rounds = {label(row[0]): tuple(map(float, row[1:])) for row in list(_tables(every))[1:]}
+    by_name = {label(row[0]): tuple(row) for row in rows}
+    return Result(path, name, hardware, date, tuple(columns), by_name, rounds)
+
+
+def label(cell: str) -> str:
+    """A row's name without the marks that make it bold."""
+    return cell.strip("*`")
 
 
 def hardware(machine: str) -> str:
-    """From a line of table.machine(): "amd-epyc-9b14-2cpus"."""
-    words = re.sub(r"\(.*?\)", "", "".join(machine.split(";")[1]))
-    processor, _, cpus = words.rpartition(",")
-    slug = re.sub(r"[^a-z0-9]+", "-", processor.lower()).strip("-")
-    return f"{slug}-{cpus.split()[0]}cpus"
+    """From a line of table.machine(): "amd-epyc-9b14-2cpus", or "nvidia-h200"."""
+    words = re.sub(r"\(.*?\)", "", machine.split(";")[1])
+    processor, cpus, accelerator = re.match(r"(.*), (\d+) CPUs(.*)", words).groups()  # type: ignore[union-attr]
+    return _slug(accelerator) or f"{_slug(processor)}-{cpus}cpus"
 
 
 def moved(before: str, table: Table) -> Iterator[str]:
     """The figures whose spreads of then and now do not touch."""
-    rows = [line.strip("| ").split(" | ") for line in before.splitlines() if line.startswith("|")]
-    if not rows or tuple(rows[0]) != table.columns:
+    columns, *rows = _tables(before.partition(_ROUNDS)[0]) or [()]
+    if tuple(columns) != table.columns:
         yield "the columns are others, so that nothing can be compared"
         return
-    known = {row[0]: row for row in rows[2:]}
+    known = {row[0]: row for row in rows}
     for row in table.rows:
         old_row = known.get(row[0], ())
         for column, old, new in zip(table.columns, old_row, row, strict=False):
@@ -58,33 +104,29 @@ def moved(before: str, table: Table) -> Iterator[str]:
                 yield f"{row[0]}, {column}: {old} → {new}"
 
 
-def draw(chart: Bars | Lines, path: Path) -> None:
-    from matplotlib.figure import Figure  # slow to import, and not needed to print
+def _every_round(chart: Bars) -> str:
+    count = max(map(len, chart.values.values()), default=0)
+    head = ["", *(str(number + 1) for number in range(count))]
+    lines = [head, ["---"] * len(head)]
+    lines += [[name, *(f"{value:.6g}" for value in of)] for name, of in chart.values.items()]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
-    if isinstance(chart, Lines):
-        figure = Figure(figsize=(8, 3.6), layout="constrained")
-        for axes, (panel, lines) in zip(
-            figure.subplots(1, len(chart.panels)), chart.panels.items(), strict=True
-        ):
-            for name, points in lines.items():
-                axes.loglog(*zip(*points, strict=True), marker="o", label=name)
-            axes.set(xlabel=chart.across, ylabel=panel)
-            axes.legend(fontsize="small", frameon=False)
-    else:
-        names = list(chart.values)[::-1]
-        values = [chart.values[name] for name in names]
-        middle = [statistics.median(of_name) for of_name in values]
-        figure = Figure(figsize=(8, 0.8 + 0.4 * len(names)), layout="constrained")
-        axes = figure.subplots()
-        low = [m - min(v) for m, v in zip(middle, values, strict=True)]
-        high = [max(v) - m for m, v in zip(middle, values, strict=True)]
-        axes.barh(names, middle, xerr=(low, high), capsize=3, color="#4878a8")
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(chart.title, fontsize="medium")
-    figure.savefig(path, metadata={"Date": None})
+
+def _tables(text: str) -> list[list[str]]:
+    """Cells of the lines of tables, without the rules below their heads."""
+    lines = [line[1:-1].split("|") for line in text.splitlines() if line.startswith("|")]
+    rows = [[cell.strip() for cell in line] for line in lines]
+    return [row for row in rows if set(row) != {"---"}]
+
+
+def _slug(words: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", words.lower()).strip("-")
 
 
 def _commit() -> str:
     git = ["git", "describe", "--always", "--abbrev=12", "--dirty", "--exclude=*"]
-    told = subprocess.run(git, cwd=ROOT, capture_output=True, text=True)
+    try:
+        told = subprocess.run(git, cwd=ROOT, capture_output=True, text=True)
+    except FileNotFoundError:  # no git on this machine
+        return "unknown"
     return told.stdout.strip() or "unknown"

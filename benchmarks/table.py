@@ -1,11 +1,12 @@
 """What every benchmark returns: rows under promised columns, the words they need, and a chart."""
 
+import contextlib
 import importlib.metadata
 import os
 import platform
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from training.speed import processor
@@ -22,12 +23,18 @@ class Bars:
 
 
 @dataclass(frozen=True)
-class Lines:
-    """Lines of (x, y) points by name, in panels by title, on logarithmic axes."""
+class Panel:
+    """Lines of (x, y) points by name, on logarithmic axes."""
 
-    title: str
     across: str  # what x is
-    panels: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]]
+    up: str  # what y is
+    lines: Mapping[str, Sequence[tuple[float, float]]]
+
+
+@dataclass(frozen=True)
+class Lines:
+    title: str
+    panels: Sequence[Panel]
 
 
 @dataclass(frozen=True)
@@ -48,12 +55,20 @@ def spread(values: Sequence[float], digits: int = 0) -> str:
     return f"{shown[0]} [{shown[1]}..{shown[2]}]"
 
 
-def machine() -> str:
+def machine(accelerator: str = "") -> str:
     """Hardware, versions, date and load: without them no figure here means anything."""
-    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in _PACKAGES)
+    versions = ", ".join(_versions())
     load = " ".join(f"{value:.2f}" for value in os.getloadavg())
+    beside = f", {accelerator}" if accelerator else ""
     return (
         f"{time.strftime('%Y-%m-%d %H:%M', time.gmtime())} UTC; {processor()}, "
-        f"{os.cpu_count()} CPUs; Python {platform.python_version()}, {versions}; "
+        f"{os.cpu_count()} CPUs{beside}; Python {platform.python_version()}, {versions}; "
         f"load average before the run {load}."
     )
+
+
+def _versions() -> Iterator[str]:
+    """Of the packages that are there: a machine with a GPU alone may lack most."""
+    for name in _PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            yield f"{name} {importlib.metadata.version(name)}"

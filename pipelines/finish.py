@@ -37,10 +37,11 @@ def finished_shards(out: str, plan: Plan) -> tuple[list[Done], dict[int, str]]:
         if f"{shard.name}.parquet" in names
     ]
     done: list[Done] = []
+    codecs = codec_versions()  # asked for once: it parses the packages' metadata
     missing = dict.fromkeys(range(len(plan.shards)), NOT_MADE)
     sidecars = storage.read_each([shards.sidecar_uri(out, shard.name) for _, shard in present])
     for (number, shard), data in zip(present, sidecars, strict=True):
-        status, fault = _status(out, data, shard)
+        status, fault = _status(out, data, shard, codecs)
         if fault:
             missing[number] = fault
         else:
@@ -49,7 +50,9 @@ def finished_shards(out: str, plan: Plan) -> tuple[list[Done], dict[int, str]]:
     return done, missing
 
 
-def _status(out: str, data: bytes, shard: ShardPlan) -> tuple[dict[str, Any], str | None]:
+def _status(
+    out: str, data: bytes, shard: ShardPlan, codecs: dict[str, str]
+) -> tuple[dict[str, Any], str | None]:
     """What the sidecar says, and why the shard has to be made again, if so.
 
     Asks for the tar itself: a listing may be from before another builder published it.
@@ -64,7 +67,7 @@ def _status(out: str, data: bytes, shard: ShardPlan) -> tuple[dict[str, Any], st
     tar, index = (storage.join(out, f"{shard.name}.{suffix}") for suffix in ("tar", "idx"))
     if not storage.exists(tar) or storage.size(tar) != status["bytes"] or not storage.exists(index):
         return {}, "its tar or index was damaged or gone"
-    if status["versions"] != codec_versions():
+    if status["versions"] != codecs:
         return {}, f"other codecs had made it ({status['versions']})"
     return status, None
 

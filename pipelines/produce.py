@@ -177,7 +177,8 @@ class _PixelSums:
         float32, which is twice as fast as one product in float64, and below 2⁵³ in float64."""
         height, width = pixels.shape[1:]
         exact = torch.float32 if width * 255**2 < 1 << 24 else torch.float64
-        rows = torch.from_numpy(pixels).to(exact).transpose(0, 1)
+        planes = torch.from_numpy(pixels).contiguous()
+        rows = planes.to(exact).transpose(0, 1)
         products = torch.bmm(rows, rows.transpose(1, 2))
         self.count += height * width
         self.sums += rows.sum(dim=2).long().sum(dim=0).numpy()

@@ -20,8 +20,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import tarfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +28,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from alexnet.errors import UserError
-from pipelines import storage
+from pipelines import storage, ustar
 from pipelines.damage import DAMAGE, check_manifest, check_sha256, check_table, said
 
 FORMAT = "alexnet-shards"
@@ -53,7 +52,6 @@ INDEX = pa.schema(
         ("fixes", pa.list_(pa.string())),
     ]
 )
-_TAR_BLOCK = 512
 STATUS, STATUS_SHA256 = b"alexnet.status", b"alexnet.status_sha256"
 
 
@@ -197,13 +195,15 @@ def parse_manifest(document: dict[str, Any], digest: str) -> Manifest:
     )
 
 
-def load_index(uri: str, split: str) -> pa.Table:
-    """All samples of a split, in rows of `INDEX`; the row number is the sample id."""
+def load_index(uri: str, split: str, columns: Sequence[str] = tuple(INDEX.names)) -> pa.Table:
+    """All samples of a split, in rows of `INDEX` or of some of its columns; the row number is the
+    sample id."""
     location = storage.join(uri, "index", f"{split}.parquet")
     if not storage.exists(location):
         raise UserError(f"{location}: not there; was this set built with --splits {split}?")
     try:
-        check_table(table := read_parquet(storage.read(location)), INDEX)
+        wanted = pa.schema([INDEX.field(name) for name in columns])
+        check_table(table := read_parquet(storage.read(location), columns), wanted)
     except DAMAGE as error:
         line = f"{location} is damaged ({said(error)}); run: python -m pipelines verify {uri}"
         raise UserError(line) from error
@@ -225,42 +225,33 @@ def pack(name: str, samples: Iterable[Sample]) -> Packed:
     buffer = io.BytesIO()
     rows: list[dict[str, Any]] = []
     lines: list[str] = []
-    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-        for sample in samples:
-            row = {field: getattr(sample, field) for field in INDEX.names if hasattr(sample, field)}
-            # Text, not a list: readers that guess types from the first samples (Hugging Face's)
-            # take an empty list for one of nulls, and fail at the first picture with a fix.
-            text = {**row, "name": sample.name, "fixes": " ".join(sample.fixes)}
-            row["fixes"] = list(sample.fixes)
-            members = {
-                "cls": str(sample.label).encode(),
-                "jpg": sample.jpeg,
-                "json": canonical_json(text),
-            }
-            places = {
-                suffix: _add(tar, buffer, f"{sample.key}.{suffix}", data)
+    for sample in samples:
+        row = {field: getattr(sample, field) for field in INDEX.names if hasattr(sample, field)}
+        # Text, not a list: readers that guess types from the first samples (Hugging Face's)
+        # take an empty list for one of nulls, and fail at the first picture with a fix.
+        text = {**row, "name": sample.name, "fixes": " ".join(sample.fixes)}
+        row["fixes"] = list(sample.fixes)
+        members = {
+            "cls": str(sample.label).encode(),
+            "jpg": sample.jpeg,
+            "json": canonical_json(text),
+        }
+        places = {
+            suffix: ustar.add(buffer, f"{sample.key}.{suffix}", data)
+            for suffix, data in members.items()
+        }
+        lines.append(
+            " ".join(
+                f"{suffix} {places[suffix]} {len(data)} {sample.key}.{suffix}"
                 for suffix, data in members.items()
-            }
-            lines.append(
-                " ".join(
-                    f"{suffix} {places[suffix]} {len(data)} {sample.key}.{suffix}"
-                    for suffix, data in members.items()
-                )
             )
-            row |= {"shard": name, "offset": places["jpg"], "size": len(sample.jpeg)}
-            rows.append({**row, "sha256": hashlib.sha256(sample.jpeg).hexdigest()})
+        )
+        row |= {"shard": name, "offset": places["jpg"], "size": len(sample.jpeg)}
+        rows.append({**row, "sha256": hashlib.sha256(sample.jpeg).hexdigest()})
+    ustar.end(buffer)
     # "v1.2", then per sample: extension, offset of the data, bytes, name (DALI's wds2idx.py)
     dali = "\n".join([f"v1.2 {len(lines)}", *lines]) + "\n"
     return Packed(buffer.getvalue(), pa.Table.from_pylist(rows, schema=INDEX), dali.encode())
-
-
-def _add(tar: tarfile.TarFile, buffer: io.BytesIO, name: str, data: bytes) -> int:
-    """The offset of its data."""
-    member = tarfile.TarInfo(name)  # TarInfo's own defaults: mtime 0, uid and gid 0, no names
-    member.size, member.mode = len(data), 0o444
-    offset = buffer.tell() + _TAR_BLOCK
-    tar.addfile(member, io.BytesIO(data))
-    return offset
 
 
 def canonical_json(value: Any, indent: int | None = None) -> bytes:
@@ -313,8 +304,8 @@ def read_json(uri: str) -> Any:
         ) from error
 
 
-def read_parquet(data: bytes) -> pa.Table:
-    """All of a parquet file, read without Arrow's threads: with them a short-lived process
-    sometimes aborts at its end (apache/arrow#34314)."""
+def read_parquet(data: bytes, columns: Sequence[str] | None = None) -> pa.Table:
+    """A parquet file, or some columns of it, read without Arrow's threads: with them a short-lived
+    process sometimes aborts at its end (apache/arrow#34314)."""
     file = pq.ParquetFile(pa.BufferReader(data), pre_buffer=False, page_checksum_verification=True)
-    return file.read(use_threads=False)
+    return file.read(None if columns is None else list(columns), use_threads=False)

@@ -263,15 +263,17 @@ def _told(uri: str) -> Iterator[None]:
     """Turns what the user can mend (missing, forbidden, full, unreachable) into a UserError."""
     try:
         yield
-    except FileNotFoundError as error:
-        raise UserError(f"{uri}: not there") from error
-    except OSError as error:
-        if is_s3(uri):
-            raise
-        remedy = "; make room there" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
-        raise UserError(f"{uri}: {error.strerror or error}{remedy}") from error
     except Exception as error:
-        line = s3.remedy(uri, error) if is_s3(uri) else None
+        line = s3.remedy(uri, error) if is_s3(uri) else _local_remedy(uri, error)
         if line is None:
             raise
         raise UserError(line) from error
+
+
+def _local_remedy(uri: str, error: Exception) -> str | None:
+    if isinstance(error, FileNotFoundError):
+        return f"{uri}: not there"
+    if not isinstance(error, OSError):
+        return None
+    full = "; make room there" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+    return f"{uri}: {error.strerror or error}{full}"

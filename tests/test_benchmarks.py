@@ -1,6 +1,7 @@
 """Each script runs at its tiniest size, with ours and the limits, and compares equal work; no
 figure is judged. Peers run where `make bench-peers` has made their environments."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,19 @@ import pytest
 from PIL import Image
 
 from benchmarks import __main__ as command
-from benchmarks import builder, environments, growth, loader, pictures, recipes, resize, task, train
+from benchmarks import (
+    builder,
+    environments,
+    grown_workers,
+    growth,
+    loader,
+    pictures,
+    processes,
+    recipes,
+    resize,
+    task,
+    train,
+)
 from benchmarks.table import Table, spread
 
 PEERS = ("streaming", "litdata", "ffcv", "dali")
@@ -83,7 +96,9 @@ def test_the_reference_resize_is_lanczos_as_in_pillow() -> None:
 def test_task_compares_a_builders_task_with_its_parts(raw: pictures.Raw) -> None:
     table = task.run(raw, rounds=2)
     check(table, task.COLUMNS)
-    assert cells(table, "path") == ["the parts alone", "pipelines.produce"]
+    parts = ["the parts alone", "the parts alone, RGB throughout"]
+    assert cells(table, "path") == [*parts, "pipelines.produce"]
+    assert table.chart is not None and list(table.chart.values) == cells(table, "path")
 
 
 @pytest.mark.timeout(600)  # three starts of Ray
@@ -189,11 +204,40 @@ def test_recipes_measures_the_real_loop(raw: pictures.Raw) -> None:
     assert cells(table, "batch")[0] == "2"
 
 
+@pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy is deprecated")  # MLflow's
 def test_growth_follows_a_set_from_its_plan_to_the_loader(raw: pictures.Raw) -> None:
-    table = growth.run(raw, rounds=1, pictures=(50, 100), shards=(4,), of_shards=100)
+    table = growth.run(
+        raw,
+        rounds=1,
+        pictures=(50, 100),
+        shards=(4, 20),
+        classes=(2, 5),
+        middle=100,
+        versions=(1, 3),
+        workers=None,
+    )
     check(table, growth.COLUMNS)
-    assert cells(table, "pictures") == ["50", "100", "100"]
-    assert cells(table, "shards") == ["1", "1", "4"]
+    told = cells(table, "what")
+    assert {"plan, 50 pictures", "verify, 20 shards", "order of an epoch, 5 classes"} <= set(told)
+    assert told[-2:] == ["registry list, 1 versions", "registry list, 3 versions"]
+    assert len(told) == 5 * (2 + 2 + 2) + 2
+    power = cells(table, "power of time")
+    assert all((cell == "–") == (number % 2 == 0) for number, cell in enumerate(power))
+
+
+def test_power_is_that_of_the_size() -> None:
+    series = growth.Series("plan", "pictures", {10: [(1.0, 5.0)], 1000: [(100.0, 50.0)]})
+    assert series.power(10, 0) == "–"
+    assert (series.power(1000, 0), series.power(1000, 1)) == ("1.00", "0.50")
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_training_steps_are_timed_on_any_number_of_ranks(shards: str, ranks: int) -> None:
+    sizes = grown_workers.Sizes(batch=4, steps=1, classes=1000, width=0.1)
+    request = asdict(sizes) | {"shards": shards, "augment": False}
+    if ranks > len(processes.cpus()):
+        pytest.skip(f"{len(processes.cpus())} CPUs here")
+    assert grown_workers.stepped(request, ranks) > 0
 
 
 def test_spread_is_median_lowest_and_highest() -> None:
@@ -216,6 +260,24 @@ def test_a_small_trial_prints_and_writes_only_where_told(
     (written,) = (tmp_path / "results").glob("resize_*.md")
     assert "`python -m benchmarks resize --rounds 2`" in written.read_text()
     assert "2 rounds" in written.read_text()
+
+
+def test_a_benchmark_that_fails_does_not_keep_the_others_from_running(
+    raw: pictures.Raw,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    def unequal(*_: object, **__: object) -> Table:
+        raise AssertionError("a loader does other work")
+
+    monkeypatch.setattr(pictures, "load", lambda *_: raw)
+    monkeypatch.setattr(command, "SCRIPTS", {"loader": unequal, "resize": resize.run})
+    assert command.main(["--small", "--out", str(tmp_path)]) == 1
+    told = capsys.readouterr()
+    assert "error: loader was not measured: a loader does other work" in told.err
+    assert "What moved:" in told.out and "met: PSNR of the resize" in told.out
+    assert [path.stem.partition("_")[0] for path in tmp_path.glob("*.md")] == ["resize"]
 
 
 @pytest.mark.parametrize("words", [["nonsense"], ["--rounds", "0"]])

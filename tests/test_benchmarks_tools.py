@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import environments, processes, results, turns
-from benchmarks.table import Bars, Lines, Table
+from benchmarks import charts, environments, processes, results, turns
+from benchmarks.table import Bars, Lines, Panel, Table
 
 MACHINE = "2026-01-01 00:00 UTC; AMD EPYC (Zen 4) 9B14, 2 CPUs; Python 3.11.7, torch 2; load 0."
 BURN = "import time\nwhile time.process_time() < 0.6: pass"
@@ -105,7 +105,7 @@ def test_an_unknown_peer_is_one_line(capsys: pytest.CaptureFixture[str]) -> None
 
 def test_a_result_names_hardware_date_commit_and_command(tmp_path: Path) -> None:
     table = Table(("what", "img/s"), (("ours", "5 [4..6]"),), "Words.", Bars("t", {"ours": [5.0]}))
-    path = results.write("theme", table, MACHINE, "python -m benchmarks theme", tmp_path)
+    path, _ = results.write("theme", table, MACHINE, "python -m benchmarks theme", tmp_path)
     assert re.fullmatch(r"theme_amd-epyc-9b14-2cpus_\d{4}-\d\d-\d\d\.md", path.name)
     text = path.read_text()
     assert MACHINE in text and "`python -m benchmarks theme`" in text
@@ -119,12 +119,39 @@ def test_a_result_says_what_moved_since_the_one_before(tmp_path: Path) -> None:
     before = tmp_path / "theme_amd-epyc-9b14-2cpus_2000-01-01.md"
     before.write_text(Table(columns, tuple(rows), "Then.").markdown())
     rows[0] = ("ours", "70 [65..80]", "1.1 [1.0..1.2]")
-    path = results.write("theme", Table(columns, tuple(rows), "Now."), MACHINE, "x", tmp_path)
+    path, moved = results.write(
+        "theme", Table(columns, tuple(rows), "Now."), MACHINE, "x", tmp_path
+    )
     told = [line for line in path.read_text().splitlines() if line.startswith("- ")]
     assert told == ["- ours, img/s: 50 [40..60] → 70 [65..80]"]
+    assert moved == ["ours, img/s: 50 [40..60] → 70 [65..80]"]
+
+
+def test_a_second_run_of_the_same_day_is_compared_with_the_first(tmp_path: Path) -> None:
+    for rate in ("5 [4..6]", "50 [40..60]"):
+        table = Table(("what", "img/s"), (("ours", rate),), "Words.")
+        path, moved = results.write("theme", table, MACHINE, "x", tmp_path)
+    assert moved == ["ours, img/s: 5 [4..6] → 50 [40..60]"]
+    assert "Against the run before, of the same day:" in path.read_text()
 
 
 def test_lines_are_drawn_in_panels(tmp_path: Path) -> None:
     points = {"plan": [(10.0, 1.0), (100.0, 2.0)]}
-    results.draw(Lines("t", "pictures", {"seconds": points, "MB": points}), tmp_path / "x.svg")
-    assert (tmp_path / "x.svg").read_text().count("pictures") >= 2
+    panels = [Panel("pictures", "seconds", points), Panel("shards", "MB", points)]
+    assert charts.draw(Lines("t", panels), tmp_path / "x.svg")
+    drawn = (tmp_path / "x.svg").read_text()
+    assert all(words in drawn for words in ("pictures", "shards", "seconds", "MB", "plan"))
+
+
+def test_bars_without_a_figure_are_drawn_empty(tmp_path: Path) -> None:
+    bars = Bars("t", {"ours": [5.0, 6.0], "nothing": [float("nan")]})
+    assert charts.draw(bars, tmp_path / "x.svg")
+    assert "nothing" in (tmp_path / "x.svg").read_text()
+
+
+def test_the_largest_memory_of_a_command_is_known() -> None:
+    small, large = (
+        run(f"import time; x = bytearray({size}); time.sleep(1)").peak_mb
+        for size in (1, 200_000_000)
+    )
+    assert 195 < large - small < 205

@@ -2,19 +2,18 @@
 
 import os
 import random
-import secrets
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from drawn import ROOT, A, B, encoded, imagefolder, jpeg, picture
+from drawn import A, B, encoded, imagefolder, jpeg, picture
 from made import contents, made_shards, started
+from own_ray import own_ray
 
 from pipelines import shards, storage
 from pipelines.cli import main
@@ -29,12 +28,6 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:ray.data.con
 
 FOUR = Recipe(samples_per_shard=4)
 FLAGS = ["--samples-per-shard", "4", "--max-rejected", "3%"]
-_RAY = """
-import sys, ray
-context = ray.init(address="local", num_cpus=2, include_dashboard=False, logging_level="error")
-print(context.address_info["address"], flush=True)
-sys.stdin.read()
-"""
 
 
 @pytest.fixture(scope="module")
@@ -47,20 +40,8 @@ def undisturbed(drawn_raw: str, tmp_path_factory: pytest.TempPathFactory) -> str
 @pytest.fixture(scope="module")
 def seaweed_ray(seaweed: "Seaweed") -> Iterator[dict[str, str]]:
     """A Ray whose workers find the SeaweedFS server; gives what a driver's environment needs."""
-    environment = seaweed.environment() | {
-        "RAY_AUTH_TOKEN": secrets.token_hex(32),
-        "RAY_AUTH_MODE": "token",
-    }
-    process = subprocess.Popen(
-        [sys.executable, "-c", _RAY],
-        env=os.environ | environment | {"PYTHONPATH": str(ROOT)},
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stdout is not None
-    yield environment | {"RAY_ADDRESS": process.stdout.readline().strip()}
-    process.communicate(timeout=120)
+    with own_ray(seaweed.environment()) as environment:
+        yield environment
 
 
 @pytest.fixture(params=["disk", "seaweed"])

@@ -67,6 +67,9 @@ def test_memory_layout_does_not_change_the_pixels():
     planes = rows_of_pixels.contiguous()
     assert rows_of_pixels.stride() != planes.stride()
     assert torch.equal(resize_and_crop(rows_of_pixels, 256, 227), resize_and_crop(planes, 256, 227))
+    with_idle_channel = torch.cat([rows_of_pixels.permute(1, 2, 0)] * 2, -1)[..., :4].contiguous()
+    found = resize_and_crop(with_idle_channel.permute(2, 0, 1), 256, 227)
+    assert torch.equal(found[:3], resize_and_crop(planes, 256, 227))
 
 
 @pytest.mark.parametrize(("height", "width"), [(1, 10_000), (10_000, 1), (1, 1), (3, 5000)])

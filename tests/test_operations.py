@@ -135,10 +135,10 @@ def test_hours_of_a_build_are_those_of_the_slower_of_cpus_and_network():
 
 def test_hours_of_a_training_are_those_of_the_cost_model():
     machine = next(i for i in INSTANCES if i.name == "p5.48xlarge")
-    assert machine.cluster.images_per_second == pytest.approx(50_000, rel=0.01)
-    assert machine.cluster.decode == 24 * 2880
+    assert machine.cluster().images_per_second == pytest.approx(50_000, rel=0.01)
+    assert machine.cluster().decode == 24 * 2880
     found = training(machine, 4096, 90).hours
-    each = cost_model.step(machine.cluster, 8, 512, 2).seconds
+    each = cost_model.step(machine.cluster(), 8, 512, 2).seconds
     assert found == pytest.approx(90 * 1_281_167 / 4096 * each / 3600)
     few = Instance("", cpus=8, network=1e12, gpus=8, flops=989e12, inside=476e9)
     assert training(few, 4096, 90).bound_by == "data"

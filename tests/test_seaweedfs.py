@@ -32,9 +32,9 @@ MIB = 2**20
 @pytest.fixture
 def fresh_clients() -> Iterator[None]:
     """Clients are kept by endpoint and key; a test that changes only the secret needs new ones."""
-    s3._client_for.cache_clear()
+    s3._store_for.cache_clear()
     yield
-    s3._client_for.cache_clear()
+    s3._store_for.cache_clear()
 
 
 def noise(size: int, seed: int = 0) -> bytes:
@@ -146,7 +146,7 @@ def test_wrong_credentials_are_one_line_without_the_secret(
     uri = f"{seaweed_bucket}/private"
     storage.write_new(uri, b"private")
     monkeypatch.setenv(wrong, "not-what-the-server-knows")
-    s3._client_for.cache_clear()
+    s3._store_for.cache_clear()
     for action in (
         lambda: storage.read(uri),
         lambda: storage.exists(uri),

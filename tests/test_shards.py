@@ -60,6 +60,22 @@ def test_a_tar_knows_no_clock_no_user_and_no_extended_headers() -> None:
     assert b"ustar\x0000" in data[:512]
 
 
+@pytest.mark.parametrize("key", ["a", "ü" * 40, "k" * 95, "folder/" * 20 + "key"])
+def test_a_tar_is_what_tarfile_writes_whatever_the_key(key: str) -> None:
+    tar = shards.pack("train-000000", [sample(key)]).tar
+    buffer = io.BytesIO()
+    with (
+        tarfile.open(fileobj=io.BytesIO(tar)) as found,
+        tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as again,
+    ):
+        for member in found:
+            copy = tarfile.TarInfo(member.name)
+            copy.size, copy.mode = member.size, 0o444
+            again.addfile(copy, found.extractfile(member))
+        assert len(found.getmembers()) == 3
+    assert tar == buffer.getvalue()
+
+
 def test_the_index_finds_each_jpeg_by_its_byte_range() -> None:
     packed = shards.pack("train-000000", SAMPLES)
     data, index = packed.tar, packed.index

@@ -226,4 +226,4 @@ def test_forty_uploads_leave_what_is_to_be_kept(tmp_path):
     best = max(range(40), key=lambda step: top1[step])
     assert steps_in(run) == sorted({best, 38, 39})
     assert sum(1 for _ in itertools.chain(Path(run).rglob("*.json"))) == 2 * len(steps_in(run))
-    assert json.loads(next(Path(run).glob("*39*/state.json")).read_text())["step"] == 39
+    assert json.loads(next(Path(run).glob("checkpoint-*39-*/state.json")).read_text())["step"] == 39

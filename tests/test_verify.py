@@ -6,10 +6,11 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 
 from alexnet.errors import UserError
-from pipelines.verify import Findings, verify
+from pipelines.verify import Findings, contents, verify
 
 REJECTED = "quarantine/train/n09104412_19.bin"
 
@@ -129,3 +130,11 @@ def test_random_damage_never_raises_and_is_found_in_every_listed_file(copy: Path
             assert path.name == "manifest.json" and "\n" not in str(error)
         path.write_bytes(data)
     assert told(verify(str(copy), full=True)) == []
+
+
+@pytest.mark.parametrize("names", [[], ["a", "a", "b"], ["b", "a", "b", "c", "a"]])
+def test_rows_by_shard_are_those_that_a_look_for_each_shard_finds(names):
+    table = pa.table({"shard": pa.array(names, pa.string()), "row": list(range(len(names)))})
+    found = contents.by_shard(table)
+    assert found.keys() == set(names)
+    assert all(rows == contents.rows_of(table, "shard", name) for name, rows in found.items())

@@ -14,6 +14,7 @@ import hashlib
 import logging
 import os
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import CancelledError
 from pathlib import Path
@@ -25,7 +26,8 @@ from pipelines.shards import ShardInfo
 logger = logging.getLogger("training")
 
 _CHUNK = 16 << 20  # bytes per request: what each download holds in memory
-# Seconds between reads of a store that does not answer; a good six minutes in all.
+# Seconds between reads of a store that does not answer, a good six minutes in all. One that is
+# silent takes minutes to fail a single read: after as long as the pauses add up to, no more follow.
 _WAITS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 60.0, 60.0, 60.0, 60.0, 60.0)
 _POLL_SECONDS = 0.05
 
@@ -178,15 +180,17 @@ class NodeCache:
 
     def _read(self, uri: str, offset: int, length: int) -> bytes:
         """Waits for a store that does not answer, as it did when the manifest was read."""
+        began = time.monotonic()
         for seconds in (*_WAITS, None):
             try:
                 return storage.read(uri, offset, length)
             except (UserError, OSError) as error:
                 if _is_gone(uri):
                     raise UserError(f"{uri}: not there any more; {_repair(uri)}") from error
-                if seconds is None:
+                tried = time.monotonic() - began
+                if seconds is None or tried > sum(_WAITS):
                     raise UserError(
-                        f"{error}; gave up after {sum(_WAITS):g} s: start the same --name again to "
+                        f"{error}; gave up after {tried:.0f} s: start the same --name again to "
                         "go on at the last checkpoint"
                     ) from error
                 logger.warning(f"{error}; reading again in {seconds:g} s")

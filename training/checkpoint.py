@@ -83,22 +83,23 @@ def verify(folder: Path) -> None:
     for name in sorted({*_LEAST, *hashes}):
         if not _FILE.fullmatch(name):
             raise UserError(f"checkpoint {folder} is damaged: {name[:80]} is no file of it")
-        if not (folder / name).exists() or _sha256(folder / name) != hashes.get(name):
+        if hashes.get(name) is None or _sha256_if_there(folder / name) != hashes[name]:
             raise UserError(f"checkpoint {folder} is damaged: {name} does not match its sha256")
 
 
 @contextlib.contextmanager
 def newest_good(run: str) -> Iterator[Path | None]:
     """The checkpoint of the highest step below `run` (a folder or s3:// prefix) whose hashes match,
-    as a local folder for the time of the block; None where there is no checkpoint at all.
+    as a local folder of the same name for the time of the block; None where there is none at all.
 
     A damaged one is told and passed over: the training then repeats some steps instead of failing.
+    One without hashes.json is none yet: its upload goes on or was killed.
     It looks at the files, not at Ray's list of checkpoints, which lags behind them when a run is
     killed. Raises UserError when there are checkpoints and none is good.
     """
-    names = [name for name, _ in storage.list_files(run) if name.endswith("/state.json")]
+    names = [name for name, _ in storage.list_files(run) if name.endswith("/hashes.json")]
     folders = sorted(
-        (name.removesuffix("/state.json") for name in names),
+        (name.removesuffix("/hashes.json") for name in names),
         key=lambda folder: (_step(storage.join(run, folder)), folder),
         reverse=True,
     )
@@ -132,12 +133,12 @@ def refuse_other(folder: Path, config: TrainConfig, manifest_digest: str) -> Non
 
 
 def load_state(folder: Path) -> dict[str, Any]:
-    """state.json of a checkpoint. Raises UserError where it is no JSON object."""
+    """state.json of a checkpoint. Raises UserError where it is no JSON object, or pruned by now."""
     try:
         state: dict[str, Any] = json.loads((folder / "state.json").read_text())
         if not isinstance(state, dict):
             raise TypeError(f"it is {type(state).__name__}")
-    except (TypeError, ValueError, RecursionError) as error:
+    except (OSError, TypeError, ValueError, RecursionError) as error:
         raise UserError(f"checkpoint {folder} is damaged: state.json ({error})") from error
     return state
 
@@ -146,7 +147,7 @@ def load_tensors(folder: Path, name: str) -> dict[str, torch.Tensor]:
     """NAME.safetensors of a checkpoint, on the CPU. Raises UserError where it is none."""
     try:
         tensors: dict[str, torch.Tensor] = load_file(folder / f"{name}.safetensors")
-    except SafetensorError as error:
+    except (OSError, SafetensorError) as error:
         raise UserError(f"checkpoint {folder} is damaged: {name}.safetensors ({error})") from error
     return tensors
 
@@ -187,10 +188,12 @@ def _leaf(document: Any, dotted: str) -> str | None:
 
 
 def _step(checkpoint: str) -> int:
+    """-1 where it is damaged or gone, as verify will tell."""
+    state = _if_there(storage.join(checkpoint, "state.json"))
     try:
-        return int(json.loads(storage.read(storage.join(checkpoint, "state.json")))["step"])
+        return -1 if state is None else int(json.loads(state)["step"])
     except (LookupError, TypeError, ValueError, OverflowError, RecursionError):
-        return -1  # damaged, as verify will tell
+        return -1
 
 
 @contextlib.contextmanager
@@ -199,10 +202,31 @@ def _local(checkpoint: str) -> Iterator[Path]:
         yield Path(checkpoint)
         return
     with tempfile.TemporaryDirectory(prefix="checkpoint-") as folder:
+        here = Path(folder) / checkpoint.rpartition("/")[2]
+        here.mkdir()
         for name, _ in storage.list_files(checkpoint):
-            if "/" not in name:
-                (Path(folder) / name).write_bytes(storage.read(storage.join(checkpoint, name)))
-        yield Path(folder)
+            content = _if_there(storage.join(checkpoint, name))
+            if "/" not in name and content is not None:
+                (here / name).write_bytes(content)
+        yield here
+
+
+def _sha256_if_there(path: Path) -> str | None:
+    try:
+        return _sha256(path)
+    except OSError:  # gone, pruned this moment by the training itself, or unreadable
+        return None
+
+
+def _if_there(uri: str) -> bytes | None:
+    """None for a file that was deleted since it was listed: by an uploader that still runs, or in a
+    store whose listings lag behind."""
+    try:
+        return storage.read(uri)
+    except UserError:
+        if storage.exists(uri):
+            raise
+        return None
 
 
 def _sha256(path: Path) -> str:

@@ -41,15 +41,16 @@ class Instance:
     flops: float = 0.0
     inside: float = 0.0
 
-    @property
-    def cluster(self) -> Cluster:
+    def cluster(
+        self, decode_per_core: float = DECODE_PER_CORE, gpu_share: float = GPU_SHARE
+    ) -> Cluster:
         """One machine, its CPUs shared among its GPUs."""
         return Cluster(
-            images_per_second=self.flops * GPU_SHARE / FLOPS,
+            images_per_second=self.flops * gpu_share / FLOPS,
             gpus_per_node=self.gpus,
             inside=self.inside,
             network=NETWORKS["100 Gb/s"],  # of no account: one machine
-            decode=self.cpus / self.gpus * DECODE_PER_CORE,
+            decode=self.cpus / self.gpus * decode_per_core,
         )
 
 
@@ -70,17 +71,25 @@ class Estimate:
     bound_by: str
 
 
-def building(instance: Instance) -> Estimate:
-    """All of ImageNet, read and written over the network: that or the CPUs, whichever is slower."""
-    computing = PICTURES / (instance.cpus * BUILD_PER_CORE)
+def building(instance: Instance, per_core: float = BUILD_PER_CORE) -> Estimate:
+    """All of ImageNet, read and written over the network: that or the CPUs, whichever is slower.
+    per_core: pictures a second."""
+    computing = PICTURES / (instance.cpus * per_core)
     num_bytes = PICTURES * (RAW_PICTURE_BYTES + STORED_SAMPLE_BYTES)
     moving = num_bytes / (instance.network * USABLE / 8)
     return Estimate(max(computing, moving) / 3600, "CPUs" if computing >= moving else "network")
 
 
-def training(instance: Instance, batch: int, epochs: int) -> Estimate:
-    """`deck` on all GPUs of the machine with bfloat16 gradients; the shards are in its cache."""
-    cluster = instance.cluster
+def training(
+    instance: Instance,
+    batch: int,
+    epochs: int,
+    decode_per_core: float = DECODE_PER_CORE,
+    gpu_share: float = GPU_SHARE,
+) -> Estimate:
+    """`deck` on all GPUs of the machine with bfloat16 gradients; the shards are in its cache.
+    decode_per_core: pictures a second. gpu_share: of `flops`, reached."""
+    cluster = instance.cluster(decode_per_core, gpu_share)
     bound_by = step(cluster, instance.gpus, batch / instance.gpus, 2).bound_by
     return Estimate(minutes(cluster, instance.gpus, batch, 2, epochs) / 60, bound_by)
 
@@ -93,11 +102,11 @@ def table(batch: int, epochs: int, prices: Mapping[str, float]) -> str:
         job, found = "build", building(instance)
         if instance.gpus:
             job, found = f"train, {epochs} epochs", training(instance, batch, epochs)
-        price = prices.get(instance.name)
+        known = prices.get(instance.name)
         cells = [job, instance.name, f"{instance.cpus}", f"{instance.gpus or '-'}"]
         cells += [f"{found.hours:.2f}", found.bound_by]
         if prices:
-            cells.append("-" if price is None else f"{found.hours * price:.2f}")
+            cells.append("-" if known is None else f"{found.hours * known:.2f}")
         lines.append(cells)
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
@@ -116,23 +125,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         for flag, value in (("--batch", args.batch), ("--epochs", args.epochs)):
             if value < 1:
                 raise UserError(f"{flag} {value} is below 1; pass 1 or more")
-        print(table(args.batch, args.epochs, dict(map(_price, args.price))), end="")
+        print(table(args.batch, args.epochs, dict(map(price, args.price))), end="")
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
 
 
-def _price(text: str) -> tuple[str, float]:
+def price(text: str) -> tuple[str, float]:
+    """Of "NAME=USD". Raises UserError."""
     name, _, value = text.partition("=")
     names = [instance.name for instance in INSTANCES]
     try:
-        price = float(value)
+        dollars = float(value)
     except ValueError:
-        price = -1.0
-    if name not in names or not 0 <= price < 1e6:
+        dollars = -1.0
+    if name not in names or not 0 <= dollars < 1e6:
         raise UserError(f"--price {text}: write NAME=USD with one of {', '.join(names)}")
-    return name, price
+    return name, dollars
 
 
 if __name__ == "__main__":

@@ -19,11 +19,18 @@ usage or input, 130 interrupted.
 """
 
 import argparse
+import errno
+import os
 import sys
 from collections.abc import Sequence
 
+if __name__ == "__main__":
+    from training import interrupt
+
+    interrupt.end_at_once()
+
 from alexnet.errors import UserError
-from training import picture_files, trained
+from training import interrupt, picture_files, trained
 from training.evaluate import Metrics
 from training.picture_files import Prediction
 from training.predictions import write_predictions
@@ -37,14 +44,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     if (args.data is None) != (args.out is None):
         parser.error("--data OUT and --out FOLDER go together")
     try:
-        return _predict_pictures(args) if args.data is None else _predict_shards(args)
+        with interrupt.raised():
+            code = _predict_pictures(args) if args.data is None else _predict_shards(args)
+            sys.stdout.flush()
+            return code
+    except OSError as error:
+        if error.filename is not None or error.errno not in (errno.ENOSPC, errno.EPIPE):
+            raise
+        # Of stdout, to which nothing more can be written: not by Python at its exit either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if error.errno == errno.EPIPE:  # `| head` has seen enough
+            return 0
+        print(f"error: the answers cannot be written: {error.strerror}", file=sys.stderr)
+        return 2
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
+    except interrupt.KINDS:
         kept = "" if args.data is None else "; the same command goes on from here"
         print(f"stopped{kept}", file=sys.stderr)
-        return 130
+        return interrupt.INTERRUPTED
 
 
 def _parser() -> argparse.ArgumentParser:

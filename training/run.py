@@ -8,13 +8,11 @@ Runs as a script from any folder and as a Ray job:
 Holds nothing that a worker needs: here it is `__main__`, which workers cannot import.
 """
 
-import contextlib
 import dataclasses
 import json
 import logging
 import os
 import queue
-import signal
 import sys
 import threading
 from pathlib import Path
@@ -24,6 +22,9 @@ if __name__ == "__main__":
     # A script's own folder comes first on its path: with the checkout in its place, the packages
     # are found from any folder, and no file beside this one can shadow a library.
     sys.path[0] = str(Path(__file__).resolve().parents[1])
+    from training import interrupt
+
+    interrupt.end_at_once()
 
 import ray
 import ray.train
@@ -31,7 +32,7 @@ from ray.train.torch import TorchTrainer
 
 from alexnet.errors import UserError
 from pipelines import cluster, shards, storage
-from training import checkpoint, tracking
+from training import checkpoint, interrupt, tracking
 from training.command_line import parse
 from training.config import TrainConfig, to_dict
 from training.dry_run import check_disks, dry_run, estimate, resolve
@@ -40,6 +41,16 @@ from training.worker import FinalErrors, said, train_worker
 
 logger = logging.getLogger("training")
 
+# As torch says it of the host and of a GPU, oneDNN, Python and Ray's own watch.
+_OUT_OF_MEMORY = (
+    "can't allocate memory",
+    "out of memory",
+    "could not create a primitive",
+    "can't start new thread",
+    "MemoryError",
+    "OutOfMemoryError",
+)
+
 
 def main(argv: list[str] | None = None) -> int:
     """Exit code: 0 trained, 1 training failed, 2 wrong usage or input, 130 interrupted."""
@@ -47,17 +58,21 @@ def main(argv: list[str] | None = None) -> int:
     logging.getLogger("urllib3").setLevel(logging.ERROR)  # each retry to a server that is down
     logger.setLevel(logging.INFO)
     try:
-        command = parse(sys.argv[1:] if argv is None else argv)
-        if command.action == "print":
-            _show(json.dumps(to_dict(command.config), indent=1))
-            return 0
-        if command.action == "dry-run":
-            _show(dry_run(command.config, _on_cluster if cluster.is_known() else None))
-            return 0
-        return train(command.config)
+        with interrupt.raised():
+            command = parse(sys.argv[1:] if argv is None else argv)
+            if command.action == "print":
+                _show(json.dumps(to_dict(command.config), indent=1))
+                return 0
+            if command.action == "dry-run":
+                _show(dry_run(command.config, _on_cluster if cluster.is_known() else None))
+                return 0
+            return train(command.config)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted before the training began", file=sys.stderr)
+        return interrupt.INTERRUPTED
 
 
 def _show(text: str) -> None:
@@ -85,12 +100,15 @@ def train(config: TrainConfig) -> int:
         logger.error(f"error: {_cause(error, config)}")
         return 1
     except tracking.FAILURES as error:
-        logger.error(f"error: the run could not be recorded: {str(error).splitlines()[0][:200]}")
-        logger.error(f"its checkpoints are safe; once MLflow answers: {_again(config)}")
+        reason = (str(error) or type(error).__name__).splitlines()[0][:200]
+        logger.error(
+            f"error: the run could not be recorded ({reason}); its checkpoints are safe: once that "
+            f"is mended, continue with: {_again(config)}"
+        )
         return 1
-    except KeyboardInterrupt:
+    except interrupt.KINDS:
         logger.error(f"interrupted; continue with: {_again(config)}")
-        return 130
+        return interrupt.INTERRUPTED
     if version is not None:
         logger.info(f"registered alexnet version {version} as candidate; promote it with:")
         logger.info("  python -m training.registry promote")
@@ -108,7 +126,7 @@ def _trained(config: TrainConfig, manifest: shards.Manifest, client: Any, uri: s
     _announce(config, manifest, cpus, scaling.use_gpu)
     # Ray Train's own print would put an empty line after each state of the progress bar.
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
-    with _terminable(), tracking.run_status(client, run_id):
+    with interrupt.raised(), tracking.run_status(client, run_id):
         _fit(_trainer(config, scaling, job))
         return _register(client, run_id, manifest, config)
 
@@ -238,7 +256,11 @@ def _register(
     """The new version's number; None where the flags want none or the pictures were none."""
     config = dataclasses.replace(config, register=config.register and not config.synthetic)
     with checkpoint.newest_good(storage.join(str(config.storage), str(config.name))) as last:
-        assert last is not None, "a finished training has saved its last step"
+        if last is None:
+            raise UserError(
+                f"the checkpoints of run {config.name} are gone from {config.storage}; put them "
+                "back, or the same command trains again from the beginning"
+            )
         return register(client, run_id, last, manifest, config)
 
 
@@ -263,21 +285,16 @@ def _cause(error: ray.train.TrainingFailedError, config: TrainConfig) -> str:
     if (cause := said(error)) is not None:
         return str(cause)
     last = str(error).strip().splitlines()[-1]
+    if any(word in str(error) for word in _OUT_OF_MEMORY):
+        return (
+            f"a worker ran out of memory ({last[:200]}); give each more: fewer --workers on a node "
+            f"or --cache none, or machines with more; continue with: {_again(config)}"
+        )
     return f"{last}; the traceback is above; continue with: {_again(config)}"
 
 
 def _again(config: TrainConfig) -> str:
     return f"python training/run.py {config.recipe} --name {config.name} (with the same flags)"
-
-
-@contextlib.contextmanager
-def _terminable() -> Any:
-    """SIGTERM, which `ray job stop` sends, ends the run like Ctrl-C: recorded and resumable."""
-    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ from alexnet.errors import UserError
 from pipelines import storage
 from pipelines.shards import Manifest
 from training.config import TrainConfig, flatten, science, to_dict
+from training.spool import Spool
 
 EXPERIMENT = "alexnet"
 # Of a server: versions are registered as logged models, which older ones have no place for. It
@@ -139,30 +140,29 @@ def open_run(client: MlflowClient, config: TrainConfig, manifest: Manifest, data
 
 
 class Tracker:
-    """Metrics of one run from one process. State: what could not be sent yet, in a local file."""
+    """Metrics of one run from one process. State: what could not be sent yet."""
 
     def __init__(self, uri: str, run_id: str) -> None:
         _patience()
         self._client = MlflowClient(tracking_uri=uri)
         self._run_id = run_id
-        self._spool = storage.home() / "spool" / f"{run_id}.jsonl"
+        self._spool = Spool(storage.home() / "spool" / f"{run_id}.jsonl")
 
     def log(self, metrics: dict[str, float], step: int) -> None:
         """Sends, or keeps for later; two tries of ten seconds at most."""
         names = {key: value for key, value in metrics.items() if key not in ("seconds", "steps")}
         now = round(time.time() * 1000)
-        pending = self._spooled() + [(key, value, now, step) for key, value in names.items()]
+        pending = self._spool.rows() + [(key, value, now, step) for key, value in names.items()]
         try:
             for first in range(0, len(pending), 1000):  # MLflow's limit for one request
                 batch = [Metric(*row) for row in pending[first : first + 1000]]
                 self._client.log_batch(self._run_id, metrics=batch)
         except FAILURES as error:
             reason = str(error).splitlines()[0][:120]
-            logger.warning(f"MLflow does not answer ({reason}); {len(pending)} values wait on disk")
-            self._spool.parent.mkdir(parents=True, exist_ok=True)
-            self._spool.write_text("".join(json.dumps(row) + "\n" for row in pending))
+            where = self._spool.keep(pending)
+            logger.warning(f"MLflow does not answer ({reason}); {len(pending)} values wait {where}")
         else:
-            self._spool.unlink(missing_ok=True)
+            self._spool.clear()
 
     def tag(self, name: str, value: str) -> None:
         """Sets a tag of the run; a warning where MLflow does not answer."""
@@ -174,7 +174,7 @@ class Tracker:
     def last_logged(self) -> tuple[int, float] | None:
         """(step, seconds ago) of the newest loss of this run; None for a run without one, or while
         MLflow does not answer."""
-        spooled = [(step, at) for key, _, at, step in self._spooled() if key == "loss"]
+        spooled = [(step, at) for key, _, at, step in self._spool.rows() if key == "loss"]
         try:
             history = self._client.get_metric_history(self._run_id, "loss")
         except FAILURES:
@@ -191,12 +191,6 @@ class Tracker:
             self._client.log_artifacts(self._run_id, str(folder), name)
         except FAILURES as error:
             logger.warning(f"{name} could not be kept with the run: {str(error).splitlines()[0]}")
-
-    def _spooled(self) -> list[tuple[str, float, int, int]]:
-        if not self._spool.exists():
-            return []
-        rows = [json.loads(line) for line in self._spool.read_text().splitlines()]
-        return [(str(key), float(value), int(at), int(step)) for key, value, at, step in rows]
 
 
 @contextlib.contextmanager

@@ -27,6 +27,10 @@ logger = logging.getLogger("training")
 _PREFIX = "checkpoint-"
 _LAST = "hashes.json"
 _LONGEST_PAUSE = 20.0  # seconds between two tries
+_LEAVE_IT = (
+    "keep this host's temporary folder from being cleaned, or set TMPDIR to another one, and run "
+    "the same command again"
+)
 
 
 class Uploader:
@@ -58,6 +62,12 @@ class Uploader:
             raise
         self._under_way = self._pool.submit(self._upload, folder)
 
+    def tidy(self, newest: str) -> None:
+        """Deletes in the background what a killed run left beside `newest`, the checkpoint that
+        this one goes on from."""
+        self.wait()
+        self._under_way = self._pool.submit(self._prune, newest)
+
     def wait(self) -> None:
         """Returns when nothing is under way. Raises UserError when it could not be stored."""
         under_way, self._under_way = self._under_way, None
@@ -83,17 +93,23 @@ class Uploader:
             self._pool.shutdown()
 
     def _upload(self, folder: Path) -> None:
-        step = int(checkpoint.load_state(folder)["step"])
-        name = f"{_PREFIX}{step:08d}-{secrets.token_hex(3)}"  # a repeated step is another folder
         try:
+            _refuse_changed(folder)
+            step = int(checkpoint.load_state(folder)["step"])
+            name = f"{_PREFIX}{step:08d}-{secrets.token_hex(3)}"  # a repeated step: another folder
             for path in sorted(folder.iterdir(), key=lambda path: path.name == _LAST):
                 target = storage.join(self._run, name, path.name)
                 self._patiently(functools.partial(storage.write, target, path.read_bytes()))
+        except FileNotFoundError as error:
+            raise UserError(f"{error.filename} vanished; {_LEAVE_IT}") from error
         finally:
             shutil.rmtree(folder, ignore_errors=True)
         self._stored = step
+        self._prune(name)
+
+    def _prune(self, newest: str) -> None:
         try:
-            prune(self._run, name, keep_last=self._keep_last, keep_best=self._keep_best)
+            prune(self._run, newest, keep_last=self._keep_last, keep_best=self._keep_best)
         except (UserError, OSError) as error:  # the next upload tries again
             logger.warning(f"old checkpoints stay for now: {error}")
 
@@ -118,6 +134,14 @@ class Uploader:
         )
 
 
+def _refuse_changed(folder: Path) -> None:
+    """What cleans temporary folders may have been there before the upload."""
+    try:
+        checkpoint.verify(folder)
+    except UserError as error:
+        raise UserError(f"{error}; {_LEAVE_IT}") from error
+
+
 def prune(run: str, newest: str, *, keep_last: int, keep_best: int) -> None:
     """Deletes checkpoints below `run` but `newest` (the folder that was just stored), the
     `keep_last` of the highest steps and the `keep_best` of the highest val_top1.
@@ -130,6 +154,9 @@ def prune(run: str, newest: str, *, keep_last: int, keep_best: int) -> None:
         folder, slash, file = name.partition("/")
         if slash and folder.startswith(_PREFIX):
             files.setdefault(folder, set()).add(file)
+    if not storage.is_s3(run):  # one that was killed in its first file has none that is listed
+        for path in Path(run).glob(f"{_PREFIX}*/"):
+            files.setdefault(path.name, set())
     complete = [folder for folder in files if {_LAST, "state.json"} <= files[folder]]
     states = {folder: _state(run, folder) for folder in complete}
     whole = {folder: state for folder, state in states.items() if state is not None}

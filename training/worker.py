@@ -52,6 +52,8 @@ def train_worker(job: dict[str, Any]) -> dict[str, float]:
             _tell_start(str(config.name), tracker, step)
             keep_last, keep_best = config.keep_last, config.keep_best
             uploads = stack.enter_context(Uploader(run, keep_last=keep_last, keep_best=keep_best))
+            if resume is not None:
+                uploads.tidy(resume.name)
             if config.profile:
                 profile = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="profile-")))
         bar = stack.enter_context(_bar()) if rank == 0 and job["terminal"] else None

@@ -81,7 +81,10 @@ def read(raw: bytes) -> Frame:
 
 
 def decode(raw: bytes, frame: Frame) -> tuple[Pixels, set[str]]:
-    """uint8 (H, W, 3) RGB and the fixes. Raises Unusable."""
+    """uint8 (H, W, 3) RGB, or (H, W, 4) with a fourth without meaning, and the fixes.
+
+    Raises Unusable.
+    """
     if not frame.whole_scan:
         _check_scans(raw, frame)
     fixes = set()
@@ -168,8 +171,10 @@ def _check_scans(raw: bytes, frame: Frame) -> None:
 
 
 def _turbo(raw: bytes, frame: Frame) -> Pixels:
-    """RGB, or CMYK as it was stored. Raises ValueError on libjpeg's first warning or error."""
-    wanted = "CMYK" if len(frame.components) == 4 else "RGB"
+    """RGB with a fourth byte each, as Pillow keeps it and without which both resizing and encoding
+    would unpack and pack; or CMYK as stored. Raises ValueError on libjpeg's first warning or error.
+    """
+    wanted = "CMYK" if len(frame.components) == 4 else "RGBX"
     return np.asarray(simplejpeg.decode_jpeg(raw, colorspace=wanted), dtype=np.uint8)
 
 

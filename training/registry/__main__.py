@@ -17,10 +17,15 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+if __name__ == "__main__":
+    from training import interrupt
+
+    interrupt.end_at_once()
+
 from mlflow.tracking import MlflowClient
 
 from alexnet.errors import UserError
-from training import tracking
+from training import interrupt, tracking
 from training.registry import alias, compare, lineage, listing, verdict
 from training.registry.alias import Refused
 from training.registry.gate import CHAMPION, Asked, promote, rollback
@@ -33,9 +38,10 @@ Answer = tuple[int, Any, str]
 def main(argv: Sequence[str] | None = None) -> int:
     args = _parse(argv)
     try:
-        client = tracking.connect(tracking.tracking_uri())
-        answer: Answer = args.run(client, args)
-        code, document, text = answer
+        with interrupt.raised():
+            client = tracking.connect(tracking.tracking_uri())
+            answer: Answer = args.run(client, args)
+            code, document, text = answer
     except Refused as refusal:
         print(f"refused: {refusal}", file=sys.stderr)
         return 1
@@ -45,11 +51,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except tracking.FAILURES as error:
         print(f"error: {_told(error)}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
+    except interrupt.KINDS:
         print(
             "interrupted; the next promote or rollback settles what is unfinished", file=sys.stderr
         )
-        return 130
+        return interrupt.INTERRUPTED
     print(json.dumps(document, indent=1) if args.json else text)
     if code == 1:
         print(f"refused: {document['reason']}", file=sys.stderr)

@@ -9,7 +9,7 @@ import contextlib
 import logging
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from mlflow.exceptions import MlflowException
@@ -20,8 +20,8 @@ from training.registry.versions import NAME, aliases
 from training.tracking import FAILURES
 
 # A holder changes nothing any more after _LEASE_SECONDS. What it sent just before may take twice
-# MLflow's limit of ten seconds; afterwards others may settle what it left. That compares this
-# machine's clock with the server's, so the two must agree within ten seconds.
+# MLflow's limit of ten seconds. Who has seen the same holder for STALE_SECONDS may settle what it
+# left: by the seer's own steady clock, since those of machines differ, and jump.
 _LEASE_SECONDS = 30.0
 STALE_SECONDS = 60.0
 _POLL_SECONDS = 0.25
@@ -70,22 +70,34 @@ def write_tags(client: MlflowClient, version: str, tags: Tags) -> None:
                 client.delete_model_version_tag(NAME, version, key)
 
 
-def settle(client: MlflowClient, alias: str) -> None:
-    """Finishes or undoes what somebody left half-moved; leaves a move alone that may go on."""
-    found = _journal(client, alias)
-    if found is not None and found.age > STALE_SECONDS:
-        _settle(client, found)
+def settle(client: MlflowClient, alias: str) -> "Move | None":
+    """Waits while somebody moves the alias, and finishes or undoes what was left half-moved. The
+    move that it had to finish, if any."""
+    first: Move | None = None
+    while (held := _journal(client, alias)) is not None:
+        if first is None or held.holder != first.holder:
+            first = held
+            logger.warning(
+                f"waiting: {held} is being moved; left so, it is settled in {STALE_SECONDS:.0f} s"
+            )
+        if time.monotonic() - first.taken > STALE_SECONDS:
+            return held if _settle(client, held) else None
+        time.sleep(_POLL_SECONDS)
+    return None
 
 
 def unfinished(client: MlflowClient, alias: str) -> str | None:
     """A line about a move that goes on or was left, None where there is none."""
     found = _journal(client, alias)
-    return None if found is None else f"a move of {found} is unfinished for {found.age:.0f} s"
+    if found is None:
+        return None
+    age = max(0.0, time.time() - found.created)
+    return f"a move of {found} is unfinished for {age:.0f} s"
 
 
 @dataclass(frozen=True)
-class _Journal:
-    """What the lock says; was: the tags of `after` that the move replaces, as they were."""
+class Move:
+    """What the lock of one says; was: the tags of `after` that the move replaces, as they were."""
 
     alias: str
     holder: str
@@ -94,10 +106,6 @@ class _Journal:
     was: Tags
     created: float  # seconds since 1970, by the clock of the store
     taken: float = field(default_factory=time.monotonic)  # read or written by this process
-
-    @property
-    def age(self) -> float:
-        return max(time.time() - self.created, time.monotonic() - self.taken)
 
     @property
     def lock(self) -> str:
@@ -115,38 +123,35 @@ def _named(version: str | None) -> str:
     return "none" if version is None else f"version {version}"
 
 
-def _take(client: MlflowClient, alias: str, before: str | None, after: str, tags: Tags) -> _Journal:
+def _take(client: MlflowClient, alias: str, before: str | None, after: str, tags: Tags) -> Move:
     """Waits for the lock. Creating it with its tags is one transaction of the store."""
     holder = uuid.uuid4().hex
-    now = client.get_model_version(NAME, after).tags
-    was = {key: now.get(key) for key in tags}
-    mine = _Journal(alias, holder, before, after, was, time.time())
-    told: dict[str, _Journal] = {}
     while True:
+        mine = Move(alias, holder, before, after, _tags(client, after, tags), time.time())
         try:
             client.create_registered_model(_lock(alias), tags=_as_tags(mine), description=f"{mine}")
-            return mine
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
-        held = _journal(client, alias)
-        if held is None:  # released just now
-            continue
-        if held.holder == holder:  # sent twice, since the first answer was lost
+            held = _journal(client, alias)
+            # With our name it was sent twice, since the first answer was lost.
+            if held is None or held.holder != holder:
+                settle(client, alias)
+                continue
+        if _tags(client, after, tags) == mine.was:
             return mine
-        first = told.setdefault(held.holder, held)
-        if max(held.age, first.age) > STALE_SECONDS:
-            _settle(client, held)
-            continue
-        if first is held:
-            logger.warning(f"waiting: {held} is being moved since {held.age:.0f} s")
-        time.sleep(_POLL_SECONDS)
+        _release(client, mine)  # read in the middle of a move that was undone since
+
+
+def _tags(client: MlflowClient, version: str, keys: Iterable[str]) -> Tags:
+    now = client.get_model_version(NAME, version).tags
+    return {key: now.get(key) for key in keys}
 
 
 _WAS = "was."
 
 
-def _as_tags(journal: _Journal) -> dict[str, str]:
+def _as_tags(journal: Move) -> dict[str, str]:
     """Values that were not there are not among the tags; their keys are in `keys`."""
     return {
         "holder": journal.holder,
@@ -157,7 +162,7 @@ def _as_tags(journal: _Journal) -> dict[str, str]:
     }
 
 
-def _journal(client: MlflowClient, alias: str) -> _Journal | None:
+def _journal(client: MlflowClient, alias: str) -> Move | None:
     try:
         lock = client.get_registered_model(_lock(alias))
     except MlflowException as error:
@@ -165,7 +170,7 @@ def _journal(client: MlflowClient, alias: str) -> _Journal | None:
             return None
         raise
     try:
-        return _Journal(
+        return Move(
             alias=alias,
             holder=lock.tags["holder"],
             before=lock.tags["from"] or None,
@@ -180,7 +185,7 @@ def _journal(client: MlflowClient, alias: str) -> _Journal | None:
         ) from error
 
 
-def _check_lease(journal: _Journal) -> None:
+def _check_lease(journal: Move) -> None:
     spent = time.monotonic() - journal.taken
     if spent > _LEASE_SECONDS:
         raise UserError(
@@ -189,18 +194,20 @@ def _check_lease(journal: _Journal) -> None:
         )
 
 
-def _settle(client: MlflowClient, journal: _Journal) -> None:
-    """The tags are written before the alias moves: where it has moved, all is done."""
-    if aliases(client).get(journal.alias) == journal.after:
+def _settle(client: MlflowClient, journal: Move) -> bool:
+    """The tags are written before the alias moves: where it has moved, all is done. True there."""
+    done = aliases(client).get(journal.alias) == journal.after
+    if done:
         logger.warning(f"finished an interrupted move of {journal}")
     else:
         with _unless_missing():  # a version that was deleted
             write_tags(client, journal.after, journal.was)
         logger.warning(f"undid an interrupted move of {journal}")
     _release(client, journal)
+    return done
 
 
-def _release(client: MlflowClient, journal: _Journal) -> None:
+def _release(client: MlflowClient, journal: Move) -> None:
     """Somebody may have settled this move and begun another one: that lock is theirs."""
     found = _journal(client, journal.alias)
     if found is not None and found.holder == journal.holder:

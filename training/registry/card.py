@@ -5,6 +5,7 @@ which the two are made; its text is also the version's description.
 """
 
 import dataclasses
+import logging
 import statistics
 from collections.abc import Mapping
 from pathlib import PurePath
@@ -28,6 +29,8 @@ from training.registry.lineage import read_artifact
 from training.registry.verdict import Check
 from training.registry.versions import NAME
 from training.scoring import Scored
+
+logger = logging.getLogger("training")
 
 _FACTS = "card/facts.json"
 _MAX_DESCRIPTION = 5000  # characters of a version's description in MLflow's own tables
@@ -65,12 +68,16 @@ def update(
     """Completes the card and the description of a version with the accuracy and the mistakes that
     the gate found on the val split, and with `verdict` as verdict.document makes it.
 
-    A version without a card is left as it is.
+    A version without a card is left as it is, and so is one whose card a kill or a full disk tore.
     """
     found = read_artifact(client, version.run_id, _FACTS) if version.run_id else None
     if found is None:
         return
-    facts = Facts.from_json(found.decode())
+    try:
+        facts = Facts.from_json(found.decode())
+    except (LookupError, TypeError, ValueError) as error:
+        logger.warning(f"{_FACTS} of run {version.run_id} is damaged ({error}); the card stays")
+        return
     names = facts.class_names
     pairs = confused_pairs(scored.confusion)[:_PAIRS]
     facts = dataclasses.replace(
@@ -158,7 +165,7 @@ def _throughput(client: MlflowClient, run_id: str) -> float | None:
 
 def _hours(client: MlflowClient, run: Run) -> float | None:
     last = [metric.timestamp for metric in client.get_metric_history(run.info.run_id, "loss")]
-    return (max(last) - run.info.start_time) / 3.6e6 if last else None
+    return max(0.0, (max(last) - run.info.start_time) / 3.6e6) if last else None  # clocks jump
 
 
 def _accuracy(metrics: Mapping[str, float]) -> Accuracy | None:

@@ -25,6 +25,7 @@ from training.trained import Trained, check_fits
 CHAMPION = "champion"
 _PICTURES_USED = 8  # by the check in a fresh process
 _LONGEST_HISTORY = 100  # champions
+_RESTORED = "restored_at"  # a tag that rollbacks set, and they alone
 
 
 @dataclass(frozen=True)
@@ -73,11 +74,14 @@ def promote(client: MlflowClient, version: str | None, asked: Asked) -> Verdict 
 def rollback(client: MlflowClient, *, dry_run: bool = False) -> tuple[str, str]:
     """Gives the alias back to the champion before: (the version that had it, that has it now).
 
-    Each champion knows those before it, so that a second rollback goes one further back. Raises
+    Each champion knows those before it, so that a second rollback goes one further back; one that
+    was interrupted after the alias had moved is told as done, and goes no further. Raises
     Refused where there is none, and where its files are not what was registered.
     """
     if not dry_run:
-        alias.settle(client, CHAMPION)
+        done = alias.settle(client, CHAMPION)
+        if done is not None and done.before is not None and _RESTORED in done.was:
+            return done.before, done.after
     champion = aliases(client).get(CHAMPION)
     if champion is None:
         raise Refused("there is no champion to roll back; promote one first")
@@ -91,7 +95,7 @@ def rollback(client: MlflowClient, *, dry_run: bool = False) -> tuple[str, str]:
             f"({', '.join(changed[:3])}); promote another version instead"
         )
     if not dry_run:
-        tags = {**_history(before[:-1]), "restored_at": _now()}
+        tags = {**_history(before[:-1]), _RESTORED: _now()}
         alias.move(client, CHAMPION, champion, str(target.version), tags)
     return champion, str(target.version)
 

@@ -1,5 +1,6 @@
 """What a training leaves in the registry."""
 
+import contextlib
 import json
 import os
 import tempfile
@@ -15,10 +16,12 @@ from mlflow.models import Model, ModelSignature
 from mlflow.tracking import MlflowClient
 from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
 from mlflow.types.schema import Array
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 import alexnet
 from alexnet.classifier import LAYOUT, Classifier, ModelFields
+from alexnet.errors import UserError
 from alexnet.model import AlexNet
 from alexnet.preprocess import NETWORK_SIDE, InputSpec
 from pipelines import shards
@@ -39,9 +42,13 @@ def register(
     folder: the last checkpoint. The run gets `figures/` and `exports/` (see exports.write), the
     version what pyfunc_model.py needs: weights, alexnet.json and the package `alexnet`, without
     pickle. The version comes last, with all of its tags, so that there is never half of one; then
-    alias `candidate` moves to it. None when config.register is off.
+    alias `candidate` moves to it. None when config.register is off. A run that was registered, and
+    killed before it could say so, is not registered a second time.
     """
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    if config.register and (before := _registered_before(client, run_id, folder)) is not None:
+        client.set_registered_model_alias(NAME, "candidate", before)
+        return before
     state = checkpoint.load_state(folder)
     network = build_model(config, manifest.num_classes).eval()
     checkpoint.load_model(folder, network)
@@ -69,6 +76,15 @@ def register(
     )
     client.set_registered_model_alias(NAME, "candidate", version.version)
     return str(version.version)
+
+
+def _registered_before(client: MlflowClient, run_id: str, folder: Path) -> str | None:
+    """The number of this run's version with the weights of a checkpoint."""
+    weights = sha256(folder / "model.safetensors")
+    for version in client.search_model_versions(f"name = '{NAME}' and run_id = '{run_id}'"):
+        if version.tags.get("weights_sha256") == weights:
+            return str(version.version)
+    return None
 
 
 def _log_figures(client: MlflowClient, run_id: str, network: AlexNet, config: TrainConfig) -> None:
@@ -136,7 +152,8 @@ def _log_model(
         sums.write_text(file_sums(folder / "model"))
         client.log_model_artifacts(logged.model_id, str(folder / "model"))
     except BaseException:
-        client.finalize_logged_model(logged.model_id, "FAILED")
+        with contextlib.suppress(*tracking.FAILURES):  # the first failure is the one to tell
+            client.finalize_logged_model(logged.model_id, "FAILED")
         raise
     client.log_outputs(run_id, [LoggedModelOutput(logged.model_id, step=0)])
     client.finalize_logged_model(logged.model_id, "READY")
@@ -149,7 +166,14 @@ def _save(network: AlexNet, description: dict[str, Any], folder: Path, saved: Mo
     import mlflow.pyfunc
 
     weights, beside = folder / Path(WEIGHTS).name, folder / Path(DESCRIPTION).name
-    save_file({key: value.contiguous() for key, value in network.state_dict().items()}, weights)
+    tensors = {key: value.contiguous() for key, value in network.state_dict().items()}
+    try:
+        save_file(tensors, weights)
+    except SafetensorError as error:
+        raise UserError(
+            f"the model cannot be written to {folder} ({error}); make room there or set TMPDIR, "
+            "then run the same command again"
+        ) from error
     _write_description(description, beside)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of MLflow about its own use of pandas

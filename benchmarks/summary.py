@@ -1,0 +1,154 @@
+"""One table of the last results: ours, each peer and the limit, and the aims.
+
+    python -m benchmarks.summary [--results FOLDER] [--write]
+
+--write puts it into README.md, between the marks that are there for it.
+"""
+
+import argparse
+import os
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from benchmarks import aims, results
+from benchmarks.aims import AIMS, Aim, Judged
+from benchmarks.results import Result
+
+README = results.ROOT / "README.md"
+BEGIN = "<!-- measured: made by `python -m benchmarks.summary --write` -->"
+END = "<!-- end of measured -->"
+_HEAD = ("", "beside", "its figure", "ours", "ours ÷ it", "aim", "measured on")
+
+# theme → (what is measured, our row, its column)
+COMPARED = {
+    "builder": ("raw JPEGs to shards, img/s", "pipelines build", "steady img/s"),
+    "loader": ("shards to uint8 batches, img/s", "training.loader", "img/s"),
+    "train": (
+        "training steps on CPUs, img/s",
+        "training/run.py, through Ray Train and MLflow",
+        "img/s",
+    ),
+    "resize": ("one picture's way, img/s per core", "pipelines.transform", "img/s per core"),
+}
+
+
+def document(folder: Path = results.FOLDER) -> str:
+    """Markdown; links are relative to README.md."""
+    found = results.newest(folder)
+    lines = [_HEAD, tuple("---" for _ in _HEAD)]
+    for theme in COMPARED:
+        for result in found:
+            if result.name == theme:
+                lines += _beside(result)
+    for aim in AIMS:
+        if not _has_row(aim, found):
+            lines += _alone(aim, [result for result in found if result.name == aim.theme])
+    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return "\n\n".join([table, *_reasons(found)])
+
+
+def told(folder: Path, themes: Sequence[str]) -> Iterator[str]:
+    """One line for each aim of these themes, of their last results."""
+    found = results.newest(folder)
+    for aim in AIMS:
+        for result in found:
+            if result.name == aim.theme and result.name in themes:
+                judged = aims.judge(aim, result)
+                yield f"{_verdict(judged)}: {aim.text}: {judged.shown}, aim {aim.wanted}"
+
+
+def _beside(result: Result) -> Iterator[tuple[str, ...]]:
+    """A row for each other contender, the limits among them."""
+    what, ours, column = COMPARED[result.name]
+    own = {ours, *(_row_of(aim, result) for aim in AIMS if aim.theme == result.name)}
+    for name in result.rows:
+        if ours not in result.rows or name in own or "–" in result.cell(name, column):
+            continue
+        aim = next((aim for aim in AIMS if _divides_by(aim, result, name)), None)
+        mine = ours if aim is None else _row_of(aim, result)
+        yield (
+            what,
+            name,
+            result.cell(name, column),
+            result.cell(mine, column),
+            aims.shown_ratio(aims.ratio(result, mine, name, column)),
+            "" if aim is None else _cell(aim, aims.judge(aim, result)),
+            _link(result),
+        )
+
+
+def _alone(aim: Aim, found: Sequence[Result]) -> Iterator[tuple[str, ...]]:
+    """An aim with no contender's row: what it asks for, and what there is."""
+    for result in found or [None]:
+        judged = aims.judge(aim, result)
+        where = _link(result) if result is not None else ""
+        ratio = aim.against and not aim.less
+        shown = "" if judged.met is None else judged.shown
+        own = ("", shown) if ratio else (shown, "")
+        yield (aim.text, aim.against, "", *own, _cell(aim, judged), where)
+
+
+def _has_row(aim: Aim, found: Sequence[Result]) -> bool:
+    return any(
+        result.name in COMPARED and any(_divides_by(aim, result, name) for name in result.rows)
+        for result in found
+    )
+
+
+def _divides_by(aim: Aim, result: Result, name: str) -> bool:
+    ratio = aim.theme == result.name and aim.against and not aim.less
+    return bool(ratio and name.startswith(aim.against) and _row_of(aim, result))
+
+
+def _row_of(aim: Aim, result: Result) -> str:
+    return next((name for name in result.rows if re.match(aim.of, name)), "")
+
+
+def _cell(aim: Aim, judged: Judged) -> str:
+    return f"{aim.wanted}: {_verdict(judged)}"
+
+
+def _verdict(judged: Judged) -> str:
+    return {True: "met", False: "**missed**", None: "not measured"}[judged.met]
+
+
+def _link(result: Result) -> str:
+    path = os.path.relpath(result.path, README.parent)
+    return f"[{result.hardware}, {result.date}]({path})"
+
+
+def _reasons(found: Sequence[Result]) -> list[str]:
+    lines = []
+    for aim in AIMS:
+        judged = [aims.judge(aim, result) for result in found if result.name == aim.theme]
+        if aim.reason and (not judged or any(not each.met for each in judged)):
+            lines.append(f"- {aim.text}: {aim.reason}")
+    return ["\n".join(["Why not:", "", *lines])] if lines else []
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.summary",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--results", type=Path, default=results.FOLDER, metavar="FOLDER")
+    parser.add_argument("--write", action="store_true", help="into README.md")
+    arguments = parser.parse_args(argv)
+    text = document(arguments.results)
+    if not arguments.write:
+        print(text)
+        return 0
+    before, begin, rest = README.read_text().partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        print(f"error: README.md lacks {BEGIN} … {END}; put them in", file=sys.stderr)
+        return 2
+    README.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{after}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,117 @@
+"""Single objects on a bad store: published once, whole, and by whom the store says."""
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+from attacks import Attack
+from bad_weather import survived, weather_of
+from store_proxy import FAULTS, FLIPS, OF_LISTS, Proxy, Weather
+
+from alexnet.errors import UserError
+from pipelines import s3, storage
+
+pytest_plugins = ["bad_store"]
+
+WRITERS, NAMES = 4, 3
+SOUND = tuple(fault for fault in FAULTS if fault != "stale list")
+
+
+def content(name: int, writer: int) -> bytes:
+    return np.random.default_rng([name, writer]).bytes(30_000)
+
+
+def told(action: Callable[[], object]) -> str:
+    """The one line of the error, "" where there was none."""
+    try:
+        action()
+    except UserError as error:
+        assert "\n" not in str(error)
+        return str(error)
+    return ""
+
+
+def test_of_racing_writers_one_wins_however_the_store_errs(
+    attack: Attack, bucket: str, proxy: Proxy
+) -> None:
+    proxy.foul(weather_of(attack, (*SOUND, "bit flipped in the upload")))
+    pairs = [(name, writer) for writer in range(WRITERS) for name in range(NAMES)]
+    attack.draw.shuffle(pairs)
+
+    def write(pair: tuple[int, int]) -> str:
+        return told(lambda: storage.write_new(f"{bucket}/{pair[0]}", content(*pair)))
+
+    with ThreadPoolExecutor(6) as pool:
+        answers = dict(zip(pairs, pool.map(write, pairs), strict=True))
+    seen = proxy.fair()
+    for name in range(NAMES):
+        found = storage.read(f"{bucket}/{name}")
+        (winner,) = [writer for writer in range(WRITERS) if content(name, writer) == found]
+        for writer in range(WRITERS):
+            assert (answers[name, writer] == "") == (writer == winner), answers
+    survived(attack, "racing writers", seen)
+
+
+def test_what_is_read_listed_replaced_and_deleted_is_right_or_told(
+    attack: Attack, bucket: str, proxy: Proxy
+) -> None:
+    names = [f"{number:02d}" for number in range(12)]
+    for number, name in enumerate(names):
+        storage.write(f"{bucket}/set/{name}", content(number, 0))
+    proxy.foul(weather_of(attack, (*SOUND, *FLIPS)))
+    assert storage.list_files(f"{bucket}/set") == [(name, 30_000) for name in names]
+    wholes = storage.read_each([f"{bucket}/set/{name}" for name in names])
+    assert list(wholes) == [content(number, 0) for number in range(12)]
+    for number in (1, 5):
+        storage.write(f"{bucket}/set/{names[number]}", content(number, 1))
+        assert storage.read(f"{bucket}/set/{names[number]}") == content(number, 1)
+        storage.delete(f"{bucket}/set/{names[number + 1]}")
+        assert not storage.exists(f"{bucket}/set/{names[number + 1]}")
+    seen = proxy.fair()
+    assert [name for name, _ in storage.list_files(f"{bucket}/set")] == [
+        name for name in names if name not in ("02", "06")
+    ]
+    survived(attack, "reads and writes", seen)
+
+
+def test_ranges_are_right_while_answers_break_off(
+    attack: Attack, bucket: str, proxy: Proxy
+) -> None:
+    data = content(0, 0)
+    storage.write(f"{bucket}/file", data)
+    proxy.foul(weather_of(attack, [fault for fault in SOUND if fault not in OF_LISTS]))
+    for _ in range(30):
+        start, length = attack.draw.randrange(30_100), attack.draw.randrange(1, 9_000)
+        assert storage.read(f"{bucket}/file", start, length) == data[start : start + length]
+    survived(attack, "range reads", proxy.fair())
+
+
+@pytest.mark.parametrize("fault", ["done, then reset", "done, then 500"])
+def test_an_own_write_whose_answer_was_lost_is_no_stranger(
+    fault: str, bucket: str, proxy: Proxy
+) -> None:
+    proxy.foul(Weather(0, 0.5, [fault]))
+    for number in range(10):
+        storage.write_new(f"{bucket}/{number}", content(number, 0))
+        with pytest.raises(UserError, match="exists with other bytes"):
+            storage.write_new(f"{bucket}/{number}", content(number, 1))
+    assert proxy.fair().faults[fault] > 3
+    assert all(storage.read(f"{bucket}/{n}") == content(n, 0) for n in range(10))
+
+
+def test_an_answer_that_stays_damaged_is_one_line(
+    bucket: str, proxy: Proxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(s3, "_PATIENCE", 0.5)
+    monkeypatch.setattr(s3, "_TRIES", 2)
+    storage.write(f"{bucket}/file", content(0, 0))
+    for fault in ("answer cut", "reset in the answer", "bit flipped in the answer"):
+        proxy.foul(Weather(0, 1.0, [fault]))
+        assert "check " in told(lambda: storage.read(f"{bucket}/file")), fault
+    proxy.foul(Weather(0, 1.0, ["page for a list"]))
+    assert "answered 500" in told(lambda: storage.list_files(bucket))
+    proxy.foul(Weather(0, 1.0, ["bit flipped in the upload"]))
+    assert "answered " in told(lambda: storage.write_new(f"{bucket}/new", content(0, 0)))
+    proxy.fair()
+    assert not storage.exists(f"{bucket}/new")

@@ -1,0 +1,164 @@
+"""`training/run.py` with a real Ray: its processes killed, itself stopped, then the same again."""
+
+import contextlib
+import json
+import re
+import shutil
+import signal
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from attacks import Attack
+from drawn import ROOT
+from scripts import Script, only_in_long_runs
+from shard_sets import write_shard_set
+from small_training import fit, small_config
+from waiting import wait_until
+
+from training import checkpoint
+from training.config import TrainConfig, to_dict
+
+CHANGES = {"optim_epochs": 6, "optim_batch_size": 8, "checkpoint_steps": 5}
+STEPS = 6 * 5
+NAMES = ("model.safetensors", "optimizer.safetensors")
+VICTIMS = ("ray::RayTrainWorker", "raylet/raylet", "gcs_server", "ray::TrainController", "driver")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("ray")
+    write_shard_set(folder / "set", train=(20, 20), val=(7,))
+    return folder
+
+
+def config(folder: Path, home: Path) -> TrainConfig:
+    where = {"data": str(folder / "set"), "storage": str(home / "runs"), "device": "cpu"}
+    return small_config(name="killed", cpus_per_worker=1, register=False, **where, **CHANGES)
+
+
+@pytest.fixture(scope="module")
+def whole(folder: Path) -> dict[str, bytes]:
+    """What an undisturbed training ends with."""
+    record = fit(config(folder, folder), str(folder / "set"), folder / "kept")
+    assert checkpoint.load_state(record.last)["step"] == STEPS
+    return {name: (record.last / name).read_bytes() for name in NAMES}
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Iterator[Path]:
+    """With a short path for Ray's sockets inside."""
+    sockets = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "sockets").symlink_to(sockets)
+    yield tmp_path / "home"
+    shutil.rmtree(sockets, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def training(folder: Path, home: Path, *flags: str) -> Iterator[Script]:
+    saved, log = home / "config.json", home / f"log-{len(list(home.glob('log-*')))}"
+    saved.write_text(json.dumps(to_dict(config(folder, home))))
+    argv = [str(ROOT / "training" / "run.py"), "--config", str(saved), *flags]
+    sockets = str((home / "sockets").readlink())
+    script = Script(argv, home, log, RAY_TMPDIR=sockets)
+    try:
+        yield script
+    finally:
+        script.end()
+
+
+def check_finished(folder: Path, home: Path, whole: dict[str, bytes]) -> None:
+    with checkpoint.newest_good(str(home / "runs" / "killed")) as last:
+        assert last is not None and checkpoint.load_state(last)["step"] == STEPS
+        assert {name: (last / name).read_bytes() for name in NAMES} == whole
+    assert not (home / ".ray").exists(), "a token was left behind"
+
+
+def check_steps_done_again(said: str) -> None:
+    for at, lost in re.findall(r"continues at step (\d+), lost (\d+) steps", said):
+        assert int(at) % 5 == 0 and int(lost) <= 2 * 5, said[-3000:]
+
+
+def again(folder: Path, home: Path, whole: dict[str, bytes]) -> float:
+    """The same command to its end; the seconds that it took."""
+    with training(folder, home) as script:
+        assert script.wait() == 0, script.said[-5000:]
+        check_steps_done_again(script.said)
+        check_finished(folder, home, whole)
+        return script.seconds
+
+
+def test_killed_process_of_a_training_costs_the_steps_since_its_checkpoint(
+    attack: Attack, request, folder, home, whole
+):
+    only_in_long_runs(request)
+    victim = VICTIMS[attack.seed % len(VICTIMS)]
+    with training(folder, home) as script:
+        script.wait_for(rf"step={attack.draw.randint(1, STEPS - 3)} ")
+        time.sleep(attack.draw.uniform(0, 0.3))
+        assert script.kill_one(victim), script.processes()
+        code = script.wait()
+        assert code == (-signal.SIGKILL if victim == "driver" else code)
+        finished = code == 0
+        assert "Traceback" not in script.said.splitlines()[-1]
+        check_steps_done_again(script.said)
+    lost = again(folder, home, whole) if not finished else 0.0
+    check_finished(folder, home, whole)
+    attack.survived("SIGKILL", f"run.py: {victim}", seconds_lost=lost)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "Ctrl-C"])
+def test_stopped_at_any_instant_it_ends_with_130_and_one_line(
+    attack: Attack, request, folder, home, whole, number
+):
+    only_in_long_runs(request)
+    with training(folder, home) as script:
+        time.sleep(0.15)  # the interpreter itself
+        time.sleep(attack.draw.uniform(0, 25))
+        script.send(number)
+        code = script.wait()
+        assert code in (0, 130), script.said[-5000:]
+        said = script.said
+        assert "Traceback" not in said, said[-5000:]
+        if code == 130:
+            assert "interrupted" in said.splitlines()[-1], said[-3000:]
+    if code == 130:
+        again(folder, home, whole)
+    attack.survived(number.name, "run.py")
+
+
+def test_worker_without_memory_is_told_in_one_line_and_the_same_command_finishes(
+    attack: Attack, request, folder, home, whole
+):
+    import resource
+
+    only_in_long_runs(request)
+    with training(folder, home, "--max-failures", "0") as script:
+        wait_until(lambda: "ray::RayTrainWorker" in str(script.processes().values()))
+        (worker,) = (p for p, c in script.processes().items() if "ray::RayTrainWorker" in c)
+        taken = int(Path(f"/proc/{worker}/statm").read_text().split()[0]) * resource.getpagesize()
+        taken += attack.draw.randint(20, 400) << 20
+        resource.prlimit(worker, resource.RLIMIT_AS, (taken, resource.RLIM_INFINITY))
+        code = script.wait()
+        if code != 0:
+            assert code == 1, script.said[-5000:]
+            assert "error: " in script.said.splitlines()[-1] and "continue with: " in script.said
+    lost = again(folder, home, whole) if code != 0 else 0.0
+    attack.survived("out of memory", "run.py: worker", seconds_lost=lost)
+
+
+def test_stopped_while_it_imports_its_libraries_it_says_one_line(attack: Attack, home):
+    number = attack.draw.choice([signal.SIGTERM, signal.SIGINT])
+    script = Script([str(ROOT / "training" / "run.py"), "--print-config"], home, home / "log")
+    try:
+        time.sleep(0.15 + attack.draw.uniform(0, 5))
+        script.send(number)
+        assert script.wait() in (0, 130), script.said
+        assert "Traceback" not in script.said
+        assert script.said.startswith("{") or script.said.startswith("interrupted")
+    finally:
+        script.end()
+    attack.survived(number.name, "run.py: imports")

@@ -1,0 +1,160 @@
+"""Result files, the table made of them, aims that are judged by them, and costs that follow."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from benchmarks import aims, cost, results, summary
+from benchmarks.aims import Aim, judge
+from benchmarks.table import Bars, Table
+
+MACHINE = "2026-01-01 00:00 UTC; AMD EPYC (Zen 4) 9B14, 2 CPUs; Python 3.11.7, torch 2; load 0."
+LIMIT, OURS, PEER = "the parts alone, one process per CPU", "pipelines build", "img2dataset 1.47.0"
+COLUMNS = ("builder", "steady img/s", "start-up, s")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A result of `builder` where ours reaches 0.95 of the limit and 1.4 times a peer."""
+    rates = {LIMIT: [100.0, 200.0], OURS: [95.0, 190.0], PEER: [100.0, 100.0]}
+    rows = (
+        (LIMIT, "150 [100..200]", "1.0"),
+        (f"**`{OURS}`**", "142 [95..190]", "9.5 [9.0..10.0]"),
+        (PEER, "100 [100..100]", "6.0"),
+        ("Ray alone: start, one empty map, end", "–", "7.5"),
+    )
+    table = Table(COLUMNS, rows, "Words.", Bars("steady img/s", rates))
+    results.write("builder", table, MACHINE, "python -m benchmarks builder", tmp_path)
+    return tmp_path
+
+
+def aim(**changed: object) -> Aim:
+    fields = {"text": "t", "theme": "builder", "of": "pipelines build$", "column": "steady img/s"}
+    return Aim(**(fields | {"sign": "≥", "value": 0.9} | changed))  # type: ignore[arg-type]
+
+
+def test_a_result_is_read_as_it_was_written(folder: Path) -> None:
+    (result,) = results.newest(folder)
+    assert (result.name, result.hardware) == ("builder", "amd-epyc-9b14-2cpus")
+    assert result.columns == COLUMNS and list(result.rows)[:3] == [LIMIT, OURS, PEER]
+    assert result.cell(OURS, "start-up, s") == "9.5 [9.0..10.0]"
+    assert result.rounds[OURS] == (95.0, 190.0)
+
+
+def test_only_the_newest_result_of_a_hardware_counts(folder: Path) -> None:
+    table = Table(COLUMNS, ((OURS, "1 [1..1]", "1"),), "Then.")
+    (newest,) = folder.glob("*.md")
+    for name in ("builder_amd-epyc-9b14-2cpus_2000-01-01", "builder_other-4cpus_2000-01-01"):
+        (folder / f"{name}.md").write_text(table.markdown())
+    found = {result.hardware: result for result in results.newest(folder)}
+    assert found.keys() == {"amd-epyc-9b14-2cpus", "other-4cpus"}
+    assert found["amd-epyc-9b14-2cpus"].path == newest
+
+
+def test_hardware_with_a_gpu_has_its_name() -> None:
+    line = "2026-01-01 00:00 UTC; Xeon (R) 8481C, 16 CPUs, NVIDIA H200; Python 3.12; load 0."
+    assert results.hardware(line) == "nvidia-h200"
+
+
+@pytest.mark.parametrize(
+    ("changed", "shown", "met"),
+    [
+        ({"against": "the parts"}, "0.95 [0.95..0.95]", True),
+        ({"against": "img2dataset", "value": 1.5}, "1.42 [0.95..1.90]", False),
+        ({"column": "start-up, s", "sign": "≤", "value": 3, "against": "Ray alone", "less": True},
+         "2.0", True),
+        ({"column": "start-up, s", "sign": "≤", "value": 9}, "9.5 [9.0..10.0]", False),
+        ({"of": ".*", "column": "start-up, s", "sign": "≤", "value": 9},
+         f"9.5 [9.0..10.0] ({OURS})", False),
+        ({"against": "litdata"}, "not measured", None),
+        ({"of": "nobody"}, "not measured", None),
+        ({"column": "another"}, "not measured", None),
+    ],
+)  # fmt: skip
+def test_an_aim_is_judged_within_rounds_by_the_worst_row(
+    folder: Path, changed: dict[str, object], shown: str, met: bool | None
+) -> None:
+    (result,) = results.newest(folder)
+    judged = judge(aim(**changed), result)
+    assert (judged.shown, judged.met) == (shown, met)
+    assert judge(aim(**changed), None).met is None
+
+
+def test_without_rounds_a_ratio_is_that_of_the_medians(folder: Path) -> None:
+    (path,) = folder.glob("*.md")
+    path.write_text(path.read_text().partition("Every round:")[0])
+    (result,) = results.newest(folder)
+    assert aims.shown_ratio(aims.ratio(result, OURS, PEER, "steady img/s")) == "1.42"
+
+
+def test_every_aim_is_of_a_measurement_that_exists() -> None:
+    gpu = {"gpu-steps", "gpu-feed"}
+    assert {aim.theme for aim in aims.AIMS} <= summary.COMPARED.keys() | gpu | {"growth"}
+    assert all(aim.sign in "≥≤" and re.compile(aim.of) for aim in aims.AIMS)
+    assert len({aim.text for aim in aims.AIMS}) == len(aims.AIMS)
+
+
+def test_the_table_has_each_contender_once_and_every_aim(folder: Path) -> None:
+    text = summary.document(folder)
+    rows = [[cell.strip() for cell in line[1:-1].split("|")] for line in text.splitlines()]
+    rows = [row for row in rows if len(row) == 7][2:]
+    beside = [row[1] for row in rows if row[0] == summary.COMPARED["builder"][0]]
+    assert beside == [LIMIT, PEER]
+    limit, peer = rows[:2]
+    assert limit[2:6] == ["150 [100..200]", "142 [95..190]", "0.95 [0.95..0.95]", "≥ 0.9: met"]
+    assert peer[5] == "≥ 1.5: **missed**"
+    link = re.fullmatch(r"\[amd-epyc-9b14-2cpus, [\d-]+\]\((.+)\)", peer[6])
+    assert link and (summary.README.parent / link[1]).exists()
+    told = {row[0] for row in rows}
+    shown_beside = {"building beside the limit", "building beside img2dataset"}
+    assert {aim.text for aim in aims.AIMS} - shown_beside <= told
+    alone = next(row for row in rows if row[0] == "start-up of a build beyond Ray's own, s")
+    assert alone[3] == "2.0" and alone[5] == "≤ 3: met"
+
+
+def test_the_readme_shows_the_table_of_the_committed_results() -> None:
+    _, begin, rest = summary.README.read_text().partition(summary.BEGIN)
+    shown, end, _ = rest.partition(summary.END)
+    assert begin and end
+    assert shown.strip() == summary.document().strip(), "run: python -m benchmarks.summary --write"
+
+
+def test_summary_writes_between_its_marks_alone(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    readme = tmp_path / "README.md"
+    readme.write_text(f"above\n{summary.BEGIN}\nold\n{summary.END}\nbelow\n")
+    monkeypatch.setattr(summary, "README", readme)
+    assert summary.main(["--results", str(folder), "--write"]) == 0
+    assert summary.main(["--results", str(folder), "--write"]) == 0
+    text = readme.read_text()
+    assert text.startswith("above\n") and text.endswith("\nbelow\n") and "old" not in text
+    assert text.count(PEER) == 1
+
+
+def test_a_readme_without_marks_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(summary, "README", tmp_path / "README.md")
+    summary.README.write_text("nothing here")
+    assert summary.main(["--write"]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_costs_follow_from_the_newest_results(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cost.main(["--results", str(folder), "--price", "c7a.4xlarge=3.6"]) == 0
+    out = capsys.readouterr().out
+    seconds = 1000 / (142 / 2 * 16)  # 142 pictures a second on 2 CPUs, 16 of the machine
+    row = next(line for line in out.splitlines() if "build | c7a.4xlarge" in line)
+    assert f"| {seconds:.3g} | CPUs | {seconds * 3.6 / 3600:.6f} |" in row
+    assert "71 pictures/s per CPU built (builder_amd-epyc-9b14-2cpus_" in out
+    assert "assumed in training/cost_estimate.py" in out
+
+
+def test_costs_of_no_machine_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cost.main(["--price", "laptop=1"]) == 2
+    assert cost.main(["--batch", "0"]) == 2
+    assert capsys.readouterr().err.count("\n") == 2
