@@ -223,11 +223,8 @@ def worker_settings(use_gpu: bool) -> dict[str, str]:
     on, such as resident pictures, still come and go. What the driver's own environment says about
     these variables comes first. The bits of the results are the same.
     """
-    keep = {
-        "MALLOC_ARENA_MAX": 1,
-        "MALLOC_MMAP_THRESHOLD_": 2**30,
-        "MALLOC_TRIM_THRESHOLD_": 2**40,
-    }
+    keep = {"MALLOC_ARENA_MAX": 1, "MALLOC_MMAP_THRESHOLD_": 2**30}
+    keep["MALLOC_TRIM_THRESHOLD_"] = 2**40
     return {} if use_gpu else {name: os.environ.get(name, str(keep[name])) for name in keep}
 
 
