@@ -4,9 +4,11 @@ python -m benchmarks.fit_loop '{"shards": …, "batch": …, "steps": …, "augm
 """
 
 import contextlib
+import itertools
 import json
 import statistics
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,11 +29,14 @@ class Enough(Exception):
 
 
 def train(request: dict[str, Any]) -> dict[str, float]:
-    """seconds: the median of a step, after two that warm up."""
+    """seconds: the median of a step, after two that warm up; line: seconds between two steps, where
+    a log line is made."""
     torch.set_num_threads(request["threads"])
     seconds: list[float] = []
+    logged: list[float] = []
 
     def log(metrics: dict[str, float], step: int) -> None:
+        logged.append(time.perf_counter())
         seconds.append(request["batch"] / metrics["images_per_second"])
         if step == request["steps"] + 2:
             raise Enough
@@ -41,7 +46,17 @@ def train(request: dict[str, Any]) -> dict[str, float]:
         fit(_config(request), request["shards"], place, log=log, report=never)
     with torch.device("meta"):
         shapes = AlexNet("deck", num_classes=request["classes"], width=request["width"])
-    return {"seconds": statistics.median(seconds[2:]), "gflop": training_flops(shapes) / 1e9}
+    return {
+        "seconds": statistics.median(seconds[2:]),
+        "line": line_seconds(logged, seconds),
+        "gflop": training_flops(shapes) / 1e9,
+    }
+
+
+def line_seconds(logged: list[float], seconds: list[float]) -> float:
+    """The median of what passed between two log lines beyond the step between them."""
+    gaps = [after - before for before, after in itertools.pairwise(logged)]
+    return statistics.median(gap - step for gap, step in zip(gaps, seconds[1:], strict=True))
 
 
 def _config(request: dict[str, Any]) -> TrainConfig:

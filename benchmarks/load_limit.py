@@ -1,7 +1,8 @@
 """Limits of a loader: decoding alone, and copying decoded pictures alone.
 
-Threads of one process take JPEGs out of memory and write pixels over one buffer each; nothing is
-read, shuffled, mirrored or batched.
+Threads of one process write pixels over one buffer; nothing is read from files, mirrored or
+batched. Decoding takes JPEGs out of memory in order. Copying takes decoded pictures, all of which
+lie in memory, at random: what `--cache ram` has to do at least.
 
     python -m benchmarks.load_limit '{"action": "run", "tars": […], "threads": …, "batch": …}'
 """
@@ -23,18 +24,23 @@ def batches(request: dict[str, Any]) -> Iterator[tuple[np.ndarray, list[int]]]:
     jpegs, labels = [jpeg for jpeg, _ in samples], [label for _, label in samples]
     height, width, _, _ = simplejpeg.decode_jpeg_header(jpegs[0])
     pixels = np.empty((request["batch"], height, width, 3), np.uint8)
-    resident = np.zeros_like(pixels)
+    order = np.random.default_rng(0).permutation(len(jpegs))
+    # Not zeros: untouched pages of them would all be one page, which stays in the CPU's cache.
+    count = len(jpegs) if request.get("copy") else 0
+    resident = np.ones((count, height, width, 3), np.uint8)
 
     def decode(first: int, places: range) -> None:
         for place in places:
             simplejpeg.decode_jpeg(jpegs[first + place], "RGB", buffer=pixels[place])
 
-    def copy(_: int, places: range) -> None:
-        pixels[places.start : places.stop] = resident[places.start : places.stop]
+    def copy(first: int, places: range) -> None:
+        rows = order[first + places.start : first + places.stop]
+        np.take(resident, rows, axis=0, out=pixels[places.start : places.stop], mode="clip")
 
     work = copy if request.get("copy") else decode
+    firsts = range(0, len(jpegs), request["batch"])
     with ThreadPoolExecutor(request["threads"]) as pool:
-        for first in range(0, len(jpegs), request["batch"]):
+        for first in itertools.chain(*[firsts] * request.get("epochs", 1)):
             count = min(request["batch"], len(jpegs) - first)
             cuts = np.linspace(0, count, request["threads"] + 1, dtype=int).tolist()
             spans = [range(a, b) for a, b in itertools.pairwise(cuts)]

@@ -14,7 +14,7 @@ import torch
 
 from benchmarks.fit_loop import Enough, never
 from benchmarks.pictures import Raw, stored, write_shards
-from benchmarks.table import Table, spread
+from benchmarks.table import Bars, Table, spread
 from training.config import TrainConfig
 from training.loop import Place, build_model, fit
 from training.progress import Progress
@@ -44,7 +44,8 @@ def run(
     """`rounds` timed steps per recipe after two that warm up; batch_size counts on CPUs alone."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
-    rows = []
+    rows: list[tuple[str, ...]] = []
+    rates: dict[str, list[float]] = {}
     try:
         for place in _places(threads):
             for name, synthetic in itertools.product(recipes, (False, True)):
@@ -52,7 +53,11 @@ def run(
                 if place.device.type == "cpu":
                     optim = dataclasses.replace(config.optim, batch_size=batch_size)
                     config = dataclasses.replace(config, optim=optim)
-                rows.append(_row(raw, config, place, rounds, classes))
+                timed = _steps(raw, config, place, rounds, classes)
+                row = _row(config, place, timed, classes)
+                rows.append(row)
+                recipe, device, *_, data, _, _, _ = row
+                rates[f"{recipe}, {device}, {data}"] = _rates(timed)
     finally:
         torch.set_num_threads(before)
     setting = (
@@ -61,7 +66,7 @@ def run(
         "[lowest..highest]. On CPUs the batch is not the recipe's. Resident data is --synthetic: "
         "the ceiling. Utilization is the lowest, MFU the median against a matrix product here."
     )
-    return Table(COLUMNS, tuple(rows), setting)
+    return Table(COLUMNS, tuple(rows), setting, Bars("training steps by recipe, img/s", rates))
 
 
 def _places(threads: int) -> Iterator[Place]:
@@ -70,7 +75,10 @@ def _places(threads: int) -> Iterator[Place]:
         yield Place(torch.device("cuda"), threads=threads)
 
 
-def _row(raw: Raw, config: TrainConfig, place: Place, steps: int, classes: int) -> tuple[str, ...]:
+def _steps(
+    raw: Raw, config: TrainConfig, place: Place, steps: int, classes: int
+) -> list[dict[str, float]]:
+    """What the loop logs of each timed step."""
     # A new optimiser allocates its momentum in the first step, so that two of them warm up.
     seen: list[dict[str, float]] = []
     progress = Progress(sys.stderr)
@@ -95,9 +103,14 @@ def _row(raw: Raw, config: TrainConfig, place: Place, steps: int, classes: int) 
         with contextlib.suppress(Enough):
             fit(config, uri, place, log=log, report=never)
     progress.clear()
+    return seen[2:]
+
+
+def _row(
+    config: TrainConfig, place: Place, timed: list[dict[str, float]], classes: int
+) -> tuple[str, ...]:
     model = build_model(config, classes)
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    timed = seen[2:]
     return (
         config.recipe,
         _device(place),
@@ -105,10 +118,14 @@ def _row(raw: Raw, config: TrainConfig, place: Place, steps: int, classes: int) 
         config.precision,
         f"{parameters:,}",
         "resident" if config.synthetic else "shards",
-        spread([metrics["images_per_second"] for metrics in timed], 1),
+        spread(_rates(timed), 1),
         f"{min(metrics['utilization'] for metrics in timed):.0%}",
         f"{statistics.median(metrics['mfu'] for metrics in timed):.0%}",
     )
+
+
+def _rates(timed: list[dict[str, float]]) -> list[float]:
+    return [metrics["images_per_second"] for metrics in timed]
 
 
 def _device(place: Place) -> str:

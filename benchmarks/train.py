@@ -5,45 +5,57 @@ augmented but where said. Each run is a process of its own on all CPUs.
 """
 
 import functools
+import itertools
+import json
 import re
 import statistics
 import sys
 import tempfile
+import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from mlflow import MlflowClient
 
 from benchmarks import processes
-from benchmarks.fit_loop import PLAIN
+from benchmarks.fit_loop import PLAIN, line_seconds
 from benchmarks.pictures import Raw, stored, write_shards
 from benchmarks.table import Bars, Table, spread
 from benchmarks.turns import in_turns, ratios
+from training.config import TrainConfig
+from training.run import worker_settings
+from training.tracking import EXPERIMENT
 
 COLUMNS = (
     "training step",
     "img/s",
     "ratio",
+    "a log line, ms",
     "GFLOP per picture",
     "the rest of the process, s",
 )
 BARE = "bare PyTorch loop"
+TUNED = "the same with the memory settings of run.py's workers"
 FIT = "training.loop.fit, no Ray"
-AUGMENTED = "the same with the recipe's augmentation"
+AUGMENTED = "training.loop.fit with the recipe's augmentation"
 OURS = "training/run.py, through Ray Train and MLflow"
 _RUN = "bench"
+_LINE_EVERY = TrainConfig.log_steps
 
 
 @dataclass(frozen=True)
 class Steps:
-    """seconds: of a step, the median; gflop: what the process says that a picture needs; others:
-    seconds of the process that were no timed step."""
+    """seconds: of a step, the median; line: of what a log line takes between two steps; gflop: what
+    the process says that a picture needs; others: seconds of the process that were no timed step.
+    """
 
     seconds: float
+    line: float
     gflop: str
     others: float
+    phases: dict[str, float] = field(default_factory=dict)  # seconds, of the command alone
 
 
 def run(
@@ -72,17 +84,23 @@ def run(
         )
         measured = in_turns(contenders(request | {"shards": uri}, Path(folder)), rounds)
     refuse_unequal(measured)
-    rates = {name: [batch / step.seconds for step in got] for name, got in measured.items()}
+    rates = {
+        name: [batch / (step.seconds + step.line / _LINE_EVERY) for step in got]
+        for name, got in measured.items()
+    }
     rows = tuple(_row(name, measured[name], rates) for name in measured)
     chart = Bars("training steps, img/s", rates)
-    return Table(COLUMNS, rows, _setting(request, rounds), chart)
+    setting = f"{_setting(request, rounds)} {_start(measured[OURS])}"
+    return Table(COLUMNS, rows, setting, chart)
 
 
 def contenders(request: dict[str, Any], folder: Path) -> dict[str, Callable[[int], Steps]]:
+    memory = worker_settings(use_gpu=False)
     return {
-        BARE: functools.partial(_module, "bare_loop", request),
-        FIT: functools.partial(_module, "fit_loop", request | {"augment": False}),
-        AUGMENTED: functools.partial(_module, "fit_loop", request | {"augment": True}),
+        BARE: functools.partial(_module, "bare_loop", request, {}),
+        TUNED: functools.partial(_module, "bare_loop", request, memory),
+        FIT: functools.partial(_module, "fit_loop", request | {"augment": False}, memory),
+        AUGMENTED: functools.partial(_module, "fit_loop", request | {"augment": True}, memory),
         OURS: functools.partial(_command, request, folder),
     }
 
@@ -92,10 +110,12 @@ def refuse_unequal(measured: dict[str, list[Steps]]) -> None:
     assert len(set().union(*found.values())) == 1, f"the networks differ: {found}"
 
 
-def _module(name: str, request: dict[str, Any], _: int) -> Steps:
-    done = processes.ask_ours(name, request, on=processes.cpus())
+def _module(name: str, request: dict[str, Any], memory: dict[str, str], _: int) -> Steps:
+    command = [sys.executable, "-m", f"benchmarks.{name}", json.dumps(request)]
+    done = processes.run(command, on=processes.cpus(), settings=memory)
     answer = done.answer()
-    return _steps(answer["seconds"], f"{answer['gflop']:.2f}", request, done)
+    others = done.wall_seconds - answer["seconds"] * request["steps"]
+    return Steps(answer["seconds"], answer.get("line", 0.0), f"{answer['gflop']:.2f}", others)
 
 
 def _command(request: dict[str, Any], folder: Path, number: int) -> Steps:
@@ -119,22 +139,43 @@ def _command(request: dict[str, Any], folder: Path, number: int) -> Steps:
     words = [str(word) for flag in flags.items() for word in flag]
     settings = {"ALEXNET_HOME": str(home)}
     command = [sys.executable, "training/run.py", "deck", *words]
+    began = time.time()
     done = processes.run(command, on=processes.cpus(), settings=settings)
-    rates = _logged(home)[2 : request["steps"] + 2]
-    assert len(rates) == request["steps"], f"{len(rates)} steps were logged"
+    ended = time.time()
+    seconds, logged, phases = _logged(home, request, began, ended)
     told = re.search(r"([\d.]+) GFLOP per picture", done.stdout + done.stderr)
     assert told is not None, "the loop says what a picture needs"
-    seconds = request["batch"] / statistics.median(rates)
-    return _steps(seconds, told[1], request, done)
+    step = statistics.median(seconds[2:])
+    others = done.wall_seconds - step * request["steps"]
+    return Steps(step, line_seconds(logged, seconds), told[1], others, phases)
 
 
-def _logged(home: Path) -> list[float]:
-    """Pictures per second of each step, as MLflow has them."""
+def _logged(
+    home: Path, request: dict[str, Any], began: float, ended: float
+) -> tuple[list[float], list[float], dict[str, float]]:
+    """Seconds of each step, two that warm up and those that are timed; when they were logged; and
+    seconds from one event to the next in the life of the command: by what MLflow has of it."""
     client = MlflowClient(f"sqlite:///{home}/mlflow.db")
-    experiments = [found.experiment_id for found in client.search_experiments()]
-    (run,) = client.search_runs(experiments, f"attributes.run_name = '{_RUN}'")
+    experiment = client.get_experiment_by_name(EXPERIMENT)
+    (run,) = client.search_runs([experiment.experiment_id], f"attributes.run_name = '{_RUN}'")
     history = client.get_metric_history(run.info.run_id, "images_per_second")
-    return [metric.value for metric in sorted(history, key=lambda metric: metric.step)]
+    every = sorted(history, key=lambda metric: metric.step)
+    steps = every[: request["steps"] + 2]
+    assert len(steps) == request["steps"] + 2, f"{len(steps)} steps were logged"
+    (workers,) = client.get_metric_history(run.info.run_id, "workers")
+    events = {
+        "start of the process": began,
+        "imports and MLflow's new store": experiment.creation_time / 1000,
+        "Ray's start": run.info.start_time / 1000,
+        "the worker's start with its imports": workers.timestamp / 1000,
+        "network and first step": steps[0].timestamp / 1000,
+        "the other steps": every[-1].timestamp / 1000,
+        "evaluation, checkpoint and end": ended,
+    }
+    gaps = itertools.pairwise(events.values())
+    phases = dict(zip(list(events)[1:], (after - before for before, after in gaps), strict=True))
+    seconds = [request["batch"] / metric.value for metric in steps]
+    return seconds, [metric.timestamp / 1000 for metric in steps], phases
 
 
 def _row(name: str, steps: list[Steps], rates: dict[str, list[float]]) -> tuple[str, ...]:
@@ -142,9 +183,17 @@ def _row(name: str, steps: list[Steps], rates: dict[str, list[float]]) -> tuple[
         f"**`{name}`**" if name == OURS else name,
         spread(rates[name], 1),
         spread(ratios(rates[name], rates[BARE]), 3),
+        "–" if name in (BARE, TUNED) else spread([1000 * step.line for step in steps], 1),
         steps[0].gflop,
         spread([step.others for step in steps], 1),
     )
+
+
+def _start(commands: list[Steps]) -> str:
+    """Where the seconds of the command go."""
+    spreads = {name: spread([c.phases[name] for c in commands], 1) for name in commands[0].phases}
+    told = ", ".join(f"{name} {seconds}" for name, seconds in spreads.items())
+    return f"Life of `{OURS.partition(',')[0]}`, s: {told}."
 
 
 def _setting(request: dict[str, Any], rounds: int) -> str:
@@ -152,11 +201,9 @@ def _setting(request: dict[str, Any], rounds: int) -> str:
         f"Recipe deck, width {request['width']}, {request['classes']} classes, batch "
         f"{request['batch']}, bf16 autocast, channels-last, fused SGD with momentum; random "
         f"pictures in memory; {request['threads']} threads; median of {request['steps']} steps "
-        f"after two that warm up, in a fresh process; {rounds} rounds in alternating order, median "
-        "[lowest..highest], ratios within a round. The rest: imports, start of Ray, store of "
-        "MLflow, initialisation, warm-up, evaluation and checkpoint, where the contender has them."
+        f"after two that warm up, in a fresh process, all but the first row with those memory "
+        f"settings, with the share of a log line every {_LINE_EVERY} steps; {rounds} rounds in "
+        "alternating order, median [lowest..highest], ratios within a round. The rest: imports, "
+        "start of Ray, store of MLflow, initialisation, warm-up, evaluation and checkpoint, where "
+        "the contender has them."
     )
-
-
-def _steps(seconds: float, gflop: str, request: dict[str, Any], done: processes.Finished) -> Steps:
-    return Steps(seconds, gflop, done.wall_seconds - seconds * request["steps"])

@@ -187,12 +187,12 @@ def test_a_loader_with_other_pictures_or_labels_is_refused() -> None:
 def test_train_compares_ray_train_with_a_bare_loop_of_the_same_network(raw: pictures.Raw) -> None:
     table = train.run(raw, rounds=1, steps=2, batch=2, classes=3, width=0.1)
     check(table, train.COLUMNS)
-    assert len(table.rows) == 4
+    assert len(table.rows) == 5
     assert len(set(cells(table, "GFLOP per picture"))) == 1
 
 
 def test_training_steps_of_different_networks_are_refused() -> None:
-    steps = {"one": [train.Steps(1.0, "6.60", 0.0)], "two": [train.Steps(1.0, "4.13", 0.0)]}
+    steps = {"one": [train.Steps(1, 0, "6.60", 0)], "two": [train.Steps(1, 0, "4.13", 0)]}
     with pytest.raises(AssertionError, match="networks differ"):
         train.refuse_unequal(steps)
 

@@ -23,7 +23,7 @@ from alexnet.errors import UserError
 from training.config import to_dict
 from training.loop import TrainingStopped
 from training.recipes import RECIPES
-from training.run import main
+from training.run import main, worker_settings
 from training.worker import FinalErrors, said
 
 SCRIPT = [sys.executable, str(Path(__file__).resolve().parents[1] / "training" / "run.py")]
@@ -99,6 +99,15 @@ def test_what_cannot_work_is_one_line_and_exit_code_2(data, flags, told, capsys)
     assert main([*flags, "--dry-run", "--data", data]) == 2
     said = capsys.readouterr()
     assert told in said.err and said.err.count("\n") == 1 and said.out == ""
+
+
+def test_workers_on_cpus_keep_their_memory_unless_the_user_says_otherwise(monkeypatch):
+    name = "MALLOC_TRIM_THRESHOLD_"
+    monkeypatch.delenv(name, raising=False)
+    assert int(worker_settings(use_gpu=False)[name]) > 2**30
+    assert worker_settings(use_gpu=True) == {}
+    monkeypatch.setenv(name, "131072")
+    assert worker_settings(use_gpu=False)[name] == "131072"
 
 
 FINAL = [UserError("mend this"), TrainingStopped("loss is nan at step 7")]
