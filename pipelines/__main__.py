@@ -1,13 +1,17 @@
 """`python -m pipelines`."""
 
 import os
+import signal
 import sys
 
+# `ray job stop`, batch systems and Kubernetes end a command like this; it ends as by Ctrl-C.
+signal.signal(signal.SIGTERM, signal.default_int_handler)
 try:
     from pipelines.cli import main
 
     code = main()
 except KeyboardInterrupt:  # during the imports, which take a second or two
+    print("stopped; nothing was begun", file=sys.stderr)
     code = 130
 sys.stdout.flush()
 sys.stderr.flush()

@@ -134,6 +134,8 @@ def _task(job: Job, row: dict[str, Any]) -> dict[str, Any]:
         made = produce(job, row["number"], row["name"], row["shard_id"])
     except UserError as error:
         return _row(row["name"], error=str(error))
+    except MemoryError as error:
+        return _row(row["name"], error=f"out of memory ({error}); try fewer --workers")
     except Exception as error:
         return _row(row["name"], error=repr(error), traceback=traceback.format_exc())
     return _row(row["name"]) | _numbers(made)

@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import secrets
+import signal
 import socket
 import threading
 from collections.abc import Iterator
@@ -62,7 +63,10 @@ def is_known() -> bool:
 def connected(address: str | None = None, *, dashboard: bool = False) -> Iterator[None]:
     """`connect` for a while: closed afterwards, workers and all, unless it was there before."""
     joined_before = ray.is_initialized()
+    terminated = signal.getsignal(signal.SIGTERM)
     connect(address, dashboard=dashboard)
+    if callable(terminated) and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, terminated)  # Ray has put its own in the place of ours
     try:
         yield
     finally:

@@ -131,8 +131,9 @@ def sweep(folder: str) -> None:
         return  # an unfinished PUT leaves nothing
     with _told(folder):
         for path in Path(folder).rglob(f".*~*{_TEMPORARY}"):
-            host, pid, _ = path.name[1:].split("~", 2)
-            if host == socket.gethostname() and not is_alive(int(pid)):
+            host, _, rest = path.name[1:].partition("~")
+            pid = rest.partition("~")[0]
+            if host == socket.gethostname() and pid.isdecimal() and not is_alive(int(pid)):
                 path.unlink(missing_ok=True)
 
 
