@@ -70,7 +70,8 @@ def produce(job: Job, number: int, name: str, shard_id: str) -> Made:
             row = rows[position]
             made = _transformed(job, raw)
             if isinstance(made, Rejected):
-                storage.write_new(quarantine_uri(job.out, row["split"], row["key"]), raw)
+                uri = quarantine_uri(job.out, row["split"], row["key"])
+                storage.write_new(uri, raw, below=job.out)
                 fate = {"reason": made.reason, "detail": made.detail}
                 rejected.append(_lineage(row, raw) | fate)
             else:
@@ -81,9 +82,10 @@ def produce(job: Job, number: int, name: str, shard_id: str) -> Made:
     rejected.sort(key=lambda entry: str(entry["key"]))
     packed = shards.pack(name, good)
     status = _status(job, name, shard_id, rows[0]["split"], packed, good, rejected, pixels)
-    storage.write_new(storage.join(job.out, f"{name}.tar"), packed.tar)
-    storage.write_new(storage.join(job.out, f"{name}.idx"), packed.dali_index)
-    storage.write_new(shards.sidecar_uri(job.out, name), shards.pack_sidecar(packed.index, status))
+    sidecar = shards.pack_sidecar(packed.index, status)
+    storage.write_new(storage.join(job.out, f"{name}.tar"), packed.tar, below=job.out)
+    storage.write_new(storage.join(job.out, f"{name}.idx"), packed.dali_index, below=job.out)
+    storage.write_new(shards.sidecar_uri(job.out, name), sidecar, below=job.out)
     return Made(
         samples=len(good),
         rejected=rejected,
