@@ -91,6 +91,7 @@ def job_for(made_plan: Plan, raw: str, out: str) -> Job:
         exif_orientation=recipe.exif_orientation,
         keep=keep,
         versions=codec_versions(),
+        archives=made_plan.archives,
     )
 
 

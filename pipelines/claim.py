@@ -111,6 +111,7 @@ def _parsed(document: dict[str, Any]) -> Plan:
         shards=tuple(ShardPlan(**shard) for shard in document["shards"]),
         wnids=tuple(document["classes"]["wnids"]),
         class_names=tuple(document["classes"]["names"]),
+        archives={},
         table=None,
         **fields,
     )

@@ -35,6 +35,7 @@ class Job:
     exif_orientation: Orientation
     keep: bool  # a stored picture that needs no change
     versions: dict[str, str]  # codec_versions() of the driver
+    archives: dict[str, str]  # storage.version of each, before its members were looked for
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,7 @@ def produce(job: Job, number: int, name: str, shard_id: str) -> Made:
             row = rows[position]
             made = _transformed(job, raw)
             if isinstance(made, Rejected):
+                _refuse_changed(job, rows)
                 uri = quarantine_uri(job.out, row["split"], row["key"])
                 storage.write_new(uri, raw, below=job.out)
                 fate = {"reason": made.reason, "detail": made.detail}
@@ -77,6 +79,7 @@ def produce(job: Job, number: int, name: str, shard_id: str) -> Made:
             else:
                 pixels.add(made.pixels)
                 samples[position] = _sample(row, raw, made)
+    _refuse_changed(job, rows)
     good = [sample for sample in samples if sample is not None]
     assert len(good) + len(rejected) == len(rows), f"{name}: a picture has no fate"
     rejected.sort(key=lambda entry: str(entry["key"]))
@@ -100,6 +103,15 @@ def _transformed(job: Job, raw: bytes) -> Stored | Rejected:
     if job.keep:
         return keep_stored(raw, job.crop)
     return to_stored(raw, job.resize, job.crop, job.quality, job.exif_orientation)
+
+
+def _refuse_changed(job: Job, rows: list[dict[str, Any]]) -> None:
+    """What was read so far is of the archives that the plan was made from, or nothing is written:
+    in another archive of the same size other pictures lie at the same places."""
+    for name in sorted({row["source"] for row in rows} & job.archives.keys()):
+        uri = storage.join(job.raw, name)
+        if storage.version(uri) != job.archives[name]:
+            raise UserError(f"{uri} has changed since this build began; put it back or build anew")
 
 
 def _status(

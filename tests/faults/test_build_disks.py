@@ -199,7 +199,9 @@ def change(raw: Path, draw: random.Random) -> None:
     if file.suffix == ".tar" and draw.random() < 0.7:
         beside.write_bytes(data[1024:-10240].ljust(len(data), b"\0"))
     else:
-        beside.write_bytes(data[: draw.randrange(len(data))] if draw.random() < 0.5 else data * 2)
+        beside.write_bytes(
+            data[: len(data) // 2] if data and draw.random() < 0.5 else data + b"more"
+        )
     beside.replace(file)
 
 
