@@ -38,8 +38,15 @@ def attacked(
     raise AssertionError(f"not done after {MOST_LIVES} lives")
 
 
-@pytest.mark.parametrize("layout", ["folders", "tars"])
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    ("number", "layout"),
+    [
+        (signal.SIGKILL, "folders"),
+        (signal.SIGKILL, "tars"),
+        (signal.SIGTERM, "folders"),
+        (signal.SIGINT, "folders"),
+    ],
+)
 def test_build_hit_again_and_again_ends_with_the_same_bytes(
     number: signal.Signals,
     layout: str,

@@ -79,7 +79,7 @@ def test_build_whose_ray_is_killed_leaves_no_process_and_is_ended_by_the_same_co
 ) -> None:
     out = tmp_path / "out"
     environment = {"RAY_TMPDIR": str(ray_folder)}
-    for place, number in attack.draw.sample(HITS, 3):
+    for place, number in attack.draw.sample(HITS, 2):
         begun = time.monotonic()
         run = started(singles.argv(out), tmp_path, environment)
         seen = "worker" if place != "driver" else place
