@@ -64,7 +64,10 @@ def connected(address: str | None = None, *, dashboard: bool = False) -> Iterato
     """`connect` for a while: closed afterwards, workers and all, unless it was there before."""
     joined_before = ray.is_initialized()
     terminated = signal.getsignal(signal.SIGTERM)
-    connect(address, dashboard=dashboard)
+    try:
+        connect(address, dashboard=dashboard)
+    except SystemExit as left:  # of Ray's handler for SIGTERM
+        raise KeyboardInterrupt from left
     if callable(terminated) and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, terminated)  # Ray has put its own in the place of ours
     try:
