@@ -19,6 +19,13 @@ draw >postgres_password
 # The driver takes its password from here: on the command line, every process could read it.
 printf 'postgres:5432:mlflow:mlflow:%s\n' "$(cat postgres_password)" >pgpass
 
+# MLflow's first user: for its server, and for the clients on Ray's nodes.
+password=$(draw)
+printf 'MLFLOW_AUTH_ADMIN_USERNAME=alexnet\nMLFLOW_AUTH_ADMIN_PASSWORD=%s\nMLFLOW_FLASK_SERVER_SECRET_KEY=%s\n' \
+    "$password" "$(draw)" >mlflow_server
+printf '[mlflow]\nmlflow_tracking_username = alexnet\nmlflow_tracking_password = %s\n' \
+    "$password" >mlflow_login
+
 # Two identities: jobs cannot touch MLflow's artifacts, nor MLflow the shards and checkpoints.
 # `admin` makes the buckets and is mounted nowhere else.
 identities=""

@@ -190,6 +190,10 @@ def _read_elsewhere(documents: list[Any]) -> Iterator[str]:
             field, names = free[document["kind"]]
             if [*document["metadata"].get(field, {})] != names:
                 yield f"{document['kind']} should have {field} {names}"
+    named = {str(value).rpartition("/")[2] for _, value in walk(documents)}
+    for name in (n for each in documents if each["kind"] == "ConfigMap" for n in each["data"]):
+        if name not in named:
+            yield f"nothing reads the ConfigMap's file {name}"
 
 
 def _launcher(document: Any) -> list[str]:

@@ -2,6 +2,7 @@
 
 import functools
 import importlib
+import itertools
 import re
 import subprocess
 import warnings
@@ -62,7 +63,12 @@ def _python(words: list[str]) -> None:
 def _clicked(program: str, words: list[str]) -> None:
     command: Any = _click_program(program)
     while isinstance(command, click.Group):
-        name, *words = words
+        of_group = [*itertools.takewhile(lambda word: word.startswith("--"), words)]
+        name, *words = words[len(of_group) :]
+        try:
+            command.make_context(program, [*of_group, name]).close()
+        except click.ClickException as error:
+            raise CommandError(f"{program}: {error.format_message()}") from error
         if name not in command.commands:
             raise CommandError(f"{program} has no command {name}")
         command = command.commands[name]

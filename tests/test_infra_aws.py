@@ -69,8 +69,9 @@ def test_image_of_the_launcher_has_the_programs_that_it_calls_in_containers() ->
 def test_token_is_where_every_container_looks_for_it() -> None:
     options = LAUNCHER["docker"]["run_options"]
     assert "-e RAY_AUTH_MODE=token" in options
-    (mounted,) = LAUNCHER["file_mounts"]
-    assert f"-e RAY_AUTH_TOKEN_PATH={mounted}" in options
+    mounted = {source: target for target, source in LAUNCHER["file_mounts"].items()}
+    assert f"-e RAY_AUTH_TOKEN_PATH={mounted.pop('infra/secrets/ray_token')}" in options
+    assert mounted == {"infra/secrets/mlflow_login": "/home/alexnet/.mlflow/credentials"}
 
 
 def test_dashboard_is_reached_through_ssh_alone() -> None:

@@ -156,6 +156,7 @@ def test_names_of_services_accounts_secrets_and_disks_meet() -> None:
     assert set(re.findall(r"secretName: ([\w-]+)|secretKeyRef: \{name: ([\w-]+)", text)) == {
         ("mlflow-postgres", ""),
         ("", "mlflow-postgres"),
+        ("", "mlflow-login"),
     }
     hosts = set(re.findall(r"http://(\w+)\.alexnet\.svc:5000|mlflow@(\w+):5432", text))
     assert {name for pair in hosts for name in pair if name} <= by_kind["Service"]

@@ -75,18 +75,28 @@ s3() { # s3 BUCKET BODY [OPTION…]: a signed request; curl before 8 leaves the 
 }
 
 start_mlflow() {
-    local words
+    local words database="postgresql+psycopg2://mlflow@/mlflow?host=$dir/postgres"
+    cat >"$dir/mlflow-login.ini" <<END
+[mlflow]
+database_uri = $database
+default_permission = READ
+auth_cache_ttl_seconds = 60
+END
     {
         cat "$dir/secrets/mlflow.env"
         # No password in it: libpq finds it in the file.
-        echo "MLFLOW_BACKEND_STORE_URI='postgresql+psycopg2://mlflow@/mlflow?host=$dir/postgres'"
+        echo "MLFLOW_BACKEND_STORE_URI='$database'"
         echo "PGPASSFILE=$dir/secrets/pgpass"
         echo "MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false" # spares about 1 GB of memory
         echo "MLFLOW_DISABLE_TELEMETRY=true"
+        echo "MLFLOW_AUTH_CONFIG_PATH=$dir/mlflow-login.ini"
+        echo "MLFLOW_AUTH_ADMIN_USERNAME=alexnet"
+        echo "MLFLOW_AUTH_ADMIN_PASSWORD=$(<"$dir/secrets/mlflow_password")"
+        echo "MLFLOW_FLASK_SERVER_SECRET_KEY=$(head -c 24 /dev/urandom | od -An -tx1 | tr -d ' \n')"
     } >"$dir/secrets/server.env"
     inside servers
     launch mlflow "$dir/secrets/server.env" "${words[@]}" mlflow server --host "$server_address" \
-        --port "$mlflow_port" --workers 1 --artifacts-destination s3://mlflow/artifacts \
+        --port "$mlflow_port" --workers 1 --app-name basic-auth --artifacts-destination s3://mlflow/artifacts \
         --allowed-hosts "$server_address:$mlflow_port"
 }
 
@@ -96,7 +106,7 @@ wait_for_mlflow() { # until it has read its database and stored a file through t
 
 mlflow_answers() {
     local api=http://$server_address:$mlflow_port/api/2.0 request
-    request=(curl --silent --fail --noproxy '*' --max-time 20)
+    request=(curl --silent --fail --noproxy '*' --max-time 20 -K "$dir/secrets/login.curl")
     "${request[@]}" "$api/mlflow/experiments/get?experiment_id=0" &&
         "${request[@]}" --request PUT --data-binary ready "$api/mlflow-artifacts/artifacts/probe" &&
         [ "$("${request[@]}" "$api/mlflow-artifacts/artifacts/probe")" = ready ] &&

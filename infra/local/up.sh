@@ -70,6 +70,8 @@ write_secrets() {
     install -d -m 700 "$dir/secrets"
     secret >"$dir/secrets/ray_token"
     printf '*:*:*:mlflow:%s\n' "$(secret)" >"$dir/secrets/pgpass"
+    secret >"$dir/secrets/mlflow_password"
+    printf 'user = "alexnet:%s"\n' "$(<"$dir/secrets/mlflow_password")" >"$dir/secrets/login.curl"
     # Two identities: nodes and users have the bucket `alexnet`, MLflow's server has `mlflow`.
     for key in alexnet mlflow; do
         access=$(secret | head -c 20) pair=$(secret)
@@ -91,6 +93,8 @@ END
         rm alexnet.identity mlflow.identity
         cat >>alexnet.env <<END
 MLFLOW_TRACKING_URI=http://$server_address:$mlflow_port
+MLFLOW_TRACKING_USERNAME=alexnet
+MLFLOW_TRACKING_PASSWORD=$(<mlflow_password)
 RAY_AUTH_MODE=token
 RAY_AUTH_TOKEN_PATH=$dir/secrets/ray_token
 END
@@ -137,7 +141,7 @@ write_env
 cat <<END
 $nodes nodes of $cpus CPU(s) and a head are up in $dir
 Ray's dashboard and jobs  http://$head_address:$dashboard_port (asks for the token)
-MLflow                    http://$server_address:$mlflow_port
+MLflow                    http://$server_address:$mlflow_port (user and password are in the file below)
 S3                        http://$server_address:$s3_port with the bucket s3://alexnet
 next: . $dir/env          end it with: $here/down.sh $dir
 END

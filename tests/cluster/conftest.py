@@ -67,9 +67,9 @@ def trained(cluster: Machines, built: Job) -> Job:
 
 @pytest.fixture
 def as_user(cluster: Machines, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The test itself finds the S3 server as a shell does that has sourced the file."""
+    """The test itself has the keys of S3 and MLflow, as a shell has that has sourced the file."""
     for name, value in cluster.env.items():
-        if name.startswith("AWS_"):
+        if name.startswith(("AWS_", "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD")):
             monkeypatch.setenv(name, value)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import boto3
 import pytest
+import requests
 from machines import Machines
 from road import Job, ok
 
@@ -18,12 +19,13 @@ def secrets_of(cluster: Machines) -> dict[str, bytes]:
     found = {
         "Ray's token": (folder / "ray_token").read_text(),
         "PostgreSQL's password": (folder / "pgpass").read_text().strip().split(":")[4],
+        "MLflow's password": (folder / "mlflow_password").read_text(),
     }
     for identity in ("alexnet", "mlflow"):
         for line in (folder / f"{identity}.env").read_text().splitlines():
             if line.startswith("AWS_SECRET_ACCESS_KEY="):
                 found[f"the S3 key of {identity}"] = line.split("=", 1)[1]
-    assert len(found) == 4 and all(len(value) >= 40 for value in found.values())
+    assert len(found) == 5 and all(len(value) >= 40 for value in found.values())
     return {name: value.encode() for name, value in found.items()}
 
 
@@ -71,6 +73,16 @@ def test_no_secret_is_in_logs_jobs_command_lines_mlflow_or_the_store(
     assert shown == []
     for kind in ("ray job list", "/logs/head.log", "/job-driver-train", "table params", "MLmodel"):
         assert any(kind in place for place in places), f"{kind} was not looked at"
+
+
+def test_mlflow_lets_nobody_in_without_the_password(cluster: Machines) -> None:
+    name, password = (cluster.env[f"MLFLOW_TRACKING_{what}"] for what in ("USERNAME", "PASSWORD"))
+    uri = f"{cluster.env['MLFLOW_TRACKING_URI']}/api/2.0/mlflow/experiments/get?experiment_id=0"
+    answers = [
+        requests.get(uri, auth=login, timeout=60).status_code
+        for login in (None, (name, "wrong"), ("admin", password), (name, password))
+    ]
+    assert answers == [401, 401, 401, 200]
 
 
 def test_files_with_secrets_are_for_their_owner_alone(cluster: Machines) -> None:
