@@ -280,7 +280,7 @@ def _batches(file: tars.RangeFile, group: _RowGroup) -> Iterator[pa.StructArray]
 
 def _read(uri: str, start: int, length: int) -> bytes:
     with _told(uri):
-        whole = start == 0 < length  # no member of an archive: a file of its own, which may grow
+        whole = start == 0 < length and not uri.endswith(".tar")  # a file of its own: it may grow
         data = storage.read(uri, start, length + whole)
     if len(data) > length:
         raise UserError(f"{uri} has changed: it is longer than {length:,} bytes; build anew")
