@@ -91,13 +91,14 @@ def pictures() -> dict[str, bytes]:
 
 def damage(out: Path, draw: random.Random) -> dict[str, bytes]:
     """Flips a bit of one to three files of a finished set, and returns what they are then. Of
-    sidecars in a page: the footer of a parquet file has no checksum, and no sum is kept of them."""
+    sidecars in their first page: headers and footers of parquet files have no checksum, and no sum
+    of these files is kept."""
     names = [name for name in contents(str(out)) if not name.startswith(("_meta/plan", "report/"))]
     found = {}
     for name in draw.sample(names, draw.randint(1, 3)):
         data = bytearray((out / name).read_bytes())
         if data:
-            place = 200 if name.startswith("_meta/") else draw.randrange(len(data))
+            place = 30 if name.startswith("_meta/") else draw.randrange(len(data))
             data[place] ^= 1 << draw.randrange(8)
         found[name] = bytes(data)
         (out / name).write_bytes(data)
