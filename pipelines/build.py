@@ -91,6 +91,7 @@ def job_for(made_plan: Plan, raw: str, out: str) -> Job:
         exif_orientation=recipe.exif_orientation,
         keep=keep,
         versions=codec_versions(),
+        archives=made_plan.archives,
     )
 
 
@@ -136,6 +137,8 @@ def _task(job: Job, row: dict[str, Any]) -> dict[str, Any]:
         made = produce(job, row["number"], row["name"], row["shard_id"])
     except UserError as error:
         return _row(row["name"], error=str(error))
+    except MemoryError as error:
+        return _row(row["name"], error=f"out of memory ({error}); try fewer --workers")
     except Exception as error:
         return _row(row["name"], error=repr(error), traceback=traceback.format_exc())
     return _row(row["name"]) | _numbers(made)

@@ -29,6 +29,7 @@ _PLAN_ID = b"alexnet.plan_id"
 
 def begin(out: str, raw: str, plan: Plan) -> None:
     """Claim `out` for this plan, or join it there. Raises UserError when it is another's."""
+    storage.sweep(out)  # what killed builders left, or the disk could fill up with it
     location = storage.join(out, *_PLAN)
     if not storage.exists(location):
         _refuse_strangers(out, plan)
@@ -110,6 +111,7 @@ def _parsed(document: dict[str, Any]) -> Plan:
         shards=tuple(ShardPlan(**shard) for shard in document["shards"]),
         wnids=tuple(document["classes"]["wnids"]),
         class_names=tuple(document["classes"]["names"]),
+        archives={},
         table=None,
         **fields,
     )
@@ -122,12 +124,34 @@ def _parsed(document: dict[str, Any]) -> Plan:
 
 def _refuse_strangers(out: str, plan: Plan) -> None:
     """A folder without a plan must be empty, or a set of this very plan that lost it."""
-    if not (other := [name for name, _ in storage.list_files(out)]):
-        return
+    files = {name for name, _ in storage.list_files(out)}
     manifest = storage.join(out, "manifest.json")
-    if storage.exists(manifest) and shards.read_json(manifest).get("plan_id") == plan.plan_id:
+    if "manifest.json" in files and shards.read_json(manifest).get("plan_id") == plan.plan_id:
         return
-    raise UserError(f"{out} is not empty ({other[0]}, …) and no shard set; choose --out")
+    if other := sorted(files - _own_parts(out, plan, files)):
+        raise UserError(f"{out} is not empty ({other[0]}, …) and no shard set; choose --out")
+
+
+def _own_parts(out: str, plan: Plan, files: set[str]) -> set[str]:
+    """What a build of `plan` left in an OUT that lost its plan, or was taken away and made again
+    by tasks under way. A sidecar of a planned shard or a builder's journal must vouch for the rest:
+    anybody may have a train-000000.tar."""
+    sidecars = {f"_meta/{shard.name}.parquet": shard.id for shard in plan.shards}
+    uris = {name: storage.join(out, name) for name in sidecars.keys() & files}
+    own = {name for name, uri in uris.items() if _shard_id(uri) == sidecars[name]}
+    journals = {name for name in files if name.startswith("_meta/progress/")}
+    if own or journals:
+        own |= journals | {f"{shard.name}.{end}" for shard in plan.shards for end in ("tar", "idx")}
+        own |= {"SHA256SUMS", "/".join(_ROWS), "/".join(_RAW)}
+        own |= {name for name in files if name.startswith(("index/", "quarantine/", "shardindex-"))}
+    return own
+
+
+def _shard_id(sidecar: str) -> Any:
+    try:
+        return shards.unpack_sidecar(storage.read(sidecar))[1].get("shard_id")
+    except DAMAGE:
+        return None
 
 
 def _read_plan(location: str) -> Any:

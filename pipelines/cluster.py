@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import secrets
+import signal
 import socket
 import threading
 from collections.abc import Iterator
@@ -62,7 +63,13 @@ def is_known() -> bool:
 def connected(address: str | None = None, *, dashboard: bool = False) -> Iterator[None]:
     """`connect` for a while: closed afterwards, workers and all, unless it was there before."""
     joined_before = ray.is_initialized()
-    connect(address, dashboard=dashboard)
+    terminated = signal.getsignal(signal.SIGTERM)
+    try:
+        connect(address, dashboard=dashboard)
+    except SystemExit as left:  # of Ray's handler for SIGTERM
+        raise KeyboardInterrupt from left
+    if callable(terminated) and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, terminated)  # Ray has put its own in the place of ours
     try:
         yield
     finally:

@@ -88,14 +88,18 @@ def verify(arguments: argparse.Namespace) -> int:
     out = storage.absolute(arguments.out)
     raw = storage.absolute(arguments.raw) if arguments.raw else None
     say = functools.partial(_say, arguments)
-    found = verify(out, full=arguments.full, raw=raw if arguments.full else None, say=say)
+    mend = functools.partial(
+        repair.repair, out, raw=raw, shared_fs=arguments.shared_fs, as_json=arguments.json
+    )
     repaired = None
+    if arguments.repair and (undone := repair.left_undone(out)) is not None:
+        say(f"{out}: a repair or a build was stopped at its end; going on with it")
+        repaired = mend(undone)
+    found = verify(out, full=arguments.full, raw=raw if arguments.full else None, say=say)
     if found.problems and arguments.repair:
         for problem in found.problems:
             say(f"{problem.file}: {problem.text}")
-        repaired = repair.repair(
-            out, found.bad_files, raw, shared_fs=arguments.shared_fs, as_json=arguments.json
-        )
+        repaired = mend(found.bad_files)
         found = verify(out, full=arguments.full, say=say)
     if arguments.json:
         document = {

@@ -109,6 +109,7 @@ def draw(folder: str, drawing: Drawing, seed: int) -> str:
             raise UserError(f"{folder} is not empty and holds another set; choose another DIR")
         if found["sizes"] and found["sizes"].items() <= present.items():
             return f"{folder} holds this drawn set already; nothing to do"
+    storage.sweep(folder)
     storage.write(note, shards.canonical_json(wanted | {"sizes": {}}))
     classes = _CLASSES[: drawing.classes]
     order = np.random.default_rng([seed, 0]).permutation(drawing.classes * drawing.val_per_class)

@@ -16,6 +16,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from alexnet.errors import UserError
 from pipelines import shards, storage
 from pipelines.job import codec_versions, quarantine_uri
 from pipelines.plan import Plan, ShardPlan
@@ -107,8 +108,10 @@ def finish(out: str, plan: Plan, done: list[Done]) -> shards.Manifest:
     manifest = shards.canonical_json(document, indent=1)
     digest = hashes["manifest.json"] = hashlib.sha256(manifest).hexdigest()
     lines = "".join(f"{digest}  {name}\n" for name, digest in sorted(hashes.items()))
-    storage.write(storage.join(out, "SHA256SUMS"), lines.encode())
-    storage.write_new(storage.join(out, "manifest.json"), manifest)
+    storage.write(storage.join(out, "SHA256SUMS"), lines.encode(), below=out)
+    if not storage.exists(storage.join(out, "_meta", "plan.json")):  # an empty mount point is there
+        raise UserError(f"{out} was taken away meanwhile; the same command continues this build")
+    storage.write_new(storage.join(out, "manifest.json"), manifest, below=out)
     storage.sweep(out)
     return shards.parse_manifest(document, digest)
 
@@ -138,7 +141,7 @@ def _write_split(out: str, split: str, statuses: list[dict[str, Any]]) -> dict[s
     )
     hashes = {}
     for name, data in files:
-        storage.write(storage.join(out, name), data)
+        storage.write(storage.join(out, name), data, below=out)
         hashes[name] = hashlib.sha256(data).hexdigest()
     for entry in rejected:
         hashes[quarantine_uri("", split, entry["key"]).lstrip("/")] = entry["source_sha256"]

@@ -28,6 +28,7 @@ class Job:
     exif_orientation: Orientation
     keep: bool  # a stored picture that needs no change
     versions: dict[str, str]  # codec_versions() of the driver
+    archives: dict[str, str]  # storage.version of each, before its members were looked for
 
 
 @dataclass(frozen=True)

@@ -77,7 +77,7 @@ def save(out: str, journal: Journal) -> None:
     del document["spacing"]
     document["points"] = [list(asdict(point).values()) for point in journal.points]
     location = storage.join(out, FOLDER.rstrip("/"), f"{journal.builder}.json")
-    storage.write(location, shards.canonical_json(document))
+    storage.write(location, shards.canonical_json(document), below=out)
 
 
 def load(out: str, names: Iterable[str]) -> list[Journal]:

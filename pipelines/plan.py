@@ -105,6 +105,7 @@ class Plan:
     labels_from: dict[str, str]
     announced: dict[str, int] | None
     official: bool
+    archives: dict[str, str]  # their storage.version, as in Source; {} when read from OUT
     table: pa.Table | None  # sources.TABLE in the order of the shards; None when read from OUT
 
     @property
@@ -146,6 +147,7 @@ def make(source: Source, recipe: Recipe) -> Plan:
         labels_from=source.labels_from,
         announced=source.announced,
         official=source.official,
+        archives=source.archives,
         table=table,
     )
 

@@ -40,20 +40,24 @@ def produce(job: Job, number: int, name: str, shard_id: str) -> Made:
             row = rows[position]
             made = _transformed(job, raw)
             if isinstance(made, Rejected):
-                storage.write_new(quarantine_uri(job.out, row["split"], row["key"]), raw)
+                _refuse_changed(job, rows)
+                uri = quarantine_uri(job.out, row["split"], row["key"])
+                storage.write_new(uri, raw, below=job.out)
                 fate = {"reason": made.reason, "detail": made.detail}
                 rejected.append(_lineage(row, raw) | fate)
             else:
                 pixels.add(made.pixels)
                 samples[position] = _sample(row, raw, made)
+    _refuse_changed(job, rows)
     good = [sample for sample in samples if sample is not None]
     assert len(good) + len(rejected) == len(rows), f"{name}: a picture has no fate"
     rejected.sort(key=lambda entry: str(entry["key"]))
     packed = shards.pack(name, good)
     status = _status(job, name, shard_id, rows[0]["split"], packed, good, rejected, pixels)
-    storage.write_new(storage.join(job.out, f"{name}.tar"), packed.tar)
-    storage.write_new(storage.join(job.out, f"{name}.idx"), packed.dali_index)
-    storage.write_new(shards.sidecar_uri(job.out, name), shards.pack_sidecar(packed.index, status))
+    sidecar = shards.pack_sidecar(packed.index, status)
+    storage.write_new(storage.join(job.out, f"{name}.tar"), packed.tar, below=job.out)
+    storage.write_new(storage.join(job.out, f"{name}.idx"), packed.dali_index, below=job.out)
+    storage.write_new(shards.sidecar_uri(job.out, name), sidecar, below=job.out)
     return Made(
         samples=len(good),
         rejected=rejected,
@@ -68,6 +72,15 @@ def _transformed(job: Job, raw: bytes) -> Stored | Rejected:
     if job.keep:
         return keep_stored(raw, job.crop)
     return to_stored(raw, job.resize, job.crop, job.quality, job.exif_orientation)
+
+
+def _refuse_changed(job: Job, rows: list[dict[str, Any]]) -> None:
+    """What was read so far is of the archives that the plan was made from, or nothing is written:
+    in another archive of the same size other pictures lie at the same places."""
+    for name in sorted({row["source"] for row in rows} & job.archives.keys()):
+        uri = storage.join(job.raw, name)
+        if storage.version(uri) != job.archives[name]:
+            raise UserError(f"{uri} has changed since this build began; put it back or build anew")
 
 
 def _status(

@@ -217,7 +217,7 @@ class Progress:
             self._warned = True
 
     def _say(self, last: bool = False) -> None:
-        with suppress(BrokenPipeError):  # nobody reads any more; the build goes on
+        with suppress(OSError):  # nobody reads any more, or its disk is full; the build goes on
             if self.as_json:
                 print(json.dumps(self.json_line()), flush=True)
             elif sys.stdout.isatty():

@@ -42,9 +42,13 @@ def repair(
     done, _ = finish.finished_shards(out, plan)
     _check_versions(out, plan)
     names = _shards_of(bad_files, plan, done)
-    storage.delete(storage.join(out, "manifest.json"))  # from here on the set is not complete
+    # Whoever is killed below leaves a set that tells of every damaged shard: by its missing
+    # sidecar, in a set that is complete or in one that is not.
+    for name in names:
+        storage.delete(shards.sidecar_uri(out, name))
     for split, key in _bins(bad_files):
         storage.delete(quarantine_uri(out, split, key))
+    storage.delete(storage.join(out, "manifest.json"))  # from here on the set is not complete
     for name in names:
         finish.remove(out, name)
     no_limit = MaxRejected(number=plan.pictures)
@@ -59,6 +63,16 @@ def repair(
             "changed? Compare with `python -m pipelines diff`"
         )
     return manifest
+
+
+def left_undone(out: str) -> list[str] | None:
+    """Files to be made again where a repair was stopped: of the shards without a sidecar. None
+    where none was: SHA256SUMS without a manifest is what every repair begins and ends with."""
+    files = {name for name, _ in storage.list_files(out)}
+    if "manifest.json" in files or not {"SHA256SUMS", "_meta/plan.json"} <= files:
+        return None
+    names = [shard.name for shard in claim.load(out).shards]
+    return [f"{name}.tar" for name in names if f"_meta/{name}.parquet" not in files]
 
 
 def retry_quarantined(out: str, raw: str, plan: Plan) -> list[str]:

@@ -92,26 +92,27 @@ def list_files(uri: str) -> list[tuple[str, int]]:
         return sorted(s3.list_objects(uri) if is_s3(uri) else _list_folder(Path(uri), ""))
 
 
-def write_new(uri: str, data: bytes) -> None:
+def write_new(uri: str, data: bytes, below: str | None = None) -> None:
     """Publish atomically under a name that must be free.
 
     The same bytes already there are success (a retry, or a second builder). Raises UserError when
-    other bytes are there, or when the store cannot be written.
+    other bytes are there, when the store cannot be written, or when the local folder `below`, a
+    parent that must exist already, was taken away.
     """
     with _told(uri):
-        published = s3.put_new(uri, data) if is_s3(uri) else _link_new(Path(uri), data)
+        published = s3.put_new(uri, data) if is_s3(uri) else _link_new(Path(uri), data, below)
     if not published and not _same(uri, data):
         raise UserError(f"{uri} exists with other bytes; delete it or choose another output")
 
 
-def write(uri: str, data: bytes) -> None:
-    """Publish atomically, replacing what was there."""
+def write(uri: str, data: bytes, below: str | None = None) -> None:
+    """Publish atomically, replacing what was there; `below` as for `write_new`."""
     with _told(uri):
         if is_s3(uri):
             s3.put(uri, data)
             return
         path = Path(uri)
-        with _temporary_beside(path, data) as temporary:
+        with _temporary_beside(path, data, below) as temporary:
             temporary.replace(path)
         _sync_folder(path.parent)
 
@@ -131,8 +132,9 @@ def sweep(folder: str) -> None:
         return  # an unfinished PUT leaves nothing
     with _told(folder):
         for path in Path(folder).rglob(f".*~*{_TEMPORARY}"):
-            host, pid, _ = path.name[1:].split("~", 2)
-            if host == socket.gethostname() and not is_alive(int(pid)):
+            host, _, rest = path.name[1:].partition("~")
+            pid = rest.partition("~")[0]
+            if host == socket.gethostname() and pid.isdecimal() and not is_alive(int(pid)):
                 path.unlink(missing_ok=True)
 
 
@@ -208,9 +210,9 @@ def _is_temporary(name: str) -> bool:
 
 
 @contextlib.contextmanager
-def _temporary_beside(path: Path, data: bytes) -> Iterator[Path]:
+def _temporary_beside(path: Path, data: bytes, below: str | None) -> Iterator[Path]:
     """`data` on disk in a hidden file next to `path`, gone afterwards unless it was renamed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    _make_folders(path.parent, below)
     writer = f".{socket.gethostname()}~{os.getpid()}~{path.name}."  # for `sweep`
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=writer, suffix=_TEMPORARY)
     temporary = Path(name)
@@ -225,10 +227,21 @@ def _temporary_beside(path: Path, data: bytes) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def _link_new(path: Path, data: bytes) -> bool:
+def _make_folders(folder: Path, below: str | None) -> None:
+    """Never `below` itself: an OUT that was taken away would come back, holding a part of it."""
+    if below is None:
+        folder.mkdir(parents=True, exist_ok=True)
+        return
+    place = Path(below)
+    for name in folder.relative_to(place).parts:
+        place /= name
+        place.mkdir(exist_ok=True)
+
+
+def _link_new(path: Path, data: bytes, below: str | None) -> bool:
     if path.exists():
         return False
-    with _temporary_beside(path, data) as temporary:
+    with _temporary_beside(path, data, below) as temporary:
         try:
             path.hardlink_to(temporary)  # unlike a rename, fails if somebody was faster
         except FileExistsError:

@@ -54,6 +54,7 @@ def report(out: str) -> str:
     ]
     title = f"Shard set {manifest.plan_id[:12]}"
     location = storage.join(out, "report", "index.html")
+    storage.sweep(storage.join(out, "report"))
     storage.write(location, page(title, _lead(title, manifest, journals), sections).encode())
     return location
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 from alexnet.errors import UserError
 from pipelines import storage
@@ -11,6 +13,7 @@ from pipelines.sources.table import SPLITS, TABLE, UNLABELLED, Shuffle, Source, 
 
 __all__ = ["SPLITS", "TABLE", "UNLABELLED", "Shuffle", "Source", "StoredAs", "scan"]
 
+_REQUESTS = 16  # at a time
 _LAYOUTS = {
     "ILSVRC archives": ilsvrc,
     "class folders": folders,
@@ -50,9 +53,17 @@ def scan(raw: str, splits: Sequence[str], partial: bool = False) -> Source:
         tops = ", ".join(sorted({name.split("/", 1)[0] for name in files})[:5])
         raise UserError(f"{raw}: no known layout; expected {_EXPECTED}; found {tops}")
     (module,) = found.values()
+    archives = _versions(raw, [name for name in files if name.endswith(".tar")])
     source: Source = module.scan(raw, files, splits, partial)
     table.check(raw, source.table)
-    return source
+    return replace(source, archives=archives)
+
+
+def _versions(raw: str, names: list[str]) -> dict[str, str]:
+    """Taken before the look into them, so that no change goes unseen."""
+    with ThreadPoolExecutor(_REQUESTS) as pool:
+        found = pool.map(storage.version, [storage.join(raw, name) for name in names])
+        return dict(zip(names, found, strict=True))
 
 
 def _is_text(name: str) -> bool:

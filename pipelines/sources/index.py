@@ -133,6 +133,7 @@ def _once(uri: str, kind: str, read: Callable[[str], pa.Table]) -> pa.Table:
             logger.warning(f"{kept} is damaged ({error}); reading {uri} again")
     found = read(uri)
     try:
+        storage.sweep(storage.join(str(storage.home()), "index"))
         storage.write(kept, shards.parquet_bytes(found))
     except UserError as error:  # a read-only home costs time, not the build
         logger.warning(f"the index of {uri} is not kept: {error}")

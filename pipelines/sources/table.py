@@ -7,7 +7,7 @@ order of meta.mat. Everything is done by columns: ImageNet has 1.28 million rows
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import pyarrow as pa
@@ -60,6 +60,8 @@ class Source:
     official: bool = False  # every archive has the size of the published one
     shuffle: Shuffle = "classes"  # what suits the layout's order
     stored: StoredAs | None = None
+    # storage.version of every tar, from before the look into it
+    archives: dict[str, str] = field(default_factory=dict)
 
     def count(self, split: str) -> int:
         return int(pc.sum(pc.equal(self.table["split"], split)).as_py() or 0)

@@ -21,6 +21,7 @@ rejected for one of REASONS. Rules that are choices:
 from __future__ import annotations
 
 import io
+import re
 import struct
 import warnings
 import zlib
@@ -73,6 +74,8 @@ FIXES = {
 
 _EXIF_ORIENTATION = 0x0112
 _BROKEN_EXIF = (OSError, SyntaxError, ValueError, TypeError, KeyError, IndexError, struct.error)
+# libjpeg's, Pillow's and zlib's words (the last has a number only).
+_NO_MEMORY = re.compile(r"(?i)(insufficient|out of|allocate) memory|error -4\b")
 # What Pillow's readers raise on bytes that contradict themselves.
 _BROKEN = (*_BROKEN_EXIF, EOFError, OverflowError, zlib.error)
 
@@ -110,7 +113,7 @@ def to_stored(
     try:
         image, fixes = _decoded(raw, exif_orientation)
     except Unusable as unusable:
-        return Rejected(unusable.reason, unusable.detail)
+        return _rejected(unusable)
     height, width = image.shape[:2]
     pixels = resize_and_crop(torch.from_numpy(image).permute(2, 0, 1), resize, crop)
     stored = pixels.permute(1, 2, 0).contiguous().numpy()
@@ -143,9 +146,17 @@ def keep_stored(raw: bytes, crop: int) -> Stored | Rejected:
             raise Unusable("not_as_stored", f"{found}, not {crop}×{crop} in 3")
         pixels = jpegs.decode_strictly(raw, frame)
     except Unusable as unusable:
-        return Rejected(unusable.reason, unusable.detail)
+        return _rejected(unusable)
     planes = np.ascontiguousarray(pixels[..., :3].transpose(2, 0, 1))
     return Stored(raw, crop, crop, (), planes)
+
+
+def _rejected(unusable: Unusable) -> Rejected:
+    """Decoders tell a lack of memory like any damage; that is no fault of the picture, which must
+    not be lost by it. Raises MemoryError."""
+    if _NO_MEMORY.search(unusable.detail):
+        raise MemoryError(unusable.detail)
+    return Rejected(unusable.reason, unusable.detail)
 
 
 def decode(
