@@ -28,7 +28,7 @@ def threads() -> list[threading.Thread]:
 
 
 class Slow(http.server.BaseHTTPRequestHandler):
-    """An object store whose every answer takes a while. Any key is 64 KiB of its last letter."""
+    """An object store whose every answer takes a while. Any key is its last letter, without end."""
 
     DELAY = 0.05  # seconds
     lock: ClassVar = threading.Lock()
@@ -75,7 +75,7 @@ def slow_store(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
 
 def test_many_requests_are_under_way_so_that_waits_do_not_add_up(slow_store: str) -> None:
-    rows = [row(f"{number:03d}", 0, KIB) for number in range(160)]
+    rows = [row(f"{number:03d}", 512, KIB) for number in range(160)]
     reader = reads.Reader(slow_store, rows)
     assert [data[:1].decode() for _, data in reader] == [f"{n:03d}"[-1] for n in range(160)]
     assert reader.requests == Slow.answers == 160
@@ -84,7 +84,7 @@ def test_many_requests_are_under_way_so_that_waits_do_not_add_up(slow_store: str
 
 
 def test_a_slow_consumer_waits_for_the_first_answer_only(slow_store: str) -> None:
-    rows = [row(f"{number:03d}", 0, KIB) for number in range(16)]
+    rows = [row(f"{number:03d}", 512, KIB) for number in range(16)]
     reader = reads.Reader(slow_store, rows)
     with reader:
         stream = iter(reader)
@@ -139,7 +139,7 @@ def test_leaving_the_loop_ends_the_threads(
     slow_store: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("pipelines.ahead._JOIN_SECONDS", 120.0)
-    rows = [row(f"{number:04d}", 0, MIB) for number in range(1000)]
+    rows = [row(f"{number:04d}", 512, MIB) for number in range(1000)]
     with pytest.raises(KeyboardInterrupt), reads.Reader(slow_store, rows) as reader:
         for position, _ in reader:
             assert threads()

@@ -77,15 +77,17 @@ def test_a_failing_task_fails_the_build_with_its_shard_and_the_rest_resumes(
     local_ray: str, tmp_path: Path
 ) -> None:
     raw, out = archives(tmp_path / "raw"), str(tmp_path / "out")
-    source = sources.scan(str(raw), ["train"])
-    made = plan.make(source, plan.Recipe(samples_per_shard=3, splits=("train",)))
+    recipe = plan.Recipe(samples_per_shard=3, splits=("train",))
+    made = plan.make(sources.scan(str(raw), recipe.splits), recipe)
     claim.begin(out, str(raw), made)
     whole = (raw / "ILSVRC2012_img_train.tar").read_bytes()
     (raw / "ILSVRC2012_img_train.tar").write_bytes(whole[:3000])  # cut behind the plan's back
     with pytest.raises(BuildFailed, match=r"^shard train-00000[01]: .* has changed: .* continues"):
         build.build(made, str(raw), out, max_rejected=FIVE_PERCENT)
     (raw / "ILSVRC2012_img_train.tar").write_bytes(whole)
-    manifest = build.build(made, str(raw), out, max_rejected=FIVE_PERCENT)
+    again = plan.make(sources.scan(str(raw), recipe.splits), recipe)  # as the same command does
+    assert again.plan_id == made.plan_id
+    manifest = build.build(again, str(raw), out, max_rejected=FIVE_PERCENT)
     assert manifest.num_samples("train") == 6
 
 

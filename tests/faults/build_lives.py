@@ -23,6 +23,8 @@ from typing import Any
 from drawn import ROOT
 from waiting import wait_until
 
+STOPS = (signal.SIGINT, signal.SIGTERM)
+
 
 @dataclass
 class Life:
@@ -110,11 +112,14 @@ def serve() -> None:
 
     import pipelines.build
     import pipelines.demo_raw
+    import pipelines.produce
     import pipelines.repair
     import pipelines.report
     import pipelines.sources
     import pipelines.verify  # noqa: F401
 
+    # Until the program itself answers them, as `_live` says, they wait.
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
     for line in sys.stdin:
         request = json.loads(line)
         answer: dict[str, Any] = {}
@@ -139,7 +144,6 @@ def _live(request: dict[str, Any]) -> None:
             files.append(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC))
         for number, file in enumerate(files):
             os.dup2(file, number)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
         os.environ.update(request.get("environment", {}))
         sys.argv = ["pipelines", *request["argv"]]
         _without_ray()
@@ -149,7 +153,16 @@ def _live(request: dict[str, Any]) -> None:
             _jumping(request["jumps"])
         if (more := request.get("address_bytes")) is not None:
             _limit(more)
-        runpy.run_module("pipelines", run_name="__main__")
+        for number in STOPS:
+            signal.signal(number, signal.default_int_handler)
+        try:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
+            runpy.run_module("pipelines", run_name="__main__")
+        except (
+            KeyboardInterrupt
+        ):  # before the first line of the program, which answers from then on
+            print("stopped; nothing was begun", file=sys.stderr, flush=True)
+            code = 130
     except SystemExit as left:
         code = left.code if isinstance(left.code, int) else 1
     except BaseException:

@@ -113,7 +113,7 @@ def undisturbed(lives: Lives, raw: Path, out: Path, flags: list[str]) -> Undistu
     return Undisturbed(raw, flags, out, time.monotonic() - started, contents(str(out)))
 
 
-def one_line(life: Life, start: str) -> None:
+def one_line(life: Life, start: str | tuple[str, ...]) -> None:
     """What a command says on stderr that could not go on."""
     lines = life.errors.splitlines()
     assert len(lines) == 1 and lines[0].startswith(start), life.errors
