@@ -196,6 +196,7 @@ def test_mlflow_that_fails_at_any_call_of_promote_leaves_before_or_after(
     judged = gate._judge(client, gate.resolve(client, GOOD), None, gate.Asked())
     monkeypatch.setattr(gate, "_judge", lambda *args: judged)
     monkeypatch.setattr(gate.card, "update", lambda *args: None)
+    monkeypatch.setattr(gate.alias, "STALE_SECONDS", -1.0)  # nobody else moves it here
     k, outcomes = 0, set()
     while True:
         k += 1
