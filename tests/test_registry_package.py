@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from mlflow.entities import Metric, Param
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 from registered import AGAIN, GOOD, GOOD_CONFIG, MLFLOW_WARNINGS, POOR, Built
@@ -118,7 +119,12 @@ def without_exports(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def register_again(client: MlflowClient, built: Built, **changes: object) -> str | None:
-    run_id = client.get_model_version("alexnet", AGAIN).run_id
+    """The same checkpoint, from a run of its own: what a run has registered it registers once."""
+    before = client.get_run(client.get_model_version("alexnet", AGAIN).run_id)
+    run_id = client.create_run(before.info.experiment_id, tags=before.data.tags).info.run_id
+    params = [Param(key, value) for key, value in before.data.params.items()]
+    metrics = [Metric(key, value, 0, 1) for key, value in before.data.metrics.items()]
+    client.log_batch(run_id, metrics, params)
     config = dataclasses.replace(GOOD_CONFIG, **changes)
     return register(client, run_id, built.checkpoint, load_manifest(built.data), config)
 
@@ -147,6 +153,14 @@ def test_fault_while_registering_leaves_no_version(
         with pytest.raises(MlflowException, match="the server is gone"):
             register_again(registry, registered_models)
     assert len(versions(registry)) == 4 and aliases(registry) == {"candidate": GOOD}
+
+
+def test_a_run_that_is_registered_again_keeps_its_version(registry, registered_models):
+    run_id = registry.get_model_version("alexnet", GOOD).run_id
+    manifest = load_manifest(registered_models.data)
+    again = register(registry, run_id, registered_models.checkpoint, manifest, GOOD_CONFIG)
+    assert again == GOOD and len(versions(registry)) == 4
+    assert aliases(registry) == {"candidate": GOOD}
 
 
 def test_nothing_is_registered_where_the_config_says_so(registry, registered_models):
