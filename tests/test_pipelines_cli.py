@@ -163,7 +163,7 @@ def test_ctrl_c_says_how_to_continue_and_exits_130(
     local_ray: str, drawn_raw: str, drawn_shards: str, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    flags = ["--raw", drawn_raw, "--out", str(out), "--samples-per-shard", "2", "--workers", "1"]
+    flags = ["--raw", drawn_raw, "--out", str(out), "--samples-per-shard", "1", "--workers", "1"]
     run = started(["build", *flags, "--max-rejected", "3%"], tmp_path, {"RAY_ADDRESS": local_ray})
     wait_until(lambda: (out / "train-000000.tar").exists() or run.poll() is not None)
     run.send_signal(signal.SIGINT)
