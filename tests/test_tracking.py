@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -263,9 +264,14 @@ def test_metrics_wait_on_disk_while_the_server_is_gone(server, home, manifest, d
     tracker.attach(home, "profile")
     assert "profile could not be kept with the run" in caplog.text
 
-    server.start()
+    tracker.finish(patience=0)
+    assert f"3 values have not reached MLflow; they stay in {spool}" in caplog.text
+
+    starting = threading.Timer(1, server.start)
+    starting.start()
     restarted = tracking.Tracker(server.uri, run_id)  # as after a restart of the worker
-    restarted.log({}, 0)
+    restarted.finish()  # waits for the server
+    starting.join()
     assert not spool.exists()
     client = MlflowClient(tracking_uri=server.uri)
     assert tracking.metric_history(client, run_id, "loss") == [(1, 3.0), (2, 2.0), (3, 1.0)]

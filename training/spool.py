@@ -18,7 +18,7 @@ class Spool:
     """State: the file, and the rows that it could not take."""
 
     def __init__(self, path: Path) -> None:
-        self._path = path
+        self.path = path
         self._unwritten: list[Row] = []  # with what the file holds
 
     def rows(self) -> list[Row]:
@@ -27,13 +27,13 @@ class Spool:
             return list(self._unwritten)
         rows: list[Row] = []
         try:
-            for line in self._path.read_text().splitlines():
+            for line in self.path.read_text().splitlines():
                 key, value, at, step = json.loads(line)
                 rows.append((str(key), float(value), int(at), int(step)))
         except FileNotFoundError:
             return []
         except (OSError, TypeError, ValueError) as error:
-            logger.warning(f"values that wait in {self._path} are lost from here on: {error}")
+            logger.warning(f"values that wait in {self.path} are lost from here on: {error}")
         return rows
 
     def keep(self, rows: Sequence[Row]) -> str:
@@ -41,7 +41,7 @@ class Spool:
         training."""
         text = "".join(json.dumps(row) + "\n" for row in rows)
         try:
-            storage.write(str(self._path), text.encode())
+            storage.write(str(self.path), text.encode())
         except UserError as error:
             self._unwritten = list(rows)
             return f"in memory ({error})"
@@ -51,4 +51,4 @@ class Spool:
     def clear(self) -> None:
         self._unwritten = []
         with contextlib.suppress(OSError):  # sent again, they are the same values
-            self._path.unlink(missing_ok=True)
+            self.path.unlink(missing_ok=True)

@@ -164,6 +164,21 @@ class Tracker:
         else:
             self._spool.clear()
 
+    def finish(self, patience: float = 60.0) -> None:
+        """Sends what still waits. A server that is being started again is waited for, `patience`
+        seconds at most; then a warning says where the values stay."""
+        deadline = time.monotonic() + patience
+        while self._spool.rows():
+            self.log({}, 0)
+            left = len(self._spool.rows())
+            if left and time.monotonic() > deadline:
+                logger.warning(
+                    f"{left} values have not reached MLflow; they stay in {self._spool.path} on "
+                    "this machine, and the same command sends them from there"
+                )
+                return
+            time.sleep(2 if left else 0)
+
     def tag(self, name: str, value: str) -> None:
         """Sets a tag of the run; a warning where MLflow does not answer."""
         try:

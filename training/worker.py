@@ -71,7 +71,7 @@ def train_worker(job: dict[str, Any]) -> dict[str, float]:
         if profile is not None:
             tracker.attach(profile, "profile")
     if rank == 0:
-        tracker.log({}, 0)  # sends what is still on disk, where MLflow answers again
+        tracker.finish()
     return last
 
 
