@@ -32,7 +32,7 @@ def secrets_of(cluster: Machines) -> dict[str, bytes]:
 def everything_to_look_at(cluster: Machines) -> Iterator[tuple[str, bytes]]:
     """Where it lies, and what it is."""
     yield "ray job list", ok(cluster.run("ray", "job", "list")).encode()
-    for path in (*cluster.folder.glob("logs/*"), *cluster.folder.glob("nodes/*/**/logs/**/*")):
+    for path in cluster.folder.glob("**/logs/**/*"):
         if path.is_file() and not path.is_symlink():
             yield str(path), path.read_bytes()
     for path in Path("/proc").glob("[0-9]*/cmdline"):

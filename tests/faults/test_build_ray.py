@@ -14,6 +14,7 @@ from attacks import Attack
 from build_lives import Lives
 from build_set import Undisturbed, undisturbed
 from made import started
+from scripts import only_in_long_runs
 from waiting import wait_until
 
 pytest_plugins = ["build_fixtures"]
@@ -82,8 +83,13 @@ def titled(process: psutil.Process, word: str) -> bool:
 
 
 def test_build_whose_ray_is_killed_leaves_no_process_and_is_ended_by_the_same_command(
-    attack: Attack, singles: Undisturbed, ray_folder: Path, tmp_path: Path
+    attack: Attack,
+    singles: Undisturbed,
+    ray_folder: Path,
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
 ) -> None:
+    only_in_long_runs(request)
     out = tmp_path / "out"
     environment = {"RAY_TMPDIR": str(ray_folder)}
     for place, number in attack.draw.sample(HITS, 2):
