@@ -67,7 +67,7 @@ class _Pair:
         return self.more / seconds if seconds > 0 else float("nan")
 
 
-def run(raw: Raw, rounds: int = 5, sizes: tuple[int, int] = (1000, 3000)) -> Table:
+def run(raw: Raw, rounds: int = 5, sizes: tuple[int, int] = (500, 3000)) -> Table:
     commands, absent = contenders()
     with tempfile.TemporaryDirectory(prefix="bench-") as name:
         folder = Path(name)

@@ -59,7 +59,7 @@ class Series:
 
 def run(
     raw: Raw,
-    rounds: int = 5,
+    rounds: int = 3,
     pictures: Sequence[int] = PICTURES,
     shards: Sequence[int] = SHARDS,
     classes: Sequence[int] = CLASSES,

@@ -26,7 +26,7 @@ _LIMIT, _PLAIN, _OURS = "the parts alone", "the parts alone, RGB throughout", "p
 _NAMES = (_LIMIT, _PLAIN, _OURS)
 
 
-def run(raw: Raw, rounds: int = 5) -> Table:
+def run(raw: Raw, rounds: int = 15) -> Table:
     """Each round makes the same pictures into one tar by both paths, in alternating order."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

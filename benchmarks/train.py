@@ -20,7 +20,7 @@ from typing import Any
 from mlflow import MlflowClient
 
 from benchmarks import processes
-from benchmarks.fit_loop import PLAIN, line_seconds
+from benchmarks.fit_loop import LR, PLAIN, line_seconds
 from benchmarks.pictures import Raw, stored, write_shards
 from benchmarks.table import Bars, Table, spread
 from benchmarks.turns import in_turns, ratios
@@ -125,6 +125,7 @@ def _command(request: dict[str, Any], folder: Path, number: int) -> Steps:
         "--name": _RUN,
         "--synthetic": True,
         "--optim.batch-size": request["batch"],
+        "--optim.lr": LR,
         "--optim.epochs": 1,
         "--optim.warmup-epochs": 0,
         "--model.width": request["width"],

@@ -12,8 +12,12 @@ try:
 
     code = main()
     sys.stdout.flush()
-except KeyboardInterrupt:  # during the imports, which take a second or two
-    print("stopped; nothing was begun", file=sys.stderr)
+except (KeyboardInterrupt, SystemExit) as left:
+    if isinstance(left, SystemExit) and left.code in (None, 0):  # --help
+        raise
+    # During the imports, which take a second or two; or as Ray's own handler, in force while Ray
+    # starts, answers SIGTERM.
+    print("stopped; what is finished is kept, the same command continues", file=sys.stderr)
     code = 130
 except OSError as error:  # of stdout: the storage tells those of files as UserError
     if error.errno not in (errno.EPIPE, errno.ENOSPC):
@@ -21,6 +25,8 @@ except OSError as error:  # of stdout: the storage tells those of files as UserE
     print(f"failed: stdout: {error.strerror}; the same command continues", file=sys.stderr)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python fails once more at its end
     code = 1
+for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, signal.SIG_IGN)  # too late: what is left is Ray's and Python's own end
 sys.stderr.flush()
 if code == 130:
     # Threads of Ray may still be in C++ when Ctrl-C comes, and crash an orderly interpreter exit.

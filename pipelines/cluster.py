@@ -35,17 +35,18 @@ def connect(address: str | None = None, *, dashboard: bool = False) -> None:
     if ray.is_initialized():
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    settings: dict[str, Any] = {"runtime_env": _for_workers(), "logging_level": logging.WARNING}
+    settings: dict[str, Any] = {"logging_level": logging.WARNING}
     if address:
         _check(address, f"--address {address}")
     elif address := os.environ.get("RAY_ADDRESS"):
         _check(address, f"RAY_ADDRESS={address}")
     elif not _started_here():
         _own_token()
-        ray.init(address="local", include_dashboard=dashboard, **settings)
+        with _environment(_for_own_ray()):
+            ray.init(address="local", include_dashboard=dashboard, **settings)
         return
     try:
-        ray.init(address=address, **settings)
+        ray.init(address=address, runtime_env=_for_workers(), **settings)
     except AuthenticationError as error:
         raise UserError(
             "the Ray cluster asks for a token; set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH "
@@ -136,6 +137,31 @@ def _own_token() -> None:
         # It would warn that this Ray asks for a token; nobody but us needs to know.
         setup = "ray._private.authentication.authentication_token_setup"
         logging.getLogger(setup).setLevel(logging.ERROR)
+
+
+def _for_own_ray() -> dict[str, str]:
+    """Environment for the processes of a Ray of our own; all of them see this checkout.
+
+    Both save seconds before the first task (benchmarks/LOG.md): workers that have no runtime
+    environment take the first task as soon as they are there, and Ray's second set of workers, for
+    its first driver, would start beside the first one.
+    """
+    paths = [str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {"PYTHONPATH": os.pathsep.join(paths), "RAY_prestart_worker_first_driver": "0"}
+
+
+@contextmanager
+def _environment(variables: dict[str, str]) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def _for_workers() -> dict[str, Any]:
