@@ -76,9 +76,9 @@ def run(
         f"{samples} stored pictures of {CROP} px (copies of {len(jpegs)}, mean {size:.0f} kB; "
         f"{raw.origin}), page cache warm; uint8 batches of {batch}, mirrored at random; {threads} "
         f"decoding threads or worker processes on {threads} CPUs; one epoch in a fresh process "
-        f"({_EPOCHS[COPY]} where pictures are only copied, into five buffers in turn), timed after its first batch; limit: of "
-        "copying for the resident loader, of decoding for the others; first batch: since the start "
-        "of the process; "
+        f"({_EPOCHS[COPY]} where pictures are only copied, into five buffers in turn), timed after "
+        "its first batch; limit: of copying for the resident loader, of decoding for the others; "
+        "first batch: since the start of the process; "
         f"{rounds} rounds in alternating order, median [lowest..highest], ratios within a round. "
         f"FFCV's file holds the pictures encoded once more.{missing}"
     )

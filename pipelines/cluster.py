@@ -140,14 +140,15 @@ def _own_token() -> None:
 
 
 def _for_own_ray() -> dict[str, str]:
-    """Environment for the processes of a Ray of our own; all of them see this checkout.
+    """Environment for the processes of a Ray of our own, which is this host: all of them see this
+    checkout, and gloo needs no network.
 
-    Both save seconds before the first task (benchmarks/LOG.md): workers that have no runtime
-    environment take the first task as soon as they are there, and Ray's second set of workers, for
-    its first driver, would start beside the first one.
+    No runtime environment, and no second set of workers for Ray's first driver, which would start
+    beside the first: that saves seconds before the first task (benchmarks/LOG.md).
     """
     paths = [str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    return {"PYTHONPATH": os.pathsep.join(paths), "RAY_prestart_worker_first_driver": "0"}
+    found = {"PYTHONPATH": os.pathsep.join(paths), "RAY_prestart_worker_first_driver": "0"}
+    return found | _gloo_on("127.0.0.1")
 
 
 @contextmanager
@@ -183,9 +184,14 @@ def use_the_nodes_network() -> None:
     By itself gloo takes the address that the host's name leads to: 127.0.1.1 on a plain Debian,
     where ranks on other hosts cannot reach it. NCCL looks at the interfaces and needs no help.
     """
+    os.environ.update(_gloo_on(ray.util.get_node_ip_address()))
+
+
+def _gloo_on(address: str) -> dict[str, str]:
+    """The interface that has the address, where there is one and none was chosen before."""
     if os.environ.get("GLOO_SOCKET_IFNAME"):
-        return
-    address = ray.util.get_node_ip_address()
+        return {}
     for interface, addresses in psutil.net_if_addrs().items():
         if any(each.address.partition("%")[0] == address for each in addresses):
-            os.environ["GLOO_SOCKET_IFNAME"] = interface
+            return {"GLOO_SOCKET_IFNAME": interface}
+    return {}

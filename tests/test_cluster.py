@@ -57,6 +57,31 @@ def test_workers_get_what_the_job_does_not_bring(monkeypatch, job, expected):
     assert set(cluster._for_workers()) == expected
 
 
+def test_own_ray_has_the_checkout_and_loopback_and_leaves_our_environment_as_it_was(
+    monkeypatch, tmp_path
+):
+    seen = {}
+
+    def init(**settings):
+        assert "runtime_env" not in settings
+        seen.update(os.environ)
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setattr(cluster, "_started_here", lambda: False)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    before = dict(os.environ)
+    cluster.connect()
+    assert seen["PYTHONPATH"].split(os.pathsep) == [str(ROOT), str(tmp_path)]
+    addresses = psutil.net_if_addrs()[seen["GLOO_SOCKET_IFNAME"]]
+    assert "127.0.0.1" in {each.address for each in addresses}
+    assert dict(os.environ) == before
+
+
 def test_gloo_listens_on_the_interface_of_the_nodes_address(monkeypatch):
     # Written here, so that it is taken back afterwards.
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "")

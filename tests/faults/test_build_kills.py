@@ -15,7 +15,7 @@ from made import contents
 pytest_plugins = ["build_fixtures"]
 MOST_LIVES = 200
 LEAST_HITS = 3
-STOPPED = (  # the second one during the imports
+STOPPED = (  # the second one before the first line of the program
     "stopped; what is finished is kept, the same command continues",
     "stopped; nothing was begun",
 )
