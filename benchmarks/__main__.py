@@ -43,7 +43,7 @@ SCRIPTS: dict[str, Callable[..., Table]] = {
     "growth": growth.run,
 }
 SMALL: dict[str, dict[str, Any]] = {
-    "builder": {"sizes": (6, 12)},
+    "builder": {"sizes": (6, 12), "slowest": 12},
     "loader": {"samples": 64, "batch": 8},
     "train": {"steps": 2, "batch": 4, "classes": 5, "width": 0.1},
     "recipes": {"batch_size": 2, "classes": 3, "recipes": ("smoke",)},
@@ -66,6 +66,7 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    print(f"pictures: {raw.origin}\n", flush=True)
     names, ended, failed = arguments.names or list(SCRIPTS), [], 0
     for name in names:
         chosen = SMALL.get(name, {}) if arguments.small else {}

@@ -36,7 +36,8 @@ def load(limit: int = 200) -> Raw:
     if photos.exists():
         jpegs, kind = _members(photos.read_bytes()), "photos from ImageNet's train split"
     else:
-        jpegs, kind = _drawn(limit), "DRAWN pictures (no photos here), unlike photos in detail"
+        kind = "DRAWN pictures (no $ALEXNET_TEST_DATA/photos-200.tar), unlike photos in detail"
+        jpegs = _drawn(limit)
     jpegs = [jpeg for jpeg in jpegs if _plain(jpeg)][:limit]
     sizes = [Image.open(io.BytesIO(jpeg)).size for jpeg in jpegs]
     mean_kb = np.mean([len(jpeg) for jpeg in jpegs]) / 1000
