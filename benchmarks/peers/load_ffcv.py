@@ -1,6 +1,8 @@
 """FFCV: its own file with JPEGs, its compiled pipeline, uint8 batches. It encodes each picture once
 more when it writes the file, at the quality of the shards."""
 
+import itertools
+
 import clock
 import tars
 
@@ -44,7 +46,7 @@ def batches(request):
         ToTensor(),
         ToTorchImage(convert_back_int16=False),
     ]
-    return Loader(
+    loader = Loader(
         f"{request['work']}/pictures.beton",
         batch_size=request["batch"],
         num_workers=request["threads"],
@@ -53,6 +55,7 @@ def batches(request):
         drop_last=False,
         pipelines={"image": image, "label": [IntDecoder(), ToTensor()]},
     )
+    return itertools.chain.from_iterable(itertools.repeat(loader, request.get("epochs", 1)))
 
 
 if __name__ == "__main__":
