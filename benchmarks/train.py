@@ -8,7 +8,6 @@ import functools
 import itertools
 import json
 import re
-import statistics
 import sys
 import tempfile
 import time
@@ -47,7 +46,7 @@ _LINE_EVERY = TrainConfig.log_steps
 
 @dataclass(frozen=True)
 class Steps:
-    """seconds: of a step, the median; line: of what a log line takes between two steps; gflop: what
+    """seconds: of a step, the mean; line: of what a log line takes between two steps; gflop: what
     the process says that a picture needs; others: seconds of the process that were no timed step.
     """
 
@@ -78,7 +77,7 @@ def run(
             Path(folder) / "shards",
             stored(raw, 227),
             crop=227,
-            train=(steps + 3) * batch,
+            train=2 * (steps + 2) * batch,
             classes=classes,
             per_shard=500,
         )
@@ -119,8 +118,24 @@ def _module(name: str, request: dict[str, Any], memory: dict[str, str], _: int) 
 
 
 def _command(request: dict[str, Any], folder: Path, number: int) -> Steps:
-    home = folder / f"home{number}"
-    flags = {
+    """Two log lines: the steps before the first warm up, those before the second are timed, beside
+    what MLflow still does for the first."""
+    home, steps = folder / f"home{number}", request["steps"] + 2
+    flags = _flags(request, steps)
+    words = [str(word) for flag in flags.items() for word in flag]
+    settings = {"ALEXNET_HOME": str(home)}
+    command = [sys.executable, "training/run.py", "deck", *words]
+    began = time.time()
+    done = processes.run(command, on=processes.cpus(), settings=settings)
+    seconds, logged, phases = _logged(home, request, began, time.time())
+    told = re.search(r"([\d.]+) GFLOP per picture", done.stdout + done.stderr)
+    assert told is not None, "the loop says what a picture needs"
+    line = line_seconds(logged, [steps * each for each in seconds])
+    return Steps(seconds[1], line, told[1], done.wall_seconds - steps * seconds[1], phases)
+
+
+def _flags(request: dict[str, Any], steps: int) -> dict[str, Any]:
+    return {
         "--data": request["shards"],
         "--name": _RUN,
         "--synthetic": True,
@@ -132,51 +147,38 @@ def _command(request: dict[str, Any], folder: Path, number: int) -> Steps:
         "--augment.crop": PLAIN.crop,
         "--augment.flip": PLAIN.flip,
         "--augment.colour-sigma": PLAIN.colour_sigma,
-        "--log-steps": 1,
+        "--log-steps": steps,
         "--flat-loss-steps": 0,
         "--device": "cpu",
         "--cpus-per-worker": request["threads"],
     }
-    words = [str(word) for flag in flags.items() for word in flag]
-    settings = {"ALEXNET_HOME": str(home)}
-    command = [sys.executable, "training/run.py", "deck", *words]
-    began = time.time()
-    done = processes.run(command, on=processes.cpus(), settings=settings)
-    ended = time.time()
-    seconds, logged, phases = _logged(home, request, began, ended)
-    told = re.search(r"([\d.]+) GFLOP per picture", done.stdout + done.stderr)
-    assert told is not None, "the loop says what a picture needs"
-    step = statistics.median(seconds[2:])
-    others = done.wall_seconds - step * request["steps"]
-    return Steps(step, line_seconds(logged, seconds), told[1], others, phases)
 
 
 def _logged(
     home: Path, request: dict[str, Any], began: float, ended: float
 ) -> tuple[list[float], list[float], dict[str, float]]:
-    """Seconds of each step, two that warm up and those that are timed; when they were logged; and
-    seconds from one event to the next in the life of the command: by what MLflow has of it."""
+    """Seconds of a step before each of two log lines; when these were made; and seconds from one
+    event to the next in the life of the command: by what MLflow has of it."""
     client = MlflowClient(f"sqlite:///{home}/mlflow.db")
     experiment = client.get_experiment_by_name(EXPERIMENT)
     (run,) = client.search_runs([experiment.experiment_id], f"attributes.run_name = '{_RUN}'")
     history = client.get_metric_history(run.info.run_id, "images_per_second")
-    every = sorted(history, key=lambda metric: metric.step)
-    steps = every[: request["steps"] + 2]
-    assert len(steps) == request["steps"] + 2, f"{len(steps)} steps were logged"
+    lines = sorted(history, key=lambda metric: metric.step)
+    assert len(lines) == 2, f"{len(lines)} lines were logged"
     (workers,) = client.get_metric_history(run.info.run_id, "workers")
     events = {
         "start of the process": began,
         "imports and MLflow's new store": experiment.creation_time / 1000,
         "Ray's start": run.info.start_time / 1000,
         "the worker's start with its imports": workers.timestamp / 1000,
-        "network and first step": steps[0].timestamp / 1000,
-        "the other steps": every[-1].timestamp / 1000,
+        "network and the first half of the steps": lines[0].timestamp / 1000,
+        "the second half": lines[1].timestamp / 1000,
         "evaluation, checkpoint and end": ended,
     }
     gaps = itertools.pairwise(events.values())
     phases = dict(zip(list(events)[1:], (after - before for before, after in gaps), strict=True))
-    seconds = [request["batch"] / metric.value for metric in steps]
-    return seconds, [metric.timestamp / 1000 for metric in steps], phases
+    seconds = [request["batch"] / metric.value for metric in lines]
+    return seconds, [metric.timestamp / 1000 for metric in lines], phases
 
 
 def _row(name: str, steps: list[Steps], rates: dict[str, list[float]]) -> tuple[str, ...]:
@@ -201,10 +203,10 @@ def _setting(request: dict[str, Any], rounds: int) -> str:
     return (
         f"Recipe deck, width {request['width']}, {request['classes']} classes, batch "
         f"{request['batch']}, bf16 autocast, channels-last, fused SGD with momentum; random "
-        f"pictures in memory; {request['threads']} threads; median of {request['steps']} steps "
-        f"after two that warm up, in a fresh process, all but the first row with those memory "
-        f"settings, with the share of a log line every {_LINE_EVERY} steps; {rounds} rounds in "
-        "alternating order, median [lowest..highest], ratios within a round. The rest: imports, "
-        "start of Ray, store of MLflow, initialisation, warm-up, evaluation and checkpoint, where "
-        "the contender has them."
+        f"pictures in memory; {request['threads']} threads; mean of {request['steps']} steps "
+        f"after two that warm up, with Ray of {request['steps'] + 2} after as many, in a fresh "
+        "process, all but the first row with those memory settings, with the share of a log line "
+        f"every {_LINE_EVERY} steps; {rounds} rounds in alternating order, median "
+        "[lowest..highest], ratios within a round. The rest: imports, start of Ray, store of "
+        "MLflow, initialisation, warm-up, evaluation and checkpoint, where the contender has them."
     )

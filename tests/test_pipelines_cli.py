@@ -162,12 +162,16 @@ def test_build_runs_from_any_folder_and_exits_1_when_too_much_is_rejected(
 def test_ctrl_c_says_how_to_continue_and_exits_130(
     local_ray: str, drawn_raw: str, drawn_shards: str, tmp_path: Path
 ) -> None:
-    out = tmp_path / "out"
-    flags = ["--raw", drawn_raw, "--out", str(out), "--samples-per-shard", "1", "--workers", "1"]
-    run = started(["build", *flags, "--max-rejected", "3%"], tmp_path, {"RAY_ADDRESS": local_ray})
-    wait_until(lambda: (out / "train-000000.tar").exists() or run.poll() is not None)
-    run.send_signal(signal.SIGINT)
-    _, errors = run.communicate(timeout=120)
+    flags = ["--raw", drawn_raw, "--samples-per-shard", "1", "--workers", "1"]
+    for attempt in range(5):
+        out = tmp_path / f"out{attempt}"
+        argv = ["build", *flags, "--out", str(out), "--max-rejected", "3%"]
+        run = started(argv, tmp_path, {"RAY_ADDRESS": local_ray})
+        wait_until(lambda: (out / "train-000000.tar").exists() or run.poll() is not None)  # noqa: B023
+        run.send_signal(signal.SIGINT)
+        _, errors = run.communicate(timeout=120)
+        if run.returncode != 0:  # a busy machine may be too late for so short a build
+            break
     assert run.returncode == 130, errors
     assert "the same command continues" in errors.splitlines()[-1]
     assert not (out / "manifest.json").exists()
