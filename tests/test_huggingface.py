@@ -181,3 +181,17 @@ def test_rows_of_val_and_train_rank_together(tmp_path: Path) -> None:
     """The same labels whichever splits are built."""
     raw = str(hugging_face(tmp_path, train=TRAIN[:2], val=VAL[:1]))
     assert sources.scan(raw, ["val"]).table["label"].to_pylist() == [2]
+
+
+def test_a_path_that_is_no_utf_8_is_damage_and_not_a_name(tmp_path: Path) -> None:
+    raw = hugging_face(tmp_path / "raw")
+    table = pq.read_table(raw / FIRST)
+    image = table["image"].combine_chunks()
+    paths = [b"\x80" + path.encode() for path in image.field("path").to_pylist()]
+    wrong = pa.array(paths, pa.binary()).cast(pa.string(), safe=False)
+    image = pa.StructArray.from_arrays([image.field("bytes"), wrong], ["bytes", "path"])
+    pq.write_table(
+        table.set_column(table.schema.get_field_index("image"), "image", image), raw / FIRST
+    )
+    with pytest.raises(UserError, match=rf"{FIRST} is damaged .*fetch it again"):
+        sources.scan(str(raw), ("train", "val"))
