@@ -177,6 +177,14 @@ def test_a_damaged_file_is_refused(tmp_path: Path) -> None:
             sources.scan(str(raw), BOTH)
 
 
+def test_a_name_of_a_column_that_is_no_utf_8_is_damage(tmp_path: Path) -> None:
+    raw = hugging_face(tmp_path)
+    data = (raw / FIRST).read_bytes()
+    (raw / FIRST).write_bytes(data.replace(b"label", b"\x80abel"))
+    with pytest.raises(UserError, match=rf"{FIRST} is damaged .*fetch it again"):
+        sources.scan(str(raw), BOTH)
+
+
 def test_rows_of_val_and_train_rank_together(tmp_path: Path) -> None:
     """The same labels whichever splits are built."""
     raw = str(hugging_face(tmp_path, train=TRAIN[:2], val=VAL[:1]))

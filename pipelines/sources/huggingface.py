@@ -131,7 +131,7 @@ def _read(raw: str, file: _File) -> _Found:
             names = _told_names(parquet.schema_arrow.metadata or {})
             rows = pa.concat_tables([_columns(group) for group in groups] or [_EMPTY])
             rows.validate(full=True)  # paths that are no UTF-8, which Arrow takes as they come
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         line = " ".join(str(error).split())
         raise UserError(f"{uri} is damaged ({line}); fetch it again") from error
     rows = rows.combine_chunks()
