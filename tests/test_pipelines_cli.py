@@ -167,7 +167,8 @@ def test_ctrl_c_says_how_to_continue_and_exits_130(
         out = tmp_path / f"out{attempt}"
         argv = ["build", *flags, "--out", str(out), "--max-rejected", "3%"]
         run = started(argv, tmp_path, {"RAY_ADDRESS": local_ray})
-        wait_until(lambda: (out / "train-000000.tar").exists() or run.poll() is not None)  # noqa: B023
+        first = out / "train-000000.tar"
+        wait_until(lambda run=run, first=first: first.exists() or run.poll() is not None)
         run.send_signal(signal.SIGINT)
         _, errors = run.communicate(timeout=120)
         if run.returncode != 0:  # a busy machine may be too late for so short a build
