@@ -11,8 +11,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from alexnet import Variant
 from alexnet.errors import UserError
-from alexnet.model import AlexNet, Variant
+from alexnet.model import AlexNet
 from alexnet.preprocess import InputSpec
 
 # Of the fields in a description; one of a later release is refused instead of misread.

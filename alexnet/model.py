@@ -34,15 +34,13 @@ import math
 from collections import OrderedDict
 from collections.abc import Callable
 from functools import partial
-from typing import Literal, get_args
+from typing import get_args
 
 from torch import Tensor, nn
 
+from alexnet import Init, Variant
 from alexnet.batch_norm import GroupedBatchNorm2d
 from alexnet.errors import UserError
-
-Variant = Literal["deck", "paper"]
-Init = Literal["source", "text", "he"]
 
 MIN_WIDTH, MAX_WIDTH = 1 / 32, 4.0
 CONV_CHANNELS = (96, 256, 384, 384, 256)

@@ -4,12 +4,12 @@ import contextlib
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-Rule = Literal["torch", "paper", "lars"]
+from alexnet import Rule
 
 # The devices whose fused SGD kernel was there when this was written; on the CPU it takes 30 ms
 # instead of 121 ms for the 62 million parameters of `deck`.

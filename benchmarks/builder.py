@@ -1,9 +1,9 @@
 """Claim: `python -m pipelines build` makes shards faster than its peers, near the sum of its parts.
 
 Every contender is a command in a process of its own that turns the same files into tars of JPEGs of
-the same side and quality. Each runs on two sets: what the larger one takes longer is the steady
-rate, the rest is start-up. Ray's own start varies by seconds, so the larger set has to be large;
-for the slowest contender a smaller one takes as long.
+the same side and quality. Each runs on two sets: the tars of the larger one tell by their times at
+what rate pictures came once all CPUs were at work, and the smaller one how long that took. Ray's
+start varies by seconds, so that the difference of the two jobs would tell less.
 """
 
 import functools
@@ -60,13 +60,15 @@ class _Pair:
     small: tuple[float, float]
     large: tuple[float, float]
     more: int  # pictures that the larger set has more
+    steady: float  # pictures per second of wall time, by the larger one's tars
     quality: Quality | None = None  # of the smaller set, looked at in the first round
 
-    def rate(self, clock: int) -> float:
-        """Pictures per second of wall (0) or CPU time (1) between the two sizes; nan where the
-        larger one was not slower, as in trials of a few pictures."""
-        seconds = self.large[clock] - self.small[clock]
-        return self.more / seconds if seconds > 0 else float("nan")
+    @property
+    def rates(self) -> tuple[float, float]:
+        """Pictures per second of wall time, and of CPU time between the two sizes; nan where the
+        larger one took no more, as in trials of a few pictures."""
+        seconds = self.large[1] - self.small[1]
+        return self.steady, self.more / seconds if seconds > 0 else float("nan")
 
 
 def run(
@@ -132,6 +134,22 @@ def pictures_of(out: Path) -> dict[str, bytes]:
     return found
 
 
+def steady(out: Path, workers: int) -> float:
+    """Pictures per second of wall time, from the tar with which each worker has ended one to the
+    last: by the times at which the tars were written. nan where there are no more tars."""
+    tars = sorted(out.rglob("*.tar"), key=lambda path: path.stat().st_mtime_ns)
+    later = tars[workers:]
+    if not later:
+        return float("nan")
+    nanoseconds = later[-1].stat().st_mtime_ns - tars[workers - 1].stat().st_mtime_ns
+    return sum(map(_pictures_in, later)) / (nanoseconds / 1e9)
+
+
+def _pictures_in(tar: Path) -> int:
+    with tarfile.open(tar) as opened:
+        return sum(name.endswith(".jpg") for name in opened.getnames())
+
+
 def _source(key: str, parts: dict[str, bytes]) -> str:
     """img2dataset numbers its pictures, and notes under "url" where each came from."""
     url = json.loads(parts.get("json", b"{}")).get("url")
@@ -147,9 +165,10 @@ def _pair(
         done = command(raw, out)
         if number == 0:
             quality = quality or examined(raw, out)
+        rate = steady(out, len(processes.cpus()))
         shutil.rmtree(out)
         seconds.append((done.wall_seconds, done.cpu_seconds))
-    return _Pair(seconds[0], seconds[1], sizes[1] - sizes[0], quality)
+    return _Pair(seconds[0], seconds[1], sizes[1] - sizes[0], rate, quality)
 
 
 def _request(raw: Path, out: Path) -> dict[str, object]:
@@ -193,7 +212,7 @@ def _img2dataset(python: Path, raw: Path, out: Path) -> processes.Finished:
 def _ray_alone(folder: Path, _: int) -> _Pair:
     request = _request(folder, folder) | {"pictures": False}
     done = processes.ask(sys.executable, "build_ray_data.py", request, on=processes.cpus())
-    return _Pair((done.wall_seconds, done.cpu_seconds), (0, 0), 0)
+    return _Pair((done.wall_seconds, done.cpu_seconds), (0, 0), 0, 0)
 
 
 def _row(name: str, measured: dict[str, list[_Pair]], sizes: tuple[int, int]) -> tuple[str, ...]:
@@ -201,10 +220,10 @@ def _row(name: str, measured: dict[str, list[_Pair]], sizes: tuple[int, int]) ->
     assert made is not None, "the first round looks at the pictures"
     cells = [f"**`{name}`**" if name == OURS else name]
     for clock in (0, 1):
-        mine = [pair.rate(clock) for pair in measured[name]]
-        limit = [pair.rate(clock) for pair in measured[LIMIT]]
+        mine = [pair.rates[clock] for pair in measured[name]]
+        limit = [pair.rates[clock] for pair in measured[LIMIT]]
         cells += [spread(mine), spread(ratios(mine, limit), 2)]
-    start = [pair.small[0] - sizes[0] / pair.rate(0) for pair in measured[name]]
+    start = [pair.small[0] - sizes[0] / pair.steady for pair in measured[name]]
     cells += [spread(start, 1), spread([pair.large[0] for pair in measured[name]], 1)]
     return (*cells, f"{np.mean(made.psnr):.1f} ({min(made.psnr):.1f})", f"{made.kilobytes:.1f}")
 
@@ -216,14 +235,16 @@ def _setting(raw: Raw, rounds: int, sizes: tuple[int, int, int], absent: dict[st
         f"of {raw.origin}, page cache warm; shorter side {SIDE}, centre crop "
         f"{SIDE}, JPEG quality {QUALITY} 4:2:0; tars on a local disk; {len(processes.cpus())} CPUs "
         f"for each, whose processes take turns; {rounds} rounds, median [lowest..highest], ratios "
-        "to the parts within a round. Steady: from the difference between the two sizes; start-up "
-        "is the rest, Ray's included. PSNR: of the stored JPEGs against a resize in double "
-        f"precision. Ray's workers have its own niceness, 15.{missing}"
+        "to the parts within a round. Steady: by the times of the larger job's tars, from the one "
+        "with which each CPU has made one to the last; CPU time: from the difference of the two "
+        "jobs; start-up: what the smaller one takes beyond that rate, Ray's included. PSNR: of the "
+        f"stored JPEGs against a resize in double precision. Ray's workers have its own niceness, "
+        f"15.{missing}"
     )
 
 
 def _chart(measured: dict[str, list[_Pair]]) -> Bars:
     values = {
-        name: [pair.rate(0) for pair in pairs] for name, pairs in measured.items() if name != RAY
+        name: [pair.steady for pair in pairs] for name, pairs in measured.items() if name != RAY
     }
     return Bars("raw JPEGs to shards, steady img/s", values)

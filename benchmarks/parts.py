@@ -3,7 +3,8 @@
 The calls are those of the libraries chosen: simplejpeg's decoder, torch's resize, Pillow's encoder,
 `tarfile`; without a check, a label, a hash or a statistic.
 
-    python -m benchmarks.parts '{"raw": …, "out": …, "side": …, "quality": …, "processes": …}'
+    python -m benchmarks.parts '{"raw": …, "out": …, "side": …, "quality": …, "per_shard": …,
+                                 "processes": …}'
 """
 
 import io
@@ -53,8 +54,10 @@ def _share(request: dict[str, object], number: int, cpu: int, processes: int) ->
     os.sched_setaffinity(0, [cpu])
     files = sorted(Path(str(request["raw"])).glob("train/*/*"))[number::processes]
     side, quality = int(str(request["side"])), int(str(request["quality"]))
-    out = Path(str(request["out"])) / f"parts-{number:06d}.tar"
-    pack(files, out, resize=side, crop=side, quality=quality)
+    many = int(str(request["per_shard"]))
+    for first in range(0, len(files), many):
+        out = Path(str(request["out"])) / f"parts-{number:03d}-{first:06d}.tar"
+        pack(files[first : first + many], out, resize=side, crop=side, quality=quality)
 
 
 def main() -> None:

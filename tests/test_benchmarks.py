@@ -1,6 +1,9 @@
 """Each script runs at its tiniest size, with ours and the limits, and compares equal work; no
 figure is judged. Peers run where `make bench-peers` has made their environments."""
 
+import math
+import os
+import tarfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -116,6 +119,19 @@ def test_builder_compares_the_public_command_with_its_parts(
     limit, ours, _ = cells(table, "PSNR, dB (worst)")
     assert limit == ours  # the very same JPEGs
     assert "Not here: img2dataset (not installed" in table.setting
+
+
+def test_steady_rate_is_that_of_the_tars_behind_each_workers_first(tmp_path: Path) -> None:
+    for number, (pictures_in, second) in enumerate([(7, 9), (5, 10), (30, 12), (10, 20), (20, 15)]):
+        path = tmp_path / f"{number}.tar"
+        with tarfile.open(path, "w") as tar:
+            for key in range(pictures_in):
+                tar.addfile(tarfile.TarInfo(f"{key}.jpg"))
+                tar.addfile(tarfile.TarInfo(f"{key}.json"))
+        os.utime(path, (second, second))
+    assert builder.steady(tmp_path, 2) == (30 + 20 + 10) / (20 - 10)
+    assert builder.steady(tmp_path, 4) == 10 / (20 - 15)
+    assert math.isnan(builder.steady(tmp_path, 5))
 
 
 def built(make: builder.Command, raw: pictures.Raw, folder: Path) -> builder.Quality:

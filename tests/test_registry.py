@@ -2,9 +2,12 @@
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from drawn import ROOT
 from gated import champion, content, enter_candidate_copy
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
@@ -29,6 +32,16 @@ def printed(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, 
     code = command.main(list(words))
     told = capsys.readouterr()
     return code, told.out, told.err
+
+
+def test_registry_starts_without_torch_and_matplotlib():
+    code = (
+        "import sys, training.registry.__main__;print({'torch', 'matplotlib'} & set(sys.modules))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], cwd=ROOT, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout) == (0, "set()\n"), done.stderr
 
 
 # promote and rollback

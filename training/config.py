@@ -13,9 +13,8 @@ from typing import Any, Literal
 
 import tyro
 
+from alexnet import Init, Rule, Variant
 from alexnet.errors import UserError
-from alexnet.model import Init, Variant
-from alexnet.optim import Rule
 
 _HIGHEST = 2**63  # what torch's generators take as a seed, and beyond all other uses
 

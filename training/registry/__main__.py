@@ -26,9 +26,8 @@ from mlflow.tracking import MlflowClient
 
 from alexnet.errors import UserError
 from training import interrupt, tracking
-from training.registry import alias, compare, lineage, listing, verdict
+from training.registry import alias, listing
 from training.registry.alias import Refused
-from training.registry.gate import CHAMPION, Asked, promote, rollback
 from training.registry.versions import NAME, aliases, resolve
 
 # Exit code, the document for --json, the text otherwise.
@@ -122,7 +121,12 @@ def _list(client: MlflowClient, args: argparse.Namespace) -> Answer:
     return 0, found, listing.table(found)
 
 
+# What follows imports in its functions, so that a list does not wait for torch and matplotlib.
+
+
 def _show(client: MlflowClient, args: argparse.Namespace) -> Answer:
+    from training.registry import lineage
+
     found = lineage.lineage(client, args.version, sample=args.sample, data=args.data)
     version = resolve(client, found["version"])
     held = sorted(name for name, at in aliases(client).items() if at == found["version"])
@@ -133,6 +137,9 @@ def _show(client: MlflowClient, args: argparse.Namespace) -> Answer:
 
 
 def _promote(client: MlflowClient, args: argparse.Namespace) -> Answer:
+    from training.registry import verdict
+    from training.registry.gate import CHAMPION, Asked, promote
+
     if args.force != bool(args.reason and args.reason.strip()):
         raise UserError('--force and --reason go together; pass --force --reason "why"')
     asked = Asked(
@@ -162,6 +169,8 @@ def _promote(client: MlflowClient, args: argparse.Namespace) -> Answer:
 
 
 def _rollback(client: MlflowClient, args: argparse.Namespace) -> Answer:
+    from training.registry.gate import rollback
+
     before, now = rollback(client, dry_run=args.dry_run)
     document = {"from": before, "to": now, "dry_run": args.dry_run}
     if args.dry_run:
@@ -170,6 +179,9 @@ def _rollback(client: MlflowClient, args: argparse.Namespace) -> Answer:
 
 
 def _compare(client: MlflowClient, args: argparse.Namespace) -> Answer:
+    from training.registry import compare
+    from training.registry.gate import Asked
+
     asked = Asked(data=args.data, workers=args.workers, shared_fs=args.shared_fs)
     found = compare.compare_versions(client, args.first, args.second, asked)
     return 0, compare.document(found), compare.text(found)

@@ -1,4 +1,9 @@
-"""Versions of the registered model and their aliases, as MLflow keeps them."""
+"""Versions of the registered model and their aliases, as MLflow keeps them.
+
+Without torch until one is loaded: a list of them is to come at once.
+"""
+
+from __future__ import annotations
 
 import contextlib
 import hashlib
@@ -8,18 +13,20 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import mlflow
-import torch
 from mlflow.entities import Run
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
-from alexnet.classifier import load_network, names_of_classes, read_description
 from alexnet.errors import UserError
-from alexnet.preprocess import InputSpec
+
+if TYPE_CHECKING:
+    import torch
+
+    from alexnet.preprocess import InputSpec
 
 NAME = "alexnet"
 # In a version's folder. MLflow puts what a model loads below artifacts/ and its code below code/.
@@ -53,6 +60,9 @@ def load(uri: str) -> Registered:
     pickle of the registry is run. Raises UserError for a URI that names nothing, for a model that
     was not registered by a training, and for files that are not those that were registered.
     """
+    from alexnet.classifier import load_network, names_of_classes, read_description
+    from alexnet.preprocess import InputSpec
+
     with _downloaded(uri) as (folder, registered):
         _refuse_changed(uri, folder, registered)
         description = read_description(folder / DESCRIPTION)
