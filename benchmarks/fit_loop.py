@@ -1,6 +1,6 @@
 """`training.loop.fit` without Ray and MLflow, for the benchmark of training steps.
 
-python -m benchmarks.fit_loop '{"shards": …, "batch": …, "steps": …, "augment": …, …}'
+python -m benchmarks.fit_loop '{"shards": …, "batch": …, "steps": …, …}'
 """
 
 import contextlib
@@ -69,7 +69,7 @@ def _config(request: dict[str, Any]) -> TrainConfig:
         flat_loss_steps=0,
         model=replace(deck.model, width=request["width"]),
         optim=replace(deck.optim, batch_size=request["batch"], lr=LR),
-        augment=deck.augment if request["augment"] else PLAIN,
+        augment=PLAIN,
     )
 
 

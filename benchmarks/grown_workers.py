@@ -27,7 +27,7 @@ from benchmarks.turns import in_turns
 from training.loop import Place, fit
 
 _PER_SHARD = 125
-_ROUNDS = 3
+_ROUNDS = 2
 Points = dict[int, list[tuple[float, float]]]
 _UNKNOWN = float("nan")
 
@@ -97,7 +97,7 @@ class Sizes:
             classes=self.classes,
             per_shard=500,
         )
-        return asdict(self) | {"shards": uri, "augment": False}
+        return asdict(self) | {"shards": uri}
 
 
 def stepped(request: dict[str, Any], count: int) -> float:

@@ -30,7 +30,7 @@ CLASSES = (10, 1_000, 10_000)  # of _MIDDLE pictures in _FEW_SHARDS shards
 VERSIONS = (10, 100, 1_000)
 _MIDDLE = 100_000
 _PER_SHARD, _FEW_SHARDS, _USUAL_CLASSES = 5_005, 20, 1_000
-_LARGE_ROUNDS = 2  # of sets that take longer than all others together
+_LARGE_ROUNDS = 1  # of sets that take longer than all others together
 
 Figures = dict[str, list[tuple[float, float]]]  # step → (seconds, peak MB) of each round
 

@@ -49,7 +49,7 @@ _PEERS = {  # environment → what decodes
 
 
 def run(
-    raw: Raw, rounds: int = 5, samples: int = 9_600, batch: int = 64, threads: int | None = None
+    raw: Raw, rounds: int = 5, samples: int = 6_400, batch: int = 64, threads: int | None = None
 ) -> Table:
     """Each round runs one epoch of every contender, in alternating order."""
     threads = threads or len(processes.cpus())

@@ -1,7 +1,7 @@
 """Claim: Ray Train and our loop cost next to nothing beside a bare PyTorch loop's step.
 
 Network, batch, precision and optimizer are the same, pictures are random and resident, nothing is
-augmented but where said. Each run is a process of its own on all CPUs.
+augmented: that is in recipes.py. Each run is a process of its own on all CPUs.
 """
 
 import functools
@@ -38,7 +38,6 @@ COLUMNS = (
 BARE = "bare PyTorch loop"
 TUNED = "the same with the memory settings of run.py's workers"
 FIT = "training.loop.fit, no Ray"
-AUGMENTED = "training.loop.fit with the recipe's augmentation"
 OURS = "training/run.py, through Ray Train and MLflow"
 _RUN = "bench"
 _LINE_EVERY = TrainConfig.log_steps
@@ -98,8 +97,7 @@ def contenders(request: dict[str, Any], folder: Path) -> dict[str, Callable[[int
     return {
         BARE: functools.partial(_module, "bare_loop", request, {}),
         TUNED: functools.partial(_module, "bare_loop", request, memory),
-        FIT: functools.partial(_module, "fit_loop", request | {"augment": False}, memory),
-        AUGMENTED: functools.partial(_module, "fit_loop", request | {"augment": True}, memory),
+        FIT: functools.partial(_module, "fit_loop", request, memory),
         OURS: functools.partial(_command, request, folder),
     }
 

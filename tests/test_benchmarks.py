@@ -250,7 +250,7 @@ def test_power_is_that_of_the_size() -> None:
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_training_steps_are_timed_on_any_number_of_ranks(shards: str, ranks: int) -> None:
     sizes = grown_workers.Sizes(batch=4, steps=1, classes=1000, width=0.1)
-    request = asdict(sizes) | {"shards": shards, "augment": False}
+    request = asdict(sizes) | {"shards": shards}
     if ranks > len(processes.cpus()):
         pytest.skip(f"{len(processes.cpus())} CPUs here")
     assert grown_workers.stepped(request, ranks) > 0

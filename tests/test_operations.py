@@ -1,6 +1,7 @@
 """docs/operations.md says what is so: its commands parse, its table is printed, its names exist."""
 
 import ast
+import math
 import re
 import shlex
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 from drawn import ROOT
 from registered import MLFLOW_WARNINGS
 
+from benchmarks import results, summary
 from pipelines import cli
 from pipelines.plan import Recipe
 from training import cost_estimate, cost_model, evaluate_command
@@ -145,16 +147,27 @@ def test_hours_of_a_training_are_those_of_the_cost_model():
 
 
 def test_figures_of_the_sizing_follow_from_the_measured_ones():
-    assert (
-        f"{cost_estimate.BUILD_PER_CORE:.0f} pictures/s, reading 31 MB/s and writing 6" in DOCUMENT
-    )
-    assert round(273 * 113e3 / 1e6) == 31 and round(273 * 22.7e3 / 1e6) == 6
-    assert -(-50_000 // 2880) == 18 and -(-16_000 // 2880) == 6
+    build, decode = cost_estimate.BUILD_PER_CORE, cost_model.DECODE_PER_CORE
+    read, written = (build * size / 1e6 for size in (113e3, 22.7e3))
+    assert f"{build:.0f} pictures/s, reading {read:.0f} MB/s and writing {written:.0f}" in DOCUMENT
+    assert f"{build:.0f} and {decode:,.0f} pictures/s per CPU" in DOCUMENT
+    few, many = (math.ceil(rate / decode) for rate in (16_000, 50_000))
+    needed = f"its pictures/s / {decode:,.0f}: {many} for 50,000, {few} for 16,000"
+    assert needed in DOCUMENT
     assert round(1_331_167 * 22.7e3 / 1e9) == 30 and round(1_281_167 * 22.7e3 / 1e9) == 29
     assert round(50_000 * 22.7e3 * 8 / 1e9) == 9
     assert round(62_378_344 * 8 / 1e9, 2) == 0.50
-    measured = (ROOT / "benchmarks" / "README.md").read_text()
-    assert "| 273 [" in measured and "| 5760 [" in measured
+
+
+@pytest.mark.parametrize("theme", ["builder", "loader"])
+def test_rates_of_the_sizing_lie_within_the_spread_of_the_newest_result(theme):
+    _, row, column = summary.COMPARED[theme]
+    per_core = {"builder": cost_estimate.BUILD_PER_CORE, "loader": cost_model.DECODE_PER_CORE}
+    found = [r for r in results.newest() if r.name == theme and r.hardware.endswith("-2cpus")]
+    assert found
+    for result in found:
+        low, high = re.search(r"\[([\d.]+)\.\.([\d.]+)\]", result.cell(row, column)).groups()
+        assert float(low) / 2 <= per_core[theme] <= float(high) / 2
 
 
 def test_links_lead_to_files_and_the_document_stays_short():

@@ -71,7 +71,7 @@ CONSTANTS = (
         "decoding, 227 px shards",
         "2,880 img/s per core",
         "measured",
-        "benchmarks/README.md, 2026-11-23: 5,760 img/s with 2 threads of a Zen 4 machine",
+        "benchmarks/results, loader: within the spread of half of two threads' rate on Zen 4",
     ),
     Constant(
         "all-reduce inside a node of 8",
