@@ -59,9 +59,19 @@ AIMS = (
         reason="hashes of source and shard, exact sums over the pixels, checks of the header and "
         "reading ahead are a fifth of a task, and none of them is for speed; between two shards "
         "a CPU waits 0.16 s for Ray Data, 5 % of these and 1 % of shards of "
-        "the default length (LOG.md)",
+        "the default length; Ray's processes take another 5 % of two CPUs (LOG.md)",
     ),
-    Aim("building beside img2dataset", "builder", _BUILDER, _RATE, "≥", 1.5, "img2dataset"),
+    Aim(
+        "building beside img2dataset",
+        "builder",
+        _BUILDER,
+        _RATE,
+        "≥",
+        1.5,
+        "img2dataset",
+        reason="1.5 is within its spread; what is missing is the same wait and Ray's processes. "
+        "It resizes at less quality, see the PSNR in the result",
+    ),
     Aim("building beside Ray Data", "builder", _BUILDER, _RATE, "≥", 4, "Ray Data"),
     Aim(
         "start-up of a build beyond Ray's own, s",
