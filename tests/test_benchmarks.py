@@ -170,7 +170,7 @@ def test_loader_compares_ours_with_webdataset_and_the_limits(
     without_peers(monkeypatch, tmp_path)
     table = loader.run(raw, rounds=1, samples=24, batch=8, threads=1)
     check(table, loader.COLUMNS)
-    assert len(table.rows) == 5
+    assert len(table.rows) == 4
     assert all(f"Not here: {peer} (not installed" in table.setting for peer in PEERS)
 
 
@@ -203,7 +203,7 @@ def test_a_loader_with_other_pictures_or_labels_is_refused() -> None:
 def test_train_compares_ray_train_with_a_bare_loop_of_the_same_network(raw: pictures.Raw) -> None:
     table = train.run(raw, rounds=1, steps=2, batch=2, classes=3, width=0.1)
     check(table, train.COLUMNS)
-    assert len(table.rows) == 5
+    assert len(table.rows) == 4
     assert len(set(cells(table, "GFLOP per picture"))) == 1
 
 

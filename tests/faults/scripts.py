@@ -61,9 +61,10 @@ class Script:
         return False
 
     def wait(self, seconds: float = 150) -> int:
-        """The exit code, once nothing that it started is left."""
+        """The exit code, once nothing that it started is left. Ray's agents look for a GCS that was
+        killed for more than half a minute before they end."""
         code = self._process.wait(seconds)
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 180
         while left := self.processes():
             assert time.monotonic() < deadline, f"still there: {left}"
             time.sleep(0.1)
