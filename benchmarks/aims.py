@@ -58,7 +58,7 @@ AIMS = (
         "the parts alone",
         reason="hashes of source and shard, exact sums over the pixels, checks of the header and "
         "reading ahead are a fifth of a task, and none of them is for speed; between two shards "
-        "a CPU waits 0.16 s for Ray Data, 5 % of these and 1 % of shards of "
+        "a CPU waits 0.16 s for Ray Data, 6 % of these and 1 % of shards of "
         "the default length; Ray's processes take another 5 % of two CPUs (LOG.md)",
     ),
     Aim(

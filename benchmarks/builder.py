@@ -139,13 +139,14 @@ def pictures_of(out: Path) -> dict[str, bytes]:
 
 def steady(out: Path, workers: int) -> float:
     """Pictures per second of wall time, from the tar with which each worker has ended one to the
-    last: by the times at which the tars were written. nan where there are no more tars."""
+    last: by the times at which the tars were written. nan where there are no more tars, or where
+    the file system gives all of them one time, as in trials of a few pictures."""
     tars = sorted(out.rglob("*.tar"), key=lambda path: path.stat().st_mtime_ns)
     later = tars[workers:]
     if not later:
         return float("nan")
     nanoseconds = later[-1].stat().st_mtime_ns - tars[workers - 1].stat().st_mtime_ns
-    return sum(map(_pictures_in, later)) / (nanoseconds / 1e9)
+    return sum(map(_pictures_in, later)) / (nanoseconds / 1e9) if nanoseconds else float("nan")
 
 
 def _pictures_in(tar: Path) -> int:

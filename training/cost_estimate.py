@@ -24,9 +24,8 @@ from training.cost_model import (
 
 PICTURES = TRAIN_IMAGES + 50_000  # of a build with its default splits, train and val
 RAW_PICTURE_BYTES, STORED_SAMPLE_BYTES = 113e3, 22.7e3
-BUILD_PER_CORE = (
-    273.0  # pictures a second, measured: within the spread of benchmarks/results, builder
-)
+# Pictures a second, measured: within the spread of benchmarks/results, builder.
+BUILD_PER_CORE = 273.0
 USABLE = 0.92  # of a network's line rate, as in docs/scaling.md
 GPU_SHARE = 1 / 3  # of the data sheet's dense bfloat16 rate: assumed, as in docs/scaling.md
 
