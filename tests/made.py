@@ -41,7 +41,9 @@ def contents(out: str) -> dict[str, bytes]:
 
 def started(argv: list[str], folder: Path, environment: dict[str, str]) -> subprocess.Popen[str]:
     """`python -m pipelines ARGV` as somebody in `folder` runs it, in a session of its own."""
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import pipelines.__main__"
+    # As from a terminal: whoever starts the tests in the background has them ignore Ctrl-C.
+    code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    code += f"import sys; sys.path.insert(0, {str(ROOT)!r}); import pipelines.__main__"
     return subprocess.Popen(
         [sys.executable, "-c", code, *argv],
         cwd=folder,
