@@ -35,12 +35,14 @@ def build(
     address: str | None = None,
     shared_fs: bool = False,
     as_json: bool = False,
+    repairs: bool = False,
 ) -> shards.Manifest | None:
     """Make what is missing of the plan in `out`, claimed for it, then the index and the manifest.
 
     only: numbers of the shards to make; without the others there is no manifest yet: None.
     workers: most shards under way at once; None for as many as the cluster has CPUs.
     address: of the Ray cluster, as `cluster.connect` takes it.
+    repairs: the set was finished before, so that a class of which nothing can be read is no news.
     Raises UserError before any long work for what the user can mend, BuildFailed afterwards.
     """
     done, missing = finish.finished_shards(out, made_plan)
@@ -67,7 +69,19 @@ def build(
     if missing:
         names = ", ".join(made_plan.shards[number].name for number in missing)
         raise BuildFailed(f"{names} vanished meanwhile; the same command continues this build")
+    if not repairs and not made_plan.recipe.partial:
+        _refuse_lost_classes(finish.lost_classes(out, done))
     return finish.finish(out, made_plan, done)
+
+
+def _refuse_lost_classes(lost: dict[str, int]) -> None:
+    if lost:
+        shown = ", ".join(f"{name} ({images:,} images)" for name, images in [*lost.items()][:5])
+        raise BuildFailed(
+            f"of {len(lost):,} class{'es' * (len(lost) > 1)} no image can be read: {shown}"
+            f"{', …' * (len(lost) > 5)}; mend the images and pass --retry-quarantined, or build "
+            "with --partial into another --out"
+        )
 
 
 def _remove_faulty(out: str, made_plan: Plan, reasons: dict[int, str]) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import io
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -27,12 +28,13 @@ _NO_PLAN: tuple[type[Exception], ...] = (UserError, *DAMAGE)  # a recipe is chec
 _PLAN_ID = b"alexnet.plan_id"
 
 
-def begin(out: str, raw: str, plan: Plan) -> None:
-    """Claim `out` for this plan, or join it there. Raises UserError when it is another's."""
+def begin(out: str, raw: str, plan: Plan) -> Plan:
+    """Claim `out` for this plan, or join it there. The plan with what its first builder counted in
+    RAW, which the manifest tells. Raises UserError when `out` is another's."""
     storage.sweep(out)  # what killed builders left, or the disk could fill up with it
     location = storage.join(out, *_PLAN)
     if not storage.exists(location):
-        _refuse_strangers(out, plan)
+        plan = _refuse_strangers(out, plan)
         try:
             storage.write_new(location, _document(plan))
         except UserError:
@@ -48,6 +50,7 @@ def begin(out: str, raw: str, plan: Plan) -> None:
         storage.write(storage.join(out, *_ROWS), _rows_by_shard(plan))
     if raw_of(out) != raw:
         storage.write(storage.join(out, *_RAW), shards.canonical_json({"raw": raw}))
+    return dataclasses.replace(plan, entries=found.get("entries"))
 
 
 def refuse_full(out: str, plan: Plan, numbers: Collection[int]) -> None:
@@ -105,6 +108,7 @@ def _parsed(document: dict[str, Any]) -> Plan:
     ):
         raise ValueError("its identity is not that of its plan_id")
     fields = {name: document[name] for name in ("labels_from", "announced", "official")}
+    fields["entries"] = document.get("entries")
     plan = Plan(
         plan_id=document["plan_id"],
         identity=document["identity"],
@@ -122,14 +126,17 @@ def _parsed(document: dict[str, Any]) -> Plan:
     return plan
 
 
-def _refuse_strangers(out: str, plan: Plan) -> None:
-    """A folder without a plan must be empty, or a set of this very plan that lost it."""
+def _refuse_strangers(out: str, plan: Plan) -> Plan:
+    """A folder without a plan must be empty, or a set of this very plan that lost it: the plan,
+    with the entries of that set."""
     files = {name for name, _ in storage.list_files(out)}
-    manifest = storage.join(out, "manifest.json")
-    if "manifest.json" in files and shards.read_json(manifest).get("plan_id") == plan.plan_id:
-        return
+    if "manifest.json" in files:
+        manifest = shards.read_json(storage.join(out, "manifest.json"))
+        if manifest.get("plan_id") == plan.plan_id:
+            return dataclasses.replace(plan, entries=manifest.get("entries"))
     if other := sorted(files - _own_parts(out, plan, files)):
         raise UserError(f"{out} is not empty ({other[0]}, …) and no shard set; choose --out")
+    return plan
 
 
 def _own_parts(out: str, plan: Plan, files: set[str]) -> set[str]:
@@ -196,6 +203,30 @@ def read_rows(out: str, plan_id: str, number: int) -> list[dict[str, Any]]:
     return rows
 
 
+def lost_classes(out: str, rejected: Mapping[str, Sequence[str]]) -> dict[str, int]:
+    """ "SPLIT/CLASS" → images, of the classes of which every planned image of a split is among the
+    rejected keys by split. Unlabelled images count for no class."""
+    if not any(rejected.values()):
+        return {}
+    try:
+        with _open_rows(out) as parquet:
+            rows = parquet.read(["split", "key", "wnid"], use_threads=False)
+    except DAMAGE as error:
+        raise _damaged(storage.join(out, *_ROWS)) from error
+    lost: dict[str, int] = {}
+    for split, keys in rejected.items():
+        of_split = rows.filter(pc.equal(rows["split"], split))
+        is_rejected = pc.is_in(of_split["key"], value_set=pa.array([*keys], pa.string()))
+        planned = _counts(of_split["wnid"])
+        refused = _counts(of_split["wnid"].filter(is_rejected))
+        lost |= {f"{split}/{w}": n for w, n in sorted(refused.items()) if w and planned[w] == n}
+    return lost
+
+
+def _counts(values: Any) -> dict[str, int]:
+    return {row["values"]: row["counts"] for row in pc.value_counts(values).to_pylist()}
+
+
 def _check_rows(table: pa.Table) -> None:
     """Keys and sources become names of files: in OUT those of quarantined pictures, in RAW those of
     archives. Raises UserError or ValueError for any that leads elsewhere."""
@@ -231,7 +262,7 @@ def _rows_belong_to(out: str) -> str | None:
 
 
 def _document(plan: Plan) -> bytes:
-    document = {
+    document: dict[str, Any] = {
         "plan_id": plan.plan_id,
         "identity": plan.identity,
         "shards": [asdict(shard) for shard in plan.shards],
@@ -240,6 +271,8 @@ def _document(plan: Plan) -> bytes:
         "announced": plan.announced,
         "official": plan.official,
     }
+    if plan.entries is not None:
+        document["entries"] = plan.entries
     return shards.canonical_json(document, indent=1)
 
 

@@ -28,7 +28,7 @@ def build(arguments: argparse.Namespace) -> int:
     if arguments.retry_quarantined:
         again = repair.retry_quarantined(out, source.raw, plan)
         _say(arguments, f"made again: {', '.join(again) or 'nothing, no picture is quarantined'}")
-    claim.begin(out, source.raw, plan)
+    plan = claim.begin(out, source.raw, plan)
     if storage.exists(storage.join(out, "manifest.json")):
         _say(arguments, f"{out} is finished already (plan {plan.plan_id[:12]}); nothing to do")
         _say(arguments, _next_command(out))
@@ -220,6 +220,7 @@ def _plan_document(source: Source, plan: Plan, out: str) -> dict[str, Any]:
         "official": source.official,
         "classes": len(source.wnids),
         "notes": list(source.notes),
+        "entries": plan.entries,
         "splits": splits,
         "bytes": int(plan.pictures * plan.recipe.bytes_per_sample),
         "plan_id": plan.plan_id,
@@ -229,9 +230,9 @@ def _plan_document(source: Source, plan: Plan, out: str) -> dict[str, Any]:
 
 def _summary(manifest: Manifest) -> dict[str, Any]:
     document = manifest.document
-    names = ("plan_id", "totals", "fixes", "rejected")
+    names = ("plan_id", "totals", "fixes", "rejected", "entries", "lost_classes")
     shards = {"shards": len(manifest.shards), "data_set": manifest.digest}
-    return {name: document[name] for name in names} | shards
+    return {name: document[name] for name in names if name in document} | shards
 
 
 def _built(manifest: Manifest, out: str) -> str:

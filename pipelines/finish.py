@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from alexnet.errors import UserError
-from pipelines import shards, storage
+from pipelines import claim, shards, storage
 from pipelines.job import codec_versions, quarantine_uri
 from pipelines.plan import Plan, ShardPlan
 
@@ -93,6 +93,15 @@ def remove(out: str, shard: str) -> None:
     storage.delete(storage.join(out, f"{shard}.tar"))
 
 
+def lost_classes(out: str, done: list[Done]) -> dict[str, int]:
+    """The classes of a split of which no image could be read: "SPLIT/CLASS" → its images."""
+    rejected: dict[str, list[str]] = {}
+    for _, status in done:
+        keys = [str(entry["key"]) for entry in status["rejected"]]
+        rejected[status["split"]] = rejected.get(status["split"], []) + keys
+    return claim.lost_classes(out, rejected)
+
+
 def finish(out: str, plan: Plan, done: list[Done]) -> shards.Manifest:
     """Write everything that is derived from the shards, the manifest last."""
     assert [shard for shard, _ in done] == list(plan.shards), "a shard is missing"
@@ -105,6 +114,10 @@ def finish(out: str, plan: Plan, done: list[Done]) -> shards.Manifest:
         statuses = [status for _, status in done if status["split"] == split]
         hashes |= _write_split(out, split, statuses)
     document = _manifest(plan, [status for _, status in done])
+    if plan.entries is not None:  # a set from before these is finished as it would have been
+        document["entries"] = plan.entries
+        if lost := lost_classes(out, done):
+            document["lost_classes"] = lost
     manifest = shards.canonical_json(document, indent=1)
     digest = hashes["manifest.json"] = hashlib.sha256(manifest).hexdigest()
     lines = "".join(f"{digest}  {name}\n" for name, digest in sorted(hashes.items()))

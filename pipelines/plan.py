@@ -106,6 +106,7 @@ class Plan:
     announced: dict[str, int] | None
     official: bool
     archives: dict[str, str]  # their storage.version, as in Source; {} when read from OUT
+    entries: dict[str, Any] | None  # sources.Accounts of RAW; None in a plan from before these
     table: pa.Table | None  # sources.TABLE in the order of the shards; None when read from OUT
 
     @property
@@ -148,6 +149,7 @@ def make(source: Source, recipe: Recipe) -> Plan:
         announced=source.announced,
         official=source.official,
         archives=source.archives,
+        entries=source.accounts.to_json(),
         table=table,
     )
 

@@ -178,7 +178,9 @@ class Reader:
     def _checked(self, uri: str, position: int, image: pa.StructScalar) -> bytes:
         """Its bytes; b"" where the file has none, to be rejected like any empty picture."""
         row = self._rows[position]
-        found = picture_names(pa.array([image["path"].as_py()], pa.string()))[0].as_py()
+        path = image["path"].as_py() if "path" in image else None
+        number = pa.array([row["offset"]], pa.int64())
+        found = picture_names(pa.array([path], pa.string()), row["source"], number)[0].as_py()
         if found != row["name"]:
             raise UserError(
                 f"{uri} has changed: row {row['offset']:,} was {row['name']} and is {found}; "
@@ -207,11 +209,15 @@ def cost(rows: pa.Table) -> tuple[int, int]:
     return len(firsts), int(lengths.sum())
 
 
-def picture_names(paths: pa.Array) -> pa.Array:
-    """Names of the raw files from `image.path` in Hugging Face's parquet files, which repeats the
-    WNID: n01440764_10026_n01440764.JPEG, ILSVRC2012_val_00000293_n01440764.JPEG."""
+def picture_names(paths: pa.Array, source: str, rows: pa.Array) -> pa.Array:
+    """Names of the raw files from `image.path` in a parquet file, which repeats the WNID in
+    Hugging Face's: n01440764_10026_n01440764.JPEG, ILSVRC2012_val_00000293_n01440764.JPEG. Where
+    it is null, the name is that of the parquet file with the number of the row."""
     names = pc.replace_substring_regex(paths, r"^.*/", "")
-    return pc.replace_substring_regex(names, r"_n\d{8}(\.[^.]*)$", r"\1")
+    names = pc.replace_substring_regex(names, r"_n\d{8}(\.[^.]*)$", r"\1")
+    stem = source.rpartition("/")[2].removesuffix(PARQUET)
+    numbered = pc.binary_join_element_wise(stem, rows.cast(pa.string()), "-")
+    return pc.if_else(pc.equal(pc.fill_null(names, ""), ""), numbered, names)
 
 
 # What one read fetches
@@ -271,7 +277,7 @@ def _batches(file: tars.RangeFile, group: _RowGroup) -> Iterator[pa.StructArray]
     batches = parquet.iter_batches(
         batch_size=max(1, min(rows, about.num_rows)),
         row_groups=[group.number],
-        columns=["image.bytes", "image.path"],
+        columns=["image"],
         use_threads=False,
     )
     for batch in batches:

@@ -53,7 +53,7 @@ def repair(
         finish.remove(out, name)
     no_limit = MaxRejected(number=plan.pictures)
     manifest = pipelines.build.build(
-        plan, raw, out, max_rejected=no_limit, shared_fs=shared_fs, as_json=as_json
+        plan, raw, out, max_rejected=no_limit, shared_fs=shared_fs, as_json=as_json, repairs=True
     )
     assert manifest is not None, "a build of all shards ends with a manifest"
     if expected and manifest.digest not in expected:

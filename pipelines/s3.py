@@ -160,7 +160,7 @@ def list_objects(uri: str) -> list[tuple[str, int]]:
         pages = client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
         for page in pages:
             for item in page.get("Contents", []):
-                if not item["Key"].endswith("/"):
+                if item["Key"] != prefix:  # of the folder itself
                     yield item["Key"].removeprefix(prefix), int(item["Size"])
 
     return _store().ask(lambda client: list(found(client)))

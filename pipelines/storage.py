@@ -86,10 +86,14 @@ def read_each(uris: Sequence[str], ahead: int = 16) -> Iterator[bytes]:
             yield data
 
 
-def list_files(uri: str) -> list[tuple[str, int]]:
-    """(name relative to `uri`, bytes) of every file below it, sorted by name; [] if none."""
+def list_files(uri: str, *, markers: bool = False) -> list[tuple[str, int]]:
+    """(name relative to `uri`, bytes) of every file below it, sorted by name; [] if none.
+
+    markers: with the objects whose names end with "/", by which web consoles keep empty folders.
+    """
     with _told(uri):
-        return sorted(s3.list_objects(uri) if is_s3(uri) else _list_folder(Path(uri), ""))
+        found = s3.list_objects(uri) if is_s3(uri) else _list_folder(Path(uri), "")
+        return sorted(entry for entry in found if markers or not entry[0].endswith("/"))
 
 
 def write_new(uri: str, data: bytes, below: str | None = None) -> None:
@@ -188,6 +192,8 @@ def _list_folder(folder: Path, prefix: str) -> Iterator[tuple[str, int]]:
     with os.scandir(folder) as entries:
         for entry in entries:
             if entry.is_dir():
+                if entry.name == "lost+found" and not prefix:  # of a disk's root, and its owner's
+                    continue
                 yield from _list_folder(folder / entry.name, f"{prefix}{entry.name}/")
             elif entry.is_file() and not _is_temporary(entry.name):
                 yield prefix + entry.name, entry.stat().st_size

@@ -104,7 +104,10 @@ def test_a_damaged_plan_is_told_and_written_anew_when_it_is_gone(tmp_path: Path)
     made = plan.make(source, plan.Recipe(splits=("train",)))
     claim.begin(str(tmp_path), source.raw, made)
     before = {path: path.read_bytes() for path in (tmp_path / "_meta").iterdir()}
-    storage.write(f"{tmp_path}/manifest.json", shards.canonical_json({"plan_id": made.plan_id}))
+    storage.write(
+        f"{tmp_path}/manifest.json",
+        shards.canonical_json({"plan_id": made.plan_id, "entries": made.entries}),
+    )
     (tmp_path / "_meta" / "plan.json").write_bytes(b'{"plan_id":')
     (tmp_path / "_meta" / "plan.parquet").write_bytes(b"PAR1 no more")
     for call in (claim.load, lambda out: claim.begin(out, source.raw, made)):

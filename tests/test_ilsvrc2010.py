@@ -79,9 +79,9 @@ def test_what_is_no_picture_in_the_patches_is_ignored_and_a_part_may_lack_some(
 ) -> None:
     patches = tar([("patch_images/readme.txt", b"x"), (f"patch_images/train/{A}_9.JPEG", b"x")])
     source = sources.scan(str(archives_2010(tmp_path, patches=patches)), SPLITS, partial=True)
-    assert (
-        source.notes[0] == f"{PATCHES}: ignored what is no picture, first patch_images/readme.txt"
-    )
+    told = "ignored 1 members that are no images, first patch_images/readme.txt"
+    assert source.notes[0] == f"{PATCHES}: {told}"
+    assert source.accounts.ignored_members == {PATCHES: 1}
     assert PATCHES not in source.table["source"].to_pylist()
 
 

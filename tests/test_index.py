@@ -87,7 +87,9 @@ def test_litter_is_kept_apart_and_counted(archive: Path) -> None:
         tar([("n1.tar", inner), ("._n1.tar", b"no tar"), ("__MACOSX/n1.tar", b"none either")])
     )
     notes: list[str] = []
-    found = index.without_litter("outer.tar", index.nested(str(archive)), notes)
+    ignored: dict[str, int] = {}
+    found = index.without_litter("outer.tar", index.nested(str(archive)), notes, ignored)
+    assert ignored == {"outer.tar": 4}
     assert found.select(["outer", "name"]).to_pylist() == [{"outer": "n1.tar", "name": "a.JPEG"}]
     assert notes == ["outer.tar: ignored 4 files that desktop systems leave behind, first ._n1.tar"]
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from typing import Any
 
 from alexnet.errors import UserError
-from pipelines import storage
-from pipelines.sources import folders, huggingface, ilsvrc, kaggle, own_shards, table
+from pipelines import entries, storage
+from pipelines.sources import accounts, folders, huggingface, ilsvrc, kaggle, own_shards, table
 from pipelines.sources.table import SPLITS, TABLE, UNLABELLED, Shuffle, Source, StoredAs
 
 __all__ = ["SPLITS", "TABLE", "UNLABELLED", "Shuffle", "Source", "StoredAs", "scan"]
@@ -29,34 +31,80 @@ _EXPECTED = (
 
 
 def scan(raw: str, splits: Sequence[str], partial: bool = False) -> Source:
-    """Recognise the layout of `raw`, find every picture of `splits` and label it.
+    """Recognise the layout of `raw`, find every image of `splits` and label it.
 
     Raises UserError when the layout is unknown, ambiguous or incomplete, when an archive is
     damaged, when two sources of a label contradict each other, and, unless `partial`, when there
-    are fewer or more pictures than the devkit, the lists or the published archives announce.
+    are fewer or more images than the devkit, the lists or the published archives announce, or
+    when an entry where the layout looks for images cannot be read.
     """
-    files = dict(storage.list_files(raw))
-    if not files:
+    found = entries.listing(raw)
+    files = found.files
+    if not files and not found.broken:
         raise UserError(
             f"{raw}: there is no folder with files of that name; --raw wants the folder or s3:// "
             "prefix that holds the raw data"
         )
-    for name in files:
-        if not name.isascii() and not _is_text(name):
-            raise UserError(f"{raw}: the name of {name} is no UTF-8; rename it")
-    found = {name: module for name, module in _LAYOUTS.items() if module.recognises(files)}
-    if len(found) > 1:
+    _refuse_names(raw, [*files, *found.empty, *found.ignored, *found.broken])
+    layouts = {name: module for name, module in _LAYOUTS.items() if module.recognises(found)}
+    if len(layouts) > 1:
         raise UserError(
-            f"{raw} is ambiguous: it holds {' and also '.join(found)}; give each its own folder"
+            f"{raw} is ambiguous: it holds {' and also '.join(layouts)}; give each its own folder"
         )
-    if not found:
-        tops = ", ".join(sorted({name.split("/", 1)[0] for name in files})[:5])
-        raise UserError(f"{raw}: no known layout; expected {_EXPECTED}; found {tops}")
-    (module,) = found.values()
+    if not layouts:
+        raise UserError(f"{raw}: no known layout; expected {_EXPECTED}; found {_tops(found)}")
+    (module,) = layouts.values()
+    left_out = _unreadable(raw, found, module, splits, partial)
     archives = _versions(raw, [name for name in files if name.endswith(".tar")])
-    source: Source = module.scan(raw, files, splits, partial)
+    source: Source = module.scan(raw, found, splits, partial)
     table.check(raw, source.table)
-    return replace(source, archives=archives)
+    places = module.places(found)
+    account = accounts.of(
+        found,
+        source.table["source"],
+        [name for name, _ in source.containers],
+        module.LISTS,
+        {split: place for split, place in places.items() if split not in splits},
+        left_out | source.left_out,
+        source.ignored_members,
+    )
+    notes = (*source.notes, *account.notes())
+    return replace(source, archives=archives, accounts=account, notes=notes)
+
+
+def _refuse_names(raw: str, names: Sequence[str]) -> None:
+    """Raises UserError for names that are no text, which no index or list could hold."""
+    bad = [name for name in names if not name.isascii() and not _is_text(name)]
+    if bad:
+        shown = ", ".join(map(ascii, bad[:5])) + ", …" * (len(bad) > 5)
+        raise UserError(f"{raw}: {len(bad):,} names are not UTF-8 ({shown}); rename them")
+
+
+def _unreadable(
+    raw: str, found: entries.Listing, module: Any, splits: Sequence[str], partial: bool
+) -> dict[str, str]:
+    """What cannot be read where this layout looks for images of `splits` or for its lists, and
+    why. Raises UserError for it unless `partial`."""
+    places = module.places(found)
+    wanted = "|".join([module.LISTS, *(places[split] for split in splits if split in places)])
+    broken = {
+        name: why
+        for name, why in found.broken.items()
+        if re.search(wanted, name) and not entries.rule(name)
+    }
+    if broken and not partial:
+        raise UserError(
+            f"{raw}: {accounts.named(broken)}, cannot be read; mend or remove what is named, or "
+            "pass --partial to leave it out"
+        )
+    return broken
+
+
+def _tops(found: entries.Listing) -> str:
+    """What lies at the top, for a person who wonders why it is no layout."""
+    return ", ".join(
+        f"{top} ({found.broken[top]})" if top in found.broken else top for top in found.tops()[:5]
+    )
 
 
 def _versions(raw: str, names: list[str]) -> dict[str, str]:

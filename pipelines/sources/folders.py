@@ -7,37 +7,75 @@ unless it is the devkit of 2010 with its test ground truth.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from alexnet.errors import UserError
-from pipelines import storage
+from pipelines import entries, storage
 from pipelines.sources import devkit
 from pipelines.sources.ilsvrc import announced, check_promise
-from pipelines.sources.table import SPLITS, Source, labelled, part
+from pipelines.sources.table import (
+    SPLITS,
+    Source,
+    fewer,
+    labelled,
+    part,
+    read_text,
+    with_own_keys,
+)
 
 SYNSET_MAPPING = "LOC_synset_mapping.txt"
+LISTS = "^(" + "|".join(
+    re.escape(name)
+    for name in (SYNSET_MAPPING, devkit.NAME, devkit.NAME_2010, devkit.TEST_TRUTH_2010)
+) + ")$"  # fmt: skip
 _BY_FOLDER = "name of the class folder"
 _BY_NUMBER = "number in the file name, line of the devkit's ground truth, WNID of meta.mat"
-_IS_PICTURE = r"(?i)\.(jpeg|jpg|png|webp|bmp|gif)$"
-_IS_LITTER = r"(^|/)(\.|__MACOSX/)"  # of Finder, notebooks, editors
+# A file under any other name may be an image, which its bytes will tell.
+_IS_IMAGE = r"(?i)\.(jpe?g|jpe|jfif|png|webp|bmp|gif|tiff?|ppm|pgm|pbm)$"
+_IS_ARCHIVE = r"(?i)\.(tar|tgz|tbz2?|txz|tar\.\w+|zip|7z|rar|parquet|arrow|tfrecords?|mdb)$"
+_FOLDERS = {
+    "train": ("train", "training"),
+    "val": ("val", "valid", "validation"),
+    "test": ("test", "testing"),
+}
 _FULL_SET = 1000  # classes of ILSVRC
 
 
-def recognises(files: dict[str, int]) -> bool:
-    return any(name.split("/", 1)[0] in SPLITS for name in files if "/" in name)
+@dataclass(frozen=True)
+class Found:
+    """images: of each split that has some, columns folder ("" where there is none), name, source
+    (relative to RAW), size (bytes), in the order of the names. vacant: class folders without an
+    image, by split, and why. left_out: entries that were passed over by --partial, and why."""
+
+    images: dict[str, pa.RecordBatch]
+    vacant: dict[str, dict[str, str]]
+    left_out: dict[str, str]
 
 
-def scan(raw: str, files: dict[str, int], splits: Sequence[str], partial: bool) -> Source:
-    found, notes = pictures(files)
-    require(raw, found, splits, "WNID/")
-    classes = {  # one ranking, whatever the splits
-        split: check_folders(raw, split, rows, split in splits)
-        for split, rows in found.items()
-        if split in {"train", "val", *splits}
+def recognises(found: entries.Listing) -> bool:
+    return any(_split_folders(found, "").values())
+
+
+def places(found: entries.Listing, below: str = "") -> dict[str, str]:
+    """Regex of the entries of each split."""
+    tops = _split_folders(found, below)
+    return {
+        s: rf"^{re.escape(below)}({'|'.join(names)})(/|$)" for s, names in tops.items() if names
     }
+
+
+def scan(raw: str, listing: entries.Listing, splits: Sequence[str], partial: bool) -> Source:
+    files = listing.files
+    ranking = [split for split in SPLITS if split in {"train", "val", *splits}]
+    found = images(raw, listing, ranking, partial)
+    require(raw, found, splits, "WNID/")
+    classes = {split: {*vacant} for split, vacant in found.vacant.items()}
+    for split, rows in found.images.items():  # one ranking, whatever the splits
+        classes[split] |= check_folders(raw, split, rows, split in splits)
     wnids = tuple(sorted(set().union(*classes.values())))
     kit = devkit.find(raw, files)
     if kit:
@@ -50,10 +88,10 @@ def scan(raw: str, files: dict[str, int], splits: Sequence[str], partial: bool) 
             _check_classes(raw, classes)
     parts, labels_from = [], {}
     for split in splits:
-        rows = found[split]
+        rows = found.images[split]
         of_rows, labels_from[split] = _wnids(raw, split, rows, kit)
         parts.append(part(split, rows["name"], of_rows, rows["source"], 0, rows["size"]))
-    table = labelled(parts, wnids)
+    table = with_own_keys(labelled(parts, wnids))
     if kit and not partial:
         check_promise(raw, kit, table, splits)
     return Source(
@@ -65,42 +103,106 @@ def scan(raw: str, files: dict[str, int], splits: Sequence[str], partial: bool) 
         labels_from=labels_from,
         containers=(),
         announced=announced(kit, splits),
-        notes=notes,
+        notes=(),
+        left_out=found.left_out,
     )
 
 
-def pictures(
-    files: dict[str, int], below: str = ""
-) -> tuple[dict[str, pa.RecordBatch], tuple[str, ...]]:
-    """The pictures under train/, val/ and test/ of the folder `below`, and a note on other files.
+def _split_folders(found: entries.Listing, below: str) -> dict[str, list[str]]:
+    """The folders in `below` that hold each split; [] where none does."""
+    tops = found.tops(below)
+    return {
+        split: [top for top in tops if top.lower() in known] for split, known in _FOLDERS.items()
+    }
 
-    Columns folder ("" where there is none), name, source (relative to RAW), size (bytes), in the
-    order of `files`. A split without pictures is left out.
+
+def images(
+    raw: str, found: entries.Listing, splits: Sequence[str], partial: bool, below: str = ""
+) -> Found:
+    """What may be an image in the folders of `splits`, which lie in the folder `below`.
+
+    Raises UserError for a split with two folders, for archives among the images, and, unless
+    `partial`, for class folders in which no file may be an image.
     """
-    sources, sizes = pa.array(list(files), pa.string()), pa.array(list(files.values()), pa.int64())
-    found, litter = {}, []
-    for split in SPLITS:
-        inside = pc.starts_with(sources, f"{below}{split}/")
-        source, size = sources.filter(inside), sizes.filter(inside)
-        good = pc.match_substring_regex(source, _IS_PICTURE)
-        good = pc.and_not(good, pc.match_substring_regex(source, _IS_LITTER))
-        litter.append(source.filter(pc.invert(good)))
+    names = pa.array(list(found.files), pa.string())
+    sizes = pa.array(list(found.files.values()), pa.int64())
+    batches, vacant = {}, {}
+    left_out: dict[str, str] = {}
+    for split, tops in _split_folders(found, below).items():
+        if len(tops) > 1:
+            raise UserError(f"{raw} is ambiguous: {' and '.join(tops)} both are {split}; keep one")
+        if split not in splits or not tops:
+            continue
+        place = f"{below}{tops[0]}/"
+        inside = pc.starts_with(names, place)
+        source, size = names.filter(inside), sizes.filter(inside)
+        rule = entries.rules(source)
+        archive = pc.and_(pc.is_null(rule), pc.match_substring_regex(source, _IS_ARCHIVE))
+        left_out |= _archives(raw, source.filter(archive), partial)
+        good = pc.and_(pc.is_null(rule), pc.invert(archive))
+        ignored = source.filter(pc.invert(good)).to_pylist()
         source, size = source.filter(good), size.filter(good)
-        place = rf"^{re.escape(below)}{split}/(?:(?P<folder>.*)/)?(?P<name>[^/]+)$"
-        folder, name = pc.extract_regex(source, place).flatten()
+        inner = rf"^{re.escape(place)}(?:(?P<folder>.*)/)?(?P<name>[^/]+)$"
+        folder, name = pc.extract_regex(source, inner).flatten()
+        vacant[split] = _vacant(found, place, ignored, set(pc.unique(folder).to_pylist()))
         if len(source):
             columns = {"folder": folder, "name": name, "source": source, "size": size}
-            found[split] = pa.record_batch(columns)
-    ignored = pa.concat_arrays(litter)
-    note = f"ignored {len(ignored)} files that are no pictures, first {pc.min(ignored).as_py()}"
-    return found, (note,) if len(ignored) else ()
+            batches[split] = pa.record_batch(columns)
+            if not pc.any(pc.not_equal(folder, "")).as_py():  # flat: no class folders
+                vacant[split] = {}
+        empty = {f"{place}{name}" for name in vacant[split]} & set(found.empty)
+        left_out |= dict.fromkeys(sorted(empty), "an empty class folder")
+    _refuse_vacant(raw, vacant, partial)
+    return Found(batches, vacant, left_out)
 
 
-def require(raw: str, found: Collection[str], splits: Sequence[str], below: str) -> None:
-    if absent := [split for split in splits if split not in found]:
+def _archives(raw: str, names: pa.Array, partial: bool) -> dict[str, str]:
+    if len(names) and not partial:
         raise UserError(
-            f"{raw}: --splits {','.join(splits)} needs pictures in {absent[0]}/{below}, not there; "
-            "add them or ask for fewer --splits"
+            f"{raw}: {names[0].as_py()} is an archive among class folders ({len(names):,} such); "
+            "extract them, or pass --partial to leave them out"
+        )
+    return dict.fromkeys(names.to_pylist(), "an archive among class folders")
+
+
+def _vacant(
+    found: entries.Listing, place: str, ignored: Sequence[str], filled: set[str]
+) -> dict[str, str]:
+    """The class folders in `place` in which no file may be an image, and why."""
+    reasons = dict.fromkeys([*ignored, *found.ignored], "no file in it may be an image")
+    reasons |= dict.fromkeys(found.empty, "it is empty") | found.broken
+    folders = {*found.empty} | {name for name in found.broken if not _is_file(name)}
+    classes: dict[str, str] = {}
+    for name, why in reasons.items():
+        first, _, rest = name.removeprefix(place).partition("/")
+        if name.startswith(place) and (rest or name in folders):
+            classes[first] = why
+    taken = {name.split("/", 1)[0] for name in filled}
+    return {name: classes[name] for name in sorted(classes.keys() - taken)}
+
+
+def _is_file(name: str) -> bool:
+    """Of what cannot be looked at: a class folder, unless the name is that of a file."""
+    return bool(re.search(_IS_IMAGE, name) or entries.rule(name))
+
+
+def _refuse_vacant(raw: str, vacant: dict[str, dict[str, str]], partial: bool) -> None:
+    reasons = {f"{split}/{name}": why for split, of in vacant.items() for name, why in of.items()}
+    if reasons and not partial:
+        shown = ", ".join(f"{name} ({why})" for name, why in [*reasons.items()][:5])
+        raise UserError(
+            f"{raw}: {len(reasons):,} class folder{'s' * (len(reasons) > 1)} without an image: "
+            f"{shown}{', …' * (len(reasons) > 5)}; add images or remove the folder, or pass "
+            "--partial to keep its label without images"
+        )
+
+
+def require(raw: str, found: Found, splits: Sequence[str], below: str) -> None:
+    if absent := [split for split in splits if split not in found.images]:
+        folders = " or ".join(f"{name}/{below}" for name in _FOLDERS[absent[0]])
+        raise UserError(
+            f"{raw}: --splits {','.join(splits)} needs images in {folders}, not there; add them"
+            f"{fewer(splits, absent)}"
         )
 
 
@@ -193,6 +295,6 @@ def _names(raw: str, files: dict[str, int], wnids: Sequence[str]) -> tuple[str, 
 
 def synset_mapping(raw: str) -> list[tuple[str, str]]:
     """(WNID, name) of each line "n01440764 tench, Tinca tinca" of LOC_synset_mapping.txt."""
-    text = storage.read(storage.join(raw, SYNSET_MAPPING)).decode("utf-8", "replace")
-    pairs = [line.strip().partition(" ") for line in text.splitlines() if line.strip()]
-    return [(wnid, name.strip()) for wnid, _, name in pairs]
+    text = read_text(storage.join(raw, SYNSET_MAPPING))
+    pairs = [line.split(maxsplit=1) for line in text.splitlines() if line.strip()]
+    return [(wnid, "".join(name).strip()) for wnid, *name in pairs]

@@ -1,8 +1,9 @@
-"""Parquet files as Hugging Face's ILSVRC/imagenet-1k has them.
+"""Parquet files as Hugging Face's ILSVRC/imagenet-1k has them, and as people push their own sets.
 
 {train,validation,test}-00000-of-00294.parquet in RAW or RAW/data, with the columns `image` (struct
-of bytes and path) and `label`. The path repeats the WNID, so that every label can be checked;
-label -1 is a test picture without one. Only paths and labels are read here, never pictures.
+of bytes and path) and `label`. ImageNet's paths repeat the WNID, so that every label can be
+checked; elsewhere the label's number stands for a name of its ClassLabel feature, which is then
+the class. Label -1 is a test image without one. Only paths and labels are read, never images.
 """
 
 from __future__ import annotations
@@ -21,14 +22,23 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from alexnet.errors import UserError
-from pipelines import storage, tars
+from pipelines import entries, storage, tars
 from pipelines.reads import picture_names
-from pipelines.sources.table import UNLABELLED, Source, labelled, part
+from pipelines.sources.table import (
+    SPLITS,
+    UNLABELLED,
+    Source,
+    fewer,
+    labelled,
+    part,
+    with_own_keys,
+)
 
 _PART = re.compile(
     r"(?P<series>(?:data/)?(?P<split>train|validation|val|test))-(?P<number>\d{5})-of-"
     r"(?P<total>\d{5})(?:-[0-9a-f]{16})?\.parquet"
 )
+_WNID_FIRST, _WNID_LAST = r"^(?P<wnid>n\d{8})_\d", r"_(?P<wnid>n\d{8})\.[^.]*$"
 _THREADS_S3 = 16
 
 
@@ -47,16 +57,29 @@ class _Found:
     rows: pa.Table  # of `part`
     classes: pa.Table  # columns label, wnid, source, row: where each pair of them is first
     names: tuple[str, ...]  # of the classes, if the file tells
+    by_name: bool  # the classes are these names: no path tells a WNID
 
 
-def recognises(files: dict[str, int]) -> bool:
-    return any(name.endswith(".parquet") and _PART.fullmatch(name) for name in files)
+LISTS = r"^(data/)?dataset_infos\.json$"
 
 
-def scan(raw: str, files: dict[str, int], splits: Sequence[str], partial: bool) -> Source:
+def recognises(found: entries.Listing) -> bool:
+    return any(name.endswith(".parquet") and _PART.fullmatch(name) for name in found.files)
+
+
+def places(found: entries.Listing) -> dict[str, str]:
+    """Regex of the files of each split."""
+    aliases = dict(zip(SPLITS, ("train", "val|validation", "test"), strict=True))
+    return {s: rf"^(data/)?({names})-\d{{5}}-of-.*\.parquet$" for s, names in aliases.items()}
+
+
+def scan(raw: str, listing: entries.Listing, splits: Sequence[str], partial: bool) -> Source:
+    files = listing.files
     files_there = _parts(raw, files, splits, partial)
     with ThreadPoolExecutor(_THREADS_S3 if storage.is_s3(raw) else 1) as pool:
         read = list(pool.map(lambda file: _read(raw, file), files_there))
+    if any(found.by_name for found in read):
+        return _by_name(raw, files, splits, partial, read)
     labels, wnids = _ranking(raw, pa.concat_tables([found.classes for found in read]))
     names = next((found.names for found in read if found.names), ())
     ranks = labels == list(range(len(labels)))
@@ -77,6 +100,50 @@ def scan(raw: str, files: dict[str, int], splits: Sequence[str], partial: bool) 
         containers=tuple((found.file.name, files[found.file.name]) for found in used),
         announced=None,
         notes=() if ranks else (note,),
+        shuffle="source",
+    )
+
+
+def _by_name(
+    raw: str, files: dict[str, int], splits: Sequence[str], partial: bool, read: list[_Found]
+) -> Source:
+    """A set whose classes are the names of its ClassLabel feature.
+
+    Raises UserError where files disagree about them or have labels without a name, and, unless
+    `partial`, for a class without an image.
+    """
+    one = next(found for found in read if found.by_name)
+    names, known = one.names, set[str]()
+    for found in read:
+        if len(found.classes) and (found.by_name, found.names) != (True, names):
+            raise UserError(
+                f"{raw}: {found.file.name} has other class names than {one.file.name}, or a WNID "
+                "in its paths where that has none; take the files of one data set"
+            )
+        known |= {*found.classes["wnid"].to_pylist()}
+    if (missing := sorted({*names} - known)) and not partial:
+        raise UserError(
+            f"{raw}: {len(missing):,} of {len(names):,} classes have no image, first "
+            f"{missing[0]}; add what is missing or pass --partial"
+        )
+    wnids = tuple(sorted(names))
+    note = "labels are the ranks of the sorted class names, not the numbers in the files"
+    used = [found for split in splits for found in read if found.file.split == split]
+    return Source(
+        raw=raw,
+        layout="huggingface",
+        table=with_own_keys(labelled([found.rows for found in used], wnids)),
+        wnids=wnids,
+        class_names=wnids,
+        labels_from={
+            split: "column label, a name of its ClassLabel"
+            if any(len(found.classes) for found in used if found.file.split == split)
+            else "none: the images are unlabelled"
+            for split in splits
+        },
+        containers=tuple((found.file.name, files[found.file.name]) for found in used),
+        announced=None,
+        notes=() if wnids == names else (note,),
         shuffle="source",
     )
 
@@ -112,7 +179,7 @@ def _parts(raw: str, files: dict[str, int], splits: Sequence[str], partial: bool
         expected = "validation" if absent[0] == "val" else absent[0]
         raise UserError(
             f"{raw}: --splits {','.join(splits)} needs {expected}-*.parquet, not there; "
-            "add them or ask for fewer --splits"
+            f"add them{fewer(splits, absent)}"
         )
     return found
 
@@ -135,17 +202,26 @@ def _read(raw: str, file: _File) -> _Found:
         line = " ".join(str(error).split())
         raise UserError(f"{uri} is damaged ({line}); fetch it again") from error
     rows = rows.combine_chunks()
-    wnid = _wnids(uri, file.split, rows)
-    number = pa.array(np.arange(len(rows)))
+    number = pa.array(np.arange(len(rows)), pa.int64())
+    by_name = bool(names) and not _tells_wnids(rows)
+    wnid = (_named if by_name else _wnids)(uri, file.split, rows, names)
     pairs = pa.table({"label": rows["label"], "wnid": wnid, "row": number})
     pairs = pairs.filter(pc.not_equal(pairs["label"], UNLABELLED))
     first = pairs.group_by(["label", "wnid"], use_threads=False).aggregate([("row", "min")])
     source = pa.repeat(pa.scalar(file.name), len(first))
     return _Found(
         file,
-        part(file.split, picture_names(rows["path"]), wnid, file.name, number, None),
+        part(
+            file.split,
+            picture_names(rows["path"], file.name, number),
+            wnid,
+            file.name,
+            number,
+            None,
+        ),
         first.rename_columns(["label", "wnid", "row"]).append_column("source", source),
         names,
+        by_name and len(first) > 0,
     )
 
 
@@ -153,14 +229,16 @@ _EMPTY = pa.table({"path": pa.array([], pa.string()), "label": pa.array([], pa.i
 
 
 def _columns(group: pa.Table) -> pa.Table:
-    path = pc.struct_field(group["image"], "path").cast(pa.string())
+    path = pa.nulls(len(group), pa.string())
+    if "image" in group.column_names:  # else its images have bytes alone
+        path = pc.struct_field(group["image"], "path").cast(pa.string())
     return pa.table({"path": path, "label": group["label"].cast(pa.int64())})
 
 
 def _check_schema(uri: str, schema: pa.Schema) -> None:
     image: Any = schema.field("image").type if "image" in schema.names else None
     fields = {field.name for field in image} if image and pa.types.is_struct(image) else set()
-    if not fields >= {"bytes", "path"}:
+    if "bytes" not in fields:
         raise UserError(
             f"{uri}: column image is {image or 'not there'}, expected a struct of bytes and path; "
             "take the files of a data set whose pictures are embedded"
@@ -180,7 +258,31 @@ def _told_names(metadata: dict[bytes, bytes]) -> tuple[str, ...]:
     return tuple(map(str, names)) if isinstance(names, list) else ()
 
 
-def _wnids(uri: str, split: str, rows: pa.Table) -> pa.Array:
+def _tells_wnids(rows: pa.Table) -> bool:
+    name = pc.replace_substring_regex(rows["path"], r"^.*/", "").combine_chunks()
+    found = pc.coalesce(_told(name, _WNID_LAST), _told(name, _WNID_FIRST))
+    return bool(len(rows) > found.null_count)
+
+
+def _named(uri: str, split: str, rows: pa.Table, names: Sequence[str]) -> pa.Array:
+    """The name of each label, "" of an unlabelled test image. Raises UserError for any other."""
+    label = pc.fill_null(rows["label"], UNLABELLED).combine_chunks()
+    least = UNLABELLED if split == "test" else 0
+    wrong = pc.or_(pc.less(label, least), pc.greater_equal(label, len(names)))
+    if pc.any(wrong).as_py():
+        row = pc.index(wrong, True).as_py()
+        raise UserError(
+            f"{uri}: row {row:,} has label {label[row].as_py()} ({pc.sum(wrong).as_py():,} such "
+            f"rows); expected {least} to {len(names) - 1}, the numbers of its class names"
+        )
+    if "" in names or len(set(names)) < len(names):
+        raise UserError(f"{uri}: two classes have one name, or one has none; rename them")
+    return pa.array([*names, ""], pa.string()).take(
+        pc.if_else(pc.less(label, 0), len(names), label)
+    )
+
+
+def _wnids(uri: str, split: str, rows: pa.Table, names: Sequence[str]) -> pa.Array:
     """The WNID that each path tells, "" for an unlabelled picture.
 
     Raises UserError for a row without a path, for a path with two WNIDs, and for a label without
@@ -188,8 +290,7 @@ def _wnids(uri: str, split: str, rows: pa.Table) -> pa.Array:
     """
     name = pc.replace_substring_regex(rows["path"], r"^.*/", "").combine_chunks()
     label = pc.fill_null(rows["label"], UNLABELLED).combine_chunks()
-    first = _told(name, r"^(?P<wnid>n\d{8})_\d")
-    last = _told(name, r"_(?P<wnid>n\d{8})\.[^.]*$")
+    first, last = _told(name, _WNID_FIRST), _told(name, _WNID_LAST)
     wnid = pc.coalesce(last, first)
     unlabelled = pc.equal(label, UNLABELLED)
     wrongs = (
@@ -206,6 +307,7 @@ def _wnids(uri: str, split: str, rows: pa.Table) -> pa.Array:
             raise UserError(
                 f"{uri}: row {row:,} ({name[row].as_py()}, label {label[row].as_py()}) {reason} "
                 f"({pc.sum(wrong).as_py():,} such rows); expected NAME_WNID.JPEG and its rank"
+                f"{'' if names else ', or names of the labels in a ClassLabel feature'}"
             )
     return pc.fill_null(wnid, "")
 

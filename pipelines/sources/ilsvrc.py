@@ -14,9 +14,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from alexnet.errors import UserError
-from pipelines import storage
+from pipelines import entries, storage
 from pipelines.sources import devkit, index, official, patches
-from pipelines.sources.table import Source, labelled, part
+from pipelines.sources.table import SPLITS, Source, fewer, labelled, part
 
 TRAIN_TAR = "ILSVRC2012_img_train.tar"
 VAL_TAR = "ILSVRC2012_img_val.tar"
@@ -57,11 +57,23 @@ _EDITIONS = (
 )
 
 
-def recognises(files: dict[str, int]) -> bool:
-    return any(_has(edition, files) for edition in _EDITIONS)
+LISTS = (
+    r"^(ILSVRC2012_devkit_t12\.tar\.gz|ILSVRC2010_devkit-1\.0\.tar\.gz"
+    r"|ILSVRC2010_test_ground_truth\.txt|patch_images\.tar)$"
+)
 
 
-def scan(raw: str, files: dict[str, int], splits: Sequence[str], partial: bool) -> Source:
+def recognises(found: entries.Listing) -> bool:
+    return any(_has(edition, found.files) for edition in _EDITIONS)
+
+
+def places(found: entries.Listing) -> dict[str, str]:
+    """Regex of the archives of each split."""
+    return {s: rf"^ILSVRC20(12_img|10_images)_{s}(_v10102019)?\.tar$" for s in SPLITS}
+
+
+def scan(raw: str, listing: entries.Listing, splits: Sequence[str], partial: bool) -> Source:
+    files = listing.files
     edition = _edition(raw, files)
     used = _needed(raw, files, edition, splits, partial)
     kit = devkit.load(storage.join(raw, edition.devkit)) if edition.devkit in files else None
@@ -70,9 +82,12 @@ def scan(raw: str, files: dict[str, int], splits: Sequence[str], partial: bool) 
     if published:
         official.check_sizes(raw, files, containers)
     notes: list[str] = []
-    parts = {split: _read(raw, edition, kit, split, name, notes) for split, name in used.items()}
+    ignored: dict[str, int] = {}
+    parts = {
+        split: _read(raw, edition, kit, split, name, notes, ignored) for split, name in used.items()
+    }
     if edition.patches in containers:
-        parts = patches.apply(raw, edition.patches, parts, partial, notes)
+        parts = patches.apply(raw, edition.patches, parts, partial, notes, ignored)
     wnids = kit.wnids if kit else tuple(sorted(pc.unique(parts["train"]["wnid"]).to_pylist()))
     table = labelled([*parts.values()], wnids)
     _check_classes(raw, used, table)
@@ -91,6 +106,7 @@ def scan(raw: str, files: dict[str, int], splits: Sequence[str], partial: bool) 
         announced=announced(kit, splits),
         notes=tuple(notes),
         official=official.is_official(files, containers, kit),
+        ignored_members=ignored,
     )
 
 
@@ -161,16 +177,18 @@ def _needed(
     raw: str, files: dict[str, int], edition: _Edition, splits: Sequence[str], partial: bool
 ) -> dict[str, str]:
     """The archive of each split. Raises UserError when anything that is needed is not there."""
-    used, missing = {}, []
+    used, missing, lacking = {}, [], []
     for split in splits:
         there = [name for name in edition.archives[split] if name in files]
         used[split] = (there or edition.archives[split])[0]
         needs = (used[split], *edition.besides.get(split, ()))
-        missing += [name for name in needs if name not in files]
+        absent = [name for name in needs if name not in files]
+        missing += absent
+        lacking += [split] * bool(absent)
     if missing:
         raise UserError(
             f"{raw}: --splits {','.join(splits)} needs {' and '.join(dict.fromkeys(missing))}, "
-            "not there; add what is missing or ask for fewer --splits"
+            f"not there; add what is missing{fewer(splits, lacking)}"
         )
     if edition.patches and edition.patches not in files and not partial:
         raise UserError(
@@ -184,14 +202,20 @@ def _needed(
 
 
 def _read(
-    raw: str, edition: _Edition, kit: devkit.Devkit | None, split: str, name: str, notes: list[str]
+    raw: str,
+    edition: _Edition,
+    kit: devkit.Devkit | None,
+    split: str,
+    name: str,
+    notes: list[str],
+    ignored: dict[str, int],
 ) -> pa.Table:
-    """The rows of a split as `part` gives them; adds to `notes`."""
+    """The rows of a split as `part` gives them; adds to `notes` and `ignored`."""
     uri = storage.join(raw, name)
     if name == _OLD_TEST_TAR:
         notes.append(f"{name} is the archive before its patch of 10 October 2019")
     found = index.without_litter(
-        name, index.nested(uri) if split == "train" else index.flat(uri), notes
+        name, index.nested(uri) if split == "train" else index.flat(uri), notes, ignored
     )
     if not found.num_rows:
         raise UserError(f"{uri} holds no picture; fetch it again")

@@ -64,12 +64,16 @@ def base_names(names: Any) -> Any:
     return pc.replace_substring_regex(names, r"^.*/", "")
 
 
-def without_litter(name: str, found: pa.Table, notes: list[str]) -> pa.Table:
-    """The members of archive `name` but those that desktop systems left; tells `notes` of them."""
+def without_litter(
+    name: str, found: pa.Table, notes: list[str], ignored: dict[str, int]
+) -> pa.Table:
+    """The members of archive `name` but those that desktop systems left, which are counted in
+    `ignored` and told in `notes`."""
     found = found.combine_chunks()
     is_litter = litter(found["name"])
     left = found.filter(is_litter)
     if left.num_rows:
+        ignored[name] = ignored.get(name, 0) + left.num_rows
         notes.append(
             f"{name}: ignored {left.num_rows:,} files that desktop systems leave behind, "
             f"first {left['name'][0].as_py()}"

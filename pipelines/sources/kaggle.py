@@ -14,17 +14,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from alexnet.errors import UserError
-from pipelines import storage
-from pipelines.sources.folders import (
-    SYNSET_MAPPING,
-    check_folders,
-    pictures,
-    require,
-    synset_mapping,
-)
-from pipelines.sources.table import Source, labelled, part
+from pipelines import entries, storage
+from pipelines.sources import folders
+from pipelines.sources.folders import SYNSET_MAPPING, check_folders, require, synset_mapping
+from pipelines.sources.table import Source, labelled, part, read_text
 
 _DATA = "ILSVRC/Data/CLS-LOC/"
+LISTS = r"^(LOC_[^/]*|ILSVRC/ImageSets/CLS-LOC/[^/]*)$"
 _SOLUTION = "LOC_{}_solution.csv"
 _LISTS = {
     "train": "ILSVRC/ImageSets/CLS-LOC/train_cls.txt",
@@ -35,27 +31,33 @@ _ROW = r"^(?P<key>[^,\s]+),\s*(?P<boxes>(?:n\d{8}(?:\s+-?[\d.]+){4}\s*)+)$"
 _DOWNLOADS = ("imagenet-object-localization-challenge", "imagenet_object_localization")
 
 
-def recognises(files: dict[str, int]) -> bool:
+def recognises(found: entries.Listing) -> bool:
     """Also the download as it came, if there is nothing else, to say what to do with it."""
-    if any(name.startswith(_DATA) for name in files):
+    if found.tops(_DATA):
         return True
-    archives = _archives(files)
-    return bool(archives) and all(name in archives or name.startswith("LOC_") for name in files)
+    archives = _archives(found.files)
+    others = [name for name in found.files if name not in archives]
+    return bool(archives) and all(name.startswith("LOC_") for name in others)
 
 
-def scan(raw: str, files: dict[str, int], splits: Sequence[str], partial: bool) -> Source:
-    if not any(name.startswith(_DATA) for name in files):
+def places(found: entries.Listing) -> dict[str, str]:
+    return folders.places(found, _DATA)
+
+
+def scan(raw: str, listing: entries.Listing, splits: Sequence[str], partial: bool) -> Source:
+    files = listing.files
+    if not listing.tops(_DATA):
         archive = _archives(files)[0]
         raise UserError(
             f"{raw} holds {archive} as it was downloaded; extract it there (byte ranges of what "
             "is compressed cannot be read)"
         )
     wnids, names = _classes(raw, files)
-    found, notes = pictures(files, _DATA)
+    found = folders.images(raw, listing, splits, partial, _DATA)
     require(raw, found, splits, "")
     parts, labels_from, announced = [], {}, {}
     for split in splits:
-        rows = found[split]
+        rows = found.images[split]
         check_folders(raw, split, rows, wanted=True)
         keys = pc.replace_substring_regex(rows["name"], r"\.[^.]*$", "")
         listed = _listed(raw, split) if _LISTS[split] in files else None
@@ -78,7 +80,8 @@ def scan(raw: str, files: dict[str, int], splits: Sequence[str], partial: bool) 
         labels_from=labels_from,
         containers=(),
         announced=announced or None,
-        notes=notes,
+        notes=(),
+        left_out=found.left_out,
     )
 
 
@@ -145,7 +148,7 @@ def _solution(raw: str, split: str) -> pa.Table:
 
 def _lines(uri: str) -> pa.Array:
     """Without those that are blank."""
-    text = storage.read(uri).replace(b"\r", b"").decode("utf-8", "replace")
+    text = read_text(uri).replace("\r\n", "\n").replace("\r", "\n")
     lines = pc.split_pattern(pa.array([text]), "\n").flatten()
     return lines.filter(pc.match_substring_regex(lines, r"\S"))
 

@@ -10,25 +10,36 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from alexnet.errors import UserError
-from pipelines import shards, storage, tars
-from pipelines.sources.table import Source, StoredAs, labelled, part
+from pipelines import entries, shards, storage, tars
+from pipelines.sources.table import SPLITS, Source, StoredAs, fewer, labelled, part
 
 _COLUMNS = ["key", "label", "wnid", "shard", "offset", "size"]
 _SHARD = re.compile(r"(train|val|test)-\d{6}\.tar")
 
 
-def recognises(files: dict[str, int]) -> bool:
+LISTS = (
+    r"^(manifest\.json|SHA256SUMS|_info\.json|shardindex-\w+\.json|\w+-\d+\.idx"
+    r"|(index|quarantine|report|_meta)/.*)$"
+)
+
+
+def recognises(found: entries.Listing) -> bool:
     """Also a set that is not finished, which `scan` refuses with a better reason."""
-    known = {"manifest.json", "_meta/plan.json"} & files.keys()
-    return bool(known) and any(_SHARD.fullmatch(name) for name in files)
+    known = {"manifest.json", "_meta/plan.json"} & found.files.keys()
+    return bool(known) and any(_SHARD.fullmatch(name) for name in found.files)
 
 
-def scan(raw: str, files: dict[str, int], splits: Sequence[str], partial: bool) -> Source:
+def places(found: entries.Listing) -> dict[str, str]:
+    return {split: rf"^{split}-\d{{6}}\.tar$" for split in SPLITS}
+
+
+def scan(raw: str, listing: entries.Listing, splits: Sequence[str], partial: bool) -> Source:
+    files = listing.files
     manifest = shards.load_manifest(raw)
     if absent := [split for split in splits if not manifest.split_shards(split)]:
         raise UserError(
-            f"{raw}: --splits {','.join(splits)} needs {absent[0]} shards, not there; "
-            "ask for fewer --splits"
+            f"{raw}: --splits {','.join(splits)} needs {absent[0]} shards, not there; build them "
+            f"there{fewer(splits, absent)}"
         )
     containers = tuple(
         (f"{shard.name}.tar", shard.num_bytes)

@@ -11,19 +11,26 @@ from pipelines.sources import index
 
 
 def apply(
-    raw: str, name: str, parts: dict[str, pa.Table], partial: bool, notes: list[str]
+    raw: str,
+    name: str,
+    parts: dict[str, pa.Table],
+    partial: bool,
+    notes: list[str],
+    ignored: dict[str, int],
 ) -> dict[str, pa.Table]:
     """The rows of each split (as `part` gives them) with the places of their replacements: the
-    members {train,val,test}/NAME of the archive `name`. Adds to `notes`.
+    members {train,val,test}/NAME of the archive `name`. Adds to `notes` and `ignored`.
 
     Raises UserError for another member, for two replacements of one picture and, unless `partial`,
     for a replacement of a picture that is not there.
     """
     uri = storage.join(raw, name)
-    found = index.without_litter(name, index.flat(uri), notes)
+    found = index.without_litter(name, index.flat(uri), notes, ignored)
     pictures = pc.match_substring_regex(found["name"], r"(?i)\.jpe?g$")
     if (other := index.first_but(found["name"], pictures)) is not None:
-        notes.append(f"{name}: ignored what is no picture, first {other}")
+        strange = found.num_rows - int(pc.sum(pictures).as_py())
+        ignored[name] = ignored.get(name, 0) + strange
+        notes.append(f"{name}: ignored {strange:,} members that are no images, first {other}")
     found = found.filter(pictures)
     place = pc.extract_regex(found["name"], r"(?:^|/)(?P<split>train|val|test)/(?P<name>[^/]+)$")
     if (strange := index.first_but(found["name"], pc.is_valid(place))) is not None:

@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 
 from alexnet.errors import UserError
 from pipelines import storage
-from pipelines.sources.table import SPLITS, UNLABELLED, Source, labelled
+from pipelines.sources.table import SPLITS, UNLABELLED, Source, labelled, read_text
 
 
 def select(source: Source, wnids: Sequence[str], per_class: int | None) -> Source:
@@ -43,13 +43,19 @@ def select(source: Source, wnids: Sequence[str], per_class: int | None) -> Sourc
                 "choose other classes or fewer --splits"
             )
     names = dict(zip(source.wnids, source.class_names, strict=True))
+    accounts = source.accounts
+    if accounts.images:  # files of their own
+        out = source.table.num_rows - table.num_rows
+        ignored = accounts.ignored | ({"not_chosen": out} if out else {})
+        accounts = replace(accounts, images=accounts.images - out, ignored=ignored)
     return replace(
         source,
-        table=labelled([table.drop_columns(["key", "label"])], kept),
+        table=labelled([table.drop_columns(["label"])], kept),
         wnids=kept,
         class_names=tuple(names[wnid] for wnid in kept),
         announced=None,  # of the whole set
         notes=(*source.notes, _left_out(source, table, kept)),
+        accounts=accounts,
     )
 
 
@@ -60,7 +66,7 @@ def parse(text: str) -> tuple[str, ...]:
     UserError when there is none or when the file is not there.
     """
     if "/" in text or text.endswith(".txt"):
-        lines = storage.read(storage.absolute(text)).decode("utf-8", "replace").splitlines()
+        lines = read_text(storage.absolute(text)).splitlines()
         words = [line.split()[0] for line in lines if line.strip()]
     else:
         words = [word.strip() for word in text.split(",") if word.strip()]

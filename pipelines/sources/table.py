@@ -6,14 +6,20 @@ order of meta.mat. Everything is done by columns: ImageNet has 1.28 million rows
 
 from __future__ import annotations
 
+import hashlib
+import re
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from alexnet.errors import UserError
+from pipelines import storage
+from pipelines.sources.accounts import Accounts
 
 SPLITS = ("train", "val", "test")
 UNLABELLED = -1  # of a test picture whose class nobody has published; its WNID is ""
@@ -21,7 +27,7 @@ UNLABELLED = -1  # of a test picture whose class nobody has published; its WNID 
 TABLE = pa.schema(
     [
         ("split", pa.string()),
-        ("key", pa.string()),  # file name without extension; unique in its split
+        ("key", pa.string()),  # unique in its split; see `labelled` and `with_own_keys`
         ("name", pa.string()),
         ("label", pa.int64()),
         ("wnid", pa.string()),
@@ -32,6 +38,8 @@ TABLE = pa.schema(
 )
 _MAX_KEY = 90  # characters: KEY.json must fit the 100 of a USTAR name
 _GOOD_KEY = rf"^[\x21-\x2d\x30-\x7e]{{1,{_MAX_KEY}}}$"  # printable ASCII, no dot, slash or blank
+
+_SHOWN = 5
 
 Shuffle = Literal["classes", "global", "source"]
 
@@ -62,6 +70,9 @@ class Source:
     stored: StoredAs | None = None
     # storage.version of every tar, from before the look into it
     archives: dict[str, str] = field(default_factory=dict)
+    accounts: Accounts = field(default_factory=Accounts)  # of every entry of RAW
+    left_out: dict[str, str] = field(default_factory=dict)  # entries, by --partial: name → why
+    ignored_members: dict[str, int] = field(default_factory=dict)  # of each archive
 
     def count(self, split: str) -> int:
         return int(pc.sum(pc.equal(self.table["split"], split)).as_py() or 0)
@@ -87,34 +98,79 @@ def part(split: str, names: Any, wnids: Any, source: Any, offset: Any, size: Any
 
 
 def labelled(parts: Sequence[pa.Table], wnids: Sequence[str]) -> pa.Table:
-    """The `part`s as one TABLE: with keys, and with the rank of each WNID as its label."""
+    """The `part`s as one TABLE: with the rank of each WNID as its label, and with keys where they
+    have none: file names without extension."""
     table = pa.concat_tables(parts).combine_chunks()
     label = pc.index_in(table["wnid"], value_set=pa.array(wnids, pa.string())).cast(pa.int64())
     columns = {
-        **{name: table[name] for name in table.column_names},
         "key": pc.replace_substring_regex(table["name"], r"\.[^.]*$", ""),
+        **{name: table[name] for name in table.column_names},
         "label": pc.fill_null(label, UNLABELLED),
     }
     return pa.table([columns[name] for name in TABLE.names], schema=TABLE)
 
 
+def with_own_keys(table: pa.Table) -> pa.Table:
+    """A TABLE of people's own images: the key is the file's name without extension, as ImageNet's
+    are, where that can serve and no other file of the split has it; else letters and digits of
+    folder and name, and a hash of the place. So a key depends on nothing but its file, and on
+    whether another has its name."""
+    usable = pc.match_substring_regex(table["key"], _GOOD_KEY)
+    whole = pc.binary_join_element_wise(table["split"], table["key"], "/")
+    codes = np.asarray(whole.combine_chunks().dictionary_encode().indices)
+    alone = np.bincount(codes)[codes] == 1 if len(codes) else np.zeros(0, np.bool_)
+    bad = np.flatnonzero(~(np.asarray(usable) & alone))
+    made = [_own_key(**row) for row in table.select(_PLACE).take(pa.array(bad)).to_pylist()]
+    keys = np.asarray(table["key"].combine_chunks(), dtype=object)
+    keys[bad] = made
+    return table.set_column(TABLE.names.index("key"), "key", pa.array(keys, pa.string()))
+
+
+_PLACE = ["name", "source", "offset"]
+
+
+def _own_key(name: str, source: str, offset: int) -> str:
+    folder = source.rpartition("/")[0].rpartition("/")[2]
+    words = unicodedata.normalize("NFKD", f"{folder} {name.rpartition('.')[0] or name}")
+    words = re.sub(r"[^A-Za-z0-9]+", "_", words.encode("ascii", "ignore").decode()).strip("_")
+    place = hashlib.sha256(f"{source}#{offset}".encode()).hexdigest()
+    return f"{words[:60]}-{place[:16]}".lstrip("-")
+
+
+def fewer(splits: Sequence[str], absent: Sequence[str]) -> str:
+    """The way to build without the absent splits, if one is left, and what it is good for."""
+    left = [split for split in splits if split not in absent]
+    why = "" if {"train", "val"} <= {*left} else " (but a training needs train and val)"
+    return f", or pass --splits {','.join(left)}{why}" if left else ""
+
+
+def read_text(uri: str) -> str:
+    """A list as people keep it: UTF-8, or UTF-16 with its mark, as Excel writes both."""
+    data = storage.read(uri)
+    utf16 = data.startswith((b"\xff\xfe", b"\xfe\xff"))
+    return data.decode("utf-16" if utf16 else "utf-8-sig", "replace")
+
+
 def check(raw: str, table: pa.Table) -> None:
     """Raises UserError unless every key is usable and unique in its split, every label known."""
-    bad = table.filter(pc.invert(pc.match_substring_regex(table["key"], _GOOD_KEY)))
-    if bad.num_rows:
+    bad = table["key"].filter(pc.invert(pc.match_substring_regex(table["key"], _GOOD_KEY)))
+    if len(bad):
+        shown = ", ".join(repr(key) for key in bad[:_SHOWN].to_pylist())
         raise UserError(
-            f"{raw}: {bad['key'][0].as_py()!r} cannot name a sample; rename that file to at most "
-            f"{_MAX_KEY} ASCII characters without a blank, or a dot before the extension"
+            f"{raw}: {len(bad):,} names cannot name a sample ({shown}{', …' * (len(bad) > _SHOWN)})"
+            f"; rename those files to at most {_MAX_KEY} ASCII characters without a blank, or a "
+            "dot before the extension"
         )
     for split in SPLITS:
         keys = table.filter(pc.equal(table["split"], split))["key"].combine_chunks()
         keys = keys.take(pc.sort_indices(keys))
         twice = keys[1:].filter(pc.equal(keys[1:], keys[:-1]))
         if len(twice):
-            name = twice[0].as_py()
+            names = pc.unique(twice)
+            shown = ", ".join(names[:_SHOWN].to_pylist()) + ", …" * (len(names) > _SHOWN)
             raise UserError(
-                f"{raw}: {pc.sum(pc.equal(keys, name)).as_py()} {split} files are named {name} "
-                f"({len(twice)} names too many in all); rename or remove them"
+                f"{raw}: {len(names):,} names are those of several {split} files ({shown}; "
+                f"{len(twice):,} files too many in all); rename or remove them"
             )
     unlabelled = pc.and_(pc.equal(table["label"], UNLABELLED), pc.not_equal(table["split"], "test"))
     assert not pc.any(unlabelled).as_py(), "a train or val picture has no label"

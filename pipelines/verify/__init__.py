@@ -294,7 +294,9 @@ def _check_fates(found: _Set, raw: str | None, notes: list[str]) -> Iterator[Pro
     try:
         yield from fates.against_plan(contents.planned(found.out), indexes, found.rejected)
         if raw is not None:
-            yield from fates.against_raw(raw, found.out, indexes, found.rejected)
+            told = found.manifest.document.get("entries", {}) if found.manifest else {}
+            left_out = told.get("left_out", {})
+            yield from fates.against_raw(raw, found.out, indexes, found.rejected, left_out)
     except Damaged as damaged:
         yield Problem(damaged.file, damaged.text)
     notes += duplicates.find(found.indexes).lines() if found.indexes else []

@@ -12,7 +12,8 @@ import pyarrow.compute as pc
 
 from pipelines import storage
 from pipelines.shards import Manifest
-from pipelines.sources import SPLITS, UNLABELLED
+from pipelines.sources import SPLITS, UNLABELLED, Source
+from pipelines.verify import recount
 from pipelines.verify.contents import Problem, index_name, quarantine_name, rows_of, selection
 
 Rejected = Mapping[str, Collection[str]]  # keys of the rejected pictures by split
@@ -106,10 +107,17 @@ def _told(wrong: pa.Table, where: str) -> str:
 
 
 def against_raw(
-    raw: str, out: str, indexes: dict[str, pa.Table], rejected: Rejected
+    raw: str,
+    out: str,
+    indexes: dict[str, pa.Table],
+    rejected: Rejected,
+    left_out: Collection[str],
 ) -> Iterator[Problem]:
-    """Looks into RAW again. Raises UserError when that cannot be read."""
-    fresh = _scan(raw, out, [split for split in SPLITS if split in indexes])
+    """Looks into RAW again, and counts it by other code. left_out: names that the manifest tells.
+    Raises UserError when RAW cannot be read."""
+    whole, fresh = _scan(raw, out, [split for split in SPLITS if split in indexes])
+    for split, text in recount.unaccounted(whole, list(indexes), left_out):
+        yield Problem(index_name(split), f"{text} in {raw}")
     for split, index in indexes.items():
         truth = rows_of(fresh, "split", split)
         stored, present = (table["key"].combine_chunks() for table in (index, truth))
@@ -126,15 +134,16 @@ def against_raw(
             yield Problem(index_name(split), _told(wrong, f"in {raw}"))
 
 
-def _scan(raw: str, out: str, splits: list[str]) -> pa.Table:
+def _scan(raw: str, out: str, splits: list[str]) -> tuple[Source, pa.Table]:
+    """RAW, and the rows of it that the set was built from."""
     from pipelines import sources
     from pipelines.sources import subset
 
     wnids, per_class = selection(out)
     source = sources.scan(storage.absolute(raw), splits, partial=True)
     if wnids or per_class is not None:
-        source = subset.select(source, wnids, per_class)
-    return source.table
+        return source, subset.select(source, wnids, per_class).table
+    return source, source.table
 
 
 def _keys(keys: pa.Array) -> str:
