@@ -20,8 +20,8 @@ _OWN_SHARD = re.compile(r"(train|val|test)-\d{6,}\.tar")
 def inspect(out: str, what: str) -> dict[str, Any]:
     """What is known of a shard (train-000000, also with .tar or a path), or of a sample.
 
-    A sample is named by its key, also with an extension or a path. Keys are unique within a split
-    only: every split that has the key is told.
+    A sample is named by its key, also with an extension or a path, or by the end of the path of
+    its file in RAW. Keys are unique within a split only: every split that has the key is told.
     Raises UserError when `what` is neither, or when files of the set are damaged.
     """
     manifest = contents.manifest(out)
@@ -29,8 +29,9 @@ def inspect(out: str, what: str) -> dict[str, Any]:
     for shard in manifest.shards:
         if shard.name == re.sub(r"\.(tar|idx|parquet)$", "", name):
             return {"out": out, "kind": "shard", "shard": _shard(out, manifest, shard)}
-    key = name.partition(".")[0]
-    samples = _samples(out, manifest, key)
+    samples = _samples(out, manifest, [name.partition(".")[0]])
+    if not samples:
+        samples = _samples(out, manifest, _keys_of_file(out, what))
     if not samples:
         ends = f"{manifest.shards[0].name} to {manifest.shards[-1].name}" if manifest.shards else ""
         raise UserError(
@@ -58,19 +59,31 @@ def _shard(out: str, manifest: shards.Manifest, shard: shards.ShardInfo) -> dict
     }
 
 
-def _samples(out: str, manifest: shards.Manifest, key: str) -> list[dict[str, Any]]:
+def _keys_of_file(out: str, what: str) -> list[str]:
+    """The keys of the samples whose file in RAW ends in the path `what`."""
+    planned = contents.planned(out)
+    ends = pc.ends_with(planned["source"], f"/{what.lstrip('/')}")
+    same = pc.or_(ends, pc.equal(planned["source"], what))
+    return [*dict.fromkeys(planned.filter(same)["key"].to_pylist())]
+
+
+def _samples(out: str, manifest: shards.Manifest, keys: list[str]) -> list[dict[str, Any]]:
     indexes = {split: contents.index(out, split) for split in contents.splits(manifest)}
     planned: pa.Table | None = None
+    wanted = pa.array(keys, pa.string())
     found = []
     for split, index in indexes.items():
-        stored = contents.rows_of(index, "key", key).to_pylist()
-        refused = [row for row in contents.quarantine(out, split) if row["key"] == key]
+        stored = index.filter(pc.is_in(index["key"], value_set=wanted)).to_pylist()
+        refused = [row for row in contents.quarantine(out, split) if row["key"] in keys]
         if stored or refused:
             planned = contents.planned(out) if planned is None else planned
-            of_split = contents.rows_of(planned, "split", split)
-            plan = (contents.rows_of(of_split, "key", key).to_pylist() or [{}])[0]
-            found += [_stored(manifest, split, row, plan, indexes) for row in stored]
-            found += [_refused(manifest, split, row, plan) for row in refused]
+            rows = contents.rows_of(planned, "split", split)
+            rows = rows.filter(pc.is_in(rows["key"], value_set=wanted))
+            plans = {row["key"]: row for row in rows.to_pylist()}
+            found += [
+                _stored(manifest, split, row, plans.get(row["key"], {}), indexes) for row in stored
+            ]
+            found += [_refused(manifest, split, row, plans.get(row["key"], {})) for row in refused]
     return found
 
 

@@ -1,5 +1,6 @@
 """pipelines/sources/folders.py: pictures in class folders."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -157,6 +158,43 @@ def test_a_full_train_set_needs_a_val_of_the_same_thousand_classes(tmp_path: Pat
     files[f"val/{wnids[0]}/v.JPEG"] = 1
     listing = entries.Listing(dict(sorted(files.items())))
     assert folders.scan(str(tmp_path), listing, BOTH, partial=False).count("val") == 1000
+
+
+def test_names_that_serve_are_keys_and_others_get_safe_ones_of_their_own(tmp_path: Path) -> None:
+    odd = ["cat/1.jpg", "dog/1.jpg", "cat/apple (1).jpg", "cat/苹果0.jpg", "cat/a.jpg", "cat/a.png"]
+    odd += ["dog/v1.2.jpg", f"dog/{'x' * 91}.jpg", "größe/Größe.jpg"]
+    good = [f"{A}/{A}_10026.JPEG", "dog/only.jpg"]
+    imagefolder(tmp_path / "raw", {f"train/{name}": b"x" for name in odd + good})
+    rows = sources.scan(str(tmp_path / "raw"), ["train"]).table.to_pylist()
+    keys = {row["source"].removeprefix("train/"): row["key"] for row in rows}
+    assert len(set(keys.values())) == len(rows) == len(odd + good)
+    assert all(re.fullmatch(r"[A-Za-z0-9_-]{1,90}", key) for key in keys.values())
+    assert (keys[good[0]], keys[good[1]]) == (f"{A}_10026", "only")
+    assert keys["cat/1.jpg"].startswith("cat_1-") and keys["dog/1.jpg"].startswith("dog_1-")
+    assert keys["größe/Größe.jpg"].startswith("groe_Groe-")
+    assert {row["source"]: row["name"] for row in rows}["train/cat/苹果0.jpg"] == "苹果0.jpg"
+    # Another file's coming changes no key but that of its namesake.
+    imagefolder(tmp_path / "raw", {"train/dog/new.jpg": b"x", "train/cat/only.jpg": b"x"})
+    later = sources.scan(str(tmp_path / "raw"), ["train"]).table.to_pylist()
+    later = {row["source"].removeprefix("train/"): row["key"] for row in later}
+    assert {name for name in keys if later[name] != keys[name]} == {"dog/only.jpg"}
+
+
+@pytest.mark.parametrize("folder", ["validation", "valid", "Val"])
+def test_other_names_of_the_splits_are_known(tmp_path: Path, folder: str) -> None:
+    imagefolder(tmp_path, TRAIN | {f"{folder}/{C}/1.jpg": b"x"})
+    assert sources.scan(str(tmp_path), BOTH).count("val") == 1
+    imagefolder(tmp_path, {f"val/{C}/2.jpg": b"x"})
+    with pytest.raises(UserError, match=r"is ambiguous: .* both are val; keep one"):
+        sources.scan(str(tmp_path), BOTH)
+
+
+@pytest.mark.parametrize("mark", ["utf-8-sig", "utf-16"])
+def test_names_of_classes_are_read_as_excel_writes_them(tmp_path: Path, mark: str) -> None:
+    names = f"{A} tench, Tinca tinca\r\n{B} jacamar\r\n".encode(mark)
+    imagefolder(tmp_path, TRAIN | {"LOC_synset_mapping.txt": names})
+    found = sources.scan(str(tmp_path), ["train"]).class_names
+    assert found == ("tench, Tinca tinca", "jacamar", C)
 
 
 def test_file_name_that_is_no_text_is_refused(tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 """pipelines/sources/huggingface.py: parquet files with embedded pictures."""
 
+import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ from drawn import A, B, C
 from drawn_layouts import TRAIN, VAL, Row, hugging_face, parquet, train_row, val_row
 
 from alexnet.errors import UserError
-from pipelines import sources
+from pipelines import reads, sources
 
 BOTH = ("train", "val")
 ALL = ("train", "val", "test")
@@ -172,6 +174,60 @@ def test_other_columns_are_refused(
     pq.write_table(pa.table(columns), tmp_path / "train-00000-of-00001.parquet")
     with pytest.raises(UserError, match=named):
         sources.scan(str(tmp_path), ["train"])
+
+
+def own_set(folder: Path, train: list[Row], names: Sequence[str], val: list[Row] = []) -> str:  # noqa: B006
+    for split, rows in (("train", train), ("validation", val)):
+        if rows:
+            parquet(folder / "data" / f"{split}-00000-of-00001.parquet", rows, names=names)
+    return str(folder)
+
+
+def test_own_classes_are_the_names_of_the_labels_and_keys_come_from_file_and_row(
+    tmp_path: Path,
+) -> None:
+    train = [(None, 1), ("1.jpg", 0), (None, 0), ("x/1.jpg", 1), ("only one.png", 1)]
+    raw = own_set(tmp_path, train, ["dog", "cat"], [(None, 0)])
+    source = sources.scan(raw, BOTH, partial=True)
+    rows = source.table.to_pylist()
+    assert source.wnids == source.class_names == ("cat", "dog")
+    assert [(row["wnid"], row["label"]) for row in rows] == [
+        *[("cat", 0), ("dog", 1), ("dog", 1), ("cat", 0), ("cat", 0)],
+        ("dog", 1),
+    ]
+    keys = [row["key"] for row in rows]
+    assert keys[0] == "train-00000-of-00001-0" and keys[5] == "validation-00000-of-00001-0"
+    assert (
+        len(set(keys)) == 6 and keys[1].startswith("data_1-") and keys[4].startswith("data_only_")
+    )
+    assert "ranks of the sorted class names" in source.notes[0]
+    with reads.Reader(raw, rows) as reader:
+        assert sorted(position for position, _ in reader) == [*range(6)]
+
+
+def test_images_may_have_bytes_and_no_path_at_all(tmp_path: Path) -> None:
+    label = json.dumps({"info": {"features": {"label": {"names": ["a"]}}}})
+    table = pa.table({"image": [{"bytes": b"x"}, {"bytes": b"yy"}], "label": [0, 0]})
+    table = table.replace_schema_metadata({"huggingface": label})
+    pq.write_table(table, tmp_path / "train-00000-of-00001.parquet")
+    rows = sources.scan(str(tmp_path), ["train"]).table.to_pylist()
+    with reads.Reader(str(tmp_path), rows) as reader:
+        assert dict(reader) == {0: b"x", 1: b"yy"}
+
+
+@pytest.mark.parametrize(
+    ("train", "names", "named"),
+    [
+        ([(None, 0)], ("a", "b"), "1 of 2 classes have no image, first b; .*--partial"),
+        ([(None, 0), (None, 2)], ("a", "b"), r"row 1 has label 2 \(1 such rows\); expected 0 to 1"),
+        ([(None, 0), (None, None)], ("a",), r"row 1 has label -1"),
+        ([(None, 0), (None, 1)], ("a", "a"), "two classes have one name"),
+        ([(None, 0)], (), r"has no image\.path.*or names of the labels in a ClassLabel feature"),
+    ],
+)
+def test_own_labels_without_a_class_are_refused(tmp_path: Path, train, names, named) -> None:
+    with pytest.raises(UserError, match=named):
+        sources.scan(own_set(tmp_path, train, names), ["train"])
 
 
 def test_a_damaged_file_is_refused(tmp_path: Path) -> None:

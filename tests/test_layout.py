@@ -36,9 +36,9 @@ ALLOWED = {
     "boto3": {"pipelines/s3.py"},
     "botocore": {"pipelines/s3.py"},
 }
-# training knows the shard format, storage and what every program does at its ends; the script may
-# also join a cluster.
-FROM_PIPELINES = {"command", "shards", "storage"}
+# training knows the shard format, storage, what is ignored by its name, and what every program does
+# at its ends; the script may also join a cluster.
+FROM_PIPELINES = {"command", "entries", "shards", "storage"}
 
 
 def imports(path: Path) -> set[str]:
@@ -65,7 +65,7 @@ def test_imports_follow_the_arrow_from_alexnet_to_pipelines_to_training(path):
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "training").rglob("*.py")), ids=lambda p: p.name)
-def test_training_takes_only_the_shard_format_storage_and_command_from_pipelines(path):
+def test_training_takes_only_a_few_modules_from_pipelines(path):
     used = {name.split(".")[1] for name in imports(path) if name.startswith("pipelines.")}
     allowed = FROM_PIPELINES | ({"cluster"} if path.name in ("run.py", "scoring.py") else set())
     assert used <= allowed

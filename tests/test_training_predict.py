@@ -123,7 +123,7 @@ def test_wrong_usage_and_missing_models_are_one_line_and_exit_code_2(tmp_path, c
     assert "--top 0" in refusal([path, "--top", "0"], capsys)
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "notes.txt").write_text("nothing")
-    assert "holds no picture (1 files" in refusal([str(tmp_path / "empty")], capsys)
+    assert "holds no picture (1 entries" in refusal([str(tmp_path / "empty")], capsys)
     for uri in ("models:/alexnet/77", "models:/nobody@champion", "models:/alexnet@nobody", "x"):
         assert f"{uri} cannot be loaded" in refusal([path, "--model", uri], capsys)
     for argv in ([], [path, "--data", "x", "--out", "y"], ["--data", "x"], [path, "--out", "y"]):
@@ -147,7 +147,7 @@ def test_folders_are_walked_and_what_is_no_picture_is_counted(tmp_path, capsys):
     out, err = capsys.readouterr()
     assert [path for path, _ in answers(out)] == [*expected, alone]
     assert [classes[0][0] for _, classes in answers(out)] == [f"colour {i}" for i in (1, 0, 2, 3)]
-    assert err == "skipped 2 files that are no pictures\n"
+    assert err == "skipped 2 entries that are no pictures\n"
 
 
 def test_json_is_a_line_for_each_picture_with_names_wnids_and_errors(tmp_path, capsys):

@@ -95,6 +95,14 @@ COLOUR = {
         encoded(PLAIN, "WEBP", save_all=True, append_images=[OTHER]),
         "first_frame webp",
     ),
+    "tiff": (encoded(PLAIN, "TIFF"), "tiff"),
+    "tiff, packed": (encoded(PLAIN, "TIFF", compression="packbits"), "tiff"),
+    "tiff of two": (
+        encoded(PLAIN.copy(), "TIFF", save_all=True, append_images=[OTHER.copy()]),
+        "first_frame tiff",
+    ),
+    "tiff with palette": (encoded(PALETTE, "TIFF"), "palette tiff"),
+    "ppm": (encoded(PLAIN, "PPM"), "ppm"),
     "gif": (encoded(PALETTE, "GIF"), "gif palette"),
     "gif, transparent": (encoded(PALETTE, "GIF", transparency=3), "alpha_dropped gif palette"),
     "animated gif": (
@@ -229,6 +237,13 @@ def test_tiny_and_extreme_shapes_are_enlarged_and_cropped(size: tuple[int, int])
     made = stored(encoded(picture(*size)))
     assert made.pixels.shape == (3, 227, 227)
     assert (made.height, made.width) == size
+
+
+def test_a_turned_tiff_is_stored_as_pillow_shows_it() -> None:
+    raw = turned(6, "TIFF")
+    pixels, fixes = decode(raw)
+    assert pixels.shape == (160, 120, 3) and fixes == {"tiff"}
+    assert (pixels == opened(raw)).all()
 
 
 def test_every_fix_can_happen_and_is_explained() -> None:

@@ -75,6 +75,9 @@ OTHERS = {
     "lossless webp": encoded(PHOTO, "WEBP", lossless=True),
     "animated webp": encoded(PHOTO, "WEBP", save_all=True, append_images=[OTHER]),
     "bmp": encoded(PHOTO, "BMP"),
+    "tiff": encoded(PHOTO, "TIFF"),
+    "ppm": encoded(PHOTO, "PPM"),
+    "bitmap": encoded(PHOTO.convert("1"), "PPM"),
     "gzip": gzip.compress(encoded(PHOTO)),
 }
 WHOLE = JPEGS | OTHERS | {"mpo": MPO}
@@ -196,7 +199,16 @@ SCAN = segment(JPEGS["baseline"], 0xDA).start
         (b"\xff\xd8", "not_an_image"),
         (bytes(5000), "not_an_image"),
         (gzip.compress(PACKED), "not_an_image"),
-        (encoded(PLAIN, "TIFF"), "not_an_image"),
+        (encoded(PLAIN.convert("CMYK"), "TIFF"), "unsupported"),
+        (encoded(PLAIN.convert("F"), "TIFF"), "unsupported"),
+        (encoded(PLAIN, "TIFF", compression="tiff_lzw"), "unsupported"),
+        (
+            encoded(PLAIN.copy(), "TIFF", save_all=True, append_images=[OTHER.copy()])[:-900],
+            "truncated",
+        ),
+        (b"P3 1 1 255 1 2 3 ", "unsupported"),
+        (b"P6 1 1 70000 abc", "corrupt"),
+        (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "unsupported"),
         (patched(PACKED, len(PACKED) // 2, b"\xff\0\xff\0\xff"), "corrupt"),
         (patched(PACKED, len(PACKED) - 8, b"\0\0\0\0"), "corrupt"),  # its checksum
         (patched(JPEGS["baseline"], START + 4, b"\x0c"), "unsupported"),  # 12 bits

@@ -3,15 +3,17 @@
 import re
 import shutil
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from built import build_set, write_folders
+from drawn_layouts import hugging_face
 
 from alexnet.errors import UserError
-from pipelines import storage
+from pipelines import entries, shards, sources, storage
 from pipelines.plan import Recipe
-from pipelines.verify import Findings, audit, verify
+from pipelines.verify import Findings, audit, recount, verify
 
 # No WNIDs: nothing but the folder says what the class is. Every picture is another one.
 TRAIN = {f"train/{c}/{c}{i}.jpg": 10 * k + i for k, c in enumerate("ab") for i in range(4)}
@@ -62,6 +64,49 @@ def test_a_subset_is_compared_with_the_same_subset_of_raw(raw: Path, tmp_path: P
     out = build_set(str(raw), tmp_path / "subset", recipe)
     findings = verify(out, full=True, raw=str(raw))
     assert told(findings) == [] and "6 pictures decoded" in findings.checked
+
+
+def test_what_the_build_overlooks_is_found_by_a_count_of_its_own(
+    raw: Path, out: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = entries.listing(str(raw))
+    write_folders(raw, {"train/b/b9.jpg": 90, "train/b/odd.jfif": 91})
+    (raw / "train/c").mkdir()
+    (raw / "val/a/gone.jpg").symlink_to("nowhere")
+    (raw / "val/a/notes.txt").write_text("no image")
+    monkeypatch.setattr(entries, "listing", lambda uri: found)  # a listing that passes over them
+    assert told(verify(out, full=True, raw=str(raw))) == [
+        f"index/train.parquet: 3 entries without a fate (first train/b/b9.jpg) in {raw}",
+        f"index/val.parquet: 1 entries without a fate (first val/a/gone.jpg) in {raw}",
+    ]
+
+
+def test_what_a_partial_set_left_out_by_name_is_no_problem(raw: Path, tmp_path: Path) -> None:
+    (raw / "train/c").mkdir()
+    (raw / "train/a/gone.jpg").symlink_to("nowhere")
+    out = build_set(str(raw), tmp_path / "set", Recipe(partial=True))
+    manifest = shards.load_manifest(out)
+    assert manifest.wnids == ("a", "b", "c")
+    assert manifest.document["entries"]["left_out"] == {
+        "train/a/gone.jpg": "a link that leads nowhere",
+        "train/c": "an empty class folder",
+    }
+    assert told(verify(out, full=True, raw=str(raw))) == []
+
+
+@pytest.mark.parametrize("layout", ["ilsvrc", "huggingface", "shards"])
+def test_archives_are_counted_again_by_other_readers(
+    layout: str, drawn_raw: str, drawn_shards: str, tmp_path: Path
+) -> None:
+    raw = {"ilsvrc": drawn_raw, "shards": drawn_shards, "huggingface": str(tmp_path)}[layout]
+    if layout == "huggingface":
+        hugging_face(tmp_path)
+    source = sources.scan(raw, ("train", "val"))
+    assert list(recount.unaccounted(source, ("train", "val"), ())) == []
+    fewer = replace(source, table=source.table.slice(1))
+    ((split, text),) = recount.unaccounted(fewer, ("train", "val"), ())
+    count = source.count("train")
+    assert (split, text) == ("train", f"{count} images counted, {count - 1} found")
 
 
 def test_test_pictures_may_be_unlabelled(raw: Path, tmp_path: Path) -> None:

@@ -13,32 +13,27 @@ import torch
 from alexnet.errors import UserError
 from alexnet.predict import BATCH_SIZE, decode, top_k
 from alexnet.preprocess import InputSpec, resize_and_crop
-from pipelines import storage
+from pipelines import entries, storage
 from training import figures
 from training.trained import Trained
 
-# Of the formats that `decode` reads.
-SUFFIXES = frozenset(
-    f".{name}"
-    for name in ("jpg", "jpeg", "jpe", "jfif", "png", "webp", "gif", "bmp", "tif", "tiff")
-) | {".ppm", ".pgm", ".pbm"}
 ON_SHEET = 60
 
 
 @dataclass(frozen=True)
 class Found:
     """paths: those named, and the pictures of folders in order of their names; skipped: how many
-    other files the folders hold."""
+    other entries the folders hold, ignored as in a build."""
 
     paths: tuple[str, ...]
     skipped: int
 
 
 def find(named: Sequence[str]) -> Found:
-    """Files as they are named, whatever they are called; folders with everything below them, where
-    the name's end tells a picture and hidden files are none.
+    """Files as they are named; folders with everything below them, but what a build ignores by its
+    name. Links are followed; one that leads nowhere is a path that cannot be read.
 
-    Raises UserError for a folder that cannot be read or holds no picture.
+    Raises UserError for a folder that cannot be read or holds nothing that may be a picture.
     """
     paths: list[str] = []
     skipped = 0
@@ -46,29 +41,17 @@ def find(named: Sequence[str]) -> Found:
         if not Path(name).is_dir():
             paths.append(name)
             continue
-        files = list(_below(name))
-        pictures = [path for path in files if _is_picture(Path(path))]
+        below = entries.listing(name)
+        files = sorted([*below.files, *below.broken])
+        pictures = [file for file in files if entries.rule(file) is None]
         if not pictures:
             raise UserError(
-                f"{name} holds no picture ({len(files)} files, none of them called *.jpg, *.png "
-                "…); name another folder"
+                f"{name} holds no picture ({below.total} entries, each ignored by its name); name "
+                "another folder"
             )
-        paths += pictures
-        skipped += len(files) - len(pictures)
+        paths += [str(Path(name) / file) for file in pictures]
+        skipped += below.total - len(pictures)
     return Found(tuple(paths), skipped)
-
-
-def _below(folder: str) -> Iterator[str]:
-    def refuse(error: OSError) -> None:
-        raise UserError(f"cannot read {error.filename}: {error.strerror}") from error
-
-    for place, folders, files in os.walk(folder, onerror=refuse):
-        folders.sort()
-        yield from (str(Path(place) / file) for file in sorted(files))
-
-
-def _is_picture(path: Path) -> bool:
-    return path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
 
 
 @dataclass(frozen=True)

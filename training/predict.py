@@ -91,7 +91,7 @@ def _predict_pictures(args: argparse.Namespace) -> int:
         raise UserError(f"--top {args.top} is below 1; pass 1 or more")
     found = picture_files.find(args.pictures)
     if found.skipped:
-        print(f"skipped {found.skipped:,} files that are no pictures", file=sys.stderr)
+        print(f"skipped {found.skipped:,} entries that are no pictures", file=sys.stderr)
     model = trained.load(args.model)
     bad = 0
     shown: list[Prediction] = []

@@ -6,7 +6,7 @@ everything is counted by columns, and pictures are shown up to a limit that is t
 
 from __future__ import annotations
 
-from pipelines import journal, shards, storage
+from pipelines import entries, journal, shards, storage
 from pipelines.journal import Journal
 from pipelines.report import counts, pace, pictures, quarantine
 from pipelines.report.page import (
@@ -17,6 +17,7 @@ from pipelines.report.page import (
     figures,
     folded,
     in_bytes,
+    note,
     page,
     share,
     table,
@@ -44,6 +45,7 @@ def report(out: str) -> str:
         Section("pictures", "Pictures", sheets),
         Section("classes", "Classes", counts.classes(manifest, indexes, names)),
         Section("sizes", "Raw sizes", counts.sizes(manifest, indexes)),
+        Section("entries", "Entries of RAW", _entries(manifest)),
         Section("fixes", "Fixes", pictures.fixes(out, indexes)),
         Section("quarantine", "Quarantine", quarantine.quarantine(out, manifest, splits)),
         Section("duplicates", "Duplicates and leaks", counts.repeats(indexes)),
@@ -101,6 +103,29 @@ def _totals(manifest: shards.Manifest, splits: list[str]) -> str:
         labels_from = document["labels_from"].get(split, NOTHING)
         rows.append([split, announced.get(split, NOTHING), *counts, labels_from])
     return table(heads, rows)
+
+
+def _entries(manifest: shards.Manifest) -> str:
+    """What became of every file and folder that lay in RAW."""
+    found = manifest.document.get("entries")
+    if found is None:
+        return note("Not recorded: this set was planned before entries were counted.")
+    rows = [["images", found["images"], "Files that are images by themselves."]]
+    rows.append(["used", found["used"], "Archives, lists and devkits that the layout reads."])
+    rows += [
+        [f"ignored: {r}", n, entries.RULES.get(r, NOTHING)] for r, n in found["ignored"].items()
+    ]
+    rows.append(["left out", len(found["left_out"]), "By --partial, named below."])
+    parts = [table(["entries", "number", "what it means"], rows)]
+    for what, named in (
+        ("left out", found["left_out"]),
+        ("ignored members of archives", found["ignored_members"]),
+        ("classes of which no image could be read", manifest.document.get("lost_classes", {})),
+    ):
+        if named:
+            listing = table(["name", "why, or how many"], [list(item) for item in named.items()])
+            parts.append(folded(f"{len(named):,} {what}", listing))
+    return "".join(parts)
 
 
 def _made_with(manifest: shards.Manifest) -> str:

@@ -86,11 +86,11 @@ def _unreadable(
     """What cannot be read where this layout looks for images of `splits` or for its lists, and
     why. Raises UserError for it unless `partial`."""
     places = module.places(found)
-    wanted = "|".join([module.LISTS, *(places[split] for split in splits if split in places)])
+    wanted = "|".join(places[split] for split in splits if split in places) or r"^$^"
     broken = {
         name: why
         for name, why in found.broken.items()
-        if re.search(wanted, name) and not entries.rule(name)
+        if re.search(module.LISTS, name) or (re.search(wanted, name) and not entries.rule(name))
     }
     if broken and not partial:
         raise UserError(

@@ -44,9 +44,11 @@ MAX_UNPACKED = 64 << 20  # bytes inside a gzip; the largest picture file of Imag
 
 REASONS = {
     "zero_bytes": "The file is empty.",
-    "not_an_image": "The bytes begin like no JPEG, PNG, GIF, WebP or BMP.",
+    "not_an_image": "The bytes begin like no image that is read: JPEG, PNG, GIF, WebP, "
+    "BMP, TIFF or PPM.",
     "unsupported": "A real picture of a kind whose wholeness cannot be judged or that cannot be "
-    "decoded: arithmetic-coded, lossless or 12-bit JPEG, or run-length BMP.",
+    "decoded: arithmetic-coded, lossless or 12-bit JPEG, run-length BMP, HEIF, TIFF "
+    "in LZW, Deflate or JPEG, with inks or with fractions, PPM of text.",
     "too_many_bytes": f"A gzip that unpacks to more than {MAX_UNPACKED >> 20} MiB.",
     "too_many_pixels": f"The header claims more than {MAX_PIXELS} pixels; nothing was decoded.",
     "truncated": "Picture data is missing, so that a part would have to be invented.",
@@ -64,6 +66,8 @@ FIXES = {
     "gif": "The file is a GIF, whatever its name says.",
     "webp": "The file is a WebP, whatever its name says.",
     "bmp": "The file is a BMP, whatever its name says.",
+    "tiff": "The file is a TIFF, whatever its name says.",
+    "ppm": "The file is a PPM, PGM or PBM, whatever its name says.",
     "mpo_first_frame": "A JPEG followed by others (MPO, as of 3D cameras): the first was taken.",
     "first_frame": "The file is animated: the first frame was taken.",
     "jpeg_warning_ignored": "Stray bytes or odd header values that cannot touch the pixels.",
@@ -234,7 +238,7 @@ def _orientation(exif: Image.Exif) -> int:
 
 
 def _decode_other(raw: bytes, form: str) -> tuple[Pixels, set[str], int]:
-    """PNG, GIF, WebP or BMP, by Pillow once the file is known to be whole."""
+    """PNG, GIF, WebP, BMP, TIFF or PPM, by Pillow once the file is known to be whole."""
     header = picture_files.header(raw, form)
     fixes = {form.lower()}
     if header.frames > 1:
@@ -247,6 +251,8 @@ def _decode_other(raw: bytes, form: str) -> tuple[Pixels, set[str], int]:
             try:
                 orientation = _orientation(picture.getexif())
             except _BROKEN_EXIF:
+                orientation = 1
+            if form == "TIFF":  # there it is no EXIF, and Pillow has turned the image
                 orientation = 1
             return _colours(picture, fixes), fixes, orientation
     except Image.DecompressionBombError as error:

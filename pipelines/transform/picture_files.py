@@ -1,13 +1,14 @@
 """What a picture file claims, and whether its bytes are all there, read from its headers alone.
 
 Nothing is decoded or allocated here, so that absurd claims are refused before they cost anything.
-A PNG, GIF, WebP or BMP must be whole up to its end mark, with every frame, even though only the
-first frame is ever used: half a file was half copied, and nobody knows what else that copy lost.
+A PNG, GIF, WebP, BMP, TIFF or PPM must be whole up to its end, with every frame, even though only
+the first is ever used: half a file was half copied, and nobody knows what else that copy lost.
 JPEG has more to tell and a module of its own, `jpegs`.
 """
 
 from __future__ import annotations
 
+import re
 import struct
 import zlib
 from dataclasses import dataclass
@@ -32,6 +33,19 @@ _BMP_DEPTHS = (1, 4, 8, 16, 24, 32)
 _BMP_PLAIN = (0, 3)  # rows as they are; the same with masks that say which bits are which colour
 
 
+_PPM = re.compile(  # magic number, width, height, and, but for bitmaps, the largest value
+    rb"P(?:(?P<bits>4)|[56])(?:\s+|\s*#[^\n]*\n)+(\d+)(?:\s+|\s*#[^\n]*\n)+(\d+)"
+    rb"(?(bits)|(?:\s+|\s*#[^\n]*\n)+(\d+))\s"
+)
+_PPM_HEADER = 40  # bytes; with numbers of nine digits and no comment it has no more
+# Of TIFF 6.0: what Pillow decodes as it is meant, and by itself: libtiff, which it asks for other
+# compressions, tells damage to stderr.
+_TIFF_COMPRESSIONS = {1: "none", 32773: "PackBits"}
+_TIFF_COLOURS = {0: "grey", 1: "grey", 2: "RGB", 3: "palette"}
+_TIFF_TYPES = {1: "B", 3: "H", 4: "I"}
+_MAX_TIFF_FRAMES = 10_000
+
+
 class Unusable(Exception):
     """No stored picture can come of these bytes. `reason` is one of `transform.REASONS`."""
 
@@ -52,21 +66,29 @@ class Header:
 
 
 def form(raw: bytes) -> str:
-    """JPEG, PNG, GIF, WEBP, BMP or GZIP by the first bytes, or "" for anything else."""
+    """JPEG, PNG, GIF, WEBP, BMP, TIFF, PPM, HEIF or GZIP by the first bytes, or "" for anything
+    else."""
+    if raw[4:8] == b"ftyp" and raw[8:12] in (b"heic", b"heix", b"mif1", b"msf1", b"avif", b"avis"):
+        return "HEIF"
+    if raw[:1] == b"P" and raw[1:2] in b"123456" and raw[2:3].isspace():
+        return "PPM"
     if raw[:4] == b"RIFF" and raw[8:12] == b"WEBP":
         return "WEBP"
     if raw[:2] == b"BM" and int.from_bytes(raw[14:18], "little") in _BMP_HEADERS:
         return "BMP"
     starts = {b"\xff\xd8\xff": "JPEG", b"\x89PNG\r\n\x1a\n": "PNG", b"\x1f\x8b": "GZIP"}
     starts |= {b"GIF87a": "GIF", b"GIF89a": "GIF"}
+    starts |= dict.fromkeys((b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"), "TIFF")
     return next((name for start, name in starts.items() if raw.startswith(start)), "")
 
 
 def header(raw: bytes, name: str) -> Header:
-    """Of a PNG, GIF, WEBP or BMP, according to `form`. Raises Unusable."""
-    read = {"PNG": _png, "GIF": _gif, "WEBP": _webp, "BMP": _bmp}[name]
+    """Of anything but a JPEG or GZIP, according to `form`. Raises Unusable."""
+    read = {"PNG": _png, "GIF": _gif, "WEBP": _webp, "BMP": _bmp, "TIFF": _tiff, "PPM": _ppm}
+    if name not in read:
+        raise Unusable("unsupported", f"{name} is not read; save it as JPEG or PNG")
     try:
-        return read(raw)
+        return read[name](raw)
     except (struct.error, IndexError) as error:  # a look behind the last byte
         raise Unusable("truncated", f"{name} ends early, after {len(raw)} bytes") from error
 
@@ -214,3 +236,77 @@ def _bmp(raw: bytes) -> Header:
     if expected > len(raw):
         raise Unusable("truncated", f"BMP of {expected} bytes ends early, after {len(raw)}")
     return Header(width, height)
+
+
+def _ppm(raw: bytes) -> Header:
+    """Layout: ppm(5), pgm(5) and pbm(5) of Netpbm, the binary kinds."""
+    if raw[1:2] in b"123":
+        raise Unusable("unsupported", "PPM whose pixels are text")
+    found = _PPM.match(raw)
+    if found is None:
+        reason = "truncated" if len(raw) < _PPM_HEADER else "corrupt"
+        raise Unusable(reason, f"PPM begins with {raw[:16]!r}")
+    if any(len(digits or b"") > 9 for digits in found.group(2, 3, 4)):
+        raise Unusable("too_many_pixels", "PPM claims a number of ten digits or more")
+    width, height, highest = (int(digits or 1) for digits in found.group(2, 3, 4))
+    check_size(width, height)
+    if not 1 <= highest < 1 << 16:
+        raise Unusable("corrupt", f"PPM claims values up to {highest}")
+    row = (width + 7) // 8 if found["bits"] else width * (3 if raw[1:2] == b"6" else 1)
+    expected = found.end() + height * row * (2 if highest > 255 else 1)
+    if expected > len(raw):
+        raise Unusable("truncated", f"PPM of {expected} bytes ends early, after {len(raw)}")
+    return Header(width, height, sixteen_bit=highest > 255)
+
+
+def _tiff(raw: bytes) -> Header:
+    """Layout: TIFF 6.0, sections 2 and 3; every strip or tile of every frame must be there."""
+    if raw[2:3] == b"+" or raw[3:4] == b"+":
+        raise Unusable("unsupported", "BigTIFF")
+    order = "<" if raw[:1] == b"I" else ">"
+    (place,) = struct.unpack_from(f"{order}4xI", raw)
+    frames, first = 0, dict[int, tuple[int, ...]]()
+    while place:
+        fields, place = _tiff_fields(raw, order, place)
+        _check_tiff(raw, fields)
+        first = first or fields
+        if (frames := frames + 1) > _MAX_TIFF_FRAMES:
+            raise Unusable("corrupt", f"TIFF of more than {_MAX_TIFF_FRAMES} frames")
+    if not frames:
+        raise Unusable("corrupt", "TIFF without an image")
+    bits = first.get(258, (1,))
+    return Header(first[256][0], first[257][0], frames, sixteen_bit=16 in bits)
+
+
+def _tiff_fields(raw: bytes, order: str, place: int) -> tuple[dict[int, tuple[int, ...]], int]:
+    """The whole numbers of a directory by tag, and where the next directory lies, or 0."""
+    (count,) = struct.unpack_from(f"{order}H", raw, place)
+    fields: dict[int, tuple[int, ...]] = {}
+    for at in range(place + 2, place + 2 + 12 * count, 12):
+        tag, kind, number = struct.unpack_from(f"{order}HHI", raw, at)
+        if kind in _TIFF_TYPES and 1 <= number <= len(raw):
+            form = f"{order}{number}{_TIFF_TYPES[kind]}"
+            inside = struct.calcsize(form) <= 4
+            start = at + 8 if inside else struct.unpack_from(f"{order}I", raw, at + 8)[0]
+            fields[tag] = struct.unpack_from(form, raw, start)
+    return fields, struct.unpack_from(f"{order}I", raw, place + 2 + 12 * count)[0]
+
+
+def _check_tiff(raw: bytes, fields: dict[int, tuple[int, ...]]) -> None:
+    width, height = fields.get(256, (0,))[0], fields.get(257, (0,))[0]
+    check_size(width, height)
+    compression, colour = fields.get(259, (1,))[0], fields.get(262, (-1,))[0]
+    bits, samples = set(fields.get(258, (1,))), fields.get(277, (1,))[0]
+    kinds = set(fields.get(339, (1,)))
+    plain = compression in _TIFF_COMPRESSIONS and colour in _TIFF_COLOURS and kinds == {1}
+    if not plain or bits not in ({1}, {8}, {16}) or samples > 4:
+        told = f"compression {compression}, colour {colour}, {samples} samples of {sorted(bits)}"
+        raise Unusable("unsupported", f"TIFF with {told} bits, kind {sorted(kinds)}")
+    starts = fields.get(273, fields.get(324, ()))
+    sizes = fields.get(279, fields.get(325, ()))
+    if not starts or len(starts) != len(sizes):
+        raise Unusable("corrupt", f"TIFF of {len(starts)} strips with {len(sizes)} sizes")
+    end = max(start + size for start, size in zip(starts, sizes, strict=True))
+    expected = height * ((width * samples * max(bits) + 7) // 8)
+    if end > len(raw) or (compression == 1 and sum(sizes) < expected):
+        raise Unusable("truncated", f"TIFF of {max(end, expected)} bytes has {len(raw)}")

@@ -182,8 +182,9 @@ def selection(out: str) -> tuple[tuple[str, ...], int | None]:
 
 
 def planned(out: str) -> pa.Table:
-    """The columns split, key, name, label and wnid of every planned picture. Raises Damaged."""
-    columns = ["split", "key", "name", "label", "wnid"]
+    """The columns split, key, name, label, wnid and source of every planned picture. Raises
+    Damaged."""
+    columns = ["split", "key", "name", "label", "wnid", "source"]
     data = _read(out, PLANNED)
     with _damage(out, PLANNED):
         file = pq.ParquetFile(pa.BufferReader(data), pre_buffer=False)
