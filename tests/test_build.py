@@ -5,12 +5,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from drawn import A, B, C, archives, jpeg, tar
+from drawn import A, B, C, archives, imagefolder, jpeg, tar
 from made import contents
 
 from alexnet.errors import UserError
 from pipelines import build, claim, plan, shards, sources, storage
-from pipelines.produce import _PixelSums
+from pipelines.produce import _PixelSums, produce
 from pipelines.progress import BuildFailed, MaxRejected
 from pipelines.transform import Stored, to_stored
 
@@ -116,6 +116,28 @@ def test_too_many_rejected_pictures_fail_with_share_and_examples_and_no_manifest
         (f"{A}_3", "not_an_image"),
     ]
     assert storage.read(f"{out}/quarantine/train/{A}_3.bin") == b"<html>"
+
+
+def test_a_class_of_which_nothing_can_be_read_is_refused_or_recorded(tmp_path: Path) -> None:
+    bad = {f"train/b/b{n}.jpg": b"<html>" for n in range(3)}
+    good = {f"train/a/a{n}.jpg": jpeg(n) for n in range(9)}
+    raw = str(imagefolder(tmp_path / "raw", good | bad))
+    for partial in (False, True):
+        out, recipe = (
+            str(tmp_path / f"out{partial}"),
+            plan.Recipe(splits=("train",), partial=partial),
+        )
+        made = plan.make(sources.scan(raw, recipe.splits, partial), recipe)
+        made = claim.begin(out, raw, made)
+        produce(build.job_for(made, raw, out), 0, "train-000000", made.shards[0].id)
+        if not partial:
+            named = r"of 1 class no image can be read: train/b \(3 images\); mend .* --partial"
+            with pytest.raises(BuildFailed, match=named):
+                build.build(made, raw, out, max_rejected=MaxRejected(share=1.0))
+            assert not storage.exists(f"{out}/manifest.json")
+    manifest = build.build(made, raw, out, max_rejected=MaxRejected(share=1.0))
+    assert manifest.document["lost_classes"] == {"train/b": 3}
+    assert manifest.wnids == ("a", "b")
 
 
 def test_single_shards_first_and_the_rest_later_is_the_same_set(

@@ -86,6 +86,15 @@ def test_a_key_of_several_splits_is_shown_in_each_with_its_copies(tmp_path: Path
     assert "test same: unlabelled" in said and "same file as test same (unlabelled)" in said
 
 
+def test_a_sample_is_found_by_its_file_in_raw(tmp_path: Path) -> None:
+    write_folders(tmp_path / "raw", {"train/cat/1.jpg": 1, "train/dog/1.jpg": 2})
+    out = build_set(str(tmp_path / "raw"), tmp_path / "out", Recipe(splits=("train",)))
+    (sample,) = inspect(out, "cat/1.jpg")["samples"]
+    assert sample["raw"]["container"] == "train/cat/1.jpg"
+    assert sample["key"].startswith("cat_1-") and sample["name"] == "1.jpg"
+    assert len(inspect(out, "1.jpg")["samples"]) == 2
+
+
 def test_a_picture_from_a_parquet_file_is_traced_to_its_row(tmp_path: Path) -> None:
     names = [f"n0000000{k}_{i}_n0000000{k}.JPEG" for i in range(3) for k in (1, 2)]
     rows = {

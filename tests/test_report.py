@@ -9,12 +9,14 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
+from built import build_set, write_folders
 from drawn import jpeg
 from pages import Page, column_heights, edit, page, put_index, put_rejected
 from PIL import Image
 
 from pipelines import journal, shards, storage
 from pipelines.journal import Journal, Point
+from pipelines.plan import Recipe
 from pipelines.report import charts, counts, pictures, report
 
 HOSTILE = (
@@ -77,6 +79,16 @@ def test_totals_and_labels_are_the_manifests(copy: Path) -> None:
         row = [split, document["announced"][split], *cells, document["labels_from"][split]]
         lines = "\n".join(f"{cell:,}" if isinstance(cell, int) else cell for cell in row)
         assert lines in text
+
+
+def test_entries_of_raw_are_told_by_rule_and_by_name(tmp_path: Path) -> None:
+    write_folders(tmp_path / "raw", {"train/a/1.jpg": 1, "val/a/2.jpg": 2})
+    (tmp_path / "raw/train/a/notes.txt").write_text("no image")
+    (tmp_path / "raw/train/b").mkdir()
+    out = build_set(str(tmp_path / "raw"), tmp_path / "out", Recipe(partial=True))
+    text = Path(report(out)).read_text()
+    for told in ("ignored: documents", "train/b", "an empty class folder"):
+        assert told in text
 
 
 def test_bars_of_few_classes_carry_their_names_and_the_counts_of_the_index(copy: Path) -> None:
