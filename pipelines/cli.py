@@ -127,7 +127,7 @@ def _add_check_flags(parser: argparse.ArgumentParser) -> None:
     add("out", metavar="OUT", help="folder or s3:// prefix of the shard set")
     add("--full", action="store_true", help="hash every byte, decode every picture")
     add("--repair", action="store_true", help="make again what fails, from RAW")
-    add("--raw", help="with --full: compare labels with it; with --repair: if RAW has moved")
+    add("--raw", help="compare images and labels with it; with --repair: where RAW is now")
     add("--shared-fs", action="store_true", help="every node sees the local paths given")
 
 

@@ -95,7 +95,8 @@ def verify(arguments: argparse.Namespace) -> int:
     if arguments.repair and (undone := repair.left_undone(out)) is not None:
         say(f"{out}: a repair or a build was stopped at its end; going on with it")
         repaired = mend(undone)
-    found = verify(out, full=arguments.full, raw=raw if arguments.full else None, say=say)
+    looked_up = raw if arguments.full or not arguments.repair else None
+    found = verify(out, full=arguments.full, raw=looked_up, say=say)
     if found.problems and arguments.repair:
         for problem in found.problems:
             say(f"{problem.file}: {problem.text}")

@@ -74,8 +74,8 @@ def verify(
     """Everything that is wrong with the finished set in `out`.
 
     `full` also hashes the shards, decodes their pictures strictly and compares each sample with
-    index and plan, telling `say` how far it is; with `raw`, labels are looked up in RAW once more.
-    Raises UserError when there is no finished set, or a store or RAW cannot be read.
+    index and plan, telling `say` how far it is; with `raw`, the images there are counted and their
+    labels compared. Raises UserError when there is no finished set, or a store or RAW cannot be read.
     """
     problems: list[Problem] = []
     found = _open(out, problems)
@@ -90,10 +90,11 @@ def verify(
     if full:
         jobs = _jobs(found)
         problems += audit.audit(out, jobs, found.manifest, say)
-        problems += _check_fates(found, raw, notes)
         decoded = {job.file for job in jobs if job.index is not None}
         taken = sum(shard.samples for shard in found.shards if f"{shard.name}.tar" in decoded)
         checked = f"{hashed + len(jobs):,} files hashed, {taken:,} pictures decoded"
+    if full or raw is not None:
+        problems += _check_fates(found, raw, notes)
     told = [Problem(problem.file, contents.one_line(problem.text)) for problem in problems]
     return Findings(tuple(dict.fromkeys(told)), tuple(notes), checked)
 
