@@ -75,7 +75,8 @@ def verify(
 
     `full` also hashes the shards, decodes their pictures strictly and compares each sample with
     index and plan, telling `say` how far it is; with `raw`, the images there are counted and their
-    labels compared. Raises UserError when there is no finished set, or a store or RAW cannot be read.
+    labels compared.
+    Raises UserError when there is no finished set, or a store or RAW cannot be read.
     """
     problems: list[Problem] = []
     found = _open(out, problems)
