@@ -54,10 +54,7 @@ _INSTEAD = {
 # Statuses with which a store tells of a header or parameter that it does not know, and codes that
 # have another cause for sure.
 _UNKNOWN = {400, 405, 411, 501}
-_CLEAR = (_GARBLED - {"XAmzContentChecksumMismatch", "XAmzContentSHA256Mismatch"}) | {
-    "ExpiredToken",
-    "InvalidToken",
-}
+_CLEAR = {"BadDigest", "ExpiredToken", "IncompleteBody", "InvalidToken", "RequestTimeout"}
 # A header that the store, or a gateway before it, leaves out of the signature. A HEAD has no code.
 _UNSIGNED = {"403", "SignatureDoesNotMatch"}
 # Forms of a request by what of _INSTEAD they have: the whole first, the bare one last.
