@@ -152,10 +152,10 @@ class NodeCache:
     def trim(self) -> None:
         """Back within the bound, now that shards beyond it may have been closed."""
         try:
-            if self._folder.exists():
+            if _home().exists():
                 self._make_room(0, self._num_bytes)
         except OSError as error:  # no reason to end a training; the next download tells
-            logger.warning(f"shard cache {self._folder}: {error.strerror or error}")
+            logger.warning(f"shard cache {_home()}: {error.strerror or error}")
 
     def _make_room(self, num_bytes: int, bound: int, handle: int | None = None) -> None:
         """Evicts what is not open until `num_bytes` more fit within `bound` bytes, and gives the
