@@ -344,7 +344,7 @@ def _put(uri: str, data: bytes, client: Any, **condition: str) -> bool:
     try:
         stored = client.put_object(**place, Body=data, **sums, **condition)
     except ClientError as error:
-        if condition and _code(error) == "PreconditionFailed":
+        if condition and _code(error) in {"PreconditionFailed", "412"}:
             return False
         raise
     if by_store or stored.get("ETag", "").strip('"') == md5.hex():

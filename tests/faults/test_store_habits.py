@@ -140,6 +140,17 @@ def test_of_threads_that_meet_refusals_together_none_fails(
     assert noted(capsys) == ["checksums", "conditional PUTs"]
 
 
+def test_a_setting_for_requests_alone_still_lets_answers_be_refused(
+    bucket: str, proxy: Proxy, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("AWS_REQUEST_CHECKSUM_CALCULATION", "when_required")
+    log: list[Request] = []
+    proxy.habit = refusing(*CHECKSUMS, by=(400, "InvalidArgument"), log=log)
+    used(bucket)
+    assert not [request for request in log if request.method == "PUT" and has(request, *CHECKSUMS)]
+    assert noted(capsys) == ["checksums"]
+
+
 @pytest.mark.parametrize("where", ["environment", "config file"])
 def test_botocores_own_settings_are_obeyed(
     where: str,
