@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load, load_file
 from torch import Tensor, nn
 
 from alexnet import Variant
@@ -86,6 +86,14 @@ def names_of_classes(
     return wnids, class_names
 
 
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """What a safetensors file holds, on the CPU. Raises OSError and SafetensorError."""
+    try:
+        return load_file(path)
+    except OSError:  # the file system may map no files into memory; else this says the same again
+        return load(path.read_bytes())
+
+
 def load_network(weights: Path, fields: Mapping[str, Any]) -> AlexNet:
     """The network of `fields` (see ModelFields) with the weights of a safetensors file, on the CPU
     and in evaluation mode. Raises UserError where the two do not belong together."""
@@ -93,7 +101,7 @@ def load_network(weights: Path, fields: Mapping[str, Any]) -> AlexNet:
         known = asdict(ModelFields(**fields))
         with torch.device("meta"):  # the weights would only overwrite an initialisation
             network = AlexNet(**known)
-        tensors = load_file(weights)
+        tensors = read_tensors(weights)
         # On storage of their own: the file may vanish, or be written over, under the mapped ones.
         copies = {name: tensor.clone() for name, tensor in tensors.items()}
         expected = {name: tensor.dtype for name, tensor in network.state_dict().items()}

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import hashlib
 import http.client
 import json
@@ -29,7 +30,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from alexnet.errors import UserError
-from pipelines import shards
+from pipelines import shards, storage
 from pipelines.sources.folders import SYNSET_MAPPING
 
 MIRROR = "https://s3.amazonaws.com/fast-ai-imageclas"
@@ -136,8 +137,9 @@ def _in_words(pictures: dict[str, int]) -> str:
 def _alone(part: Path, raw: Path) -> Iterator[IO[bytes]]:
     """The part, open at its end, while no other process works on it."""
     with part.open("ab") as file:
+        lock = functools.partial(fcntl.flock, file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            storage.offers(raw.parent, "file locks", lock, "let one command at a time fetch there")
         except BlockingIOError as error:
             raise UserError(f"{raw}: another process is fetching it; wait for that one") from error
         try:
@@ -149,8 +151,8 @@ def _alone(part: Path, raw: Path) -> Iterator[IO[bytes]]:
 
 def _check_space(raw: Path, archive: Archive, have: int) -> None:
     """JPEGs hardly compress: the pictures need what the archive does."""
-    needed, free = 2 * archive.num_bytes - have, shutil.disk_usage(raw.parent).free
-    if free < needed:
+    needed, free = 2 * archive.num_bytes - have, storage.free_bytes(str(raw.parent))
+    if free is not None and free < needed:
         sizes = f"{free / 1e9:.2f} GB free, {archive.file} needs {needed / 1e9:.2f} GB"
         raise UserError(f"{raw.parent}: {sizes} with its pictures; choose another --to")
 

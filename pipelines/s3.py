@@ -5,6 +5,10 @@
 
 boto3 repeats a request that fails for up to a second. Beyond that a store that has answered before
 is waited for, as long as a restart takes; what arrived damaged is asked for again.
+
+Not every store takes checksums, conditional PUTs or newer listings. A request that is refused is
+tried without them; where that helps, it stays so and is noted. What is stored without a checksum is
+compared by its MD5, or read back.
 """
 
 from __future__ import annotations
@@ -15,11 +19,13 @@ import hashlib
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeVar
 
 from alexnet.errors import UserError
+from pipelines.notes import note
 
 _Answer = TypeVar("_Answer")
 _TRIES = 5  # of one request by boto3, and of one whose answers arrive damaged
@@ -36,6 +42,27 @@ _GARBLED = {
     "XAmzContentChecksumMismatch",
     "XAmzContentSHA256Mismatch",
 }
+# What a store may refuse, and what is done instead.
+_CHECKSUMS, _CONDITIONS = "checksums", "conditional PUTs"
+_LISTS, _ENCODING = "ListObjectsV2", "encoding-type"
+_INSTEAD = {
+    _CHECKSUMS: "what is stored there is compared by its MD5, or read back",
+    _CONDITIONS: "let one command at a time write to one place there",
+    _LISTS: "it is asked for the older listings",
+    _ENCODING: "it is asked for names as they are",
+}
+# Statuses with which a store tells of a header or parameter that it does not know, and codes that
+# have another cause for sure.
+_UNKNOWN = {400, 405, 411, 501}
+_CLEAR = {"BadDigest", "ExpiredToken", "IncompleteBody", "InvalidToken", "RequestTimeout"}
+# A header that the store, or a gateway before it, leaves out of the signature. A HEAD has no code.
+_UNSIGNED = {"403", "SignatureDoesNotMatch"}
+# Forms of a request by what of _INSTEAD they have: the whole first, the bare one last.
+_Ways = Mapping[frozenset[str], Callable[[Any], _Answer]]
+_BARE: frozenset[str] = frozenset()
+_OF_REQUESTS, _OF_ANSWERS = "request_checksum_calculation", "response_checksum_validation"
+# Clients are made one at a time: threads that arrive first together would each spend a second on
+# one, and a session is not made for threads.
 _making = threading.Lock()
 _MISSING = {"404", "NoSuchKey", "NotFound"}
 _ELSEWHERE = {"301", "400", "PermanentRedirect", "AuthorizationHeaderMalformed"}
@@ -55,18 +82,42 @@ _REFUSED = dict.fromkeys(
 
 @dataclass
 class _Store:
+    """State: what is known of the store so far."""
+
+    session: Any
     client: Any
     has_answered: bool = False  # one that never did may have been misnamed: told at once
+    has_granted: bool = False  # anything: the credentials are good
+    refused: set[str] = field(default_factory=set)  # of _INSTEAD
+    # Kinds of requests that were granted, each with what it had: no later refusal is about that.
+    settled: set[tuple[str, frozenset[str]]] = field(default_factory=set)
 
-    def ask(self, request: Callable[[Any], _Answer]) -> _Answer:
+    @functools.cached_property
+    def plain(self) -> Any:
+        """A client without checksums."""
+        with _making:
+            return _client(self.session, checksums=False)
+
+    @functools.cached_property
+    def unencoded(self) -> Any:
+        """A client that lists names as they are."""
+        from botocore.handlers import set_list_objects_encoding_type_url as encode
+
+        with _making:
+            client = _client(self.session)
+        for name in ("ListObjects", "ListObjectsV2"):
+            client.meta.events.unregister(f"before-parameter-build.s3.{name}", encode)
+        return client
+
+    def ask(self, request: Callable[[Any], _Answer], client: Any = None) -> _Answer:
         """What `request` makes of the client, repeated while that may help."""
         from botocore.exceptions import ClientError
 
         deadline, tries, pause = time.monotonic() + _PATIENCE, 0, 0.1
         while True:
             try:
-                answer = request(self.client)
-                self.has_answered = True
+                answer = request(client or self.client)
+                self.has_answered = self.has_granted = True
                 return answer
             except Exception as error:
                 tries += 1
@@ -77,6 +128,44 @@ class _Store:
                     raise
             time.sleep(pause)
             pause = min(2 * pause, _LONGEST_PAUSE)
+
+    def ask_any(
+        self,
+        kind: str,
+        ways: _Ways[_Answer],
+        is_known: Callable[[], bool] = lambda: True,
+    ) -> _Answer:
+        """The answer to the first of `ways` that the store takes; requests of this kind are made in
+        no other from then on. Raises what it said of the first where it takes none.
+
+        is_known: whether the store grants such credentials anything, asked where that is the doubt.
+        """
+        from botocore.exceptions import ClientError
+
+        whole, refusal = next(iter(ways)), None
+        for parts, request in ways.items():
+            if parts & self.refused:
+                continue
+            try:
+                answer = self.ask(request, self.plain if _CHECKSUMS in whole - parts else None)
+            except ClientError as error:
+                if (kind, parts) in self.settled or not _may_be_unknown(error):
+                    raise
+                refusal = refusal or error
+                if _code(error) in _UNSIGNED and not (self.has_granted or is_known()):
+                    break
+            else:
+                self.settled.add((kind, parts))
+                for part in sorted(whole - parts - self.refused):
+                    self._note(part, refusal)
+                return answer
+        assert refusal is not None, "the last way has nothing that could be refused before"
+        raise refusal
+
+    def _note(self, part: str, refusal: Any) -> None:
+        self.refused.add(part)
+        store = self.client.meta.endpoint_url
+        note(f"{store} refuses {part} ({_code(refusal)}); {_INSTEAD[part]}", f"{part} {store}")
 
 
 def _is_away(error: Exception) -> bool:
@@ -99,19 +188,44 @@ def _is_garbled(error: Exception) -> bool:
     return isinstance(error, damaged | ResponseParserError)
 
 
+def _may_be_unknown(error: Any) -> bool:
+    """Whether it may be something optional in a request that the store refuses."""
+    answer = error.response.get("ResponseMetadata", {})
+    if _code(error) in _CLEAR or "x-amz-bucket-region" in answer.get("HTTPHeaders", {}):
+        return False
+    return answer.get("HTTPStatusCode") in _UNKNOWN or _code(error) in _UNSIGNED
+
+
 @functools.cache
 def _store_for(*_: str | None) -> _Store:
     import boto3
+
+    session = boto3.session.Session()
+    return _Store(session, _client(session))
+
+
+def _client(session: Any, checksums: bool = True) -> Any:
+    """checksums: those that the user's settings leave on."""
     from botocore.config import Config
 
     retries: Any = {"mode": "standard", "total_max_attempts": _TRIES}
     limits: Any = {"connect_timeout": 10, "read_timeout": _SILENCE, "max_pool_connections": 32}
-    return _Store(boto3.session.Session().client("s3", config=Config(retries=retries, **limits)))
+    off: Any = {} if checksums else dict.fromkeys((_OF_REQUESTS, _OF_ANSWERS), "when_required")
+    return session.client("s3", config=Config(retries=retries, **limits, **off))
+
+
+def _sums(client: Any, of: str) -> frozenset[str]:
+    """_CHECKSUMS where the client has them in its requests, or asks for them in answers.
+    of: the name of botocore's setting."""
+    off = getattr(client.meta.config, of) == "when_required"
+    return _BARE if off else frozenset({_CHECKSUMS})
 
 
 def _store() -> _Store:
-    # One at a time: threads that arrive first together would each spend a second on making one.
-    names = ("AWS_ENDPOINT_URL", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
+    names = (
+        *("AWS_ENDPOINT_URL", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"),
+        *("AWS_REQUEST_CHECKSUM_CALCULATION", "AWS_RESPONSE_CHECKSUM_VALIDATION"),
+    )
     with _making:
         return _store_for(*map(os.environ.get, names))
 
@@ -132,7 +246,7 @@ def read(uri: str, offset: int, length: int | None) -> bytes:
         last = "" if length is None else offset + length - 1
         request["Range"] = f"bytes={offset}-{last}"
     try:
-        return _store().ask(lambda client: bytes(client.get_object(**request)["Body"].read()))
+        return _read(lambda client: bytes(client.get_object(**request)["Body"].read()))
     except ClientError as error:
         if _code(error) in {"InvalidRange", "416"}:
             return b""  # the range starts at or after the end, as with a local file
@@ -143,32 +257,46 @@ def head(uri: str) -> Any:
     from botocore.exceptions import ClientError
 
     bucket, key = bucket_and_key(uri)
-    request = {"Bucket": bucket, "Key": key, "ChecksumMode": "ENABLED"}
+
+    def request(client: Any) -> Any:
+        mode = {"ChecksumMode": "ENABLED"} if _sums(client, _OF_ANSWERS) else {}
+        return client.head_object(Bucket=bucket, Key=key, **mode)
+
     try:
-        return _store().ask(lambda client: client.head_object(**request))
+        return _read(request)
     except ClientError as error:
         if _code(error) in _MISSING:
             return None
         raise
 
 
+def _read(request: Callable[[Any], _Answer]) -> _Answer:
+    store = _store()
+    return store.ask_any("read", {_sums(store.client, _OF_ANSWERS): request, _BARE: request})
+
+
 def list_objects(uri: str) -> list[tuple[str, int]]:
     bucket, key = bucket_and_key(uri)
     prefix = key.rstrip("/") + "/" if key else ""
 
-    def found(client: Any) -> Iterator[tuple[str, int]]:
-        pages = client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
-        for page in pages:
+    def listed(name: str, client: Any) -> list[tuple[str, int]]:
+        found: list[tuple[str, int]] = []
+        for page in client.get_paginator(name).paginate(Bucket=bucket, Prefix=prefix):
             for item in page.get("Contents", []):
                 if item["Key"] != prefix:  # of the folder itself
-                    yield item["Key"].removeprefix(prefix), int(item["Size"])
+                    found.append((item["Key"].removeprefix(prefix), int(item["Size"])))
+        if page.get("IsTruncated") and name != older:  # a store that took it for the older one
+            return listed(older, client)
+        return found
 
-    return _store().ask(lambda client: list(found(client)))
-
-
-def put(uri: str, data: bytes) -> None:
-    request = _put_request(uri, data)
-    _store().ask(lambda client: client.put_object(**request))
+    store, newer, older = _store(), "list_objects_v2", "list_objects"
+    ways: _Ways[list[tuple[str, int]]] = {
+        frozenset({_LISTS, _ENCODING}): partial(listed, newer),
+        frozenset({_ENCODING}): partial(listed, older),
+        frozenset({_LISTS}): lambda _: listed(newer, store.unencoded),
+        _BARE: lambda _: listed(older, store.unencoded),
+    }
+    return store.ask_any("list", ways, is_known=lambda: False)
 
 
 def delete(uri: str) -> None:
@@ -176,29 +304,69 @@ def delete(uri: str) -> None:
     _store().ask(lambda client: client.delete_object(Bucket=bucket, Key=key))
 
 
+def put(uri: str, data: bytes) -> None:
+    store = _store()
+    request = partial(_put, uri, data)
+    ways = {_sums(store.client, _OF_REQUESTS): request, _BARE: request}
+    store.ask_any("write", ways, partial(_is_known, uri))
+
+
 def put_new(uri: str, data: bytes) -> bool:
     """False where there is an object already: perhaps this one, stored by a request whose answer
     was lost."""
-    from botocore.exceptions import ClientError
+    store = _store()
+    sums = _sums(store.client, _OF_REQUESTS)
 
-    request = _put_request(uri, data)
+    def look_and_put(client: Any) -> bool:
+        return head(uri) is None and _put(uri, data, client)
+
+    only_new = partial(_put, uri, data, IfNoneMatch="*")
+    ways: _Ways[bool] = {
+        sums | {_CONDITIONS}: only_new,
+        frozenset({_CONDITIONS}): only_new,
+        sums: look_and_put,
+        _BARE: look_and_put,
+    }
+    return store.ask_any("write new", ways, partial(_is_known, uri))
+
+
+def _put(uri: str, data: bytes, client: Any, **condition: str) -> bool:
+    """False where `condition` does not hold."""
+    from botocore.exceptions import ClientError, FlexibleChecksumError
+
+    bucket, key = bucket_and_key(uri)
+    place, by_store = {"Bucket": bucket, "Key": key}, bool(_sums(client, _OF_REQUESTS))
+    md5 = b"" if by_store else hashlib.md5(data, usedforsecurity=False).digest()
+    if by_store:
+        sums = {"ChecksumSHA256": base64_sha256(data)}
+    else:
+        sums = {"ContentMD5": base64.b64encode(md5).decode()}
     try:
-        _store().ask(lambda client: client.put_object(**request, IfNoneMatch="*"))
-        return True
+        stored = client.put_object(**place, Body=data, **sums, **condition)
     except ClientError as error:
-        if _code(error) == "PreconditionFailed":
+        if condition and _code(error) in {"PreconditionFailed", "412"}:
             return False
-        if _code(error) != "NotImplemented":  # a store without conditional writes
-            raise
-    if head(uri) is not None:
-        return False
-    put(uri, data)
+        raise
+    if by_store or stored.get("ETag", "").strip('"') == md5.hex():
+        return True
+    if client.get_object(**place)["Body"].read() != data:  # an encrypted one has another ETag
+        if condition:
+            client.delete_object(**place)  # it is ours, and in the way of the next try
+        raise FlexibleChecksumError(error_msg=f"{key} was stored with other bytes")
     return True
 
 
-def _put_request(uri: str, data: bytes) -> dict[str, Any]:
+def _is_known(uri: str) -> bool:
+    """Whether the store grants the simplest request."""
+    from botocore.exceptions import ClientError
+
     bucket, key = bucket_and_key(uri)
-    return {"Bucket": bucket, "Key": key, "Body": data, "ChecksumSHA256": base64_sha256(data)}
+    store = _store()
+    try:
+        store.ask(lambda client: client.head_object(Bucket=bucket, Key=key), store.plain)
+    except ClientError as error:
+        return _code(error) in _MISSING
+    return True
 
 
 def remedy(uri: str, error: Exception) -> str | None:

@@ -7,21 +7,32 @@ a name that exists is never replaced with other bytes behind somebody's back (`w
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import os
 import shutil
 import socket
 import tempfile
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from alexnet.errors import UserError
 from pipelines import s3
+from pipelines.notes import note
 
 _TEMPORARY = ".tmp"
+# With these a file system, or who mounted it, refuses what it does not offer. A disk that is full,
+# broken or write-protected has others.
+_NOT_OFFERED = {
+    *(errno.EACCES, errno.EBADF, errno.EINVAL, errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP),
+    *(errno.EOPNOTSUPP, errno.EPERM),
+}
+_POWER = "a power cut could lose the newest files"
+_HERE, _NO_REPLACE = -100, 1  # AT_FDCWD and RENAME_NOREPLACE of Linux
 
 
 def is_s3(uri: str) -> bool:
@@ -139,18 +150,35 @@ def sweep(folder: str) -> None:
             host, _, rest = path.name[1:].partition("~")
             pid = rest.partition("~")[0]
             if host == socket.gethostname() and pid.isdecimal() and not is_alive(int(pid)):
-                path.unlink(missing_ok=True)
+                _remove(path)
 
 
 def free_bytes(uri: str) -> int | None:
-    """What the disk of a local path, which need not exist yet, has left; None for S3."""
+    """What the disk of a local path, which need not exist yet, has left; None for S3 and where the
+    file system does not tell."""
     if is_s3(uri):
         return None
     path = Path(uri)
     with _told(uri):
         while not path.exists() and path != path.parent:
             path = path.parent
-        return shutil.disk_usage(path).free
+        if not offers(path, "free space", lambda: shutil.disk_usage(path), "it is not checked"):
+            return None
+        usage = shutil.disk_usage(path)
+        return usage.free if usage.total else None  # some mounts of object stores tell of no blocks
+
+
+def offers(place: Path, what: str, action: Callable[[], object], without: str) -> bool:
+    """Whether `action` was done. Where the file system of `place` refuses `what` it is not, which a
+    process notes once; without: what that means. Other errors are raised."""
+    try:
+        action()
+    except OSError as error:
+        if error.errno not in _NOT_OFFERED:
+            raise
+        note(f"{place} refuses {what} ({error.strerror}); {without}", what)
+        return False
+    return True
 
 
 def home() -> Path:
@@ -226,11 +254,17 @@ def _temporary_beside(path: Path, data: bytes, below: str | None) -> Iterator[Pa
         with os.fdopen(handle, "wb") as file:
             file.write(data)
             file.flush()
-            os.fsync(file.fileno())
-        temporary.chmod(0o644)  # mkstemp's 0600 would hide a shared shard set from other users
+            offers(path.parent, "fsync of files", partial(os.fsync, file.fileno()), _POWER)
+        readable = partial(temporary.chmod, 0o644)  # mkstemp's 0600 would hide a shared shard set
+        offers(path.parent, "chmod", readable, "other users may be unable to read its files")
         yield temporary
     finally:
-        temporary.unlink(missing_ok=True)
+        _remove(temporary)
+
+
+def _remove(temporary: Path) -> None:
+    unlink = partial(temporary.unlink, missing_ok=True)
+    offers(temporary.parent, "deletion", unlink, f"hidden files that end in {_TEMPORARY} stay")
 
 
 def _make_folders(folder: Path, below: str | None) -> None:
@@ -249,21 +283,38 @@ def _link_new(path: Path, data: bytes, below: str | None) -> bool:
         return False
     with _temporary_beside(path, data, below) as temporary:
         try:
-            path.hardlink_to(temporary)  # unlike a rename, fails if somebody was faster
+            _name_new(temporary, path)
         except FileExistsError:
             return False
-        except OSError:  # a file system without hard links
-            temporary.rename(path)
     _sync_folder(path.parent)
     return True
 
 
+def _name_new(temporary: Path, path: Path) -> None:
+    """Raises FileExistsError if somebody was faster, which a plain rename would not tell."""
+    link = partial(path.hardlink_to, temporary)
+    if offers(path.parent, "hard links", link, "let one command at a time write there"):
+        return
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if rename is not None:
+        if rename(_HERE, os.fsencode(temporary), _HERE, os.fsencode(path), _NO_REPLACE) == 0:
+            return
+        if (code := ctypes.get_errno()) not in _NOT_OFFERED:
+            raise OSError(code, os.strerror(code), str(path))
+    if path.exists():
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
+    temporary.rename(path)
+
+
 def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)  # makes the new name itself survive a power cut
-    finally:
-        os.close(handle)
+    def sync() -> None:
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)  # makes the new name itself survive a power cut
+        finally:
+            os.close(handle)
+
+    offers(folder, "fsync of folders", sync, _POWER)
 
 
 def _head(uri: str) -> Any:

@@ -16,6 +16,7 @@ from drawn import ROOT
 from small_training import small_config
 from torch.nn import functional as F
 
+from alexnet import classifier
 from alexnet.errors import UserError
 from alexnet.model import AlexNet
 from alexnet.optim import Rates, set_rates, sgd
@@ -278,6 +279,18 @@ def test_hashes_of_files_elsewhere_are_refused(folder, name):
 def test_step_without_end_is_that_of_no_checkpoint(run_folder):
     vouched(run_folder / "checkpoint_b", "state.json", b'{"step": 1e999}')
     assert step_found(str(run_folder)) == 9
+
+
+def test_file_system_that_maps_no_files_into_memory_is_read(folder, monkeypatch):
+    mapped = checkpoint.load_tensors(folder, "model")
+
+    def refused(path: Path) -> None:
+        raise OSError("No such device (os error 19)")  # as safetensors has it
+
+    monkeypatch.setattr(classifier, "load_file", refused)
+    read = checkpoint.load_tensors(folder, "model")
+    assert mapped.keys() == read.keys()
+    assert all(torch.equal(mapped[name], read[name]) for name in mapped)
 
 
 def test_files_that_fit_their_hashes_but_are_none_are_one_line(folder):

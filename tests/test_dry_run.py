@@ -12,10 +12,11 @@ from shard_sets import write_shard_set
 from small_training import small_config
 
 from alexnet.errors import UserError
+from pipelines import storage
 from pipelines.shards import load_manifest
 from training import tracking
 from training.config import TrainConfig
-from training.dry_run import dry_run, estimate, resolve
+from training.dry_run import check_disks, dry_run, estimate, resolve
 from training.loop import build_model
 
 pytestmark = [pytest.mark.filterwarnings(line) for line in MLFLOW_WARNINGS]
@@ -118,6 +119,15 @@ def test_storage_that_cannot_be_written_is_refused(data, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="file"):
         dry_run(config_of(data, storage=str(tmp_path / "file")))
+
+
+def test_storage_that_deletes_nothing_is_told_and_trained_on(data, monkeypatch, caplog):
+    def refused(uri: str) -> None:
+        raise UserError(f"{uri}: Access Denied")
+
+    monkeypatch.setattr(storage, "delete", refused)
+    check_disks(*resolve(config_of(data)))
+    assert "old checkpoints will stay" in caplog.text and "Access Denied" in caplog.text
 
 
 def test_tracking_server_that_is_away_is_refused(data, monkeypatch):

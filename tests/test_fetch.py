@@ -1,8 +1,10 @@
 """pipelines/fetch.py: what lies in RAW afterwards, and what is refused before and after."""
 
+import errno
 import fcntl
 import hashlib
 import json
+import os
 import subprocess
 import sys
 import tarfile
@@ -152,6 +154,17 @@ def test_two_at_once_are_not_let_into_one_folder(archives: Server, tmp_path: Pat
     with part_of(tmp_path / "raw").open("ab") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         assert "another process is fetching it" in refusal(archives, tmp_path / "raw")
+
+
+def test_a_file_system_without_locks_is_fetched_to(
+    archives: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", refused)
+    run(archives, tmp_path / "raw")
+    assert pictures_in(tmp_path / "raw") == PICTURES
 
 
 def test_a_disk_that_is_too_small_is_told_before_the_download(

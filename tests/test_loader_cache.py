@@ -1,9 +1,13 @@
 """The cache of S3 shards on a node: fetched once, kept within the bound, never stale."""
 
+import errno
+import fcntl
 import os
 import signal
+import stat
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -15,6 +19,8 @@ from drawn import ROOT
 from s3_shards import cached, info_of, uploaded
 from test_loader import assert_equal_to_tars, open_loader
 
+from alexnet.errors import UserError
+from pipelines import notes, storage
 from training.loader import Loader
 
 pytestmark = pytest.mark.usefixtures("home")
@@ -216,3 +222,56 @@ def test_the_shard_of_a_killed_download_is_fetched_by_its_neighbour(s3_set, home
         process.wait()
         assert loader._finish(waiting).sample_ids.tolist() == [0, 1]
         assert_equal_to_tars(folder, loader, "train", [0, 1])
+
+
+@pytest.mark.parametrize("error", [errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP])
+def test_a_home_without_locks_is_noted_and_the_nodes_own_disk_holds_the_shards(
+    error, s3_set, downloads, home, tmp_path, monkeypatch, capsys
+):
+    folder, uri, manifest = s3_set
+    monkeypatch.setattr(notes, "_made", set())
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    lock = fcntl.flock
+
+    def refused(file, how):
+        handle = file if isinstance(file, int) else file.fileno()
+        if Path(f"/proc/self/fd/{handle}").resolve().is_relative_to(home):
+            raise OSError(error, os.strerror(error))
+        lock(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", refused)
+    for _ in range(2):
+        with open_loader(uri) as loader:
+            assert_equal_to_tars(folder, loader, "train", [14, 0, 5])
+    assert len(downloads) == 3, "they are kept"
+    own = tmp_path / f"alexnet-cache-{os.getuid()}"
+    assert len([*own.glob("*.tar")]) == 3 and stat.S_IMODE(own.stat().st_mode) == 0o700
+    assert cached(home, manifest) == {}
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == (
+        f"note: {home}/cache refuses file locks ({os.strerror(error)}); shards are kept in {own}"
+    )
+
+
+def test_a_folder_of_another_user_is_no_place_for_shards(s3_set, home, tmp_path, monkeypatch):
+    _, uri, _ = s3_set
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(storage, "offers", lambda *_: False)
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / f"alexnet-cache-{os.getuid()}").symlink_to(tmp_path / "theirs")
+    with open_loader(uri) as loader, pytest.raises(UserError, match="belongs to another user"):
+        loader.read(np.array([0]))
+    assert not [*(tmp_path / "theirs").iterdir()]
+
+
+def test_a_file_system_that_keeps_no_times_serves_cached_shards(s3_set, downloads, monkeypatch):
+    folder, uri, _ = s3_set
+
+    def refused(*_: object) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "utime", refused)
+    for _ in range(2):
+        with open_loader(uri) as loader:
+            assert_equal_to_tars(folder, loader, "train", [0])
+    assert downloads == ["train-000000.tar"]

@@ -1,13 +1,21 @@
 """pipelines/storage.py on a local disk and on an S3 server: the same promises on both."""
 
+import ctypes
+import errno
 import os
+import shutil
+import socket
+import stat
 import threading
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from alexnet.errors import UserError
-from pipelines import storage
+from pipelines import notes, storage
 
 
 @pytest.fixture(params=["disk", "s3"])
@@ -156,3 +164,116 @@ def test_the_newest_finished_set_is_found(tmp_path: Path, monkeypatch: pytest.Mo
             manifest.write_text("{}")
             os.utime(manifest, (1000 - age, 1000 - age))
     assert storage.newest_shards() == str(tmp_path / "shards" / "new")
+
+
+# File systems that do not offer everything
+
+
+@dataclass
+class Refusing:
+    """A file system that refuses calls with `error`."""
+
+    patch: pytest.MonkeyPatch
+    error: int
+
+    def now(self, call: str, applies: Callable[..., bool] = lambda *_: True) -> None:
+        """call: of the module os, which Path uses as well."""
+        real = getattr(os, call)
+
+        def refused(*args: Any, **keywords: Any) -> Any:
+            if applies(*args):
+                raise OSError(self.error, os.strerror(self.error))
+            return real(*args, **keywords)
+
+        self.patch.setattr(os, call, refused)
+
+
+def is_folder(handle: int) -> bool:
+    return stat.S_ISDIR(os.fstat(handle).st_mode)
+
+
+# What is refused: the call, and for which arguments.
+OPTIONAL = {
+    "fsync of folders": ("fsync", is_folder),
+    "opening a folder": ("open", lambda path, *_: Path(path).is_dir()),
+    "fsync of files": ("fsync", lambda handle: not is_folder(handle)),
+    "chmod": ("chmod", lambda *_: True),
+    "hard links": ("link", lambda *_: True),
+    "deletion": ("unlink", lambda path, *_: str(path).endswith(".tmp")),
+}
+
+
+@pytest.mark.parametrize("error", [errno.EINVAL, errno.ENOTSUP, errno.EPERM, errno.ENOSYS])
+@pytest.mark.parametrize("what", OPTIONAL)
+def test_what_a_file_system_does_not_offer_is_noted_once_and_done_without(
+    what: str,
+    error: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(notes, "_made", set())
+    Refusing(monkeypatch, error).now(*OPTIONAL[what])
+    for name in ("first", "second"):
+        test_a_new_name_is_never_given_other_bytes(str(tmp_path / name))
+    files = [f"{name}/file" for name in ("first", "second")]
+    assert storage.list_files(str(tmp_path)) == [(name, 5) for name in files]
+    noted = "fsync of folders" if what == "opening a folder" else what
+    line = f"note: {tmp_path / 'first'} refuses {noted} ({os.strerror(error)}); "
+    (told,) = capsys.readouterr().err.splitlines()
+    assert told.startswith(line)
+
+
+@pytest.mark.parametrize("error", [errno.ENOSPC, errno.EIO, errno.EROFS, errno.EDQUOT])
+@pytest.mark.parametrize("what", set(OPTIONAL) - {"deletion"})
+def test_a_disk_that_is_full_or_broken_is_not_taken_for_one_that_offers_less(
+    what: str, error: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Refusing(monkeypatch, error).now(*OPTIONAL[what])
+    with pytest.raises(UserError, match=os.strerror(error)):
+        storage.write_new(str(tmp_path / "file"), b"data")
+
+
+@pytest.mark.parametrize("can_tell", [True, False])
+def test_of_many_writers_one_wins_also_without_hard_links(
+    can_tell: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Refusing(monkeypatch, errno.EPERM).now("link")
+    if can_tell:  # by the kernel: renames that replace nothing
+        test_of_many_writers_of_one_name_one_wins_and_no_other_bytes_appear(str(tmp_path))
+        return
+    monkeypatch.setattr(ctypes, "CDLL", lambda *_, **__: object())
+    sync = os.fsync
+
+    def faster(handle: int) -> None:  # another builder, between the look and the link
+        sync(handle)
+        (tmp_path / "file").write_bytes(b"theirs")
+
+    monkeypatch.setattr(os, "fsync", faster)
+    with pytest.raises(UserError, match="exists with other bytes"):
+        storage.write_new(str(tmp_path / "file"), b"ours")
+    assert (tmp_path / "file").read_bytes() == b"theirs"
+
+
+def test_a_file_system_that_tells_no_free_space_is_taken_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nothing = shutil.disk_usage(tmp_path)._replace(total=0, used=0, free=0)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: nothing)
+    assert storage.free_bytes(str(tmp_path)) is None
+    monkeypatch.undo()
+    Refusing(monkeypatch, errno.ENOSYS).now("statvfs")
+    assert storage.free_bytes(str(tmp_path)) is None
+
+
+def test_what_another_users_killed_writer_left_stays_and_ends_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left = tmp_path / f".{socket.gethostname()}~{2**22 + 1}~train-000000.tar.x1y2.tmp"
+    left.write_bytes(b"half")
+    with monkeypatch.context() as patch:
+        Refusing(patch, errno.EPERM).now("unlink")
+        storage.sweep(str(tmp_path))
+    assert left.exists()
+    storage.sweep(str(tmp_path))
+    assert not left.exists()

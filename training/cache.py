@@ -9,10 +9,13 @@ feeds the bytes of another set. Every claim is a flock, which ends with the proc
 """
 
 import contextlib
+import errno
 import fcntl
+import functools
 import hashlib
 import logging
 import os
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -39,10 +42,24 @@ class NodeCache:
     """
 
     def __init__(self, num_bytes: int, closing: threading.Event) -> None:
-        self._folder = storage.home() / "cache"
         self._num_bytes = num_bytes
         self._closing = closing
         self._verified: set[tuple[str, int]] = set()  # sha256 and inode
+
+    @functools.cached_property
+    def _folder(self) -> Path:
+        """home()/cache; on the node's own disk where that one has no locks."""
+        folder = _home()
+        folder.mkdir(parents=True, exist_ok=True)
+        own = Path(tempfile.gettempdir()) / f"alexnet-cache-{os.getuid()}"
+        with (folder / "room.lock").open("ab") as room:
+            lock = functools.partial(fcntl.flock, room, fcntl.LOCK_EX)
+            if storage.offers(folder, "file locks", lock, f"shards are kept in {own}"):
+                return folder
+        own.mkdir(mode=0o700, exist_ok=True)
+        if own.is_symlink() or own.stat().st_uid != os.getuid():  # anybody may write beside it
+            raise PermissionError(errno.EPERM, "belongs to another user", str(own))
+        return own
 
     def open(self, uri: str, info: ShardInfo) -> int:
         """A descriptor of the verified copy of the shard at `uri`, cached as long as it is open.
@@ -50,8 +67,9 @@ class NodeCache:
         Raises UserError for an object that is gone or has another hash, a store that stays
         unreachable, and a disk without room.
         """
+        place = _home()
         try:
-            self._folder.mkdir(parents=True, exist_ok=True)
+            place = self._folder
             while not self._closing.is_set():
                 handle = self._open_cached(info)
                 if handle is None:
@@ -61,7 +79,7 @@ class NodeCache:
                 # A neighbour was faster, with the download or with the eviction.
         except OSError as error:
             raise UserError(
-                f"shard cache {self._folder}: {error.strerror or error} ({info.num_bytes / 1e6:.1f}"
+                f"shard cache {place}: {error.strerror or error} ({info.num_bytes / 1e6:.1f}"
                 " MB wanted); free that disk, set ALEXNET_HOME to another one, or pass a smaller "
                 "--cache-gb"
             ) from error
@@ -80,7 +98,8 @@ class NodeCache:
             path.unlink(missing_ok=True)
             os.close(handle)
             return None
-        os.utime(handle)  # for the order of eviction
+        touch = functools.partial(os.utime, handle)
+        storage.offers(self._folder, "utime", touch, "shards leave the cache in another order")
         return handle
 
     def _is_whole(self, handle: int, info: ShardInfo) -> bool:
@@ -133,10 +152,10 @@ class NodeCache:
     def trim(self) -> None:
         """Back within the bound, now that shards beyond it may have been closed."""
         try:
-            if self._folder.exists():
+            if _home().exists():
                 self._make_room(0, self._num_bytes)
         except OSError as error:  # no reason to end a training; the next download tells
-            logger.warning(f"shard cache {self._folder}: {error.strerror or error}")
+            logger.warning(f"shard cache {_home()}: {error.strerror or error}")
 
     def _make_room(self, num_bytes: int, bound: int, handle: int | None = None) -> None:
         """Evicts what is not open until `num_bytes` more fit within `bound` bytes, and gives the
@@ -205,6 +224,10 @@ class NodeCache:
         return self._folder / f"{info.sha256}.partial"
 
 
+def _home() -> Path:
+    return storage.home() / "cache"
+
+
 def sha256_of(handle: int) -> str:
     """Of all bytes of an open file."""
     digest = hashlib.sha256()
@@ -254,9 +277,11 @@ def _lock_alone(handle: int) -> bool:
 def _remove_unless_locked(path: Path) -> bool:
     """True when the file is gone."""
     try:
-        handle = os.open(path, os.O_RDONLY)
+        handle = os.open(path, os.O_RDWR)  # NFS locks a file alone only for who may write it
     except FileNotFoundError:
         return True
+    except PermissionError:  # another user's
+        return False
     try:
         if not _lock_alone(handle):
             return False

@@ -24,8 +24,9 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
+from alexnet.classifier import read_tensors
 from alexnet.errors import UserError
 from pipelines import storage
 from training.config import TrainConfig, science
@@ -146,10 +147,9 @@ def load_state(folder: Path) -> dict[str, Any]:
 def load_tensors(folder: Path, name: str) -> dict[str, torch.Tensor]:
     """NAME.safetensors of a checkpoint, on the CPU. Raises UserError where it is none."""
     try:
-        tensors: dict[str, torch.Tensor] = load_file(folder / f"{name}.safetensors")
+        return read_tensors(folder / f"{name}.safetensors")
     except (OSError, SafetensorError) as error:
         raise UserError(f"checkpoint {folder} is damaged: {name}.safetensors ({error})") from error
-    return tensors
 
 
 def load_model(folder: Path, model: torch.nn.Module) -> None:

@@ -5,6 +5,7 @@ cluster is asked where one is known, by whoever calls: nothing here imports Ray.
 """
 
 import dataclasses
+import logging
 import os
 import time
 from collections.abc import Callable
@@ -22,6 +23,8 @@ from training.config import TrainConfig
 from training.loop import build_model, input_spec
 from training.order import steps_per_epoch
 from training.room import check_node, check_storage, gb
+
+logger = logging.getLogger("training")
 
 _FLOAT = 4  # bytes of a weight, a gradient, a velocity
 _BATCHES_AHEAD = 4  # decoded pictures in memory: those in use and the loader's read-ahead
@@ -89,7 +92,10 @@ def check_disks(config: TrainConfig, manifest: shards.Manifest) -> None:
     too full, which would show much later."""
     probe = storage.join(str(config.storage), ".writable")
     storage.write(probe, b"")
-    storage.delete(probe)
+    try:
+        storage.delete(probe)
+    except UserError as error:  # a store that takes and keeps: no reason not to train
+        logger.warning(f"old checkpoints will stay, since nothing can be deleted there ({error})")
     each = estimate(config, manifest).checkpoint
     check_storage(config, each)
     check_node(config, manifest, each)

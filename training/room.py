@@ -36,9 +36,9 @@ def check_node(config: TrainConfig, manifest: Manifest, each: int) -> None:
     whole = sum(shard.num_bytes for shard in manifest.shards)
     wanted = min(round(config.cache_gb * 1e9), whole)
     cache = str(storage.home() / "cache")
-    free = storage.free_bytes(cache) or 0
-    room = free + sum(size for _, size in storage.list_files(cache))
-    if room < wanted:
+    free = storage.free_bytes(cache)
+    room = (free or 0) + sum(size for _, size in storage.list_files(cache))
+    if free is not None and room < wanted:
         raise UserError(
             f"{cache} has room for {gb(room)} and the shards kept there take {gb(wanted)}; make "
             f"room on this node, set ALEXNET_HOME to another disk, or pass --cache-gb "

@@ -35,7 +35,8 @@ _LEAVE_IT = (
 
 class Uploader:
     """Takes checkpoints of one run to `run`, a folder or s3:// prefix, and deletes those that are
-    not kept. State: the upload under way and the step of the last one that arrived.
+    not kept. State: the upload under way, the step of the last one that arrived, and whether it was
+    told that old ones stay.
 
     patience: seconds for which a store that fails is tried again.
     As a context manager it waits at the end for what is under way.
@@ -49,6 +50,7 @@ class Uploader:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="upload")
         self._under_way: Future[None] | None = None
         self._stored: int | None = None
+        self._has_complained = False
 
     def send(self, folder: Path) -> None:
         """Uploads a checkpoint folder in the background and deletes it; waits for the one before.
@@ -111,7 +113,9 @@ class Uploader:
         try:
             prune(self._run, newest, keep_last=self._keep_last, keep_best=self._keep_best)
         except (UserError, OSError) as error:  # the next upload tries again
-            logger.warning(f"old checkpoints stay for now: {error}")
+            if not self._has_complained:
+                logger.warning(f"old checkpoints stay for now: {error}")
+            self._has_complained = True
 
     def _patiently(self, write: Callable[[], None]) -> None:
         """Calls `write` until it succeeds. Raises UserError when patience ends."""

@@ -18,7 +18,7 @@ import struct
 import threading
 import time
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
@@ -90,6 +90,10 @@ class Answer:
     body: bytes
 
 
+# What a store of another make does with a request: another one passed on, or an answer of its own.
+Habit = Callable[[Request], Request | Answer]
+
+
 @dataclass
 class Seen:
     """What came by since `Proxy.fair`."""
@@ -99,7 +103,7 @@ class Seen:
 
 
 class Proxy(http.server.ThreadingHTTPServer):
-    """Before the server at `endpoint`; `weather` may be changed at any time."""
+    """Before the server at `endpoint`; `weather` and `habit` may be changed at any time."""
 
     request_queue_size = 64
 
@@ -116,6 +120,7 @@ class Proxy(http.server.ThreadingHTTPServer):
         with self._lock:
             seen, self.seen = getattr(self, "seen", Seen()), Seen()
             self.weather = Weather()
+            self.habit: Habit = lambda request: request
             self._asked: Counter[tuple[str, str, str]] = Counter()
             self._lists: dict[str, list[Answer]] = {}
             return seen
@@ -186,8 +191,12 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             return
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         request = Request(self.command, self.path, list(self.headers.items()), body)
-        fault, draw = self.server.fault_of(request)
-        answer = self._answer(request, fault, draw)
+        passed = self.server.habit(request)
+        if isinstance(passed, Answer):
+            self._send(passed)
+            return
+        fault, draw = self.server.fault_of(passed)
+        answer = self._answer(passed, fault, draw)
         if answer is None:
             self._reset()
         elif fault == "answer cut" or fault == "reset in the answer":
@@ -210,7 +219,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self.server.count(fault)
         if fault in _INSTEAD:
             status, code = _INSTEAD[fault]
-            return _error(status, code) if code else Answer(status, _HTML, _PAGE)
+            return error_of(status, code) if code else Answer(status, _HTML, _PAGE)
         if fault == SILENT:
             self.server.closing.wait()
         if fault in ("reset before", SILENT):
@@ -232,7 +241,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         if fault == "done, then reset":
             return None
         if fault == "done, then 500":
-            return _error(500, "InternalError")
+            return error_of(500, "InternalError")
         if fault == "bit flipped in the answer" and answer.status < 300 and answer.body:
             return Answer(answer.status, answer.headers, _flipped(answer.body, draw))
         return answer
@@ -269,7 +278,8 @@ _INSTEAD = {
 }
 
 
-def _error(status: int, code: str) -> Answer:
+def error_of(status: int, code: str) -> Answer:
+    """What a store says of a request that it refuses."""
     text = _ERROR % (code, "a fault of this test")
     return Answer(status, [("Content-Type", "application/xml")], text.encode())
 
