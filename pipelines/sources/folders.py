@@ -30,7 +30,7 @@ from pipelines.sources.table import (
 SYNSET_MAPPING = "LOC_synset_mapping.txt"
 LISTS = "^(" + "|".join(
     re.escape(name)
-    for name in (SYNSET_MAPPING, devkit.NAME, devkit.NAME_2010, devkit.TEST_TRUTH_2010)
+    for name in (SYNSET_MAPPING, devkit.NAME, devkit.NAME_2010, devkit.TEST_TRUTH_2010, "fetch.json")
 ) + ")$"  # fmt: skip
 _BY_FOLDER = "name of the class folder"
 _BY_NUMBER = "number in the file name, line of the devkit's ground truth, WNID of meta.mat"
