@@ -257,10 +257,13 @@ def test_what_is_ignored_is_counted_by_its_rule_and_told(raw: Path) -> None:
 
 
 def test_what_may_be_an_image_is_tried_whatever_its_ending(raw: Path) -> None:
-    odd = {f"train/d/{name}": b"x" for name in ("1.jfif", "2.tif", "3.ppm", "4", "5.jpg.part")}
-    imagefolder(raw, odd)
-    found = sources.scan(str(raw), ["train"]).table
-    assert set(odd) <= set(found["source"].to_pylist())
+    names = ("1.jfif", "2.tif", "3.ppm", "4", "5.jpg.part")
+    imagefolder(raw, {f"train/d/{name}": b"x" for name in names} | {"train/e/6": jpeg()})
+    found = set(sources.scan(str(raw), ["train"]).table["source"].to_pylist())
+    assert {"train/e/6", *(f"train/d/{name}" for name in names)} <= found
+    imagefolder(raw, {"train/e/6": b"<html>", "train/e/7.mp4": b"x"})
+    with pytest.raises(UserError, match=r"train/e \(none of its 2 files begins like an image\)"):
+        sources.scan(str(raw), ["train"])
 
 
 def test_empty_folders_of_a_store_are_seen_by_their_markers(s3: str, tmp_path: Path) -> None:

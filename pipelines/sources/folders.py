@@ -28,10 +28,10 @@ from pipelines.sources.table import (
 )
 
 SYNSET_MAPPING = "LOC_synset_mapping.txt"
-LISTS = "^(" + "|".join(
-    re.escape(name)
-    for name in (SYNSET_MAPPING, devkit.NAME, devkit.NAME_2010, devkit.TEST_TRUTH_2010, "fetch.json")
-) + ")$"  # fmt: skip
+LISTS = (
+    r"^(LOC_synset_mapping\.txt|fetch\.json|ILSVRC20(12_devkit_t12|10_devkit-1\.0)\.tar\.gz"
+    r"|ILSVRC2010_test_ground_truth\.txt)$"
+)
 _BY_FOLDER = "name of the class folder"
 _BY_NUMBER = "number in the file name, line of the devkit's ground truth, WNID of meta.mat"
 # A file under any other name may be an image, which its bytes will tell.
@@ -145,6 +145,7 @@ def images(
         inner = rf"^{re.escape(place)}(?:(?P<folder>.*)/)?(?P<name>[^/]+)$"
         folder, name = pc.extract_regex(source, inner).flatten()
         vacant[split] = _vacant(found, place, ignored, set(pc.unique(folder).to_pylist()))
+        vacant[split] |= _strange(raw, source, folder)
         if len(source):
             columns = {"folder": folder, "name": name, "source": source, "size": size}
             batches[split] = pa.record_batch(columns)
@@ -179,6 +180,22 @@ def _vacant(
             classes[first] = why
     taken = {name.split("/", 1)[0] for name in filled}
     return {name: classes[name] for name in sorted(classes.keys() - taken)}
+
+
+def _strange(raw: str, source: pa.Array, folder: pa.Array) -> dict[str, str]:
+    """The class folders without a usual ending of images in which no file begins like one."""
+    usual = pc.unique(folder.filter(pc.match_substring_regex(source, _IS_IMAGE)))
+    odd = pc.unique(folder.filter(pc.invert(pc.is_in(folder, value_set=usual)))).to_pylist()
+    if not odd:
+        return {}
+    from pipelines.transform.picture_files import form  # with its package's torch: seldom needed
+
+    strange = {}
+    for name in sorted({*odd} - {""}):
+        files = source.filter(pc.equal(folder, name)).to_pylist()
+        if not any(form(storage.read(storage.join(raw, file), 0, 32)) for file in files):
+            strange[name] = f"none of its {len(files):,} files begins like an image"
+    return strange
 
 
 def _is_file(name: str) -> bool:
