@@ -16,7 +16,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from alexnet.errors import UserError
 from benchmarks import (
     builder,
     grown_workers,
@@ -32,6 +31,7 @@ from benchmarks import (
     train,
 )
 from benchmarks.table import Table, machine
+from pipelines import command
 
 SCRIPTS: dict[str, Callable[..., Table]] = {
     "resize": resize.run,
@@ -60,12 +60,11 @@ _SMALL_PICTURES = 12
 
 
 def main(argv: list[str] | None = None) -> int:
-    arguments = _parsed(argv)
-    try:
-        raw = pictures.load(_SMALL_PICTURES) if arguments.small else pictures.load()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return command.answered(lambda: _measured(_parsed(argv)))
+
+
+def _measured(arguments: argparse.Namespace) -> int:
+    raw = pictures.load(_SMALL_PICTURES) if arguments.small else pictures.load()
     print(f"pictures: {raw.origin}\n", flush=True)
     names, ended, failed = arguments.names or list(SCRIPTS), [], 0
     for name in names:
@@ -83,9 +82,9 @@ def main(argv: list[str] | None = None) -> int:
             continue
         print(f"## {name}\n\n{before}\n\n{table.markdown()}\n", flush=True)
         if arguments.out is not None or not arguments.small:
-            command = shlex.join(["python", "-m", "benchmarks", *_words(name, arguments)])
+            again = shlex.join(["python", "-m", "benchmarks", *_words(name, arguments)])
             folder = arguments.out or results.FOLDER
-            path, moved = results.write(name, table, before, command, folder)
+            path, moved = results.write(name, table, before, again, folder)
             print(f"{path}\n", flush=True)
             ended += [f"{path.name}: {line}" for line in moved]
         print(f"{name}: {(time.monotonic() - began) / 60:.1f} minutes\n", flush=True)
@@ -102,7 +101,7 @@ def _end(moved: list[str], names: list[str], folder: Path) -> None:
 
 
 def _parsed(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = command.Parser(
         prog="python -m benchmarks",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -126,4 +125,5 @@ def _words(name: str, arguments: argparse.Namespace) -> list[str]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command.begin()
+    command.leave(main)

@@ -10,7 +10,6 @@ Prices are the reader's: US dollars an hour.
 import argparse
 import math
 import re
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from alexnet.errors import UserError
 from benchmarks import results
 from benchmarks.aims import number
 from benchmarks.results import Result
+from pipelines import command
 from training import cost_estimate
 from training.cost_estimate import INSTANCES, building, training
 from training.cost_model import DECODE_PER_CORE, FLOPS, TRAIN_IMAGES
@@ -113,7 +113,7 @@ def _origins(known: Mapping[str, Rate], batch: int) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = command.Parser(
         prog="python -m benchmarks.cost",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -123,18 +123,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--price", action="append", default=[], metavar="NAME=USD", help="for an hour; repeatable"
     )
-    arguments = parser.parse_args(argv)
-    try:
-        if arguments.batch < 1:
-            raise UserError(f"--batch {arguments.batch} is below 1; pass 1 or more")
-        prices = dict(map(cost_estimate.price, arguments.price))
-        known = rates(results.newest(arguments.results))
-        print(document(known, arguments.batch, prices))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return command.answered(lambda: _answer(parser.parse_args(argv)))
+
+
+def _answer(arguments: argparse.Namespace) -> int:
+    if arguments.batch < 1:
+        raise UserError(f"--batch {arguments.batch} is below 1; pass 1 or more")
+    prices = dict(map(cost_estimate.price, arguments.price))
+    known = rates(results.newest(arguments.results))
+    print(document(known, arguments.batch, prices))
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command.begin()
+    command.leave(main)

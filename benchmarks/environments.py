@@ -11,7 +11,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+from alexnet.errors import UserError
 from benchmarks.processes import PEERS, ROOT
+from pipelines import command
 
 _REASON = "why-not.txt"
 _MADE_FROM = "made-from.txt"  # the requirements, once they are installed
@@ -82,14 +84,17 @@ def _last_words(text: str) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    wanted = (sys.argv[1:] if argv is None else argv) or names()
+    return command.answered(lambda: _installed((sys.argv[1:] if argv is None else argv) or names()))
+
+
+def _installed(wanted: list[str]) -> int:
     if unknown := sorted(set(wanted) - set(names())):
-        print(f"error: no peer {unknown[0]!r}; there are {', '.join(names())}", file=sys.stderr)
-        return 2
+        raise UserError(f"no peer {unknown[0]!r}; there are {', '.join(names())}")
     for name in wanted:
         print(install(name), flush=True)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command.begin()
+    command.leave(main)

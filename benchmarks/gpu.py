@@ -10,15 +10,16 @@ CPU too; its figures mean nothing, and it writes no file unless --out says where
 
 import argparse
 import shlex
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
+from alexnet.errors import UserError
 from benchmarks import gpu_feed, gpu_steps, results
 from benchmarks.table import Table, machine
+from pipelines import command
 
 Part = Callable[[torch.device, int, bool], Table]
 
@@ -42,11 +43,13 @@ PARTS: dict[str, Part] = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    arguments = _parsed(argv)
+    return command.answered(lambda: _measured(_parsed(argv)))
+
+
+def _measured(arguments: argparse.Namespace) -> int:
     cuda = torch.cuda.is_available()
     if not cuda and not arguments.small:
-        print("error: torch finds no CUDA device; --small tries it on the CPU", file=sys.stderr)
-        return 2
+        raise UserError("torch finds no CUDA device; --small tries it on the CPU")
     device = torch.device("cuda" if cuda else "cpu")
     name = torch.cuda.get_device_name() if cuda else "no GPU"
     for part in arguments.parts or PARTS:
@@ -55,16 +58,16 @@ def main(argv: list[str] | None = None) -> int:
         print(f"## gpu-{part}\n\n{before}\n\n{table.markdown()}\n", flush=True)
         if arguments.out is not None or not arguments.small:
             words = ["python", "-m", "benchmarks.gpu", part, "--rounds", str(arguments.rounds)]
-            command = shlex.join([*words, *(["--small"] if arguments.small else [])])
+            again = shlex.join([*words, *(["--small"] if arguments.small else [])])
             folder = arguments.out or results.FOLDER
-            path, _ = results.write(f"gpu-{part}", table, before, command, folder)
+            path, _ = results.write(f"gpu-{part}", table, before, again, folder)
             print(path, flush=True)
         print(f"gpu-{part}: {time.monotonic() - began:.0f} s\n", flush=True)
     return 0
 
 
 def _parsed(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = command.Parser(
         prog="python -m benchmarks.gpu",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -83,4 +86,5 @@ def _parsed(argv: list[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command.begin()
+    command.leave(main)

@@ -8,10 +8,10 @@ A network that learns from OUT can know nothing about the val split. If it does,
 import argparse
 import os
 import random
-import sys
 from pathlib import Path
 
 from alexnet.errors import UserError
+from pipelines import command
 
 
 def shuffle_labels(raw: Path, out: Path, seed: int) -> int:
@@ -42,19 +42,22 @@ def _link(path: Path, to: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser("python -m benchmarks.shuffled", description=__doc__)
+    parser = command.Parser("python -m benchmarks.shuffled", description=__doc__)
     parser.add_argument("raw", type=Path, metavar="RAW")
     parser.add_argument("out", type=Path, metavar="OUT")
     parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args(argv)
+    return command.answered(lambda: _shuffled(parser.parse_args(argv)))
+
+
+def _shuffled(arguments: argparse.Namespace) -> int:
     try:
         moved = shuffle_labels(arguments.raw, arguments.out, arguments.seed)
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    except OSError as error:
+        raise UserError(str(error)) from error
     print(f"{arguments.out}: {moved:,} train pictures under another class than before")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command.begin()
+    command.leave(main)

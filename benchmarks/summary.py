@@ -8,13 +8,14 @@
 import argparse
 import os
 import re
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from alexnet.errors import UserError
 from benchmarks import aims, results
 from benchmarks.aims import AIMS, Aim, Judged
 from benchmarks.results import Result
+from pipelines import command
 
 README = results.ROOT / "README.md"
 BEGIN = "<!-- measured: made by `python -m benchmarks.summary --write` -->"
@@ -129,14 +130,17 @@ def _reasons(found: Sequence[Result]) -> list[str]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = command.Parser(
         prog="python -m benchmarks.summary",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--results", type=Path, default=results.FOLDER, metavar="FOLDER")
     parser.add_argument("--write", action="store_true", help="into README.md")
-    arguments = parser.parse_args(argv)
+    return command.answered(lambda: _written(parser.parse_args(argv)))
+
+
+def _written(arguments: argparse.Namespace) -> int:
     text = document(arguments.results)
     if not arguments.write:
         print(text)
@@ -144,11 +148,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     before, begin, rest = README.read_text().partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
-        print(f"error: README.md lacks {BEGIN} … {END}; put them in", file=sys.stderr)
-        return 2
+        raise UserError(f"README.md lacks {BEGIN} … {END}; put them in")
     README.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{after}")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command.begin()
+    command.leave(main)

@@ -15,7 +15,7 @@ import ray
 import ray.data
 
 from alexnet.errors import UserError
-from pipelines import claim, cluster, finish, metrics, plan, shards
+from pipelines import claim, cluster, command, finish, metrics, plan, shards
 from pipelines.job import Job, Made, codec_versions
 from pipelines.plan import Plan
 from pipelines.progress import BuildFailed, MaxRejected, Progress
@@ -53,7 +53,7 @@ def build(
     numbers = [number for number in missing if only is None or number in only]
     if numbers:
         if done and not as_json:
-            print(f"{len(done)} of {len(made_plan.shards)} shards are already there", flush=True)
+            command.say(f"{len(done)} of {len(made_plan.shards)} shards are already there")
         claim.refuse_full(out, made_plan, numbers)
         _remove_faulty(out, made_plan, {number: missing[number] for number in numbers})
         with cluster.connected(address):

@@ -7,43 +7,35 @@ Exit codes: 0 done; 1 verification failed, sets differ, or build incomplete; 2 w
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable, Sequence
-from typing import NoReturn, get_args
+from typing import get_args
 
-from alexnet.errors import UserError
-from pipelines import commands
+from pipelines import command, commands
 from pipelines.plan import Orientation, Recipe
 from pipelines.progress import BuildFailed
 from pipelines.sources import SPLITS, Shuffle
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    try:
-        arguments = _parser().parse_args(argv)
-        return int(arguments.command(arguments))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except BuildFailed as error:
-        print(f"failed: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("stopped; what is finished is kept, the same command continues", file=sys.stderr)
-        return 130
+    return command.answered(
+        lambda: _called(argv),
+        stopped="stopped; what is finished is kept, the same command continues",
+        failed={BuildFailed: "failed"},
+    )
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """One line, like every other mistake; argparse would print its usage first."""
-        raise UserError(f"{message}; see `{self.prog} --help`")
+def _called(argv: Sequence[str] | None) -> int:
+    arguments = _parser().parse_args(argv)
+    return int(arguments.command(arguments))
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="python -m pipelines", description="Raw ImageNet to WebDataset shards.")
+    parser = command.Parser(
+        prog="python -m pipelines", description="Raw ImageNet to WebDataset shards."
+    )
     subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    def command(
+    def verb(
         name: str,
         function: Callable[[argparse.Namespace], int],
         text: str,
@@ -56,24 +48,24 @@ def _parser() -> argparse.ArgumentParser:
             sub.add_argument("--json", action="store_true", help="JSON on stdout, for programs")
         return sub
 
-    sub = command("build", commands.build, "make the shards, or go on making them", ["rebuild"])
+    sub = verb("build", commands.build, "make the shards, or go on making them", ["rebuild"])
     _add_plan_flags(sub)
     _add_build_flags(sub)
-    sub = command("plan", commands.plan, "say what build would do, and change nothing")
+    sub = verb("plan", commands.plan, "say what build would do, and change nothing")
     _add_plan_flags(sub)
-    _add_check_flags(command("verify", commands.verify, "check a shard set, or mend it"))
-    sub = command("inspect", commands.inspect, "show a shard or a sample, back to RAW")
+    _add_check_flags(verb("verify", commands.verify, "check a shard set, or mend it"))
+    sub = verb("inspect", commands.inspect, "show a shard or a sample, back to RAW")
     sub.add_argument("what", metavar="SHARD|KEY", help="such as train-000000 or n01440764_10026")
     sub.add_argument("--out", help="shard set; default: the newest under $ALEXNET_HOME")
-    sub = command("status", commands.status, "how far a running or stopped build is")
+    sub = verb("status", commands.status, "how far a running or stopped build is")
     sub.add_argument("out", metavar="OUT", nargs="?")
-    sub = command("diff", commands.diff, "compare two shard sets")
+    sub = verb("diff", commands.diff, "compare two shard sets")
     sub.add_argument("a", metavar="A")
     sub.add_argument("b", metavar="B")
-    sub = command("report", commands.report, "write OUT/report/index.html", json=False)
+    sub = verb("report", commands.report, "write OUT/report/index.html", json=False)
     sub.add_argument("out", metavar="OUT", nargs="?")
-    _add_fetch_flags(command("fetch", commands.fetch, "download a public raw set", json=False))
-    _add_drawing_flags(command("demo-raw", commands.demo_raw, "draw a small raw set", json=False))
+    _add_fetch_flags(verb("fetch", commands.fetch, "download a public raw set", json=False))
+    _add_drawing_flags(verb("demo-raw", commands.demo_raw, "draw a small raw set", json=False))
     return parser
 
 

@@ -8,7 +8,7 @@ import json
 from typing import Any
 
 from alexnet.errors import UserError
-from pipelines import flags, storage
+from pipelines import command, flags, storage
 from pipelines.plan import Plan
 from pipelines.progress import MaxRejected
 from pipelines.shards import Manifest
@@ -51,9 +51,9 @@ def build(arguments: argparse.Namespace) -> int:
     if manifest is None:
         _say(arguments, f"{out}: the shards of --only are there; build without it to finish")
     elif arguments.json:
-        print(json.dumps({"event": "built", "out": out, **_summary(manifest)}), flush=True)
+        command.say(json.dumps({"event": "built", "out": out, **_summary(manifest)}))
     else:
-        print(_built(manifest, out))
+        command.say(_built(manifest, out))
     return 0
 
 
@@ -146,15 +146,16 @@ def diff(arguments: argparse.Namespace) -> int:
 def report(arguments: argparse.Namespace) -> int:
     from pipelines.report import report
 
-    print(report(flags.existing(arguments.out)))
+    command.say(report(flags.existing(arguments.out)))
     return 0
 
 
 def fetch(arguments: argparse.Namespace) -> int:
     from pipelines.fetch import fetch
 
-    print(fetch(arguments.name, storage.absolute(arguments.to), arguments.size, arguments.mirror))
-    print(f"next: python -m pipelines build --raw {arguments.to}")
+    raw = storage.absolute(arguments.to)
+    command.say(fetch(arguments.name, raw, arguments.size, arguments.mirror))
+    command.say(f"next: python -m pipelines build --raw {arguments.to}")
     return 0
 
 
@@ -162,14 +163,14 @@ def demo_raw(arguments: argparse.Namespace) -> int:
     from pipelines.demo_raw import Drawing, draw
 
     drawing = Drawing(arguments.classes, arguments.per_class, arguments.val_per_class)
-    print(draw(storage.absolute(arguments.dir), drawing, arguments.seed))
-    print(f"next: python -m pipelines build --raw {arguments.dir}")
+    command.say(draw(storage.absolute(arguments.dir), drawing, arguments.seed))
+    command.say(f"next: python -m pipelines build --raw {arguments.dir}")
     return 0
 
 
 def _say(arguments: argparse.Namespace, line: str) -> None:
     if not arguments.json:
-        print(line, flush=True)
+        command.say(line)
 
 
 def _in_words(source: Source, plan: Plan, out: str) -> str:

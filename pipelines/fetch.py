@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from alexnet.errors import UserError
-from pipelines import shards, storage
+from pipelines import command, shards, storage
 from pipelines.sources.folders import SYNSET_MAPPING
 
 MIRROR = "https://s3.amazonaws.com/fast-ai-imageclas"
@@ -162,7 +162,7 @@ def _check_space(raw: Path, archive: Archive, have: int) -> None:
 
 def _download(url: str, archive: Archive, part: IO[bytes], etag: Path) -> None:
     """Fill `part`; where the connection breaks off, go on from there."""
-    print(f"downloading {url}", flush=True)
+    command.say(f"downloading {url}")
     progress, furthest, failures = _Progress(archive.num_bytes, part.tell()), part.tell(), 0
     while part.tell() < archive.num_bytes:
         problem = _request(url, archive, part, etag, progress)
@@ -177,9 +177,9 @@ def _download(url: str, archive: Archive, part: IO[bytes], etag: Path) -> None:
                 "--mirror (what came so far is kept)"
             )
         wait = _WAIT_SECONDS * 2 ** (failures - 1)
-        print(f"the server {problem}; trying again in {wait:g} s", flush=True)
+        command.say(f"the server {problem}; trying again in {wait:g} s")
         time.sleep(wait)
-    print(progress.line(part.tell()), flush=True)
+    command.say(progress.line(part.tell()))
 
 
 def _request(url: str, archive: Archive, part: IO[bytes], etag: Path, progress: _Progress) -> str:
@@ -250,7 +250,7 @@ class _Progress:
         """A line every few seconds."""
         if time.monotonic() - self._told >= _PROGRESS_SECONDS:
             self._told = time.monotonic()
-            print(self.line(have), flush=True)
+            command.say(self.line(have))
 
     def line(self, have: int) -> str:
         rate = max(have - self.have_before, 0) / max(time.monotonic() - self._started, 1e-9)
@@ -282,7 +282,7 @@ def _extract(part: Path, raw: Path, wanted: dict[str, str]) -> dict[str, int]:
     hidden = part.with_suffix(".pictures")
     if hidden.exists():  # of a run that was killed
         shutil.rmtree(hidden)
-    print(f"extracting to {raw}", flush=True)
+    command.say(f"extracting to {raw}")
     pictures: Counter[str] = Counter()
     with tarfile.open(part, "r:gz") as tar:
         for member in tar:

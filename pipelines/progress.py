@@ -10,12 +10,12 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 from alexnet.errors import UserError
-from pipelines import journal
+from pipelines import command, journal
 from pipelines.journal import Journal, Point
 
 _EXAMPLES = 3
@@ -217,14 +217,13 @@ class Progress:
             self._warned = True
 
     def _say(self, last: bool = False) -> None:
-        with suppress(OSError):  # nobody reads any more, or its disk is full; the build goes on
-            if self.as_json:
-                print(json.dumps(self.json_line()), flush=True)
-            elif sys.stdout.isatty():
-                line = self.line()[: shutil.get_terminal_size().columns - 1]
-                print(f"{_ERASE}{line}", end="\n" if last else "", flush=True)
-            else:
-                print(self.line(), flush=True)
+        if self.as_json:
+            command.say(json.dumps(self.json_line()))
+        elif sys.stdout.isatty():
+            line = self.line()[: shutil.get_terminal_size().columns - 1]
+            command.say(f"{_ERASE}{line}", end="\n" if last else "")
+        else:
+            command.say(self.line())
 
 
 def clock(seconds: float | None) -> str:

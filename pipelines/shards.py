@@ -260,7 +260,8 @@ def canonical_json(value: Any, indent: int | None = None) -> bytes:
     text = json.dumps(
         value, sort_keys=True, indent=indent, separators=separators, ensure_ascii=False
     )
-    return text.encode() + b"\n"
+    # A name that is no text: as JSON writes it, and the same again when it is read.
+    return text.encode(errors="backslashreplace") + b"\n"
 
 
 def sidecar_uri(uri: str, shard: str) -> str:

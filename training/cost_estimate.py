@@ -7,11 +7,11 @@ number where it comes from. Prices are the reader's.
 """
 
 import argparse
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from alexnet.errors import UserError
+from pipelines import command
 from training.cost_model import (
     DECODE_PER_CORE,
     FLOPS,
@@ -113,7 +113,7 @@ def table(batch: int, epochs: int, prices: Mapping[str, float]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser("python -m training.cost_estimate", description=__doc__)
+    parser = command.Parser("python -m training.cost_estimate", description=__doc__)
     parser.add_argument(
         "--batch", type=int, default=256, help="global, of a training; that of `deck`"
     )
@@ -121,15 +121,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--price", action="append", default=[], metavar="NAME=USD", help="for an hour; repeatable"
     )
-    args = parser.parse_args(argv)
-    try:
-        for flag, value in (("--batch", args.batch), ("--epochs", args.epochs)):
-            if value < 1:
-                raise UserError(f"{flag} {value} is below 1; pass 1 or more")
-        print(table(args.batch, args.epochs, dict(map(price, args.price))), end="")
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return command.answered(lambda: _answer(parser.parse_args(argv)))
+
+
+def _answer(args: argparse.Namespace) -> int:
+    for flag, value in (("--batch", args.batch), ("--epochs", args.epochs)):
+        if value < 1:
+            raise UserError(f"{flag} {value} is below 1; pass 1 or more")
+    print(table(args.batch, args.epochs, dict(map(price, args.price))), end="")
     return 0
 
 
@@ -147,4 +146,5 @@ def price(text: str) -> tuple[str, float]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command.begin()
+    command.leave(main)

@@ -4,11 +4,15 @@ python -m training.evaluate MODEL --data OUT        (see evaluate_command.py)
 """
 
 import contextlib
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Literal
+
+if __name__ == "__main__":
+    from pipelines import command
+
+    command.begin()
 
 import numpy as np
 import torch
@@ -204,4 +208,4 @@ if __name__ == "__main__":
     # Imported by name: the module that runs as __main__ is not the training.evaluate of the others.
     from training.evaluate_command import main
 
-    sys.exit(main())
+    command.leave(main)

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from alexnet.errors import UserError
-from pipelines import shards, storage
+from pipelines import command, shards, storage
 from training import figures, trained
 from training.evaluate import VIEWS, Network, Protocol
 from training.loader import Loader
@@ -48,20 +48,19 @@ class Evaluation:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = _parse(argv)
-    try:
-        evaluation = _evaluate(args)
-        if args.out is not None:
-            _write(evaluation, args.out)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return command.answered(lambda: _answer(_parse(argv)))
+
+
+def _answer(args: argparse.Namespace) -> int:
+    evaluation = _evaluate(args)
+    if args.out is not None:
+        _write(evaluation, args.out)
     print(json.dumps(document(evaluation), indent=1) if args.json else told(evaluation))
     return 0
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = command.Parser(
         "python -m training.evaluate",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

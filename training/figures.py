@@ -3,9 +3,13 @@
 python -m training.figures MODEL        (see paper_figures.py)
 """
 
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+
+if __name__ == "__main__":
+    from pipelines import command
+
+    command.begin()
 
 import numpy as np
 import torch
@@ -176,4 +180,4 @@ if __name__ == "__main__":
     # Imported by name: the module that runs as __main__ is not the training.figures of the others.
     from training.paper_figures import main
 
-    sys.exit(main())
+    command.leave(main)

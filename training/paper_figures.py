@@ -12,7 +12,6 @@ five val pictures and the six train pictures whose fc7 activations lie nearest (
 import argparse
 import io
 import os
-import sys
 from collections.abc import Sequence
 
 import numpy as np
@@ -23,7 +22,7 @@ from numpy.typing import NDArray
 from alexnet.errors import UserError
 from alexnet.model import AlexNet
 from alexnet.preprocess import InputSpec, centre_view
-from pipelines import shards, storage
+from pipelines import command, shards, storage
 from training import figures, trained
 from training.figures import Neighbours, Panel
 from training.loader import Loader
@@ -38,26 +37,25 @@ _BATCH = 64
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = _parse(argv)
-    try:
-        if args.pictures < _NEAREST:
-            raise UserError(f"--pictures {args.pictures} is below {_NEAREST}; pass more")
-        model = trained.load(args.model)
-        assert isinstance(model.network, AlexNet)
-        data = args.data or _data_of(model)
-        manifest = shards.load_manifest(data)
-        trained.check_fits(model, manifest, data)
-        drawn = _draw(model.network, model.input_spec, manifest, data, args.pictures)
-        for name, figure in drawn.items():
-            print(_save(figure, storage.join(args.out, name)))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return command.answered(lambda: _answer(_parse(argv)))
+
+
+def _answer(args: argparse.Namespace) -> int:
+    if args.pictures < _NEAREST:
+        raise UserError(f"--pictures {args.pictures} is below {_NEAREST}; pass more")
+    model = trained.load(args.model)
+    assert isinstance(model.network, AlexNet)
+    data = args.data or _data_of(model)
+    manifest = shards.load_manifest(data)
+    trained.check_fits(model, manifest, data)
+    drawn = _draw(model.network, model.input_spec, manifest, data, args.pictures)
+    for name, figure in drawn.items():
+        command.say(_save(figure, storage.join(args.out, name)))
     return 0
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = command.Parser(
         "python -m training.figures",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -19,55 +19,39 @@ usage or input, 130 interrupted.
 """
 
 import argparse
-import errno
-import os
 import sys
 from collections.abc import Sequence
 
 if __name__ == "__main__":
-    from training import interrupt
+    from pipelines import command
 
-    interrupt.end_at_once()
+    command.begin()
 
 from alexnet.errors import UserError
-from training import interrupt, picture_files, trained
+from pipelines import command
+from training import picture_files, trained
 from training.evaluate import Metrics
 from training.picture_files import Prediction
 from training.predictions import write_predictions
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = _parser()
-    args = parser.parse_args(argv)
+    return command.answered(
+        lambda: _predict(_parser().parse_args(argv)),
+        stopped="stopped; with --data, the same command goes on from here",
+    )
+
+
+def _predict(args: argparse.Namespace) -> int:
     if (args.data is None) == (not args.pictures):
-        parser.error("name picture files or folders, or the shards to predict with --data")
+        raise UserError("name picture files or folders, or the shards to predict with --data")
     if (args.data is None) != (args.out is None):
-        parser.error("--data OUT and --out FOLDER go together")
-    try:
-        with interrupt.raised():
-            code = _predict_pictures(args) if args.data is None else _predict_shards(args)
-            sys.stdout.flush()
-            return code
-    except OSError as error:
-        if error.filename is not None or error.errno not in (errno.ENOSPC, errno.EPIPE):
-            raise
-        # Of stdout, to which nothing more can be written: not by Python at its exit either.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if error.errno == errno.EPIPE:  # `| head` has seen enough
-            return 0
-        print(f"error: the answers cannot be written: {error.strerror}", file=sys.stderr)
-        return 2
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except interrupt.KINDS:
-        kept = "" if args.data is None else "; the same command goes on from here"
-        print(f"stopped{kept}", file=sys.stderr)
-        return interrupt.INTERRUPTED
+        raise UserError("--data OUT and --out FOLDER go together")
+    return _predict_pictures(args) if args.data is None else _predict_shards(args)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = command.Parser(
         "python -m training.predict",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -121,7 +105,9 @@ def _predict_shards(args: argparse.Namespace) -> int:
         workers=args.workers,
         shared_fs=args.shared_fs,
     )
-    print(f"{args.out}: {found.parts} parts, {found.made} of them new; {_told(found.metrics)}")
+    command.say(
+        f"{args.out}: {found.parts} parts, {found.made} of them new; {_told(found.metrics)}"
+    )
     return 0
 
 
@@ -134,4 +120,4 @@ def _told(metrics: Metrics) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command.leave(main)

@@ -22,17 +22,17 @@ if __name__ == "__main__":
     # A script's own folder comes first on its path: with the checkout in its place, the packages
     # are found from any folder, and no file beside this one can shadow a library.
     sys.path[0] = str(Path(__file__).resolve().parents[1])
-    from training import interrupt
+    from pipelines import command
 
-    interrupt.end_at_once()
+    command.begin()
 
 import ray
 import ray.train
 from ray.train.torch import TorchTrainer
 
 from alexnet.errors import UserError
-from pipelines import cluster, shards, storage
-from training import checkpoint, interrupt, tracking
+from pipelines import cluster, command, shards, storage
+from training import checkpoint, tracking
 from training.command_line import parse
 from training.config import TrainConfig, to_dict
 from training.dry_run import check_disks, dry_run, estimate, resolve
@@ -57,29 +57,21 @@ def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(format="%(message)s")  # warnings of the libraries
     logging.getLogger("urllib3").setLevel(logging.ERROR)  # each retry to a server that is down
     logger.setLevel(logging.INFO)
-    try:
-        with interrupt.raised():
-            command = parse(sys.argv[1:] if argv is None else argv)
-            if command.action == "print":
-                _show(json.dumps(to_dict(command.config), indent=1))
-                return 0
-            if command.action == "dry-run":
-                _show(dry_run(command.config, _on_cluster if cluster.is_known() else None))
-                return 0
-            return train(command.config)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted before the training began", file=sys.stderr)
-        return interrupt.INTERRUPTED
+    return command.answered(
+        lambda: _asked(sys.argv[1:] if argv is None else argv),
+        stopped="interrupted before the training began",
+    )
 
 
-def _show(text: str) -> None:
-    try:
-        print(text, flush=True)
-    except BrokenPipeError:  # `| head` has seen enough; Python would complain again at its exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+def _asked(argv: list[str]) -> int:
+    asked = parse(argv)
+    if asked.action == "print":
+        print(json.dumps(to_dict(asked.config), indent=1))
+        return 0
+    if asked.action == "dry-run":
+        print(dry_run(asked.config, _on_cluster if cluster.is_known() else None))
+        return 0
+    return train(asked.config)
 
 
 def train(config: TrainConfig) -> int:
@@ -106,9 +98,9 @@ def train(config: TrainConfig) -> int:
             f"is mended, continue with: {_again(config)}"
         )
         return 1
-    except interrupt.KINDS:
+    except command.KINDS:
         logger.error(f"interrupted; continue with: {_again(config)}")
-        return interrupt.INTERRUPTED
+        return command.INTERRUPTED
     if version is not None:
         logger.info(f"registered alexnet version {version} as candidate; promote it with:")
         logger.info("  python -m training.registry promote")
@@ -126,7 +118,7 @@ def _trained(config: TrainConfig, manifest: shards.Manifest, client: Any, uri: s
     _announce(config, manifest, cpus, scaling.use_gpu)
     # Ray Train's own print would put an empty line after each state of the progress bar.
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
-    with interrupt.raised(), tracking.run_status(client, run_id):
+    with command.raised(), tracking.run_status(client, run_id):
         _fit(_trainer(config, scaling, job))
         return _register(client, run_id, manifest, config)
 
@@ -295,4 +287,4 @@ def _again(config: TrainConfig) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command.leave(main)

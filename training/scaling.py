@@ -6,11 +6,11 @@ python -m training.scaling [--images-per-second 50000] [--batch 32768]
 import argparse
 import dataclasses
 import math
-import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from alexnet.errors import UserError
+from pipelines import command
 from training.cost_model import (
     CONSTANTS,
     CONV_PARAMETERS,
@@ -232,7 +232,7 @@ def _check() -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser("python -m training.scaling", description=__doc__)
+    parser = command.Parser("python -m training.scaling", description=__doc__)
     rate = H200.images_per_second
     parser.add_argument("--images-per-second", type=float, default=rate, help="of one GPU, alone")
     parser.add_argument("--batch", type=int, default=32_768, help="global batch of the first table")
@@ -242,19 +242,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         default=math.inf,
         help="that decode for each GPU; none are needed by default, as with --cache gpu",
     )
-    args = parser.parse_args(argv)
-    try:
-        if not 0 < args.images_per_second < math.inf:
-            raise UserError(
-                f"--images-per-second {args.images_per_second} is not positive; measure one"
-            )
-        if args.batch < 1:
-            raise UserError(f"--batch {args.batch} is below 1; pass 1 or more")
-        if not args.cores > 0:
-            raise UserError(f"--cores {args.cores} is not positive; pass cores for each GPU")
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return command.answered(lambda: _answer(parser.parse_args(argv)))
+
+
+def _answer(args: argparse.Namespace) -> int:
+    if not 0 < args.images_per_second < math.inf:
+        raise UserError(
+            f"--images-per-second {args.images_per_second} is not positive; measure one"
+        )
+    if args.batch < 1:
+        raise UserError(f"--batch {args.batch} is below 1; pass 1 or more")
+    if not args.cores > 0:
+        raise UserError(f"--cores {args.cores} is not positive; pass cores for each GPU")
     cluster = dataclasses.replace(
         H200, images_per_second=args.images_per_second, decode=args.cores * DECODE_PER_CORE
     )
@@ -263,4 +262,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command.begin()
+    command.leave(main)

@@ -18,14 +18,15 @@ from collections.abc import Sequence
 from typing import Any
 
 if __name__ == "__main__":
-    from training import interrupt
+    from pipelines import command
 
-    interrupt.end_at_once()
+    command.begin()
 
 from mlflow.tracking import MlflowClient
 
 from alexnet.errors import UserError
-from training import interrupt, tracking
+from pipelines import command
+from training import tracking
 from training.registry import alias, listing
 from training.registry.alias import Refused
 from training.registry.versions import NAME, aliases, resolve
@@ -35,27 +36,23 @@ Answer = tuple[int, Any, str]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = _parse(argv)
+    return command.answered(
+        lambda: _answer(_parse(argv)),
+        stopped="interrupted; the next promote or rollback settles what is unfinished",
+        failed={Refused: "refused"},
+    )
+
+
+def _answer(args: argparse.Namespace) -> int:
     try:
-        with interrupt.raised():
-            client = tracking.connect(tracking.tracking_uri())
-            answer: Answer = args.run(client, args)
-            code, document, text = answer
-    except Refused as refusal:
-        print(f"refused: {refusal}", file=sys.stderr)
-        return 1
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        client = tracking.connect(tracking.tracking_uri())
+        answer: Answer = args.run(client, args)
+        code, document, text = answer
     except tracking.FAILURES as error:
-        print(f"error: {_told(error)}", file=sys.stderr)
-        return 2
-    except interrupt.KINDS:
-        print(
-            "interrupted; the next promote or rollback settles what is unfinished", file=sys.stderr
-        )
-        return interrupt.INTERRUPTED
-    print(json.dumps(document, indent=1) if args.json else text)
+        raise UserError(_told(error)) from error
+    # Whoever has moved the champion has done it, read or not.
+    tell = command.say if args.run in (_promote, _rollback) and not args.dry_run else print
+    tell(json.dumps(document, indent=1) if args.json else text)
     if code == 1:
         print(f"refused: {document['reason']}", file=sys.stderr)
     return code
@@ -72,7 +69,7 @@ def _told(error: BaseException) -> str:
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = command.Parser(
         "python -m training.registry",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -92,17 +89,17 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     two.add_argument("first", metavar="A")
     two.add_argument("second", metavar="B")
     two.set_defaults(run=_compare)
-    for command in (show, gate, two):
-        command.add_argument("--data", metavar="OUT", help="the shards, if they were moved")
-    for command in (gate, two):
-        command.add_argument("--workers", type=int, metavar="N", help="score on Ray, N at a time")
-        command.add_argument(
+    for each in (show, gate, two):
+        each.add_argument("--data", metavar="OUT", help="the shards, if they were moved")
+    for each in (gate, two):
+        each.add_argument("--workers", type=int, metavar="N", help="score on Ray, N at a time")
+        each.add_argument(
             "--shared-fs", action="store_true", help="every node of the cluster sees local shards"
         )
-    for command in (gate, back):
-        command.add_argument("--dry-run", action="store_true", help="change nothing in MLflow")
-    for command in (listed, show, gate, back, two):
-        command.add_argument("--json", action="store_true", help="print JSON")
+    for each in (gate, back):
+        each.add_argument("--dry-run", action="store_true", help="change nothing in MLflow")
+    for each in (listed, show, gate, back, two):
+        each.add_argument("--json", action="store_true", help="print JSON")
     return parser.parse_args(argv)
 
 
@@ -188,4 +185,4 @@ def _compare(client: MlflowClient, args: argparse.Namespace) -> Answer:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command.leave(main)

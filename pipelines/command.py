@@ -1,0 +1,229 @@
+"""The door of every program: exit codes, Ctrl-C, one line for a mistake, and output that no reader,
+disk or terminal can turn into a traceback.
+
+A program calls `begin` before its heavy imports (this module takes milliseconds), lets `answered`
+turn what its work raises into an exit code, and leaves by `leave`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import errno
+import io
+import os
+import pwd
+import resource
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn
+
+from alexnet.errors import UserError
+
+FAILED, WRONG, INTERRUPTED = 1, 2, 130
+UNREAD = 141  # as a shell says of a program that died of a closed pipe
+# What Ctrl-C and SIGTERM raise: since it was joined, Ray answers SIGTERM in its own way.
+KINDS = (KeyboardInterrupt, SystemExit)
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Parser(argparse.ArgumentParser):
+    """Says a mistake in one line, like every other; argparse would print its usage first."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see `{self.prog} --help`")
+
+
+class Unread(OSError):
+    """stdout takes nothing more: its reader has left, or its disk is full."""
+
+
+def begin(stopped: str = "interrupted") -> None:
+    """What holds for the whole process. Until `answered`, Ctrl-C and SIGTERM (of `ray job stop` and
+    every supervisor) end it at once with the line `stopped`: nothing has begun, and libraries that
+    are half imported would say much."""
+
+    def end(number: int, frame: FrameType | None) -> None:
+        with contextlib.suppress(OSError):  # stderr; by its number, since it may be in use just now
+            os.write(2, f"{stopped}\n".encode())
+        os._exit(INTERRUPTED)
+
+    for number in _SIGNALS:
+        signal.signal(number, end)
+    _open_missing()
+    sys.stdout = _text(sys.stdout, _Stdout(1, "w", closefd=False))
+    sys.stderr = _text(sys.stderr, _Stderr(2, "w", closefd=False))
+    _find_home()
+    try:
+        Path.cwd()
+    except OSError as error:
+        _tell(f"error: the current folder: {error.strerror}; change into one that exists")
+        os._exit(WRONG)
+
+
+def answered(
+    work: Callable[[], int],
+    *,
+    stopped: str = "interrupted",
+    failed: Mapping[type[Exception], str] | None = None,
+) -> int:
+    """The exit code of `work`, or that of what it raised, which is told in one line on stderr.
+
+    failed: exceptions that mean exit code 1, with the first word of their line. Limits of the
+    machine are told as well; whatever else is raised is a defect and keeps its traceback. --help's
+    SystemExit and Unread pass, for `leave`.
+    """
+    words = failed or {}
+    try:
+        with raised():
+            return work()
+    except UserError as error:
+        _tell(f"error: {error}")
+        return WRONG
+    except tuple(words) as error:
+        word = next(word for kind, word in words.items() if isinstance(error, kind))
+        _tell(f"{word}: {UserError(error)}")
+        return FAILED
+    except (MemoryError, OSError, RuntimeError) as error:
+        if (limit := _limit(error)) is None:
+            raise
+        _tell(f"error: {UserError(limit)}")
+        return WRONG
+    except KINDS as left:
+        if isinstance(left, SystemExit) and left.code in (None, 0):
+            raise
+        _tell(stopped)
+        return INTERRUPTED
+
+
+def leave(main: Callable[[], int]) -> NoReturn:
+    """Ends the process with the exit code of `main`. A main that only answers has failed when its
+    answer found no reader (141) or no room (1), in silence; who works tells by `say`."""
+    code = 0
+    try:
+        try:
+            code = answered(main)
+        except SystemExit:  # of --help
+            code = 0
+        sys.stdout.flush()
+    except Unread as error:
+        _mute()
+        code = code or (UNREAD if error.errno == errno.EPIPE else FAILED)
+    for number in _SIGNALS:
+        signal.signal(number, signal.SIG_IGN)  # too late: what is left is the libraries' own end
+    if code == INTERRUPTED:
+        # Threads of Ray may still be in C++ when Ctrl-C comes, and crash an orderly exit.
+        os._exit(code)
+    sys.exit(code)
+
+
+def say(text: str, end: str = "\n") -> None:
+    """A line of a program whose work matters more than its words: when nobody can read it, that and
+    all later ones are left out, and the work goes on."""
+    try:
+        print(text, end=end, flush=True)
+    except OSError:
+        _mute()
+
+
+@contextlib.contextmanager
+def raised() -> Iterator[None]:
+    """Ctrl-C and SIGTERM raise KeyboardInterrupt inside. Only in the main thread."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = {number: signal.signal(number, signal.default_int_handler) for number in _SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+class _Stdout(io.FileIO):
+    """File descriptor 1. Only the main thread learns that it takes nothing more: what libraries
+    print in threads of their own is no reason to end anything."""
+
+    muted = False
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data) if not self.muted else len(data)
+        except OSError as error:
+            if threading.current_thread() is not threading.main_thread():
+                return len(data)
+            raise Unread(error.errno, error.strerror) from error
+
+
+class _Stderr(io.FileIO):
+    """File descriptor 2: there is nobody left to tell that it takes nothing more."""
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data)
+        except OSError:
+            return len(data)
+
+
+def _text(before: Any, raw: io.FileIO) -> io.TextIOWrapper:
+    """As the stream that Python made, but what the terminal cannot show is escaped, as are the
+    bytes of file names that are no text."""
+    return io.TextIOWrapper(
+        io.BufferedWriter(raw),
+        encoding=before.encoding if before else "utf-8",
+        errors="backslashreplace",
+        line_buffering=before is not None and (before.line_buffering or before.write_through),
+    )
+
+
+def _open_missing() -> None:
+    """Descriptors that were closed (`>&-`) would go to the first file or socket that is opened, and
+    what C libraries print would go there. stdin and stdout refuse, as if still closed."""
+    for number, mode in ((0, os.O_WRONLY), (1, os.O_RDONLY), (2, os.O_WRONLY)):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, mode)  # takes the lowest number that is free
+
+
+def _find_home() -> None:
+    """A home folder and a user's name, which libraries ask for, also where the system knows none: a
+    uid without a passwd entry, as in containers. $ALEXNET_HOME takes the place of the folder."""
+    try:
+        known = pwd.getpwuid(os.getuid()).pw_dir
+    except KeyError:
+        known = os.environ.get("ALEXNET_HOME", "")
+        if not any(map(os.environ.get, ("LOGNAME", "USER"))):
+            os.environ["LOGNAME"] = f"uid{os.getuid()}"
+    if home := os.environ.pop("HOME", "") or known:
+        os.environ["HOME"] = str(Path(home).absolute())
+
+
+def _limit(error: BaseException) -> str | None:
+    """What this machine has too little of, with the remedy; None where it is something else."""
+    if isinstance(error, MemoryError):
+        return f"out of memory ({error or 'no more is to be had'}); give this more of it"
+    if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+        files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        return f"more than {files} open files are not allowed; raise that with `ulimit -n 4096`"
+    thread = "can't start new thread" in str(error)
+    if thread or (isinstance(error, BlockingIOError) and error.errno == errno.EAGAIN):
+        processes, _ = resource.getrlimit(resource.RLIMIT_NPROC)
+        allowed = "" if processes == resource.RLIM_INFINITY else f" (allowed are {processes})"
+        return f"no more processes or threads can be started{allowed}; raise that with `ulimit -u`"
+    return None
+
+
+def _tell(line: str) -> None:
+    if sys.stderr is not None:
+        print(line, file=sys.stderr, flush=True)
+
+
+def _mute() -> None:
+    raw = getattr(getattr(sys.stdout, "buffer", None), "raw", None)
+    if isinstance(raw, _Stdout):
+        raw.muted = True
