@@ -4,11 +4,13 @@ import json
 import logging
 import os
 import secrets
+import shutil
 import signal
 import socket
+import tempfile
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,18 +24,21 @@ from pipelines import storage
 _ROOT = Path(__file__).resolve().parents[1]
 _PACKAGES = ("alexnet", "pipelines", "training")
 _SCHEDULER_SECONDS = 10
+# Of the 107 bytes that the path of a socket may have, less /session_DATE_TIME_PID/sockets/NAME.
+_LONGEST_FOLDER = 107 - len("/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store")
+_SHORT = ("/tmp", "/var/tmp", "/dev/shm")  # where a folder for them is tried
 
 
-def connect(address: str | None = None, *, dashboard: bool = False) -> None:
+def connect(address: str | None = None, *, dashboard: bool = False) -> Path | None:
     """Joins the cluster at `address`, by default that of $RAY_ADDRESS or of `ray start` on this
-    host; without any it starts a local one.
+    host; without any it starts a local one, and gives the folder to remove after it, if any.
 
     Workers get the three packages from this checkout, so nothing has to be installed on them.
     `dashboard` gives a local one its web page, on loopback.
     Raises UserError where the cluster cannot be joined.
     """
     if ray.is_initialized():
-        return
+        return None
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     settings: dict[str, Any] = {"logging_level": logging.WARNING}
     if address:
@@ -42,9 +47,11 @@ def connect(address: str | None = None, *, dashboard: bool = False) -> None:
         _check(address, f"RAY_ADDRESS={address}")
     elif not _started_here():
         _own_token()
+        if (folder := _own_folder()) is not None:
+            settings["_temp_dir"] = str(folder)
         with _environment(_for_own_ray()):
             ray.init(address="local", include_dashboard=dashboard, **settings)
-        return
+        return folder
     try:
         ray.init(address=address, runtime_env=_for_workers(), **settings)
     except AuthenticationError as error:
@@ -52,6 +59,7 @@ def connect(address: str | None = None, *, dashboard: bool = False) -> None:
             "the Ray cluster asks for a token; set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH "
             "(or put the token into ~/.ray/auth_token)"
         ) from error
+    return None
 
 
 def is_known() -> bool:
@@ -66,7 +74,7 @@ def connected(address: str | None = None, *, dashboard: bool = False) -> Iterato
     joined_before = ray.is_initialized()
     terminated = signal.getsignal(signal.SIGTERM)
     try:
-        connect(address, dashboard=dashboard)
+        folder = connect(address, dashboard=dashboard)
     except SystemExit as left:  # of Ray's handler for SIGTERM
         raise KeyboardInterrupt from left
     if callable(terminated) and threading.current_thread() is threading.main_thread():
@@ -81,6 +89,8 @@ def connected(address: str | None = None, *, dashboard: bool = False) -> Iterato
                 thread.join(_SCHEDULER_SECONDS)
         if not joined_before:
             ray.shutdown()
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def refuse_local_paths(paths: list[str], *, shared_fs: bool) -> None:
@@ -112,8 +122,32 @@ def _check(address: str, given: str) -> None:
 
 def _started_here() -> bool:
     """Whether `ray start` has left an address on this host and somebody listens there."""
-    noted = Path(os.environ.get("RAY_TMPDIR", "/tmp")) / "ray" / "ray_current_cluster"
-    return noted.exists() and _answers(noted.read_text().strip())
+    try:
+        address = (_rays_folder() / "ray_current_cluster").read_text()
+    except (OSError, UnicodeDecodeError):
+        return False
+    return _answers(address.strip())
+
+
+def _rays_folder() -> Path:
+    """Where Ray keeps its sessions, by its own choice."""
+    return Path(os.environ.get("RAY_TMPDIR", os.environ.get("TMPDIR", "/tmp"))) / "ray"
+
+
+def _own_folder() -> Path | None:
+    """A new folder for a Ray of our own, where its own choice would not do: a path too long for its
+    sockets, as batch systems have in TMPDIR, or one that cannot be written. Else None."""
+    chosen = _rays_folder()
+    place = chosen if chosen.exists() else chosen.parent
+    if len(os.fsencode(chosen)) <= _LONGEST_FOLDER and os.access(place, os.W_OK | os.X_OK):
+        return None
+    for short in _SHORT:
+        with suppress(OSError):
+            return Path(tempfile.mkdtemp(prefix="ray-", dir=short))
+    raise UserError(
+        f"Ray's sockets need a folder with a path of at most {_LONGEST_FOLDER} bytes that can be "
+        f"written; {chosen} and {', '.join(_SHORT)} are none; set RAY_TMPDIR to one"
+    )
 
 
 def _answers(address: str) -> bool:

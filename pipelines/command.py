@@ -191,16 +191,15 @@ def _open_missing() -> None:
 
 
 def _find_home() -> None:
-    """A home folder and a user's name, which libraries ask for, also where the system knows none: a
-    uid without a passwd entry, as in containers. $ALEXNET_HOME takes the place of the folder."""
+    """A home folder and a user's name, which libraries ask for as they are imported, also where the
+    system knows none: a uid without a passwd entry, as in containers."""
     try:
         known = pwd.getpwuid(os.getuid()).pw_dir
     except KeyError:
-        known = os.environ.get("ALEXNET_HOME", "")
+        known = os.environ.get("ALEXNET_HOME") or "/nonexistent"
         if not any(map(os.environ.get, ("LOGNAME", "USER"))):
             os.environ["LOGNAME"] = f"uid{os.getuid()}"
-    if home := os.environ.pop("HOME", "") or known:
-        os.environ["HOME"] = str(Path(home).absolute())
+    os.environ["HOME"] = str(Path(os.environ.get("HOME") or known).absolute())
 
 
 def _limit(error: BaseException) -> str | None:

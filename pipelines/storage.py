@@ -46,7 +46,7 @@ def absolute(uri: str) -> str:
         return uri.rstrip("/")
     if "://" in uri:
         raise UserError(f"{uri}: only local paths and s3://bucket/key are supported")
-    return str(Path(uri).expanduser().absolute())
+    return str(_expanded(uri))
 
 
 def join(uri: str, *parts: str) -> str:
@@ -183,7 +183,17 @@ def offers(place: Path, what: str, action: Callable[[], object], without: str) -
 
 def home() -> Path:
     """$ALEXNET_HOME or ~/.alexnet, absolute because Ray's workers change directory."""
-    return Path(os.environ.get("ALEXNET_HOME") or "~/.alexnet").expanduser().absolute()
+    return _expanded(os.environ.get("ALEXNET_HOME") or "~/.alexnet")
+
+
+def _expanded(path: str) -> Path:
+    try:
+        return Path(path).expanduser().absolute()
+    except RuntimeError as error:  # no such user, or none that has a home folder
+        raise UserError(
+            f"{path}: the home folder is not known; write the whole path, or set ALEXNET_HOME and "
+            "HOME to folders that you can write"
+        ) from error
 
 
 def version(uri: str) -> str:
@@ -345,5 +355,11 @@ def _local_remedy(uri: str, error: Exception) -> str | None:
         return f"{uri}: not there"
     if not isinstance(error, OSError):
         return None
-    full = "; make room there" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
-    return f"{uri}: {error.strerror or error}{full}"
+    remedy = ""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        remedy = "; make room there"
+    elif error.errno in (errno.EACCES, errno.EROFS, errno.EPERM) and Path(uri).is_relative_to(
+        home()
+    ):
+        remedy = "; set ALEXNET_HOME to a folder that you can write"
+    return f"{uri}: {error.strerror or error}{remedy}"

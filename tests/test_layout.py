@@ -36,9 +36,9 @@ ALLOWED = {
     "boto3": {"pipelines/s3.py"},
     "botocore": {"pipelines/s3.py"},
 }
-# training knows the shard format, storage, what is ignored by its name, and what every program does
-# at its ends; the script may also join a cluster.
-FROM_PIPELINES = {"command", "entries", "shards", "storage"}
+# training knows the shard format, storage, what is ignored by its name, what every program does at
+# its ends and how figures are labelled; the script may also join a cluster.
+FROM_PIPELINES = {"command", "entries", "metrics", "shards", "storage"}
 
 
 def imports(path: Path) -> set[str]:

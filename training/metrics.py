@@ -10,25 +10,30 @@ from collections.abc import Mapping
 
 from ray.util.metrics import Counter, Gauge
 
+from pipelines.metrics import label, never_fatal
+
 _RUN = ("run",)
 
 
+@never_fatal
 def show(run: str, metrics: Mapping[str, float], step: int) -> None:
     """What a log line says at `step`; metrics that have no gauge are left out."""
     for name, gauge in _gauges().items():
         if name in metrics:
-            gauge.set(float(metrics[name]), {"run": run})
-    _gauges()["step"].set(step, {"run": run})
+            gauge.set(float(metrics[name]), {"run": label(run)})
+    _gauges()["step"].set(step, {"run": label(run)})
 
 
+@never_fatal
 def show_workers(run: str, workers: int) -> None:
     """The size of a worker group, at its start."""
-    _gauges()["workers"].set(workers, {"run": run})
+    _gauges()["workers"].set(workers, {"run": label(run)})
 
 
+@never_fatal
 def count_restart(run: str) -> None:
     """A worker group that goes on with what another one began."""
-    _restarts().inc(1, {"run": run})
+    _restarts().inc(1, {"run": label(run)})
 
 
 @functools.cache
