@@ -1,4 +1,4 @@
-"""The one exception class of this project."""
+"""The one exception class of this project, and what others say."""
 
 _LONGEST = 1000  # characters; a damaged file may hold a name of a mebibyte
 
@@ -16,3 +16,8 @@ class UserError(Exception):
         text = super().__str__()
         text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
         return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 300]} … {text[-297:]}"
+
+
+def reason(error: BaseException) -> str:
+    """The first line of what an error says, or its kind: some say nothing."""
+    return next(iter(str(error).strip().splitlines()), "")[:200] or type(error).__name__

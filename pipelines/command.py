@@ -17,6 +17,7 @@ import resource
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import FrameType
@@ -58,6 +59,8 @@ def begin(stopped: str = "interrupted") -> None:
     sys.stdout = _text(sys.stdout, _Stdout(1, "w", closefd=False))
     sys.stderr = _text(sys.stderr, _Stderr(2, "w", closefd=False))
     _find_home()
+    # A class name in letters that matplotlib's font has not is drawn as boxes, and that is all.
+    warnings.filterwarnings("ignore", r"Glyph \d+", UserWarning)
     try:
         Path.cwd()
     except OSError as error:

@@ -211,7 +211,7 @@ class Progress:
         journal.add(record, now)
         try:
             journal.save(self.out, record)
-        except UserError as error:
+        except Exception as error:  # of whatever kind: none of them is worth a build
             if not self._warned:
                 _log.warning("no journal for `status` and `report`: %s", error)
             self._warned = True

@@ -30,8 +30,9 @@ import ray
 import ray.train
 from ray.train.torch import TorchTrainer
 
-from alexnet.errors import UserError
+from alexnet.errors import UserError, reason
 from pipelines import cluster, command, shards, storage
+from pipelines.metrics import label
 from training import checkpoint, tracking
 from training.command_line import parse
 from training.config import TrainConfig, to_dict
@@ -92,9 +93,8 @@ def train(config: TrainConfig) -> int:
         logger.error(f"error: {_cause(error, config)}")
         return 1
     except tracking.FAILURES as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0][:200]
         logger.error(
-            f"error: the run could not be recorded ({reason}); its checkpoints are safe: once that "
+            f"error: the run could not be recorded ({reason(error)}); its checkpoints are safe: once that "
             f"is mended, continue with: {_again(config)}"
         )
         return 1
@@ -198,7 +198,7 @@ def _trainer(
         train_loop_config=job,
         scaling_config=scaling,
         run_config=ray.train.RunConfig(
-            name=config.name,
+            name=label(str(config.name)),  # Ray makes a label of its metrics of it
             storage_path=str(storage.home() / "ray"),  # Ray's own notes; see training/uploads.py
             failure_config=ray.train.FailureConfig(max_failures=config.max_failures),
             callbacks=[FinalErrors()],
@@ -273,7 +273,7 @@ def _cause(error: ray.train.TrainingFailedError, config: TrainConfig) -> str:
     """What failed, in a worker's own words where it told; the traceback is in the log above."""
     if (cause := said(error)) is not None:
         return str(cause)
-    last = str(error).strip().splitlines()[-1]
+    last = (str(error).strip() or type(error).__name__).splitlines()[-1]
     if any(word in str(error) for word in _OUT_OF_MEMORY):
         return (
             f"a worker ran out of memory ({last[:200]}); give each more: fewer --workers on a node "

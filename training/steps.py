@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from alexnet import optim
-from alexnet.errors import UserError
+from alexnet.errors import UserError, reason
 from training import checkpoint
 from training.config import TrainConfig
 from training.meter import Clock, Mark, Step
@@ -214,9 +214,8 @@ def _compiled(network: nn.Module) -> Network:
         try:
             return compiled(x)
         except torch._dynamo.exc.TorchDynamoException as error:
-            reason = str(error).strip().splitlines()[0][:200]
             raise UserError(
-                f"--compile True fails here ({reason}); pass --compile False, or install what "
+                f"--compile True fails here ({reason(error)}); pass --compile False, or install what "
                 "torch.compile needs (a C++ compiler on CPUs, Triton on GPUs)"
             ) from error
 

@@ -25,7 +25,7 @@ from mlflow.utils.credentials import get_default_host_creds
 from mlflow.utils.rest_utils import http_request
 from sqlalchemy.exc import SQLAlchemyError
 
-from alexnet.errors import UserError
+from alexnet.errors import UserError, reason
 from pipelines import storage
 from pipelines.shards import Manifest
 from training.config import TrainConfig, flatten, science, to_dict
@@ -91,15 +91,15 @@ def _refuse_old(uri: str) -> None:
 
 def _remedy(error: BaseException) -> str:
     """Why MLflow cannot be used, a bracket, and what to do."""
-    reason = str(error).splitlines()[0][:200]
+    why = reason(error)
     status = getattr(error, "get_http_status_code", int)()
-    if "Max retries exceeded" in reason:
-        reason = "no connection"
+    if "Max retries exceeded" in why:
+        why = "no connection"
     elif status == 401:
         return "401); set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD on every node"
-    elif "Invalid Host header" in reason:
-        return f"{reason}); start the server with --allowed-hosts and this host's name"
-    return f"{reason}); start the server, or unset MLFLOW_TRACKING_URI to use the embedded store"
+    elif "Invalid Host header" in why:
+        return f"{why}); start the server with --allowed-hosts and this host's name"
+    return f"{why}); start the server, or unset MLFLOW_TRACKING_URI to use the embedded store"
 
 
 def find_run(client: MlflowClient, config: TrainConfig, manifest: Manifest) -> Run | None:
@@ -158,9 +158,9 @@ class Tracker:
                 batch = [Metric(*row) for row in pending[first : first + 1000]]
                 self._client.log_batch(self._run_id, metrics=batch)
         except FAILURES as error:
-            reason = str(error).splitlines()[0][:120]
             where = self._spool.keep(pending)
-            logger.warning(f"MLflow does not answer ({reason}); {len(pending)} values wait {where}")
+            why = reason(error)
+            logger.warning(f"MLflow does not answer ({why}); {len(pending)} values wait {where}")
         else:
             self._spool.clear()
 
@@ -184,7 +184,7 @@ class Tracker:
         try:
             self._client.set_tag(self._run_id, name, value)
         except FAILURES as error:
-            logger.warning(f"MLflow has no tag {name} now: {str(error).splitlines()[0][:120]}")
+            logger.warning(f"MLflow has no tag {name} now: {reason(error)}")
 
     def last_logged(self) -> tuple[int, float] | None:
         """(step, seconds ago) of the newest loss of this run; None for a run without one, or while
@@ -205,7 +205,7 @@ class Tracker:
         try:
             self._client.log_artifacts(self._run_id, str(folder), name)
         except FAILURES as error:
-            logger.warning(f"{name} could not be kept with the run: {str(error).splitlines()[0]}")
+            logger.warning(f"{name} could not be kept with the run: {reason(error)}")
 
 
 @contextlib.contextmanager
@@ -219,7 +219,7 @@ def run_status(client: MlflowClient, run_id: str) -> Iterator[None]:
         try:
             client.set_terminated(run_id, status)
         except FAILURES as silence:  # must not hide what ended the run
-            logger.warning(f"MLflow still shows the run as RUNNING: {str(silence).splitlines()[0]}")
+            logger.warning(f"MLflow still shows the run as RUNNING: {reason(silence)}")
         raise
     client.set_terminated(run_id, "FINISHED")
 

@@ -24,7 +24,7 @@ if __name__ == "__main__":
 
 from mlflow.tracking import MlflowClient
 
-from alexnet.errors import UserError
+from alexnet.errors import UserError, reason
 from pipelines import command
 from training import tracking
 from training.registry import alias, listing
@@ -59,11 +59,11 @@ def _answer(args: argparse.Namespace) -> int:
 
 
 def _told(error: BaseException) -> str:
-    reason = (str(error) or type(error).__name__).splitlines()[0][:200]
-    if "Max retries exceeded" in reason:
-        reason = "no connection"
+    why = reason(error)
+    if "Max retries exceeded" in why:
+        why = "no connection"
     return (
-        f"MLflow at {tracking.tracking_uri()} failed ({reason}); once it answers, run the command "
+        f"MLflow at {tracking.tracking_uri()} failed ({why}); once it answers, run the command "
         "again: a move that was not finished is settled first"
     )
 

@@ -21,7 +21,7 @@ from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
-from alexnet.errors import UserError
+from alexnet.errors import UserError, reason
 
 if TYPE_CHECKING:
     import torch
@@ -167,7 +167,7 @@ def _downloaded(uri: str) -> Iterator[tuple[Path, ModelVersion | None]]:
             found = mlflow.artifacts.download_artifacts(uri, dst_path=copy)
         except (MlflowException, OSError) as error:
             raise UserError(
-                f"{uri} cannot be loaded ({str(error).splitlines()[0][:200]}); "
+                f"{uri} cannot be loaded ({reason(error)}); "
                 "`python -m training.registry list` shows what there is"
             ) from error
         yield Path(found), version
