@@ -199,7 +199,7 @@ def _find_home() -> None:
     try:
         known = pwd.getpwuid(os.getuid()).pw_dir
     except KeyError:
-        known = os.environ.get("ALEXNET_HOME") or "/nonexistent"
+        known = os.environ.get("ALEXNET_HOME") or os.devnull  # holds nothing, ever
         if not any(map(os.environ.get, ("LOGNAME", "USER"))):
             os.environ["LOGNAME"] = f"uid{os.getuid()}"
     os.environ["HOME"] = str(Path(os.environ.get("HOME") or known).absolute())

@@ -33,6 +33,7 @@ _NOT_OFFERED = {
 }
 _POWER = "a power cut could lose the newest files"
 _HERE, _NO_REPLACE = -100, 1  # AT_FDCWD and RENAME_NOREPLACE of Linux
+_REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
 
 
 def is_s3(uri: str) -> bool:
@@ -358,8 +359,6 @@ def _local_remedy(uri: str, error: Exception) -> str | None:
     remedy = ""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         remedy = "; make room there"
-    elif error.errno in (errno.EACCES, errno.EROFS, errno.EPERM) and Path(uri).is_relative_to(
-        home()
-    ):
+    elif error.errno in _REFUSED and Path(uri).is_relative_to(home()):
         remedy = "; set ALEXNET_HOME to a folder that you can write"
     return f"{uri}: {error.strerror or error}{remedy}"

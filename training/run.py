@@ -94,8 +94,8 @@ def train(config: TrainConfig) -> int:
         return 1
     except tracking.FAILURES as error:
         logger.error(
-            f"error: the run could not be recorded ({reason(error)}); its checkpoints are safe: once that "
-            f"is mended, continue with: {_again(config)}"
+            f"error: the run could not be recorded ({reason(error)}); its checkpoints are safe: "
+            f"once that is mended, continue with: {_again(config)}"
         )
         return 1
     except command.KINDS:

@@ -215,8 +215,8 @@ def _compiled(network: nn.Module) -> Network:
             return compiled(x)
         except torch._dynamo.exc.TorchDynamoException as error:
             raise UserError(
-                f"--compile True fails here ({reason(error)}); pass --compile False, or install what "
-                "torch.compile needs (a C++ compiler on CPUs, Triton on GPUs)"
+                f"--compile True fails here ({reason(error)}); pass --compile False, or install "
+                "what torch.compile needs (a C++ compiler on CPUs, Triton on GPUs)"
             ) from error
 
     return call
