@@ -18,7 +18,7 @@ import psutil
 import ray
 from ray.exceptions import AuthenticationError
 
-from alexnet.errors import UserError
+from alexnet.errors import UserError, reason
 from pipelines import storage
 
 _ROOT = Path(__file__).resolve().parents[1]
@@ -50,7 +50,14 @@ def connect(address: str | None = None, *, dashboard: bool = False) -> Path | No
         if (folder := _own_folder()) is not None:
             settings["_temp_dir"] = str(folder)
         with _environment(_for_own_ray()):
-            ray.init(address="local", include_dashboard=dashboard, **settings)
+            try:
+                ray.init(address="local", include_dashboard=dashboard, **settings)
+            except Exception as error:  # Ray's own is a bare one
+                raise UserError(
+                    f"Ray cannot be started on this machine ({reason(error)}); its logs are under "
+                    f"{folder or _rays_folder()}: look there for what it lacks, such as memory, "
+                    "processes (`ulimit -u`) or open files (`ulimit -n`)"
+                ) from error
         return folder
     try:
         ray.init(address=address, runtime_env=_for_workers(), **settings)

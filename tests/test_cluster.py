@@ -4,11 +4,15 @@ import json
 import os
 import socket
 import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 import ray
 from drawn import ROOT, archives
+from ray._private.utils import validate_socket_filepath
 
 from alexnet.errors import UserError
 from pipelines import cluster
@@ -80,6 +84,54 @@ def test_own_ray_has_the_checkout_and_loopback_and_leaves_our_environment_as_it_
     addresses = psutil.net_if_addrs()[seen["GLOO_SOCKET_IFNAME"]]
     assert "127.0.0.1" in {each.address for each in addresses}
     assert dict(os.environ) == before
+
+
+@pytest.fixture
+def local(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """Fills with the settings of a Ray that is started here, which is none."""
+    seen: list[dict[str, Any]] = []
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", lambda **settings: seen.append(settings))
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+    monkeypatch.setattr(cluster, "_started_here", lambda: False)
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    for name in ("RAY_ADDRESS", "RAY_TMPDIR", "TMPDIR"):
+        monkeypatch.delenv(name, raising=False)
+    return seen
+
+
+@pytest.mark.parametrize("variable", ["TMPDIR", "RAY_TMPDIR"])
+@pytest.mark.parametrize("what", ["too long", "not there"])
+def test_own_ray_gets_a_short_folder_that_is_gone_afterwards(
+    variable, what, local, monkeypatch, tmp_path
+):
+    folder = tmp_path / ("x" * 60) if what == "too long" else Path("/nowhere")
+    if what == "too long":
+        folder.mkdir()
+    monkeypatch.setenv(variable, str(folder))
+    with cluster.connected():
+        [settings] = local
+        short = Path(settings["_temp_dir"])
+        socket = short / "session_2026-01-01_00-00-00_000000_4194304" / "sockets" / "plasma_store"
+        validate_socket_filepath(str(socket))
+        assert short.is_dir()
+    assert not short.exists()
+
+
+def test_own_ray_keeps_to_rays_own_folder_where_it_will_do(local, monkeypatch):
+    with tempfile.TemporaryDirectory(prefix="r", dir="/tmp") as folder:
+        monkeypatch.setenv("TMPDIR", folder)
+        with cluster.connected():
+            assert "_temp_dir" not in local[0]
+
+
+def test_ray_that_does_not_start_is_told_with_its_logs(local, monkeypatch):
+    def fail(**_):
+        raise Exception("The current node timed out during startup.")
+
+    monkeypatch.setattr(ray, "init", fail)
+    with pytest.raises(UserError, match=r"timed out during startup.*logs are under /tmp/ray"):
+        cluster.connect()
 
 
 def test_gloo_listens_on_the_interface_of_the_nodes_address(monkeypatch):

@@ -16,8 +16,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import pytest
+import ray.util.metrics
 from clusters import tree
 from drawn import ROOT
 from made import started
@@ -28,7 +30,8 @@ from registered import MLFLOW_WARNINGS
 from shard_sets import write_shard_set
 from small_training import small_config
 
-from pipelines import journal, shards, storage
+from pipelines import journal, metrics, shards, storage
+from training import metrics as training_metrics
 from training.config import to_dict
 
 pytestmark = [pytest.mark.filterwarnings(line) for line in MLFLOW_WARNINGS]
@@ -101,9 +104,9 @@ def built(node: Node, raw: str, out: str, folder: Path, *flags: str) -> str:
 
 
 def test_counters_of_a_build_are_the_totals_of_its_manifest_and_journal(node, drawn_raw, tmp_path):
-    out = str(tmp_path / "out")
+    out = str(tmp_path / "Größe")
     said = built(node, drawn_raw, out, tmp_path, "--json")
-    found = node.wait_for(lambda samples: len(samples) == 7, out=out)
+    found = node.wait_for(lambda samples: len(samples) == 7, out=f"{tmp_path}/Gr%C3%B6%C3%9Fe")
     document = shards.load_manifest(out).document
     assert sum(document["rejected"].values()) == 1, "one picture of the drawn set is cut"
     for reason, number in document["rejected"].items():
@@ -159,7 +162,7 @@ def test_a_shard_whose_task_was_killed_and_run_again_counts_once(node, drawn_raw
 def test_gauges_of_a_training_are_the_figures_of_its_log_lines(node, tmp_path):
     data = write_shard_set(tmp_path / "set", train=(40,), val=(12,))
     config = small_config(
-        name="watched",
+        name="训练",
         data=data,
         device="cpu",
         register=False,
@@ -180,7 +183,7 @@ def test_gauges_of_a_training_are_the_figures_of_its_log_lines(node, tmp_path):
     seen: dict[str, set[float]] = {}
     killed = False
     while process.poll() is None:
-        for (name, _), value in node.samples(run="watched").items():
+        for (name, _), value in node.samples(run="%E8%AE%AD%E7%BB%83").items():
             seen.setdefault(name, set()).add(value)
         said = (tmp_path / "log").read_text()
         if not killed and re.search(r"step=12 ", said):
@@ -214,3 +217,38 @@ def test_counting_without_ray_or_a_scrape_does_nothing():
         "assert not ray.is_initialized()\n"
     )
     subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=ROOT, check=True)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["plain/a-b_c.d~e f", "Größe", "训练一", "100%", 'a"b\\c', "two\nlines\x00\x7f", "\udcff", ""],
+)
+def test_labels_are_printable_ascii_without_quotes_from_which_the_name_can_be_had(name):
+    value = metrics.label(name)
+    assert value.isascii() and (value.isprintable() and not set(value) & set('"\\'))
+    assert unquote(value, errors="surrogatepass") == name
+    assert (value == name) == (name.startswith("plain") or not name)
+
+
+def test_long_labels_are_cut_and_still_tell_one_name_from_the_other():
+    names = [f"s3://{'ö' * 3000}/{middle}/{'x' * 300}" for middle in "ab"] + ["x" * 201]
+    values = [metrics.label(name) for name in names]
+    assert len(set(values)) == 3 and max(map(len, values)) <= 200
+    assert metrics.label("x" * 200) == "x" * 200
+
+
+@pytest.mark.parametrize("error", [ValueError("no"), RuntimeError("gone"), KeyError("out")])
+def test_figures_that_ray_refuses_are_one_warning_and_end_nothing(error, monkeypatch, caplog):
+    def refuse(*_):
+        raise error
+
+    monkeypatch.setattr(ray.util.metrics.Counter, "inc", refuse)
+    monkeypatch.setattr(metrics, "_warned", threading.Event())
+    row = {"samples": 1, "rejected": [], "read_bytes": 1}
+    row |= {"stored_bytes": 1, "wait_seconds": 0.1, "work_seconds": 0.1}
+    for _ in range(3):
+        metrics.count("out", row)
+    training_metrics.count_restart("run")
+    assert [record.message for record in caplog.records] == [
+        f"no figures for Prometheus: {error!r}"
+    ]

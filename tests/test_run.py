@@ -49,15 +49,6 @@ def test_printed_config_is_the_whole_one_and_nothing_else_is_said(capsys):
     assert said.err == ""
 
 
-def test_reader_that_has_seen_enough_of_the_config_gets_no_traceback():
-    end, beginning = os.pipe()
-    os.close(end)
-    command = [*SCRIPT, "smoke", "--print-config"]
-    done = subprocess.run(command, stdout=beginning, stderr=subprocess.PIPE, check=False)
-    os.close(beginning)
-    assert (done.returncode, done.stderr) == (0, b"")
-
-
 def test_terminal_shows_a_bar_that_reaches_the_end(data, tmp_path):
     screen, terminal = pty.openpty()
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 130, 0, 0))

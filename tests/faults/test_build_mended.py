@@ -4,14 +4,13 @@ import os
 import shutil
 import socket
 import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from build_lives import Lives
 from build_set import Undisturbed, check_fates, one_line
-from drawn import ROOT, A, B, archives, imagefolder, jpeg
+from drawn import A, B, archives, imagefolder, jpeg
 
 from alexnet.errors import UserError
 from pipelines import claim, finish, plan, sources
@@ -149,26 +148,3 @@ def test_out_that_was_taken_away_does_not_come_back_with_a_part_of_the_set(
     away.rename(out)
     finish.finish(str(out), made, done)
     check_fates(folders.raw, out)
-
-
-@pytest.mark.parametrize("reader", ["/dev/full", "a pipe without a reader"])
-def test_output_that_cannot_be_written_is_told_in_one_line(
-    reader: str, folders: Undisturbed, tmp_path: Path
-) -> None:
-    """As where a build's log lies on the disk that it fills."""
-    if reader == "/dev/full":
-        stdout = os.open(reader, os.O_WRONLY)
-    else:
-        reading, stdout = os.pipe()
-        os.close(reading)
-    done = subprocess.run(
-        [sys.executable, "-m", "pipelines", "plan", "--raw", str(folders.raw)],
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        stdout=stdout,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    os.close(stdout)
-    [line] = done.stderr.splitlines()
-    assert line.startswith("failed: stdout: ")
-    assert done.returncode == 1

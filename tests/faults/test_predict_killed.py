@@ -1,13 +1,9 @@
 """SIGKILL at any instant of predictions, Ctrl-C, full disks: each part is there whole or not."""
 
-import json
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from drawn import ROOT
 from mortal import Life, Mortals
 from shard_sets import write_shard_set
 from tmpfs import tmpfs
@@ -104,21 +100,3 @@ def test_folder_that_vanishes_or_cannot_be_written_is_one_line(
         assert mortals.live("predict", argv=argv(trained, out)).status == 0
         assert files(out) == whole[1]
     attack.survived("read-only folder", "predict")
-
-
-def test_answers_for_a_full_disk_are_one_line(trained, tmp_path):
-    """/dev/full takes nothing, as a disk to which the answers are directed."""
-    picture = tmp_path / "picture.jpg"
-    picture.write_bytes((ROOT / "tests" / "drawn.py").read_bytes())
-    command = [sys.executable, "-W", "ignore", "-m", "training.predict", "--json"]
-    with Path("/dev/full").open("w") as full:
-        done = subprocess.run(
-            [*command, str(picture), "--model", str(trained / "run")],
-            cwd=ROOT,
-            stdout=full,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-    assert done.returncode == 2
-    assert done.stderr.splitlines()[-1].endswith("cannot be written: No space left on device")
-    assert "Traceback" not in done.stderr and json.dumps(done.stderr)

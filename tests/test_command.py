@@ -1,0 +1,246 @@
+"""The door of every program: its exit codes, and what it does when nobody listens."""
+
+import errno
+import json
+import os
+import pwd
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from drawn import ROOT
+
+from alexnet.errors import UserError
+from pipelines import command
+
+# Runs programs, each in a child of its own: what they import is there already. A request and an
+# answer are a line of JSON. "gone" is a pipe whose reader has left.
+_PROGRAMS = """
+import io, json, os, runpy, sys
+import matplotlib.figure, mlflow, onnx, ray.data, ray.train, torch, tyro
+
+def run(words, encoding, folder, closed, to):
+    for number, where in to.items():
+        if where == "gone":
+            end, where = os.pipe()
+            os.close(end)
+        else:
+            where = os.open(where, os.O_WRONLY | os.O_CREAT)
+        os.dup2(where, int(number))
+        os.close(where)
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        setattr(sys, name, io.TextIOWrapper(io.FileIO(number, "w", closefd=False), encoding))
+    for number in closed:
+        os.close(number)
+        setattr(sys, ("stdin", "stdout", "stderr")[number], None)
+    os.chdir(folder)
+    if not os.listdir(folder):
+        os.rmdir(folder)
+    sys.argv = words
+    if words[0].endswith(".py"):
+        sys.path.insert(0, os.path.dirname(words[0]))
+        runpy.run_path(words[0], run_name="__main__")
+    else:
+        runpy.run_module(words[0], run_name="__main__", alter_sys=True)
+
+for line in sys.stdin:
+    pid = os.fork()
+    if pid == 0:
+        sys.stdin.close()
+        run(**json.loads(line))
+    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+"""
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
+    """run(*words, stdout=…, stderr=…) -> exit code, what was written to both."""
+    folder = tmp_path_factory.mktemp("programs")
+    server = subprocess.Popen(
+        [sys.executable, "-W", "ignore", "-c", _PROGRAMS],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "MLFLOW_TRACKING_URI": ""},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert server.stdin is not None and server.stdout is not None
+    stdin, stdout = server.stdin, server.stdout
+
+    def run(
+        *words: str,
+        to: dict[int, str] | None = None,
+        closed: tuple[int, ...] = (),
+        encoding: str = "utf-8",
+        cwd: Path = ROOT,
+    ) -> tuple[int, str, str]:
+        files = {number: folder / str(number) for number in (1, 2)}
+        for file in files.values():
+            file.write_bytes(b"")
+        where = {number: str(file) for number, file in files.items()} | (to or {})
+        request = {"words": words, "encoding": encoding, "folder": str(cwd), "closed": closed}
+        stdin.write(json.dumps(request | {"to": where}) + "\n")
+        stdin.flush()
+        code = int(stdout.readline())
+        return code, *(files[number].read_text(encoding) for number in (1, 2))
+
+    yield run
+    server.communicate(timeout=60)
+
+
+SCRIPT = str(ROOT / "training" / "run.py")
+ANSWERS = [
+    ("pipelines", "--help"),
+    ("pipelines", "plan", "--raw", "RAW"),
+    ("pipelines", "verify", "OUT"),
+    ("pipelines", "status", "OUT"),
+    ("pipelines", "inspect", "val-000001", "--out", "OUT", "--json"),
+    ("pipelines", "diff", "OUT", "OUT"),
+    ("training.registry", "list"),
+    ("training.registry", "show", "--help"),
+    ("training.predict", "--help"),
+    ("training.evaluate", "--help"),
+    ("training.figures", "--help"),
+    ("training.scaling",),
+    ("training.cost_estimate",),
+    (SCRIPT, "--help"),
+    (SCRIPT, "smoke", "--print-config"),
+    ("benchmarks", "--help"),
+    ("benchmarks.cost",),
+    ("benchmarks.summary",),
+    ("benchmarks.gpu", "--help"),
+    ("benchmarks.shuffled", "--help"),
+]
+
+
+@pytest.mark.parametrize("words", ANSWERS, ids=lambda words: " ".join(words[:2]).split("/")[-1])
+def test_an_answer_that_nobody_reads_or_that_finds_no_room_is_silent(
+    words: tuple[str, ...], run: Run, drawn_raw: str, drawn_shards: str
+) -> None:
+    places = {"RAW": drawn_raw, "OUT": drawn_shards}
+    words = tuple(places.get(word, word) for word in words)
+    assert run(*words, to={1: "gone"}) == (141, "", "")
+    assert run(*words, to={1: "/dev/full"}) == (1, "", "")
+    assert run(*words, closed=(1,)) == (1, "", "")
+    code, out, err = run(*words, to={2: "gone"})
+    assert (code, err) == (0, "") and out
+
+
+PROGRAMS = sorted({words[0] for words in ANSWERS})
+
+
+@pytest.mark.parametrize("program", PROGRAMS, ids=lambda program: program.split("/")[-1])
+def test_a_wrong_word_is_one_line_and_2_wherever_that_goes(program: str, run: Run) -> None:
+    code, out, err = run(program, "--nonsense")
+    assert (code, out) == (2, "") and err.startswith("error: ") and err.count("\n") == 1
+    assert "--nonsense" in err or "required" in err
+    for nowhere in ({"to": {2: "/dev/full"}}, {"to": {2: "gone"}}, {"closed": (2,)}):
+        assert run(program, "--nonsense", **nowhere) == (2, "", "")
+    assert run(program, "--nonsense", closed=(0, 1, 2)) == (2, "", "")
+
+
+@pytest.mark.parametrize(
+    "nowhere", [{"to": {1: "gone"}}, {"to": {1: "/dev/full"}}, {"closed": [1]}]
+)
+def test_work_goes_on_and_is_done_whoever_reads(
+    nowhere: dict[str, Any], run: Run, tmp_path: Path
+) -> None:
+    drawn = tmp_path / "raw"
+    small = ("--classes", "2", "--per-class", "1", "--val-per-class", "1")
+    assert run("pipelines", "demo-raw", str(drawn), *small, **nowhere) == (0, "", "")
+    assert len(list(drawn.iterdir())) == 3
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_letters_that_a_terminal_has_not_are_escaped(
+    encoding: str, run: Run, tmp_path: Path
+) -> None:
+    nowhere = str(tmp_path / "Größe 训练 \udcff")
+    escaped = nowhere.encode(encoding, "backslashreplace").decode(encoding)
+    code, out, err = run("pipelines", "status", nowhere, encoding=encoding)
+    assert (code, out) == (2, "") and escaped.partition("Gr")[2][:6] in err
+    assert err.count("\n") == 1 and "\\udcff" in err
+
+
+def test_a_current_folder_that_was_deleted_is_one_line(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "gone").mkdir()
+    code, out, err = run("pipelines", "status", cwd=tmp_path / "gone")
+    assert (code, out) == (2, "")
+    assert err == (
+        "error: the current folder: No such file or directory; change into one that exists\n"
+    )
+
+
+class Defect(Exception):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (UserError("--x 1 is too few"), 2, "error: --x 1 is too few"),
+        (Defect("of the\nwork"), 1, "failed: of the\\nwork"),
+        (KeyboardInterrupt(), 130, "stopped"),
+        (SystemExit(15), 130, "stopped"),  # as Ray answers SIGTERM
+        (OSError(errno.EMFILE, "Too many open files"), 2, "error: more than {} open files"),
+        (RuntimeError("can't start new thread"), 2, "error: no more processes or threads"),
+        (MemoryError(), 2, "error: out of memory"),
+    ],
+)
+def test_what_ends_the_work_is_one_line_with_its_exit_code(error, code, line, capsys):
+    def work() -> int:
+        raise error
+
+    assert command.answered(work, stopped="stopped", failed={Defect: "failed"}) == code
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and err.startswith(line.split("{")[0])
+
+
+@pytest.mark.parametrize("error", [Defect("x"), OSError(errno.EIO, "x"), SystemExit(0)])
+def test_defects_and_the_end_of_help_pass(error):
+    with pytest.raises(type(error)):
+        command.answered(lambda: (_ for _ in ()).throw(error))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_and_sigterm_end_the_work_alike_and_leave_the_handlers_as_they_were(number):
+    before = signal.getsignal(number)
+
+    def work() -> int:
+        os.kill(os.getpid(), number)
+        return 0
+
+    assert command.answered(work) == 130
+    assert signal.getsignal(number) is before
+
+
+def test_a_uid_without_an_entry_has_a_name_and_the_home_that_was_given(monkeypatch, tmp_path):
+    def unknown(uid: int) -> None:
+        raise KeyError(uid)
+
+    for name in ("HOME", "LOGNAME", "USER"):
+        monkeypatch.setenv(name, "")  # so that what is set here is taken back
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    monkeypatch.setenv("ALEXNET_HOME", str(tmp_path))
+    command._find_home()
+    assert os.environ["HOME"] == str(tmp_path) and os.environ["LOGNAME"] == f"uid{os.getuid()}"
+
+    monkeypatch.setenv("HOME", "")
+    monkeypatch.setenv("ALEXNET_HOME", "")
+    command._find_home()
+    with pytest.raises(UserError, match="set ALEXNET_HOME"):
+        from pipelines import storage
+
+        storage.write(str(storage.home() / "x"), b"")
+
+
+def test_importing_the_door_imports_nothing_heavy():
+    code = "import sys, pipelines.command; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    modules = {name.partition(".")[0] for name in done.stdout.split()}
+    assert not modules & {"numpy", "torch", "ray", "mlflow", "pyarrow", "boto3", "PIL"}
