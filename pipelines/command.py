@@ -203,6 +203,9 @@ def _find_home() -> None:
         if not any(map(os.environ.get, ("LOGNAME", "USER"))):
             os.environ["LOGNAME"] = f"uid{os.getuid()}"
     os.environ["HOME"] = str(Path(os.environ.get("HOME") or known).absolute())
+    if (given := os.environ.get("ALEXNET_HOME")) and not os.access(os.environ["HOME"], os.W_OK):
+        # Without a folder for its list of fonts, matplotlib complains.
+        os.environ.setdefault("MPLCONFIGDIR", str(Path(given).absolute() / "matplotlib"))
 
 
 def _limit(error: BaseException) -> str | None:
