@@ -7,6 +7,7 @@ import secrets
 import shutil
 import signal
 import socket
+import sys
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -39,6 +40,7 @@ def connect(address: str | None = None, *, dashboard: bool = False) -> Path | No
     """
     if ray.is_initialized():
         return None
+    _refuse_bytes()
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     settings: dict[str, Any] = {"logging_level": logging.WARNING}
     if address:
@@ -67,6 +69,17 @@ def connect(address: str | None = None, *, dashboard: bool = False) -> Path | No
             "(or put the token into ~/.ray/auth_token)"
         ) from error
     return None
+
+
+def _refuse_bytes() -> None:
+    """Raises UserError for a command line that is no text, which Ray would keep with the job."""
+    for word in sys.argv:
+        try:
+            word.encode()
+        except UnicodeEncodeError as error:
+            raise UserError(
+                f"{word}: Ray takes no name that is not UTF-8 here; rename it, or set PYTHONUTF8=1"
+            ) from error
 
 
 def is_known() -> bool:

@@ -125,6 +125,13 @@ def test_own_ray_keeps_to_rays_own_folder_where_it_will_do(local, monkeypatch):
             assert "_temp_dir" not in local[0]
 
 
+def test_a_command_line_that_is_no_text_is_refused_before_ray_sees_it(local, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["build", "--out", "/data/\udcff"])
+    with pytest.raises(UserError, match=r"/data/\\udcff: Ray takes no name that is not UTF-8"):
+        cluster.connect()
+    assert local == []
+
+
 def test_ray_that_does_not_start_is_told_with_its_logs(local, monkeypatch):
     def fail(**_):
         raise Exception("The current node timed out during startup.")
