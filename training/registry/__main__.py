@@ -25,7 +25,7 @@ if __name__ == "__main__":
 from mlflow.tracking import MlflowClient
 
 from alexnet.errors import UserError
-from training import interrupt, tracking
+from training import interrupt, store, tracking
 from training.registry import alias, listing
 from training.registry.alias import Refused
 from training.registry.versions import NAME, aliases, resolve
@@ -62,12 +62,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _told(error: BaseException) -> str:
-    reason = (str(error) or type(error).__name__).splitlines()[0][:200]
-    if "Max retries exceeded" in reason:
-        reason = "no connection"
+    uri = tracking.tracking_uri()
     return (
-        f"MLflow at {tracking.tracking_uri()} failed ({reason}); once it answers, run the command "
-        "again: a move that was not finished is settled first"
+        f"MLflow at {uri} failed ({store.remedy(uri, error)}; then run the command again: a move "
+        "that was not finished is settled first"
     )
 
 
