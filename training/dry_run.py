@@ -9,6 +9,7 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -121,15 +122,19 @@ def check_disks(config: TrainConfig, manifest: shards.Manifest) -> None:
     """Raises UserError where checkpoints could not be written, or where this machine's disks are
     too full, which would show much later."""
     place = str(config.storage)
+    _check_writable(str(storage.home()), "set ALEXNET_HOME to a folder")
+    _check_writable(place, "pass --storage with a folder")
     run = storage.join(place, str(config.name))
-    _check_writable(run if not storage.is_s3(run) and storage.exists(run) else place, "--storage")
-    _check_writable(str(storage.home()), "ALEXNET_HOME")
+    if not storage.is_s3(run) and storage.exists(run):
+        if not Path(run).is_dir():
+            raise UserError(f"{run} is no folder; move it away, or choose another --name")
+        _check_writable(run, "choose another --name, or pass --storage with a folder")
     each = estimate(config, manifest).checkpoint
     check_storage(config, each)
     check_node(config, manifest, each)
 
 
-def _check_writable(folder: str, setting: str) -> None:
+def _check_writable(folder: str, do: str) -> None:
     probe = storage.join(folder, ".writable")
     try:
         storage.write(probe, b"")
@@ -137,9 +142,7 @@ def _check_writable(folder: str, setting: str) -> None:
     except UserError as error:
         if storage.is_s3(folder):
             raise
-        default = folder.startswith(str(storage.home()))
-        other = "ALEXNET_HOME" if default else setting
-        raise UserError(f"{error}; set {other} to a folder that you can write") from error
+        raise UserError(f"{error}; {do} that you can write") from error
 
 
 @dataclass(frozen=True)
@@ -267,8 +270,9 @@ def placed(config: TrainConfig, nodes: Sequence[Mapping[str, float]]) -> tuple[i
     available = sum(int(node.get("CPU", 0)) // cpus for node in useful)
     if available < fewest:
         raise UserError(
-            f"{fewest} workers of {cpus} CPUs do not fit: the cluster has room for "
-            f"{available}; pass --workers {max(available, 1)}, or start more nodes"
+            f"{fewest} workers of {cpus} CPUs do not fit: the cluster has room for {available}; "
+            f"pass {f'--workers {available}' if available else 'fewer --cpus-per-worker'}, or "
+            "start more nodes"
         )
     return cpus, use_gpu
 

@@ -185,7 +185,7 @@ def _of_the_server(uri: str) -> Sequence[tuple[str, str | None, str]]:
     login = "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
     other = f"what answers there is no MLflow: set MLFLOW_TRACKING_URI to its server, or {_UNSET}"
     away = f"start the server, or {_UNSET}"
-    authority = "MLFLOW_TRACKING_SERVER_CERT_PATH to the file of its authority's"
+    authority = "MLFLOW_TRACKING_SERVER_CERT_PATH to its authority's certificate"
     return [
         ("Invalid Host header", None, "start the server with --allowed-hosts and this host's name"),
         ("code 401", "401", f"set {login} on every node"),

@@ -64,11 +64,12 @@ def connect(uri: str, *, write: bool = False) -> MlflowClient:
         else:
             _refuse_old(uri)
         client = MlflowClient(tracking_uri=uri, registry_uri=uri)
-        found = client.get_experiment_by_name(EXPERIMENT) or _new_experiment(client, path)
+        found = client.get_experiment_by_name(EXPERIMENT)
+        if write or found is None:
+            store.check_writable(uri)
+        found = found or _new_experiment(client, path)
         if found.name != EXPERIMENT:  # JSON, but not of MLflow
             raise MlflowException(f"Response: {{experiment {found.name!r}}}")
-        if write:
-            store.check_writable(uri)
     except FAILURES as error:
         raise UserError(f"MLflow at {uri} cannot be used ({store.remedy(uri, error)}") from error
     mlflow.set_tracking_uri(uri)
