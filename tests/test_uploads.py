@@ -54,7 +54,7 @@ def test_each_checkpoint_is_told_once_it_is_whole(tmp_path):
     run, told = str(tmp_path / "run"), []
     with uploader(run, stored=lambda step: told.append((step, steps_in(run)))) as uploads:
         for step in (7, 9):
-            uploads.send(made(tmp_path / "here", step))
+            uploads.send(made(tmp_path / f"here-{step}", step))
     assert told == [(7, [7]), (9, [7, 9])]
 
 
@@ -203,7 +203,7 @@ def test_upload_survives_a_store_that_cannot_delete(tmp_path, monkeypatch, caplo
     run = str(tmp_path / "run")
     with uploader(run, keep_last=1) as uploads:
         for step in (1, 2, 3):
-            uploads.send(made(tmp_path / "here", step))
+            uploads.send(made(tmp_path / f"here-{step}", step))
             uploads.wait()
     assert steps_in(run) == [1, 2, 3]
     assert "old checkpoints stay for now" in caplog.text

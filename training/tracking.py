@@ -58,6 +58,7 @@ def connect(uri: str, *, write: bool = False) -> MlflowClient:
     """A client that has reached its store. Raises UserError where there is none to reach, or, with
     `write`, it is a file that cannot be changed."""
     _patience()
+    logging.getLogger("mlflow").setLevel(logging.WARNING)  # of each new store it tells its tables
     try:
         if (path := store.database_of(uri)) is not None:
             store.open_database(path)
