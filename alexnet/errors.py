@@ -20,4 +20,4 @@ class UserError(Exception):
 
 def reason(error: BaseException) -> str:
     """The first line of what an error says, or its kind: some say nothing."""
-    return next(iter(str(error).strip().splitlines()), "")[:200] or type(error).__name__
+    return next(iter(str(error).strip().splitlines()), "")[:300] or type(error).__name__

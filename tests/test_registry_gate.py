@@ -160,6 +160,13 @@ def test_run_without_metrics_is_refused(client, registered_models):
     assert failed(found) == ["as logged"] and "which has none" in found.reason
 
 
+def test_version_whose_run_was_deleted_is_told_with_the_way_back(client):
+    run_id = client.get_model_version(NAME, GOOD).run_id
+    client.delete_run(run_id)
+    with pytest.raises(UserError, match=f"mlflow runs restore --run-id {run_id}`"):
+        gate.promote(client, None, Asked())
+
+
 @pytest.mark.parametrize("asked", [Asked(), FORCED], ids=["asked", "forced"])
 def test_other_data_set_is_refused_also_by_force(client, tmp_path, asked):
     other = write_shard_set(tmp_path / "other", train=(8, 8), val=(7, 6), seed=1)

@@ -163,6 +163,21 @@ def test_a_run_that_is_registered_again_keeps_its_version(registry, registered_m
     assert aliases(registry) == {"candidate": GOOD}
 
 
+def test_last_figures_that_never_reached_the_run_come_from_the_checkpoint(
+    registry, registered_models, without_exports
+):
+    """As when MLflow was away at the end and what waited for it was lost."""
+    good = registry.get_run(registry.get_model_version("alexnet", GOOD).run_id).data
+    run = registry.create_run("1", tags=good.tags)
+    params = [Param(key, value) for key, value in good.params.items()]
+    registry.log_batch(run.info.run_id, [Metric("val_top1", 0.5, 0, 1)], params)
+    manifest = load_manifest(registered_models.data)
+    register(registry, run.info.run_id, registered_models.checkpoint, manifest, GOOD_CONFIG)
+    found = registry.get_run(run.info.run_id).data.metrics
+    for key in ("val_top1", "val_loss", "epoch"):
+        assert found[key] == good.metrics[key]
+
+
 def test_nothing_is_registered_where_the_config_says_so(registry, registered_models):
     assert register_again(registry, registered_models, register=False) is None
     assert len(versions(registry)) == 4

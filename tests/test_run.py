@@ -92,6 +92,31 @@ def test_what_cannot_work_is_one_line_and_exit_code_2(data, flags, told, capsys)
     assert told in said.err and said.err.count("\n") == 1 and said.out == ""
 
 
+@pytest.mark.parametrize(
+    "flags",
+    [
+        *(["--name", "a" * 300], ["--name", "a/b"], ["--name="], ["--name", "a'b"]),
+        *(["--storage", "/dev/null/x"], ["--storage", "s3://b//x"], ["--data", "/nowhere"]),
+        *(
+            ["--workers", "20"],
+            ["--cpus-per-worker", "9999"],
+            ["--device", "cuda", "--workers", "9"],
+        ),
+        ["--optim.batch-size", "100000000"],
+    ],
+    ids=" ".join,
+)
+def test_what_the_dry_run_refuses_the_run_refuses_in_the_same_words(
+    data, flags, capsys, monkeypatch
+):
+    monkeypatch.setattr(ray, "init", lambda **_: pytest.fail("Ray was started"))
+    command = ["smoke", "--data", data, "--optim.batch-size", "40", *flags]
+    assert main([*command, "--dry-run"]) == 2
+    dry = capsys.readouterr()
+    assert main(command) == 2
+    assert capsys.readouterr() == dry and dry.err.count("\n") == 1
+
+
 def test_workers_on_cpus_keep_their_memory_unless_the_user_says_otherwise(monkeypatch):
     name = "MALLOC_TRIM_THRESHOLD_"
     monkeypatch.delenv(name, raising=False)

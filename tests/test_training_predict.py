@@ -43,6 +43,15 @@ def answers(out: str) -> list[tuple[str, list[tuple[str, float]]]]:
     return found
 
 
+@pytest.mark.parametrize("model", ["1" * 300, "x" * 300, f"a/{'b' * 300}", f"s3://{'b' * 300}/x"])
+def test_model_of_an_impossible_name_is_one_line(model, tmp_path, capsys):
+    picture = draw(tmp_path / "a.jpg", COLOURS[0], 227, 227)
+    assert main([picture, "--model", model]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    assert main([f"{'p' * 300}.jpg"]) in (1, 2)
+    assert "Traceback" not in capsys.readouterr().err
+
+
 def test_pictures_of_other_sizes_and_formats_get_their_class_names(tmp_path, capsys):
     sizes = [(300, 260), (227, 227), (240, 500), (90, 100)]
     paths = [

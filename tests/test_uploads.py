@@ -50,6 +50,14 @@ def test_uploaded_checkpoint_is_the_newest_good_one_and_its_folder_is_gone(where
         assert {path.name: path.read_bytes() for path in found.iterdir()} == files
 
 
+def test_each_checkpoint_is_told_once_it_is_whole(tmp_path):
+    run, told = str(tmp_path / "run"), []
+    with uploader(run, stored=lambda step: told.append((step, steps_in(run)))) as uploads:
+        for step in (7, 9):
+            uploads.send(made(tmp_path / f"here-{step}", step))
+    assert told == [(7, [7]), (9, [7, 9])]
+
+
 def test_hashes_are_written_last_so_that_a_killed_upload_is_no_checkpoint(tmp_path, monkeypatch):
     written, write = [], storage.write
     monkeypatch.setattr(storage, "write", lambda uri, data: (written.append(uri), write(uri, data)))
@@ -195,7 +203,7 @@ def test_upload_survives_a_store_that_cannot_delete(tmp_path, monkeypatch, caplo
     run = str(tmp_path / "run")
     with uploader(run, keep_last=1) as uploads:
         for step in (1, 2, 3):
-            uploads.send(made(tmp_path / "here", step))
+            uploads.send(made(tmp_path / f"here-{step}", step))
             uploads.wait()
     assert steps_in(run) == [1, 2, 3]
     assert caplog.text.count("old checkpoints stay for now") == 1

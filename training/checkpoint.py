@@ -33,6 +33,7 @@ from training.config import TrainConfig, science
 
 logger = logging.getLogger("training")
 
+_HASHES = "hashes.json"
 _FILE = re.compile(r"[A-Za-z0-9_-]+\.(safetensors|json)")  # no path: nothing outside is looked at
 # Without these a folder is no checkpoint; hashes.json says what else belongs to it.
 _LEAST = ("model.safetensors", "optimizer.safetensors", "state.json")
@@ -98,12 +99,7 @@ def newest_good(run: str) -> Iterator[Path | None]:
     It looks at the files, not at Ray's list of checkpoints, which lags behind them when a run is
     killed. Raises UserError when there are checkpoints and none is good.
     """
-    names = [name for name, _ in storage.list_files(run) if name.endswith("/hashes.json")]
-    folders = sorted(
-        (name.removesuffix("/hashes.json") for name in names),
-        key=lambda folder: (_step(storage.join(run, folder)), folder),
-        reverse=True,
-    )
+    folders = _newest_first(run)
     for folder in folders:
         with _local(storage.join(run, folder)) as here:
             try:
@@ -114,21 +110,50 @@ def newest_good(run: str) -> Iterator[Path | None]:
             yield here
             return
     if folders:
-        raise UserError(f"no checkpoint in {run} is whole; start again under another --name")
+        raise UserError(_none_whole(run))
     yield None
 
 
+def newest_state(run: str) -> dict[str, Any] | None:
+    """state.json of the checkpoint of the highest step below `run`, without a look at its tensors;
+    None where there is none at all. Raises UserError where none has the hash that it should."""
+    folders = _newest_first(run)
+    for folder in folders:
+        text = _if_there(storage.join(run, folder, "state.json"))
+        hashes = _if_there(storage.join(run, folder, _HASHES))
+        with contextlib.suppress(KeyError, TypeError, ValueError, RecursionError):
+            if (
+                text
+                and json.loads(hashes or "{}")["state.json"] == hashlib.sha256(text).hexdigest()
+            ):
+                state: dict[str, Any] = json.loads(text)
+                return state
+    if folders:
+        raise UserError(_none_whole(run))
+    return None
+
+
+def _none_whole(run: str) -> str:
+    return f"no checkpoint in {run} is whole; start again under another --name"
+
+
 def refuse_other(folder: Path, config: TrainConfig, manifest_digest: str) -> None:
+    """`refuse_other_state` of a checkpoint: the tracked run of this name may lie in another store,
+    so that its own check is not enough."""
+    refuse_other_state(load_state(folder), folder.name, config, manifest_digest)
+
+
+def refuse_other_state(
+    state: dict[str, Any], where: str, config: TrainConfig, manifest_digest: str
+) -> None:
     """Raises UserError, naming what differs, for a checkpoint of other data or of a training that
-    learns something else: the tracked run of this name may lie in another store, so that its own
-    check is not enough."""
-    state = load_state(folder)
+    learns something else."""
     now = science(config) | {"manifest": manifest_digest[:16]}
     then = {key: _leaf(state["config"], key) for key in now}
     then["manifest"] = state["manifest"][:16]
     if differs := [f"{key}: {then[key]} -> {now[key]}" for key in now if then[key] != now[key]]:
         raise UserError(
-            f"checkpoint {folder.name} of run {config.name} is of another training "
+            f"checkpoint {where} of run {config.name} is of another training "
             f"({', '.join(differs[:4])}); continue it with its own, or choose another --name"
         )
 
@@ -176,6 +201,16 @@ def load_optimizer(folder: Path, model: torch.nn.Module, optimizer: torch.optim.
             # preserve_format: the buffer must have the parameter's memory layout for fused SGD
             buffer = torch.empty_like(parameter).copy_(saved[name])
             optimizer.state[parameter]["momentum_buffer"] = buffer
+
+
+def _newest_first(run: str) -> list[str]:
+    """The folders of a run that hold a complete checkpoint, by step."""
+    names = [name for name, _ in storage.list_files(run) if name.endswith(f"/{_HASHES}")]
+    return sorted(
+        (name.removesuffix(f"/{_HASHES}") for name in names),
+        key=lambda folder: (_step(storage.join(run, folder)), folder),
+        reverse=True,
+    )
 
 
 def _leaf(document: Any, dotted: str) -> str | None:

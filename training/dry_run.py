@@ -8,8 +8,10 @@ import dataclasses
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -21,6 +23,8 @@ from pipelines import shards, storage
 from training import tracking
 from training.config import TrainConfig
 from training.loop import build_model, input_spec
+from training.memories import agreed
+from training.names import checked_name, checked_place, refuse_unwritable_path
 from training.order import steps_per_epoch
 from training.room import check_node, check_storage, gb
 
@@ -30,20 +34,48 @@ _FLOAT = 4  # bytes of a weight, a gradient, a velocity
 _BATCHES_AHEAD = 4  # decoded pictures in memory: those in use and the loader's read-ahead
 
 
+@dataclass(frozen=True)
+class Ready:
+    """What `preflight` found; run: that of this name, None where it would be new."""
+
+    config: TrainConfig
+    manifest: shards.Manifest
+    uri: str
+    client: Any
+    run: Any | None
+
+
+def preflight(config: TrainConfig, *, alone: bool) -> Ready:
+    """Asks, in one order for the dry run and the run, for all that can be known before a cluster is
+    joined: data and flags, disks, MLflow with its run beside the checkpoints in storage, and, where
+    it trains `alone`, this machine. Raises UserError."""
+    config, manifest = resolve(config)
+    check_disks(config, manifest)
+    uri = tracking.tracking_uri()
+    client = tracking.connect(uri, write=True)
+    run = agreed(client, config, manifest)
+    if alone:
+        _refuse_too_large(config, estimate(config, manifest), *_device_memory(config))
+        _refuse_missing_gpus(config)
+        placed(config, [{"CPU": os.cpu_count() or 1, "GPU": torch.cuda.device_count()}])
+    return Ready(config, manifest, uri, client, run)
+
+
 def dry_run(config: TrainConfig, cluster: Callable[[TrainConfig], str] | None = None) -> str:
     """A table of what the training would do. Raises UserError for what would stop it later.
 
     cluster: says what the cluster would give, or raises; None where it would be this machine alone.
     """
-    config, manifest = resolve(config)
-    check_disks(config, manifest)
-    uri = tracking.tracking_uri()
-    found = tracking.find_run(tracking.connect(uri), config, manifest)
+    ready = preflight(config, alone=cluster is None)
+    config, manifest = ready.config, ready.manifest
     memory = estimate(config, manifest)
     total, device = _device_memory(config)
-    _refuse_too_large(config, memory, total, device)
-    place = _this_machine(config) if cluster is None else cluster(config)
-    state = "is new" if found is None else f"exists ({found.info.status}): it continues"
+    place = _this_machine() if cluster is None else cluster(config)
+    state = "is new"
+    if ready.run is not None:
+        done = ready.run.info.status == "FINISHED"
+        after = "nothing is left to train" if done else "it continues"
+        state = f"exists ({ready.run.info.status}): {after}"
     return "\n".join(
         f"{name:<12}{text}"
         for name, text in [
@@ -53,7 +85,7 @@ def dry_run(config: TrainConfig, cluster: Callable[[TrainConfig], str] | None = 
             ("memory", f"about {gb(memory.total)} for each worker; {device} has {gb(total)}"),
             ("place", place),
             ("checkpoints", _checkpoints(config, memory.checkpoint)),
-            ("tracking", f"{uri} answers; run {config.name} {state}"),
+            ("tracking", f"{ready.uri} answers; run {config.name} {state}"),
             ("", "nothing was started; leave --dry-run away to train"),
         ]
     )
@@ -61,13 +93,19 @@ def dry_run(config: TrainConfig, cluster: Callable[[TrainConfig], str] | None = 
 
 def resolve(config: TrainConfig) -> tuple[TrainConfig, shards.Manifest]:
     """Fills in what flags left open and refuses what cannot work, before anything starts."""
+    given = config.name
+    if given is None:
+        given = f"{config.recipe}-{time.strftime('%Y%m%d-%H%M%S')}"
+    name = checked_name(given, "--name")
+    place = checked_place(config.storage or str(storage.home() / "runs"), "--storage")
+    refuse_unwritable_path(place, name)
     data = config.data or storage.newest_shards()
     if data is None:
         raise UserError(
             f"no shards under {storage.home() / 'shards'}; build them with "
             "`python -m pipelines build --raw RAW`, or pass --data"
         )
-    data = storage.absolute(data)
+    data = checked_place(data, "--data")
     manifest = shards.load_manifest(data)
     for split in ("train", "val"):
         if manifest.num_samples(split) == 0:
@@ -80,25 +118,37 @@ def resolve(config: TrainConfig) -> tuple[TrainConfig, shards.Manifest]:
             f"--augment.crop random needs a margin, but {data} stores {NETWORK_SIDE} px; rebuild "
             "with `python -m pipelines build --crop 256`, or pass --augment.crop resized"
         )
-    name = config.name or f"{config.recipe}-{time.strftime('%Y%m%d-%H%M%S')}"
-    if not name.replace("-", "").replace("_", "").replace(".", "").isalnum():
-        raise UserError(f"--name {name!r}: use letters, digits, '-', '_' and '.'")
-    place = storage.absolute(config.storage or str(storage.home() / "runs"))
     return dataclasses.replace(config, data=data, name=name, storage=place), manifest
 
 
 def check_disks(config: TrainConfig, manifest: shards.Manifest) -> None:
     """Raises UserError where checkpoints could not be written, or where this machine's disks are
     too full, which would show much later."""
-    probe = storage.join(str(config.storage), ".writable")
-    storage.write(probe, b"")
+    place = str(config.storage)
+    _check_writable(str(storage.home()), "set ALEXNET_HOME to a folder")
+    _check_writable(place, "pass --storage with a folder")
+    run = storage.join(place, str(config.name))
+    if not storage.is_s3(run) and storage.exists(run):
+        if not Path(run).is_dir():
+            raise UserError(f"{run} is no folder; move it away, or choose another --name")
+        _check_writable(run, "choose another --name, or pass --storage with a folder")
+    each = estimate(config, manifest).checkpoint
+    check_storage(config, each)
+    check_node(config, manifest, each)
+
+
+def _check_writable(folder: str, do: str) -> None:
+    probe = storage.join(folder, ".writable")
+    try:
+        storage.write(probe, b"")
+    except UserError as error:
+        if storage.is_s3(folder):
+            raise
+        raise UserError(f"{error}; {do} that you can write") from error
     try:
         storage.delete(probe)
     except UserError as error:  # a store that takes and keeps: no reason not to train
         logger.warning(f"old checkpoints will stay, since nothing can be deleted there ({error})")
-    each = estimate(config, manifest).checkpoint
-    check_storage(config, each)
-    check_node(config, manifest, each)
 
 
 @dataclass(frozen=True)
@@ -192,14 +242,49 @@ def _device_memory(config: TrainConfig) -> tuple[int, str]:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), "this machine"
 
 
-def _this_machine(config: TrainConfig) -> str:
-    gpus = torch.cuda.device_count()
-    fewest = config.min_workers or config.workers
+def _refuse_missing_gpus(config: TrainConfig) -> None:
+    gpus, fewest = torch.cuda.device_count(), config.min_workers or config.workers
     if config.device == "cuda" and gpus < fewest:
         raise UserError(
             f"{fewest} workers need a GPU each, this machine has {gpus} and no cluster is known; "
             "set RAY_ADDRESS to a cluster's host:port, or pass --device cpu"
         )
+
+
+def placed(config: TrainConfig, nodes: Sequence[Mapping[str, float]]) -> tuple[int, bool]:
+    """The CPUs of each worker on nodes with such resources, and whether it has a GPU. There must be
+    room for the fewest workers now; up to the most join when there is room for them.
+    Raises UserError where there is not."""
+    fewest = config.min_workers or config.workers
+    gpus = sum(int(node.get("GPU", 0)) for node in nodes)
+    if config.device == "cuda" and gpus < fewest:
+        raise UserError(
+            f"{fewest} workers need a GPU each, the cluster has {gpus}; pass "
+            f"--workers {max(gpus, 1)} or --device cpu"
+        )
+    use_gpu = config.device != "cpu" and gpus >= fewest
+    kind = "GPU" if use_gpu else "CPU"
+    useful = [node for node in nodes if node.get(kind, 0) >= 1]
+    if not useful:
+        raise UserError(
+            f"{fewest} workers need a CPU each, no node of the cluster has one; start nodes with "
+            "`ray start --address`"
+        )
+    per_node = min(-(-config.workers // len(useful)), max(int(node[kind]) for node in useful))
+    share = int(min(node.get("CPU", 1) for node in useful)) // per_node
+    cpus = config.cpus_per_worker or max(1, share)
+    available = sum(int(node.get("CPU", 0)) // cpus for node in useful)
+    if available < fewest:
+        raise UserError(
+            f"{fewest} workers of {cpus} CPUs do not fit: the cluster has room for {available}; "
+            f"pass {f'--workers {available}' if available else 'fewer --cpus-per-worker'}, or "
+            "start more nodes"
+        )
+    return cpus, use_gpu
+
+
+def _this_machine() -> str:
+    gpus = torch.cuda.device_count()
     return f"no cluster is known: a Ray of its own on this machine, which has {gpus} GPUs"
 
 

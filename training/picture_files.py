@@ -38,7 +38,8 @@ def find(named: Sequence[str]) -> Found:
     paths: list[str] = []
     skipped = 0
     for name in named:
-        if not Path(name).is_dir():
+        # Path's own would raise for a name that is too long for a file.
+        if not os.path.isdir(name):  # noqa: PTH112
             paths.append(name)
             continue
         below = entries.listing(name)

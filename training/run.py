@@ -30,13 +30,13 @@ import ray
 import ray.train
 from ray.train.torch import TorchTrainer
 
-from alexnet.errors import UserError, reason
+from alexnet.errors import UserError
 from pipelines import cluster, command, shards, storage
 from pipelines.metrics import label
-from training import checkpoint, tracking
+from training import checkpoint, store, tracking
 from training.command_line import parse
 from training.config import TrainConfig, to_dict
-from training.dry_run import check_disks, dry_run, estimate, resolve
+from training.dry_run import Ready, dry_run, estimate, placed, preflight
 from training.registry.package import register
 from training.worker import FinalErrors, said, train_worker
 
@@ -77,25 +77,22 @@ def _asked(argv: list[str]) -> int:
 
 def train(config: TrainConfig) -> int:
     """From a checked config to a registered version."""
-    config, manifest = resolve(config)
-    check_disks(config, manifest)
-    uri = tracking.tracking_uri()
-    client = tracking.connect(uri)
-    found = tracking.find_run(client, config, manifest)
-    if found and found.info.status == "FINISHED":
+    ready = preflight(config, alone=not cluster.is_known())
+    config = ready.config
+    if ready.run and ready.run.info.status == "FINISHED":
         logger.info(f"run {config.name} is finished; train again under another --name")
         return 0
     try:
         # Left before anything is told, so that the last line is ours, after all that workers say.
         with cluster.connected(dashboard=True):
-            version = _trained(config, manifest, client, uri)
+            version = _trained(ready)
     except ray.train.TrainingFailedError as error:
         logger.error(f"error: {_cause(error, config)}")
         return 1
     except tracking.FAILURES as error:
         logger.error(
-            f"error: the run could not be recorded ({reason(error)}); its checkpoints are safe: "
-            f"once that is mended, continue with: {_again(config)}"
+            f"error: the run could not be recorded ({store.remedy(ready.uri, error)}; its "
+            f"checkpoints are safe: once that is mended, continue with: {_again(config)}"
         )
         return 1
     except command.KINDS:
@@ -107,11 +104,12 @@ def train(config: TrainConfig) -> int:
     return 0
 
 
-def _trained(config: TrainConfig, manifest: shards.Manifest, client: Any, uri: str) -> str | None:
+def _trained(ready: Ready) -> str | None:
     """Trains on the cluster that was joined; the number of the version it registers, if any."""
+    config, manifest, client, uri = ready.config, ready.manifest, ready.client, ready.uri
     scaling, cpus = _checked(config, uri)
     data = str(config.data)
-    run_id = tracking.open_run(client, config, manifest, data).info.run_id
+    run_id = (ready.run or tracking.open_run(client, config, manifest, data)).info.run_id
     job = {"config": config, "data": data, "manifest": manifest.digest, "cpus": cpus}
     job |= {"checkpoint": estimate(config, manifest).checkpoint}
     job |= {"tracking_uri": uri, "run_id": run_id, "terminal": sys.stderr.isatty()}
@@ -151,39 +149,16 @@ def _refuse_embedded_mlflow(uri: str) -> None:
 
 
 def _scaling(config: TrainConfig) -> tuple[ray.train.ScalingConfig, int]:
-    """Ray's resources for the workers, and the CPUs of each. The cluster must have room for the
-    fewest workers now; up to the most join when there is room for them."""
-    fewest = config.min_workers or config.workers
+    """Ray's resources for the workers, and the CPUs of each."""
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    gpus = sum(int(node.get("GPU", 0)) for node in nodes)
-    if config.device == "cuda" and gpus < fewest:
-        raise UserError(
-            f"{fewest} workers need a GPU each, the cluster has {gpus}; pass "
-            f"--workers {max(gpus, 1)} or --device cpu"
-        )
-    use_gpu = config.device != "cpu" and gpus >= fewest
-    kind = "GPU" if use_gpu else "CPU"
-    useful = [node for node in nodes if node.get(kind, 0) >= 1]
-    if not useful:
-        raise UserError(
-            f"{fewest} workers need a CPU each, no node of the cluster has one; start nodes with "
-            "`ray start --address`"
-        )
-    per_node = min(-(-config.workers // len(useful)), max(int(node[kind]) for node in useful))
-    share = int(min(node.get("CPU", 1) for node in useful)) // per_node
-    cpus = config.cpus_per_worker or max(1, share)
-    available = sum(int(node.get("CPU", 0)) // cpus for node in useful)
-    if available < fewest:
-        raise UserError(
-            f"{fewest} workers of {cpus} CPUs do not fit: the cluster has room for "
-            f"{available}; pass --workers {max(available, 1)}, or start more nodes"
-        )
+    cpus, use_gpu = placed(config, nodes)
     if config.min_workers:
         # A node that just died still counts for a while, and a worker that waits for a place on it
         # keeps the others waiting; with a fixed number there is nothing to do but wait.
         os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "20")
+    least = config.min_workers
     scaling = ray.train.ScalingConfig(
-        num_workers=(fewest, config.workers) if config.min_workers else config.workers,
+        num_workers=(least, config.workers) if least else config.workers,
         use_gpu=use_gpu,
         resources_per_worker={"CPU": cpus, **({"GPU": 1} if use_gpu else {})},
     )
@@ -248,7 +223,7 @@ def _register(
         if last is None:
             raise UserError(
                 f"the checkpoints of run {config.name} are gone from {config.storage}; put them "
-                "back, or the same command trains again from the beginning"
+                "back, or train anew under another --name"
             )
         return register(client, run_id, last, manifest, config)
 

@@ -15,10 +15,18 @@ import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import mlflow
-from mlflow.entities import Dataset, DatasetInput, Metric, Param, Run, RunTag
+from mlflow.entities import (
+    Dataset,
+    DatasetInput,
+    Experiment,
+    Metric,
+    Param,
+    Run,
+    RunTag,
+    ViewType,
+)
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 from mlflow.utils.credentials import get_default_host_creds
@@ -28,13 +36,17 @@ from sqlalchemy.exc import SQLAlchemyError
 from alexnet.errors import UserError, reason
 from pipelines import storage
 from pipelines.shards import Manifest
+from training import store
 from training.config import TrainConfig, flatten, science, to_dict
 from training.spool import Spool
+from training.store import tracking_uri as tracking_uri
 
 EXPERIMENT = "alexnet"
+STORED = "checkpoint_step"  # tag of a run: that one was stored, and the step of the newest
 # Of a server: versions are registered as logged models, which older ones have no place for. It
 # would show at the end of the training.
 OLDEST_SERVER = (3, 0)
+_LONGEST_VALUE = 6000  # characters of a parameter
 _ROOT = Path(__file__).resolve().parents[1]
 # requests raises OSErrors.
 FAILURES = (MlflowException, OSError, SQLAlchemyError, sqlite3.Error)
@@ -42,35 +54,25 @@ FAILURES = (MlflowException, OSError, SQLAlchemyError, sqlite3.Error)
 logger = logging.getLogger("training")
 
 
-def tracking_uri() -> str:
-    """$MLFLOW_TRACKING_URI, or the embedded store under $ALEXNET_HOME.
-
-    Raises UserError for a URI with a password, since run parameters and Ray's dashboard show it.
-    """
-    uri = os.environ.get("MLFLOW_TRACKING_URI")
-    if not uri:
-        return f"sqlite:///{storage.home() / 'mlflow.db'}"
-    if uri.startswith("http") and urlsplit(uri).password:
-        raise UserError(
-            "MLFLOW_TRACKING_URI holds a password; take it out and set "
-            "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD on every node"
-        )
-    return uri
-
-
-def connect(uri: str) -> MlflowClient:
-    """A client that has reached its store. Raises UserError where there is none to reach."""
+def connect(uri: str, *, write: bool = False) -> MlflowClient:
+    """A client that has reached its store. Raises UserError where there is none to reach, or, with
+    `write`, it is a file that cannot be changed."""
     _patience()
+    logging.getLogger("mlflow").setLevel(logging.WARNING)  # of each new store it tells its tables
     try:
-        if uri.startswith("sqlite:///"):
-            _open_embedded(Path(uri.removeprefix("sqlite:///")))
-        if uri.startswith("http"):
+        if (path := store.database_of(uri)) is not None:
+            store.open_database(path)
+        else:
             _refuse_old(uri)
         client = MlflowClient(tracking_uri=uri, registry_uri=uri)
-        if client.get_experiment_by_name(EXPERIMENT) is None:
-            client.create_experiment(EXPERIMENT, artifact_location=_artifact_location(uri))
+        found = client.get_experiment_by_name(EXPERIMENT)
+        if write or found is None:
+            store.check_writable(uri)
+        found = found or _new_experiment(client, path)
+        if found.name != EXPERIMENT:  # JSON, but not of MLflow
+            raise MlflowException(f"Response: {{experiment {found.name!r}}}")
     except FAILURES as error:
-        raise UserError(f"MLflow at {uri} cannot be used ({_remedy(error)}") from error
+        raise UserError(f"MLflow at {uri} cannot be used ({store.remedy(uri, error)}") from error
     mlflow.set_tracking_uri(uri)
     mlflow.set_registry_uri(uri)
     return client
@@ -89,30 +91,52 @@ def _refuse_old(uri: str) -> None:
         )
 
 
-def _remedy(error: BaseException) -> str:
-    """Why MLflow cannot be used, a bracket, and what to do."""
-    why = reason(error)
-    status = getattr(error, "get_http_status_code", int)()
-    if "Max retries exceeded" in why:
-        why = "no connection"
-    elif status == 401:
-        return "401); set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD on every node"
-    elif "Invalid Host header" in why:
-        return f"{why}); start the server with --allowed-hosts and this host's name"
-    return f"{why}); start the server, or unset MLFLOW_TRACKING_URI to use the embedded store"
+def find_run(
+    client: MlflowClient, config: TrainConfig, manifest: Manifest, run_id: str = ""
+) -> Run | None:
+    """The run of this name, to be continued; None where there is none yet. Of several that one
+    with `run_id`, or else the newest.
 
-
-def find_run(client: MlflowClient, config: TrainConfig, manifest: Manifest) -> Run | None:
-    """The run of this name, to be continued; None where there is none yet.
-
-    Raises UserError when the name belongs to a run that learned something else.
+    Raises UserError when the name belongs to a run that learned something else, when the run or
+    its experiment was deleted, and for what MLflow does not keep whole.
     """
-    experiment = client.get_experiment_by_name(EXPERIMENT).experiment_id
-    found = client.search_runs([experiment], f"attributes.run_name = '{config.name}'")
-    if not found:
-        return None
-    _refuse_other_science(found[0], config, manifest)
-    return found[0]
+    _refuse_long(config)
+    experiment = client.get_experiment_by_name(EXPERIMENT)
+    if experiment.lifecycle_stage != "active":
+        restore = f"experiments restore --experiment-id {experiment.experiment_id}"
+        raise UserError(
+            f"MLflow's experiment {EXPERIMENT} was deleted, with its runs; restore it with "
+            f"{store.command(client.tracking_uri, restore)}"
+        )
+    found = client.search_runs(
+        [experiment.experiment_id],
+        f"attributes.run_name = '{config.name}'",
+        run_view_type=ViewType.ALL,
+    )
+    active = [run for run in found if run.info.lifecycle_stage == "active"]
+    if found and not active:
+        gone = deleted(client, found[0].info.run_id)
+        raise UserError(f"run {config.name} {gone}, or choose another --name")
+    active.sort(key=lambda run: run.info.run_id != run_id)
+    if active:
+        _refuse_other_science(active[0], config, manifest)
+    return active[0] if active else None
+
+
+def deleted(client: MlflowClient, run_id: str) -> str:
+    """What to say of a run that was."""
+    restore = store.command(client.tracking_uri, f"runs restore --run-id {run_id}")
+    return f"was deleted in MLflow; restore it with {restore}"
+
+
+def run_or_none(client: MlflowClient, run_id: str) -> Run | None:
+    """A run, deleted or not; None for one that MLflow does not know."""
+    try:
+        return client.get_run(run_id) if run_id else None
+    except MlflowException as error:
+        if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            return None
+        raise
 
 
 def open_run(client: MlflowClient, config: TrainConfig, manifest: Manifest, data: str) -> Run:
@@ -232,17 +256,26 @@ def _patience() -> None:
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)  # "Creating … tables"
 
 
-def _open_embedded(path: Path) -> None:
-    """Raises OSError or sqlite3.Error at once where MLflow would retry for minutes."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with contextlib.closing(sqlite3.connect(path)) as database:
-        database.execute("pragma user_version")
+def _new_experiment(client: MlflowClient, database: Path | None) -> Experiment:
+    """database: the file of a store on this machine; a server decides about artifacts itself."""
+    place = None if database is None else (database.parent / store.ARTIFACTS).as_uri()
+    try:
+        client.create_experiment(EXPERIMENT, artifact_location=place)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":  # another program was faster
+            raise
+    return client.get_experiment_by_name(EXPERIMENT)
 
 
-def _artifact_location(uri: str) -> str | None:
-    if uri.startswith("sqlite:///"):
-        return (Path(uri.removeprefix("sqlite:///")).parent / "mlartifacts").as_uri()
-    return None  # the server decides
+def _refuse_long(config: TrainConfig) -> None:
+    """MLflow would cut the value, and the run would then seem to be of another one."""
+    for key, value in flatten(config).items():
+        if len(value) > _LONGEST_VALUE:
+            flag = key.replace("_", "-")
+            raise UserError(
+                f"--{flag} {value[:40]}… has {len(value):,} characters, MLflow keeps "
+                f"{_LONGEST_VALUE:,}; pass a shorter one"
+            )
 
 
 def _refuse_other_science(run: Run, config: TrainConfig, manifest: Manifest) -> None:

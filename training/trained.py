@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import os
 import re
 import tempfile
 from collections.abc import Iterator
@@ -42,7 +43,8 @@ def load(model: str) -> Trained:
 
     Raises UserError for one that is not there, damaged, or from another release.
     """
-    if not Path(model).is_dir() and _REGISTERED.fullmatch(model):
+    # Path's own would raise for a name that is too long for a file.
+    if not os.path.isdir(model) and _REGISTERED.fullmatch(model):  # noqa: PTH112
         return _registered(model)
     with _checkpoint(model) as folder:
         return _from_checkpoint(model, folder)

@@ -39,14 +39,21 @@ class Uploader:
     told that old ones stay.
 
     patience: seconds for which a store that fails is tried again.
+    stored: called in the background with the step of each checkpoint that arrived.
     As a context manager it waits at the end for what is under way.
     """
 
     def __init__(
-        self, run: str, *, keep_last: int, keep_best: int, patience: float = 300.0
+        self,
+        run: str,
+        *,
+        keep_last: int,
+        keep_best: int,
+        patience: float = 300.0,
+        stored: Callable[[int], None] = lambda step: None,
     ) -> None:
         self._run, self._keep_last, self._keep_best = run, keep_last, keep_best
-        self._patience = patience
+        self._patience, self._tell_stored = patience, stored
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="upload")
         self._under_way: Future[None] | None = None
         self._stored: int | None = None
@@ -107,6 +114,7 @@ class Uploader:
         finally:
             shutil.rmtree(folder, ignore_errors=True)
         self._stored = step
+        self._tell_stored(step)
         self._prune(name)
 
     def _prune(self, newest: str) -> None:

@@ -21,7 +21,7 @@ from training import checkpoint, loop, metrics, speed
 from training.config import TrainConfig
 from training.meter import log_line
 from training.room import check_node
-from training.tracking import Tracker
+from training.tracking import STORED, Tracker
 from training.uploads import Uploader
 
 logger = logging.getLogger("training")
@@ -50,8 +50,7 @@ def train_worker(job: dict[str, Any]) -> dict[str, float]:
         if rank == 0:
             tracker.tag("hardware", speed.device_name(ray.train.torch.get_device()))
             _tell_start(str(config.name), tracker, step)
-            keep_last, keep_best = config.keep_last, config.keep_best
-            uploads = stack.enter_context(Uploader(run, keep_last=keep_last, keep_best=keep_best))
+            uploads = stack.enter_context(_uploader(run, config, tracker))
             if resume is not None:
                 uploads.tidy(resume.name)
             if config.profile:
@@ -174,6 +173,17 @@ def _logging(run: str, tracker: Tracker, bar: tqdm_ray.tqdm | None) -> loop.Log:
             bar.set_description(f"epoch {line['epoch']:.2f}, {left} left")
 
     return log
+
+
+def _uploader(run: str, config: TrainConfig, tracker: Tracker) -> Uploader:
+    """MLflow is told of each checkpoint that is stored: should they all vanish, the run must not
+    begin again under what it has logged."""
+    return Uploader(
+        run,
+        keep_last=config.keep_last,
+        keep_best=config.keep_best,
+        stored=lambda step: tracker.tag(STORED, str(step)),
+    )
 
 
 def _reporting(uploads: Uploader | None) -> loop.Report:

@@ -24,9 +24,9 @@ if __name__ == "__main__":
 
 from mlflow.tracking import MlflowClient
 
-from alexnet.errors import UserError, reason
+from alexnet.errors import UserError
 from pipelines import command
-from training import tracking
+from training import store, tracking
 from training.registry import alias, listing
 from training.registry.alias import Refused
 from training.registry.versions import NAME, aliases, resolve
@@ -59,12 +59,10 @@ def _answer(args: argparse.Namespace) -> int:
 
 
 def _told(error: BaseException) -> str:
-    why = reason(error)
-    if "Max retries exceeded" in why:
-        why = "no connection"
+    uri = tracking.tracking_uri()
     return (
-        f"MLflow at {tracking.tracking_uri()} failed ({why}); once it answers, run the command "
-        "again: a move that was not finished is settled first"
+        f"MLflow at {uri} failed ({store.remedy(uri, error)}; then run the command again: a move "
+        "that was not finished is settled first"
     )
 
 

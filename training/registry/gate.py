@@ -56,6 +56,12 @@ def promote(client: MlflowClient, version: str | None, asked: Asked) -> Verdict 
     champion = aliases(client).get(CHAMPION)
     if champion == number:
         return None
+    run = run_of(client, candidate)
+    if run is not None and run.info.lifecycle_stage != "active":
+        raise UserError(
+            f"the run {run.info.run_name} of version {number} "
+            f"{tracking.deleted(client, run.info.run_id)}, for the verdict is kept with it"
+        )
     found, scored = _judge(client, candidate, champion, asked)
     if asked.dry_run:
         return found

@@ -36,6 +36,7 @@ DESCRIPTION = "artifacts/alexnet.json"
 SUMS = "SHA256SUMS"
 
 _VERSION_URI = re.compile(r"models:/([^/@]+)(?:/(.+)|@(.+))")
+_NUMBER = "[0-9]{1,9}"  # more than nine digits are too many for MLflow's databases
 _MISSING = "RESOURCE_DOES_NOT_EXIST"
 
 
@@ -130,14 +131,14 @@ def resolve(client: MlflowClient, version: str | None) -> ModelVersion:
     if version is None and "candidate" not in held:
         raise UserError("there is no candidate; train one with `python training/run.py`")
     asked = "candidate" if version is None else version
-    number = held.get(asked) or (asked if re.fullmatch(r"[0-9]{1,9}", asked) else None)
+    number = held.get(asked) or (asked if re.fullmatch(_NUMBER, asked) else None)
     if number is not None:
         try:
             return client.get_model_version(NAME, str(int(number)))
         except MlflowException as error:
             if error.error_code != _MISSING:
                 raise
-    raise UserError(f"there is no version {asked}; there are {_what_there_is(client, held)}")
+    raise UserError(f"there is no version {asked[:100]}; there are {_what_there_is(client, held)}")
 
 
 def _what_there_is(client: MlflowClient, held: Mapping[str, str]) -> str:
@@ -165,9 +166,9 @@ def _downloaded(uri: str) -> Iterator[tuple[Path, ModelVersion | None]]:
                 version = _version(MlflowClient(), *match.groups())
                 uri = f"models:/{version.name}/{version.version}"
             found = mlflow.artifacts.download_artifacts(uri, dst_path=copy)
-        except (MlflowException, OSError) as error:
+        except (MlflowException, OSError, ValueError) as error:  # ValueError: of a letter in it
             raise UserError(
-                f"{uri} cannot be loaded ({reason(error)}); "
+                f"{uri[:100]} cannot be loaded ({reason(error)}); "
                 "`python -m training.registry list` shows what there is"
             ) from error
         yield Path(found), version
@@ -178,6 +179,8 @@ def _version(
 ) -> ModelVersion:
     if alias is not None:
         return client.get_model_version_by_alias(name, alias)
+    if not re.fullmatch(_NUMBER, number or ""):
+        raise MlflowException("a version is a number of up to nine digits")
     return client.get_model_version(name, number)
 
 
@@ -188,6 +191,11 @@ def _refuse_changed(uri: str, folder: Path, version: ModelVersion | None) -> Non
         registered = sha256(sums) if sums.is_file() else ""
     else:
         registered = _registered_sums(uri, version)
+    if not any(folder.iterdir()):
+        raise UserError(
+            f"{uri}: its files are gone from where MLflow keeps artifacts; put them back there "
+            "(a moved store's folder as well), or train and register again"
+        )
     if changed := _differences(folder, registered):
         listed = ", ".join(changed[:3]) + (f" and {len(changed) - 3} more" if changed[3:] else "")
         raise UserError(
