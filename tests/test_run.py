@@ -20,6 +20,7 @@ from registered import MLFLOW_WARNINGS
 from shard_sets import write_shard_set
 
 from alexnet.errors import UserError
+from training import lease
 from training.config import to_dict
 from training.loop import TrainingStopped
 from training.recipes import RECIPES
@@ -99,6 +100,15 @@ def test_what_cannot_work_is_one_line_and_exit_code_2(data, flags, told, capsys)
     assert main([*flags, "--dry-run", "--data", data]) == 2
     said = capsys.readouterr()
     assert told in said.err and said.err.count("\n") == 1 and said.out == ""
+
+
+def test_run_that_another_command_writes_is_refused_and_not_begun(data, tmp_path, capsys):
+    home = tmp_path / "home"
+    with lease.held(str(home / "runs" / "mine")):
+        assert main(["smoke", "--data", data, "--name", "mine", "--device", "cpu"]) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("error: run mine is being written by ")
+    assert [path.name for path in (home / "runs" / "mine").iterdir()] == ["writer"]
 
 
 def test_workers_on_cpus_keep_their_memory_unless_the_user_says_otherwise(monkeypatch):

@@ -118,6 +118,13 @@ def newest_good(run: str) -> Iterator[Path | None]:
     yield None
 
 
+def last_step(run: str) -> int | None:
+    """The highest step that is stored below `run`, by names alone; None where there is none."""
+    names = [name for name, _ in storage.list_files(run) if name.endswith("/hashes.json")]
+    found = [re.match(r"checkpoint-(\d+)-", name) for name in names]
+    return max((int(match[1]) for match in found if match), default=None)
+
+
 def refuse_other(folder: Path, config: TrainConfig, manifest_digest: str) -> None:
     """Raises UserError, naming what differs, for a checkpoint of other data or of a training that
     learns something else: the tracked run of this name may lie in another store, so that its own

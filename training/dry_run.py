@@ -18,7 +18,7 @@ from alexnet import NETWORK_SIDE
 from alexnet.errors import UserError
 from alexnet.model import AlexNet
 from pipelines import shards, storage
-from training import tracking
+from training import lease, tracking
 from training.config import TrainConfig
 from training.loop import build_model, input_spec
 from training.order import steps_per_epoch
@@ -39,11 +39,13 @@ def dry_run(config: TrainConfig, cluster: Callable[[TrainConfig], str] | None = 
     check_disks(config, manifest)
     uri = tracking.tracking_uri()
     found = tracking.find_run(tracking.connect(uri), config, manifest)
+    writer = lease.holder(storage.join(str(config.storage), str(config.name)))
     memory = estimate(config, manifest)
     total, device = _device_memory(config)
     _refuse_too_large(config, memory, total, device)
     place = _this_machine(config) if cluster is None else cluster(config)
     state = "is new" if found is None else f"exists ({found.info.status}): it continues"
+    waits = [] if writer is None else [("writer", f"perhaps still {writer}: the run would wait")]
     return "\n".join(
         f"{name:<12}{text}"
         for name, text in [
@@ -54,6 +56,7 @@ def dry_run(config: TrainConfig, cluster: Callable[[TrainConfig], str] | None = 
             ("place", place),
             ("checkpoints", _checkpoints(config, memory.checkpoint)),
             ("tracking", f"{uri} answers; run {config.name} {state}"),
+            *waits,
             ("", "nothing was started; leave --dry-run away to train"),
         ]
     )

@@ -38,15 +38,22 @@ class Uploader:
     not kept. State: the upload under way, the step of the last one that arrived, and whether it was
     told that old ones stay.
 
-    patience: seconds for which a store that fails is tried again.
+    patience: seconds for which a store that fails is tried again. check: raises what ends the
+    training where another writer has taken the run; called before anything is written or deleted.
     As a context manager it waits at the end for what is under way.
     """
 
     def __init__(
-        self, run: str, *, keep_last: int, keep_best: int, patience: float = 300.0
+        self,
+        run: str,
+        *,
+        keep_last: int,
+        keep_best: int,
+        patience: float = 300.0,
+        check: Callable[[], None] = lambda: None,
     ) -> None:
         self._run, self._keep_last, self._keep_best = run, keep_last, keep_best
-        self._patience = patience
+        self._patience, self._check = patience, check
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="upload")
         self._under_way: Future[None] | None = None
         self._stored: int | None = None
@@ -100,6 +107,7 @@ class Uploader:
             step = int(checkpoint.load_state(folder)["step"])
             name = f"{_PREFIX}{step:08d}-{secrets.token_hex(3)}"  # a repeated step: another folder
             for path in sorted(folder.iterdir(), key=lambda path: path.name == _LAST):
+                self._patiently(self._check)
                 target = storage.join(self._run, name, path.name)
                 self._patiently(functools.partial(storage.write, target, path.read_bytes()))
         except FileNotFoundError as error:
@@ -111,6 +119,7 @@ class Uploader:
 
     def _prune(self, newest: str) -> None:
         try:
+            self._check()
             prune(self._run, newest, keep_last=self._keep_last, keep_best=self._keep_best)
         except (UserError, OSError) as error:  # the next upload tries again
             if not self._has_complained:
