@@ -110,7 +110,8 @@ def draw(folder: str, drawing: Drawing, seed: int) -> str:
         if found["sizes"] and found["sizes"].items() <= present.items():
             return f"{folder} holds this drawn set already; nothing to do"
     storage.sweep(folder)
-    storage.write(note, shards.canonical_json(wanted | {"sizes": {}}))
+    if not present:  # of two that begin at the same time with different drawings, one is refused
+        storage.write_new(note, shards.canonical_json(wanted | {"sizes": {}}))
     classes = _CLASSES[: drawing.classes]
     order = np.random.default_rng([seed, 0]).permutation(drawing.classes * drawing.val_per_class)
     val_classes = order % drawing.classes  # of picture number k + 1

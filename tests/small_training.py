@@ -83,6 +83,7 @@ def fit(
     *,
     resume: Path | None = None,
     place: loop.Place | None = None,
+    stopping: Callable[[], bool] | None = None,
 ) -> Record:
     record = Record(keep)
     place = place or loop.Place(CPU, threads=2)
@@ -90,7 +91,14 @@ def fit(
     torch.set_num_threads(1)  # more cost time at this size, and much more on a busy machine
     try:
         record.result = loop.fit(
-            config, data, place, log=record.log, report=record.report, resume=resume, run_id="a-run"
+            config,
+            data,
+            place,
+            log=record.log,
+            report=record.report,
+            resume=resume,
+            run_id="a-run",
+            stopping=stopping,
         )
     finally:
         torch.set_num_threads(threads)

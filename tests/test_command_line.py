@@ -5,13 +5,18 @@ import dataclasses
 import inspect
 import json
 import re
+import shlex
+import sys
+from pathlib import Path
 
 import pytest
 
 from alexnet.errors import UserError
 from training import config as config_module
-from training.command_line import parse
+from training import run
+from training.command_line import again, flags_of, parse
 from training.config import TrainConfig, flatten, to_dict
+from training.recipes import RECIPES
 from training.run import main
 
 
@@ -119,7 +124,12 @@ WRONG = [
     ("smoke --dry-run True", "Unrecognized options: True"),
     ("smoke --dry-run --print-config", "--print-config and --dry-run exclude each other"),
     ("smoke --config", "--config"),
-    ("smoke --optim.lr fast", "could not convert string to float: 'fast'"),
+    ("smoke --optim.lr fast", "--optim.lr 'fast': expected a number; "),
+    ("smoke --workers two", "--workers 'two': expected a whole number, or the least and the most"),
+    ("smoke --workers=2:x", "--workers '2:x': expected a whole number, or"),
+    ("smoke --workers --device cpu", "Missing value for argument '--workers'"),
+    ("smoke --min_workers one --seed 3", "--min-workers 'one': expected a whole number or None; "),
+    ("smoke --optim.milestones 1 x", "--optim.milestones '1 x': expected whole numbers; "),
     ("smoke --workers 1.5", "--workers"),
     ("smoke --workers", "--workers"),
     ("smoke --workers 2:", "'2:'"),
@@ -184,3 +194,46 @@ def test_wrong_flags_give_exit_code_2_and_write_nothing(capsys, tmp_path, monkey
         assert out == "" and err.startswith("error: ")
         assert err.count("\n") == 1 and err.endswith("\n")
     assert not (tmp_path / "home").exists()
+
+
+# The command to go on with
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_flags_of_a_config_make_it_again(recipe):
+    base = RECIPES[recipe]()
+    assert flags_of(base, base) == []
+    odd = dataclasses.replace(
+        base,
+        name="-n",
+        data="/a folder/it's",
+        workers=7,
+        min_workers=2 if base.min_workers is None else None,
+        checkpoint_minutes=None if base.checkpoint_minutes else 1e-9,
+        register=not base.register,
+        optim=dataclasses.replace(base.optim, lr=0.1 + 0.2, milestones=(3, 5), batch_size=70),
+    )
+    bare = dataclasses.replace(odd, optim=dataclasses.replace(base.optim, milestones=()))
+    for config in (odd, bare):
+        assert config_of(recipe, *flags_of(config, base)) == config
+
+
+def test_command_to_go_on_is_whole_quoted_and_says_where_its_memory_lies(tmp_path, monkeypatch):
+    monkeypatch.setenv("ALEXNET_HOME", str(tmp_path / "my home"))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:5000")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    monkeypatch.setenv("PATH", "/nowhere")
+    for name in ("AWS_ENDPOINT_URL", "RAY_ADDRESS", "RAY_JOB_CONFIG_JSON_ENV_VAR"):
+        monkeypatch.delenv(name, raising=False)
+    config = dataclasses.replace(RECIPES["paper"](), name="n", data="/my data", storage="s3://b/r")
+    words = shlex.split(again(config))
+    assert words[:3] == [
+        f"ALEXNET_HOME={tmp_path / 'my home'}",
+        "MLFLOW_TRACKING_URI=http://127.0.0.1:5000",
+        sys.executable,
+    ]
+    assert Path(words[3]).resolve() == Path(run.__file__)
+    assert config_of(*words[4:]) == config
+    job = {"metadata": {"job_submission_id": "j"}}
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", json.dumps(job))
+    assert again(config).startswith("ray job submit --working-dir . -- python ")

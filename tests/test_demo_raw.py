@@ -48,6 +48,17 @@ def test_an_interrupted_drawing_is_completed(tmp_path: Path) -> None:
     assert files(tmp_path / "cut") == files(tmp_path / "whole")
 
 
+def test_of_two_drawings_that_begin_at_once_one_is_refused(tmp_path: Path, monkeypatch) -> None:
+    draw(str(tmp_path), SMALL, 0)
+    before = files(tmp_path)
+    monkeypatch.setattr(
+        storage, "list_files", lambda folder: []
+    )  # it looked before the other began
+    with pytest.raises(UserError, match="exists with other bytes"):
+        draw(str(tmp_path), SMALL, 1)
+    assert files(tmp_path) == before
+
+
 def test_somebody_elses_folder_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "ILSVRC2012_img_train.tar").write_bytes(b"138 GB")
     with pytest.raises(UserError, match="is not empty"):

@@ -14,7 +14,7 @@ from small_training import small_config
 from alexnet.errors import UserError
 from pipelines import storage
 from pipelines.shards import load_manifest
-from training import tracking
+from training import lease, tracking
 from training.config import TrainConfig
 from training.dry_run import check_disks, dry_run, estimate, resolve
 from training.loop import build_model
@@ -60,6 +60,18 @@ def test_run_that_exists_is_told_to_continue(data):
     assert "run small exists (RUNNING): it continues" in dry_run(config)
     with pytest.raises(UserError, match=r"other settings \(optim\.lr"):
         dry_run(config_of(data, optim_lr=0.5))
+
+
+def test_run_that_is_being_written_is_refused_and_one_that_may_be_is_told(
+    data, tmp_path, monkeypatch
+):
+    with lease.held(str(tmp_path / "home" / "runs" / "small")):
+        with pytest.raises(UserError, match="run small is being written by"):
+            dry_run(config_of(data))
+        monkeypatch.setattr(lease, "_system", lambda: "another machine")
+        assert re.search(
+            r"^writer +perhaps still .*: the run would wait$", dry_run(config_of(data)), re.M
+        )
 
 
 def test_activations_are_the_tensors_that_the_layers_keep(data):

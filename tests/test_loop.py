@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from small_training import BY_HEART, evaluated, fit, seen_ids, small_config, wit
 
 from alexnet.errors import UserError
 from pipelines.shards import load_manifest
-from training import checkpoint, loop, recipes
+from training import checkpoint, due, loop, recipes
 from training.loader import Loader
 from training.order import epoch_order
 
@@ -45,6 +46,29 @@ def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(uri, tmp_path, ste
     assert sorted(rest.folders) == [saved for saved in (3, 4, 6, 8) if saved > step]
     assert files_of(rest.last) == files_of(whole.last)
     assert rest.result == whole.result
+
+
+def _from(look: int) -> Callable[[], bool]:
+    """Says yes when it is asked for the `look`th time, from 1, and ever after."""
+    asked = itertools.count(1)
+    return lambda: next(asked) >= look
+
+
+def test_run_stopped_wherever_it_stands_loses_no_step_and_no_bit(uri, tmp_path, monkeypatch):
+    """Inside epochs, at their ends, in the middle of evaluations and again where it goes on."""
+    monkeypatch.setattr(due, "_MOST_STEPS", 1)  # asks after every step
+    config = small_config(model_batch_norm=True)
+    whole = fit(config, uri, tmp_path / "whole")
+    learned = seen_ids(monkeypatch.setattr)
+    last, evaluated = None, set()
+    for life, looks in enumerate([2, 1, 2, 1, 2, 3, 1, 1, 2, 1, 100]):
+        part = fit(config, uri, tmp_path / f"{life}", resume=last, stopping=_from(looks))
+        last = part.last
+        state = checkpoint.load_state(last)
+        evaluated.add((state["step"], state["evaluated_step"]))
+    assert (4, 0) in evaluated and (8, 4) in evaluated, "stopped before it was evaluated"
+    assert len(learned) == 8, "a step was done twice, or left out"
+    assert files_of(last) == files_of(whole.last)
 
 
 def test_resuming_needs_the_momentum_and_the_masks(uri, tmp_path):

@@ -12,6 +12,7 @@ import pytest
 import torch
 from shard_sets import write_shard_set
 
+from alexnet.errors import UserError
 from alexnet.model import AlexNet
 from pipelines import storage
 from pipelines.shards import load_index, load_manifest
@@ -152,6 +153,15 @@ def test_predictions_of_another_model_data_set_or_split_are_refused(tmp_path, mo
         assert err.count("\n") == 1 and f"holds predictions with {word} " in err
         assert "choose another --out, or delete that one" in err
     assert json.loads((out / "_predictions.json").read_text()) == identity
+
+
+def test_of_two_that_begin_at_once_with_other_predictions_one_is_refused(tmp_path, monkeypatch):
+    uri, out = shard_set(tmp_path / "set"), str(tmp_path / "out")
+    storage.write(f"{out}/_predictions.json", b"{}")
+    monkeypatch.setattr(storage, "list_files", lambda place: [])  # it looked before the other began
+    with pytest.raises(UserError, match="exists with other bytes"):
+        write_predictions(trained_on(uri), uri, out, split="val")
+    assert storage.read(f"{out}/_predictions.json") == b"{}"
 
 
 def test_a_folder_of_something_else_and_a_damaged_part_are_refused(tmp_path, monkeypatch, capsys):

@@ -1,5 +1,6 @@
 """One step over two and three processes: gradients, compressed ones, batch norm, who may save."""
 
+import time
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ from small_training import CPU, small_config, without_dropout
 
 from alexnet.optim import Rates
 from training import loop
-from training.due import ASK_STEPS, Due
+from training.due import ASK_STEPS, Due, Stop
 from training.meter import GRAD_NORM, IMAGES, LOSS
 from training.order import rank_part
 from training.steps import Place, Stepper
@@ -50,12 +51,29 @@ def on_rank(rank: int, world_size: int) -> dict[str, Any]:
         "nobody": Due(60.0, lambda: False, place),
     }
     return {
+        "stop": Stop(lambda: rank == world_size - 1, place).now(1),
+        "looks": looks(place),
         "plain": stepped(place),
         "double": stepped(place, torch.float64),
         "compressed": stepped(place, compress_gradients=True),
         "normed": stepped(place, model_batch_norm=True),
         "due": {name: (clock.now(ASK_STEPS), clock.now(21)) for name, clock in clocks.items()},
     }
+
+
+def looks(place: Place) -> list[int]:
+    """After which of 12 steps, in which rank 0 is the slowest, somebody asks whether to stop."""
+    asked: list[int] = []
+
+    def stopping() -> bool:
+        asked.append(step)
+        return False
+
+    stop = Stop(stopping, place)
+    for step in range(1, 13):
+        time.sleep(0.15 if place.rank == 0 else 0)
+        assert not stop.now(step)
+    return asked
 
 
 @pytest.fixture(scope="module")
@@ -141,6 +159,14 @@ def test_communication_is_measured_where_there_are_others(ranks, alone):
     assert alone["plain"]["exposed"] == 0
     for world_size in (2, 3):
         assert all(rank["plain"]["exposed"] > 0 for rank in ranks[world_size])
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_one_ranks_yes_stops_all_and_all_look_at_the_pace_of_the_first(ranks, world_size):
+    assert [rank["stop"] for rank in ranks[world_size]] == [True] * world_size
+    first, *others = [rank["looks"] for rank in ranks[world_size]]
+    assert all(asked == first for asked in others)
+    assert first[:2] == [1, 2] and len(first) < 12
 
 
 def test_one_process_asks_nobody():

@@ -20,6 +20,7 @@ from registered import MLFLOW_WARNINGS
 from shard_sets import write_shard_set
 
 from alexnet.errors import UserError
+from training import lease
 from training.config import to_dict
 from training.loop import TrainingStopped
 from training.recipes import RECIPES
@@ -115,6 +116,15 @@ def test_what_the_dry_run_refuses_the_run_refuses_in_the_same_words(
     dry = capsys.readouterr()
     assert main(command) == 2
     assert capsys.readouterr() == dry and dry.err.count("\n") == 1
+
+
+def test_run_that_another_command_writes_is_refused_and_not_begun(data, tmp_path, capsys):
+    home = tmp_path / "home"
+    with lease.held(str(home / "runs" / "mine")):
+        assert main(["smoke", "--data", data, "--name", "mine", "--device", "cpu"]) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("error: run mine is being written by ")
+    assert [path.name for path in (home / "runs" / "mine").iterdir()] == ["writer"]
 
 
 def test_workers_on_cpus_keep_their_memory_unless_the_user_says_otherwise(monkeypatch):

@@ -22,6 +22,7 @@ from alexnet.errors import UserError
 from pipelines.shards import Manifest, load_manifest
 from training import tracking
 from training.config import flatten, to_dict
+from training.lease import Superseded
 
 pytestmark = [pytest.mark.filterwarnings(line) for line in MLFLOW_WARNINGS]
 
@@ -120,6 +121,7 @@ def test_name_of_a_run_that_learned_something_else_is_refused(client, manifest, 
         (SystemExit, "KILLED"),
         (RuntimeError, "FAILED"),
         (UserError, "FAILED"),
+        (Superseded, "RUNNING"),  # by its new writer
     ],
 )
 def test_status_tells_how_the_run_was_left(client, manifest, data, raised, status):

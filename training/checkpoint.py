@@ -137,6 +137,13 @@ def _none_whole(run: str) -> str:
     return f"no checkpoint in {run} is whole; start again under another --name"
 
 
+def last_step(run: str) -> int | None:
+    """The highest step that is stored below `run`, by names alone; None where there is none."""
+    names = [name for name, _ in storage.list_files(run) if name.endswith("/hashes.json")]
+    found = [re.match(r"checkpoint-(\d+)-", name) for name in names]
+    return max((int(match[1]) for match in found if match), default=None)
+
+
 def refuse_other(folder: Path, config: TrainConfig, manifest_digest: str) -> None:
     """`refuse_other_state` of a checkpoint: the tracked run of this name may lie in another store,
     so that its own check is not enough."""

@@ -8,9 +8,14 @@ import dataclasses
 import inspect
 import io
 import json
+import os
 import re
+import shlex
+import shutil
+import sys
 from dataclasses import dataclass
 from itertools import zip_longest
+from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -19,6 +24,7 @@ import tyro
 from alexnet.errors import UserError
 from pipelines import storage
 from training.config import WHERE_AND_HOW_MANY, TrainConfig
+from training.lease import job_id
 from training.recipes import RECIPES
 
 
@@ -52,11 +58,51 @@ def parse(argv: list[str]) -> Command:
     except SystemExit as exit:
         if exit.code in (0, None):
             raise
-        raise UserError(_one_line(complaint.getvalue())) from None
+        raise UserError(_one_line(complaint.getvalue(), flags)) from None
     if line.print_config and line.dry_run:
         raise UserError("--print-config and --dry-run exclude each other; pass one of them")
     action: Literal["train", "print", "dry-run"] = "dry-run" if line.dry_run else "train"
     return Command(line.training, "print" if line.print_config else action)
+
+
+def again(config: TrainConfig) -> str:
+    """The shell's command that goes on with a run, from this folder: whole, with what the
+    environment says of where the run and its memory lie. No keys, which the user keeps."""
+    words = [config.recipe, *flags_of(config, RECIPES[config.recipe]())]
+    script = Path(__file__).with_name("run.py")
+    here = script.relative_to(Path.cwd()) if script.is_relative_to(Path.cwd()) else script
+    if job_id() is not None:  # the cluster has the rest
+        submit = ["ray", "job", "submit", "--working-dir", "."]
+        return shlex.join([*submit, "--", "python", str(here), *words])
+    places = {name: os.environ.get(name) for name in _PLACES}
+    if places["ALEXNET_HOME"]:
+        places["ALEXNET_HOME"] = str(storage.home())
+    if places["MLFLOW_TRACKING_URI"] == f"sqlite:///{storage.home() / 'mlflow.db'}":
+        places["MLFLOW_TRACKING_URI"] = None  # by default, which MLflow has put into this process
+    settings = [f"{name}={shlex.quote(value)}" for name, value in places.items() if value]
+    python = shutil.which("python")
+    usual = python is not None and Path(python).parent == Path(sys.executable).parent
+    return " ".join(
+        [*settings, shlex.join(["python" if usual else sys.executable, str(here), *words])]
+    )
+
+
+_PLACES = ("ALEXNET_HOME", "MLFLOW_TRACKING_URI", "AWS_ENDPOINT_URL", "RAY_ADDRESS")
+
+
+def flags_of(config: Any, base: Any, prefix: str = "--") -> list[str]:
+    """The flags that make `config` of `base`, two dataclasses of one kind."""
+    words: list[str] = []
+    for field in dataclasses.fields(config):
+        value, usual = getattr(config, field.name), getattr(base, field.name)
+        flag = prefix + field.name.replace("_", "-")
+        if dataclasses.is_dataclass(value):
+            words += flags_of(value, usual, f"{flag}.")
+        elif isinstance(value, tuple) and value != usual:
+            words += [flag, *map(str, value)]
+        elif value != usual:
+            words += [f"{flag}={value}"] if str(value).startswith("-") else [flag, str(value)]
+    return words
 
 
 @dataclass(frozen=True)
@@ -99,10 +145,11 @@ def _with_workers(flags: list[str]) -> list[str]:
     saved config had fewer as its least."""
     least_given = any(flag.replace("_", "-").startswith("--min-workers") for flag in flags)
     spread: list[str] = []
-    words = iter(flags)
-    for word in words:
-        if word == "--workers" and (value := next(words, None)) is not None:
-            word = f"--workers={value}"
+    words = list(flags)
+    while words:
+        word = words.pop(0)
+        if word == "--workers" and words and not words[0].startswith("--"):
+            word += f"={words.pop(0)}"
         if found := re.fullmatch(r"--workers=(?:(\d+):)?(\d+)", word):
             if found[1] and least_given:
                 raise UserError(f"{word} and --min-workers say the same; pass one of them")
@@ -121,16 +168,47 @@ def _description(recipe: str) -> str:
     return f"{text}\n\nOther recipes: {others}."
 
 
-def _one_line(complaint: str) -> str:
+def _one_line(complaint: str, given: list[str]) -> str:
     """The message in tyro's complaint and the flags it suggests. The message stands between the
-    first two rules: the first is the title's frame, or lies under it where there is only ASCII."""
+    first two rules: the first is the title's frame, or lies under it where there is only ASCII.
+
+    Of a value that cannot be read it says what Python does; told is what was given and expected.
+    """
     lines = [line.strip("│| ") for line in complaint.splitlines()]
     rules = [number for number, line in enumerate(lines) if line.startswith(("╭", "─", "---"))]
     message = " ".join(lines[rules[0] + 1 : rules[1]] if len(rules) > 1 else lines).strip(" .")
+    if unread := re.match(r"Error parsing (--[\w.-]+)", message):
+        kind = next(line for line in lines if re.match(rf"{unread[1]}\s", line))
+        message = f"{unread[1]} {_value_of(unread[1], given)!r}: expected {_expected(kind)}"
     _, _, meant = complaint.partition("Perhaps you meant")
     flags = re.findall(r"^\W*(--[a-z][\w.-]*)", meant, re.MULTILINE)
     hint = f"; perhaps you meant {' or '.join(flags)}" if flags else ""
     return f"{message}{hint}; see `python training/run.py --help`"
+
+
+def _value_of(flag: str, given: list[str]) -> str:
+    """What the last FLAG VALUE… or FLAG=VALUE of the command line gives, at most 80 characters."""
+    texts: dict[str, list[str]] = {}
+    name = ""
+    for word in given:
+        if word.startswith("--"):
+            name, equals, value = word.partition("=")
+            name = name.replace("_", "-")
+            texts[name] = [value] if equals else []
+        else:
+            texts.setdefault(name, []).append(word)
+    return " ".join(texts.get(flag, []))[:80]
+
+
+def _expected(kind: str) -> str:
+    """From tyro's `--flag {None}|INT`, or `--flag [INT [INT ...]]`."""
+    metavar = kind.split(maxsplit=1)[1]
+    names = {"INT": "a whole number", "FLOAT": "a number", "{None}": "None"}
+    if "..." in metavar:
+        return "whole numbers" if "INT" in metavar else "values"
+    words = sorted((names.get(part, part) for part in metavar.split("|")), key="None".__eq__)
+    spread = ", or the least and the most as in 2:8" if kind.startswith("--workers ") else ""
+    return " or ".join(words) + spread
 
 
 def read_config(uri: str) -> TrainConfig:

@@ -20,7 +20,7 @@ from alexnet import NETWORK_SIDE
 from alexnet.errors import UserError
 from alexnet.model import AlexNet
 from pipelines import shards, storage
-from training import tracking
+from training import lease, tracking
 from training.config import TrainConfig
 from training.loop import build_model, input_spec
 from training.memories import agreed
@@ -68,6 +68,7 @@ def dry_run(config: TrainConfig, cluster: Callable[[TrainConfig], str] | None = 
     """
     ready = preflight(config, alone=cluster is None)
     config, manifest = ready.config, ready.manifest
+    writer = lease.holder(storage.join(str(config.storage), str(config.name)))
     memory = estimate(config, manifest)
     total, device = _device_memory(config)
     place = _this_machine() if cluster is None else cluster(config)
@@ -76,6 +77,7 @@ def dry_run(config: TrainConfig, cluster: Callable[[TrainConfig], str] | None = 
         done = ready.run.info.status == "FINISHED"
         after = "nothing is left to train" if done else "it continues"
         state = f"exists ({ready.run.info.status}): {after}"
+    waits = [] if writer is None else [("writer", f"perhaps still {writer}: the run would wait")]
     return "\n".join(
         f"{name:<12}{text}"
         for name, text in [
@@ -86,6 +88,7 @@ def dry_run(config: TrainConfig, cluster: Callable[[TrainConfig], str] | None = 
             ("place", place),
             ("checkpoints", _checkpoints(config, memory.checkpoint)),
             ("tracking", f"{ready.uri} answers; run {config.name} {state}"),
+            *waits,
             ("", "nothing was started; leave --dry-run away to train"),
         ]
     )

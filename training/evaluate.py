@@ -19,6 +19,7 @@ import torch
 
 from alexnet.errors import UserError
 from alexnet.preprocess import InputSpec, average_probabilities, centre_view, ten_crop
+from training.due import summed
 from training.loader import Loader
 from training.order import Ids, rank_part
 
@@ -29,6 +30,10 @@ VIEWS: dict[Protocol, int] = {"centre": 1, "ten_crop": 10}
 
 Network = Callable[[torch.Tensor], torch.Tensor]
 Interval = tuple[float, float]
+
+
+class Stopped(Exception):
+    """The evaluation was given up because somebody asked for it."""
 
 
 @dataclass(frozen=True)
@@ -62,13 +67,15 @@ def evaluate(
     world_size: int = 1,
     batch_size: int = 256,
     protocol: Protocol = "centre",
+    stopping: Callable[[], bool] | None = None,
 ) -> Metrics:
     """Accuracy on all of the loader's split of `network`, which maps float32 (B,3,227,227) to
     logits (B, classes) and is in evaluation mode already. batch_size: views at a time.
 
     Each rank takes every W-th sample; counts are summed as integers, so the result does not depend
     on W. With fewer than five classes top5 counts all of them. Asserts that all ranks together saw
-    each of the manifest's pictures exactly once. Raises as `scores`.
+    each of the manifest's pictures exactly once. Raises as `scores`, and Stopped on all ranks when
+    `stopping()`, asked before each batch, said yes on any of them.
     """
     count = Count(loader.num_samples, device)
     for batch in scores(
@@ -81,7 +88,11 @@ def evaluate(
         batch_size=batch_size,
         protocol=protocol,
     ):
+        if stopping is not None and stopping():
+            break
         count.add(batch)
+    if stopping is not None and summed([stopping()], device, world_size)[0]:
+        raise Stopped
     return count.metrics(world_size)
 
 

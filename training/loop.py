@@ -21,8 +21,8 @@ from alexnet.preprocess import Augment, InputSpec, train_view
 from pipelines.shards import Manifest, load_manifest
 from training import checkpoint, guards, state
 from training.config import TrainConfig, science_digest, to_dict
-from training.due import Due
-from training.evaluate import evaluate
+from training.due import Due, Stop
+from training.evaluate import Stopped, evaluate
 from training.guards import TrainingStopped as TrainingStopped
 from training.journal import Journal
 from training.loader import Batch, Loader
@@ -43,6 +43,7 @@ class _Outside:
     log: Log
     report: Report
     preempted: Callable[[], bool] | None
+    stopping: Callable[[], bool] | None
     run_id: str
 
 
@@ -56,6 +57,7 @@ def fit(
     resume: Path | None = None,
     run_id: str = "",
     preempted: Callable[[], bool] | None = None,
+    stopping: Callable[[], bool] | None = None,
     profile_to: Path | None = None,
 ) -> dict[str, float]:
     """Trains to the last epoch and returns the last metrics of the val split.
@@ -64,11 +66,13 @@ def fit(
     `log(metrics, step)` is called on rank 0; `report(metrics, checkpoint folder)` on every rank, at
     the same steps, with a folder on rank 0 only, which the receiver deletes once it is kept.
     `preempted()` is asked every 20 steps on every rank; one yes makes all save at once and go on.
+    `stopping()` is asked about once a second, also during an evaluation; one yes makes all save and
+    return, wherever the training stands.
     profile_to: folder for the trace of a few steps. Raises TrainingStopped for a loss, gradient or
     weights that are not finite and for a loss that stays flat.
     """
     manifest = load_manifest(data)
-    outside = _Outside(log, report, preempted, run_id)
+    outside = _Outside(log, report, preempted, stopping, run_id)
     with (
         algorithms(config, place.device),
         _loader(config, data, manifest, "train", place) as train,
@@ -78,7 +82,7 @@ def fit(
         run = _Run(config, manifest, place, train, val, outside)
         if resume is not None:
             run.restore(resume)
-        while not run.finished:
+        while not run.finished and not run.stopped:
             run.epoch(step_done)
         return run.position.metrics
 
@@ -149,6 +153,7 @@ class _Run:
         self.journal = Journal(config, place, flops, self.steps_per_epoch)
         self.meter = Meter(place.device)
         self.due = Due(config.checkpoint_minutes, outside.preempted, place)
+        self.stop, self.stopped = Stop(outside.stopping, place), False
 
     @property
     def finished(self) -> bool:
@@ -162,6 +167,9 @@ class _Run:
         checkpoint.refuse_other(folder, self.config, self.manifest.digest)
         self.position = state.Position.from_json(checkpoint.load_state(folder))
         self.stepper.restore(folder, self.position.step)
+        epoch, inside = divmod(self.position.step, self.steps_per_epoch)
+        if not inside and self.position.evaluated_step != self.position.step:
+            self.finish_epoch(epoch - 1)  # which was stopped before it was evaluated
 
     def epoch(self, step_done: Callable[[], None]) -> None:
         """From the current step to the end of its epoch, then evaluation and a checkpoint."""
@@ -178,6 +186,8 @@ class _Run:
                 self.train_step(batch, epoch, whole)
                 step_done()
                 self.report_progress(epoch)
+                if self.stopped:
+                    return
         self.finish_epoch(epoch)
 
     def train_step(self, batch: Batch, epoch: int, global_ids: Ids) -> None:
@@ -207,8 +217,8 @@ class _Run:
         step = self.position.step
         every = self.config.checkpoint_steps or self.total_steps
         end = step % self.steps_per_epoch == 0  # finish_epoch saves there
-        asked = self.due.now(step)
-        due = not end and (asked or step % every == 0)
+        asked, self.stopped = self.due.now(step), self.stop.now(step)
+        due = self.stopped or (not end and (asked or step % every == 0))
         if due or end or step % self.config.log_steps == 0:
             self.log_progress(epoch)
         if due:
@@ -236,15 +246,21 @@ class _Run:
         position, began = self.position, time.monotonic()
         if not self.finished:
             self.train.prefetch(self._parts(self._batches(epoch + 1)))  # while val is read
-        with self.stepper.evaluating() as model:
-            result = evaluate(
-                model,
-                self.val,
-                self.spec,
-                device=self.place.device,
-                rank=self.place.rank,
-                world_size=self.place.world_size,
-            )
+        try:
+            with self.stepper.evaluating() as model:
+                result = evaluate(
+                    model,
+                    self.val,
+                    self.spec,
+                    device=self.place.device,
+                    rank=self.place.rank,
+                    world_size=self.place.world_size,
+                    stopping=self.outside.stopping,
+                )
+        except Stopped:  # on all ranks alike; whoever goes on from here evaluates first
+            self.stopped = True
+            self.save()
+            return
         self.journal.evaluation_seconds = time.monotonic() - began
         position.metrics = {f"val_{name}": float(value) for name, value in asdict(result).items()}
         position.metrics["epoch"] = float(epoch + 1)

@@ -125,7 +125,8 @@ def _opened(out: str, identity: dict[str, Any], names: list[str]) -> set[str]:
     if other := sorted(files - set(names)):
         raise UserError(f"{out} holds other files ({other[0]}); choose another --out")
     if _IDENTITY not in files:
-        storage.write(marker, (json.dumps(identity, indent=1) + "\n").encode())
+        # Of two that begin at the same time with different predictions, one is refused.
+        storage.write_new(marker, (json.dumps(identity, indent=1) + "\n").encode())
     return files
 
 

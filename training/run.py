@@ -12,9 +12,7 @@ import dataclasses
 import json
 import logging
 import os
-import queue
 import sys
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +31,8 @@ from ray.train.torch import TorchTrainer
 from alexnet.errors import UserError
 from pipelines import cluster, command, shards, storage
 from pipelines.metrics import label
-from training import checkpoint, store, tracking
-from training.command_line import parse
+from training import checkpoint, lease, stop, store, tracking
+from training.command_line import again, parse
 from training.config import TrainConfig, to_dict
 from training.dry_run import Ready, dry_run, estimate, placed, preflight
 from training.registry.package import register
@@ -82,21 +80,29 @@ def train(config: TrainConfig) -> int:
     if ready.run and ready.run.info.status == "FINISHED":
         logger.info(f"run {config.name} is finished; train again under another --name")
         return 0
+    run = storage.join(str(config.storage), str(config.name))
+    if ready.run and ready.run.info.status == "RUNNING":  # perhaps with its checkpoints elsewhere
+        before = ready.run.data.params.get("storage", str(config.storage))
+        lease.holder(storage.join(before, str(config.name)))
     try:
         # Left before anything is told, so that the last line is ours, after all that workers say.
-        with cluster.connected(dashboard=True):
-            version = _trained(ready)
+        with lease.held(run) as writer, cluster.connected(dashboard=True):
+            version = _trained(ready, writer)
+    except lease.Superseded as error:
+        logger.error(f"error: {error}")
+        return 1
     except ray.train.TrainingFailedError as error:
         logger.error(f"error: {_cause(error, config)}")
         return 1
     except tracking.FAILURES as error:
         logger.error(
             f"error: the run could not be recorded ({store.remedy(ready.uri, error)}; its "
-            f"checkpoints are safe: once that is mended, continue with: {_again(config)}"
+            f"checkpoints are safe: once that is mended, continue with: {again(config)}"
         )
         return 1
-    except command.KINDS:
-        logger.error(f"interrupted; continue with: {_again(config)}")
+    except command.KINDS as left:
+        why = f": {left}" if isinstance(left, stop.Stopped) else ""
+        logger.error(f"interrupted{why}; continue with: {again(config)}")
         return command.INTERRUPTED
     if version is not None:
         logger.info(f"registered alexnet version {version} as candidate; promote it with:")
@@ -104,7 +110,7 @@ def train(config: TrainConfig) -> int:
     return 0
 
 
-def _trained(ready: Ready) -> str | None:
+def _trained(ready: Ready, writer: lease.Lease) -> str | None:
     """Trains on the cluster that was joined; the number of the version it registers, if any."""
     config, manifest, client, uri = ready.config, ready.manifest, ready.client, ready.uri
     scaling, cpus = _checked(config, uri)
@@ -113,11 +119,13 @@ def _trained(ready: Ready) -> str | None:
     job = {"config": config, "data": data, "manifest": manifest.digest, "cpus": cpus}
     job |= {"checkpoint": estimate(config, manifest).checkpoint}
     job |= {"tracking_uri": uri, "run_id": run_id, "terminal": sys.stderr.isatty()}
+    job |= {"lease": (writer.number, writer.token)}
     _announce(config, manifest, cpus, scaling.use_gpu)
     # Ray Train's own print would put an empty line after each state of the progress bar.
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
     with command.raised(), tracking.run_status(client, run_id):
-        _fit(_trainer(config, scaling, job))
+        stop.fit(_trainer(config, scaling, job).fit, writer)
+        writer.check()
         return _register(client, run_id, manifest, config)
 
 
@@ -195,25 +203,6 @@ def worker_settings(use_gpu: bool) -> dict[str, str]:
     return {} if use_gpu else {name: os.environ.get(name, str(keep[name])) for name in keep}
 
 
-def _fit(trainer: TorchTrainer) -> None:
-    """`trainer.fit()` in a thread of its own: in the main thread, Ray would answer Ctrl-C itself
-    and end the process with exit code 0."""
-    outcome: queue.Queue[BaseException | None] = queue.Queue()
-
-    def fit() -> None:
-        try:
-            trainer.fit()
-        except BaseException as error:  # handed to the main thread, which raises it
-            outcome.put(error)
-        else:
-            outcome.put(None)
-
-    threading.Thread(target=fit, name="ray-train", daemon=True).start()
-    error = outcome.get()
-    if error is not None:
-        raise error
-
-
 def _register(
     client: Any, run_id: str, manifest: shards.Manifest, config: TrainConfig
 ) -> str | None:
@@ -252,13 +241,9 @@ def _cause(error: ray.train.TrainingFailedError, config: TrainConfig) -> str:
     if any(word in str(error) for word in _OUT_OF_MEMORY):
         return (
             f"a worker ran out of memory ({last[:200]}); give each more: fewer --workers on a node "
-            f"or --cache none, or machines with more; continue with: {_again(config)}"
+            f"or --cache none, or machines with more; continue with: {again(config)}"
         )
-    return f"{last}; the traceback is above; continue with: {_again(config)}"
-
-
-def _again(config: TrainConfig) -> str:
-    return f"python training/run.py {config.recipe} --name {config.name} (with the same flags)"
+    return f"{last}; the traceback is above; continue with: {again(config)}"
 
 
 if __name__ == "__main__":

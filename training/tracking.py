@@ -38,6 +38,7 @@ from pipelines import storage
 from pipelines.shards import Manifest
 from training import store
 from training.config import TrainConfig, flatten, science, to_dict
+from training.lease import Superseded
 from training.spool import Spool
 from training.store import tracking_uri as tracking_uri
 
@@ -234,10 +235,13 @@ class Tracker:
 
 @contextlib.contextmanager
 def run_status(client: MlflowClient, run_id: str) -> Iterator[None]:
-    """RUNNING inside; FINISHED, KILLED or FAILED afterwards, by the way the block is left."""
+    """RUNNING inside; FINISHED, KILLED or FAILED afterwards, by the way the block is left; as it is
+    where the run is another writer's by then."""
     client.update_run(run_id, status="RUNNING")
     try:
         yield
+    except Superseded:  # so is what it says of itself
+        raise
     except BaseException as error:
         status = "KILLED" if isinstance(error, KeyboardInterrupt | SystemExit) else "FAILED"
         try:

@@ -38,7 +38,8 @@ class Uploader:
     not kept. State: the upload under way, the step of the last one that arrived, and whether it was
     told that old ones stay.
 
-    patience: seconds for which a store that fails is tried again.
+    patience: seconds for which a store that fails is tried again. check: raises what ends the
+    training where another writer has taken the run; called before anything is written or deleted.
     stored: called in the background with the step of each checkpoint that arrived.
     As a context manager it waits at the end for what is under way.
     """
@@ -50,10 +51,11 @@ class Uploader:
         keep_last: int,
         keep_best: int,
         patience: float = 300.0,
+        check: Callable[[], None] = lambda: None,
         stored: Callable[[int], None] = lambda step: None,
     ) -> None:
         self._run, self._keep_last, self._keep_best = run, keep_last, keep_best
-        self._patience, self._tell_stored = patience, stored
+        self._patience, self._check, self._tell_stored = patience, check, stored
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="upload")
         self._under_way: Future[None] | None = None
         self._stored: int | None = None
@@ -107,6 +109,7 @@ class Uploader:
             step = int(checkpoint.load_state(folder)["step"])
             name = f"{_PREFIX}{step:08d}-{secrets.token_hex(3)}"  # a repeated step: another folder
             for path in sorted(folder.iterdir(), key=lambda path: path.name == _LAST):
+                self._patiently(self._check)
                 target = storage.join(self._run, name, path.name)
                 self._patiently(functools.partial(storage.write, target, path.read_bytes()))
         except FileNotFoundError as error:
@@ -119,6 +122,7 @@ class Uploader:
 
     def _prune(self, newest: str) -> None:
         try:
+            self._check()
             prune(self._run, newest, keep_last=self._keep_last, keep_best=self._keep_best)
         except (UserError, OSError) as error:  # the next upload tries again
             if not self._has_complained:

@@ -2,8 +2,10 @@
 in its controller the judgement which failures are final."""
 
 import contextlib
+import functools
 import logging
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -13,11 +15,11 @@ import ray.train
 import ray.train.collective
 import ray.train.torch
 import torch
-from ray.experimental import tqdm_ray
+from ray.experimental import internal_kv, tqdm_ray
 
 from alexnet.errors import UserError
 from pipelines import shards, storage
-from training import checkpoint, loop, metrics, speed
+from training import checkpoint, lease, loop, metrics, speed
 from training.config import TrainConfig
 from training.meter import log_line
 from training.room import check_node
@@ -29,8 +31,8 @@ logger = logging.getLogger("training")
 
 def train_worker(job: dict[str, Any]) -> dict[str, float]:
     """Trains this worker's share. `job` holds config (TrainConfig), data, manifest (its digest),
-    checkpoint (bytes of one), tracking_uri, run_id, cpus, terminal (whether the driver has one):
-    plain values, since Ray shows them in its dashboard.
+    checkpoint (bytes of one), tracking_uri, run_id, cpus, terminal (whether the driver has one),
+    lease (number and token): plain values, since Ray shows them in its dashboard.
 
     Goes on from the newest whole checkpoint of the run, whoever wrote it: a worker group before
     this one that lost a node, another number of workers, or an earlier job.
@@ -50,12 +52,14 @@ def train_worker(job: dict[str, Any]) -> dict[str, float]:
         if rank == 0:
             tracker.tag("hardware", speed.device_name(ray.train.torch.get_device()))
             _tell_start(str(config.name), tracker, step)
-            uploads = stack.enter_context(_uploader(run, config, tracker))
+            check = functools.partial(lease.refuse_superseded, run, *job["lease"])
+            uploads = stack.enter_context(_uploader(run, config, tracker, check))
             if resume is not None:
                 uploads.tidy(resume.name)
             if config.profile:
                 profile = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="profile-")))
         bar = stack.enter_context(_bar()) if rank == 0 and job["terminal"] else None
+        stopping = stack.enter_context(_stopping(job["lease"][1]))
         last = loop.fit(
             config,
             job["data"],
@@ -65,13 +69,26 @@ def train_worker(job: dict[str, Any]) -> dict[str, float]:
             resume=resume,
             run_id=job["run_id"],
             preempted=_preemption(),
+            stopping=stopping,
             profile_to=profile,
         )
         if profile is not None:
             tracker.attach(profile, "profile")
     if rank == 0:
-        tracker.finish()
+        tracker.finish(patience=0 if stopping() else 60)
     return last
+
+
+def ask_to_stop(token: str) -> bool:
+    """Of the driver that holds the lease of this token: its workers save and end. False where none
+    has begun to train, or the cluster's head does not answer."""
+    try:
+        if internal_kv._internal_kv_get(_stop_key(token)) is None:
+            return False
+        internal_kv._internal_kv_put(_stop_key(token), _STOP)
+    except ray.exceptions.RayError:
+        return False
+    return True
 
 
 class FinalErrors(ray.train.UserCallback):  # type: ignore[misc]
@@ -85,12 +102,12 @@ class FinalErrors(ray.train.UserCallback):  # type: ignore[misc]
                 raise ray.train.ControllerError(cause)
 
 
-def said(error: BaseException) -> UserError | loop.TrainingStopped | None:
+def said(error: BaseException) -> UserError | loop.TrainingStopped | lease.Superseded | None:
     """What our own code told in an error of Ray's, at whatever depth; None where it was not ours.
 
     Ray keeps the cause in controller_failure, in worker_failures (by rank) or in _base_exc.
     """
-    if isinstance(error, UserError | loop.TrainingStopped):
+    if isinstance(error, UserError | loop.TrainingStopped | lease.Superseded):
         return error
     inner = [getattr(error, name, None) for name in ("controller_failure", "_base_exc")]
     inner += [error.__cause__, *getattr(error, "worker_failures", {}).values()]
@@ -175,13 +192,16 @@ def _logging(run: str, tracker: Tracker, bar: tqdm_ray.tqdm | None) -> loop.Log:
     return log
 
 
-def _uploader(run: str, config: TrainConfig, tracker: Tracker) -> Uploader:
+def _uploader(
+    run: str, config: TrainConfig, tracker: Tracker, check: Callable[[], None]
+) -> Uploader:
     """MLflow is told of each checkpoint that is stored: should they all vanish, the run must not
     begin again under what it has logged."""
     return Uploader(
         run,
         keep_last=config.keep_last,
         keep_best=config.keep_best,
+        check=check,
         stored=lambda step: tracker.tag(STORED, str(step)),
     )
 
@@ -212,3 +232,30 @@ def _preemption() -> Callable[[], bool]:
         return bool(nodes)
 
     return preempted
+
+
+_STOP = b"stop"
+
+
+def _stop_key(token: str) -> str:
+    return f"alexnet-stop-{token}"
+
+
+@contextlib.contextmanager
+def _stopping(token: str) -> Iterator[Callable[[], bool]]:
+    """Tells the driver that a training can be stopped from here on, and gives whether it asked for
+    that: Ray's own table is looked at once a second, in a thread, so that no step waits for it."""
+    internal_kv._internal_kv_put(_stop_key(token), b"training", overwrite=False)
+    asked, done = threading.Event(), threading.Event()
+
+    def look() -> None:
+        while not (asked.is_set() or done.wait(1)):
+            with contextlib.suppress(ray.exceptions.RayError):  # the head is away: nobody can ask
+                if internal_kv._internal_kv_get(_stop_key(token)) == _STOP:
+                    asked.set()
+
+    threading.Thread(target=look, name="stop", daemon=True).start()
+    try:
+        yield asked.is_set
+    finally:
+        done.set()

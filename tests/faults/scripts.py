@@ -48,6 +48,10 @@ class Script:
     def send(self, number: signal.Signals) -> None:
         self._process.send_signal(number)
 
+    def press_ctrl_c(self) -> None:
+        """As a terminal does it: every process of the group hears it."""
+        os.killpg(self._process.pid, signal.SIGINT)
+
     def kill_one(self, name: str) -> bool:
         """SIGKILL to the first of its processes whose command line holds `name`; "driver" is the
         command itself."""

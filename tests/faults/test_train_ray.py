@@ -24,6 +24,7 @@ from training.config import TrainConfig, to_dict
 CHANGES = {"optim_epochs": 6, "optim_batch_size": 8, "checkpoint_steps": 5}
 STEPS = 6 * 5
 NAMES = ("model.safetensors", "optimizer.safetensors")
+SHELL = "import os, sys; os.execlp('sh', 'sh', '-c', sys.argv[1])"
 VICTIMS = ("ray::RayTrainWorker", "raylet/raylet", "gcs_server", "ray::TrainController", "driver")
 
 
@@ -57,13 +58,16 @@ def home(tmp_path: Path) -> Iterator[Path]:
     shutil.rmtree(sockets, ignore_errors=True)
 
 
+def sockets(home: Path) -> str:
+    return str((home / "sockets").readlink())
+
+
 @contextlib.contextmanager
 def training(folder: Path, home: Path, *flags: str) -> Iterator[Script]:
     saved, log = home / "config.json", home / f"log-{len(list(home.glob('log-*')))}"
     saved.write_text(json.dumps(to_dict(config(folder, home))))
     argv = [str(ROOT / "training" / "run.py"), "--config", str(saved), *flags]
-    sockets = str((home / "sockets").readlink())
-    script = Script(argv, home, log, RAY_TMPDIR=sockets)
+    script = Script(argv, home, log, RAY_TMPDIR=sockets(home))
     try:
         yield script
     finally:
@@ -78,8 +82,9 @@ def check_finished(folder: Path, home: Path, whole: dict[str, bytes]) -> None:
 
 
 def check_steps_done_again(said: str) -> None:
+    """After Ctrl-C it goes on where it was, else from a checkpoint."""
     for at, lost in re.findall(r"continues at step (\d+), lost (\d+) steps", said):
-        assert int(at) % 5 == 0 and int(lost) <= 2 * 5, said[-3000:]
+        assert (int(at) % 5 == 0 and int(lost) <= 2 * 5) or int(lost) == 0, said[-3000:]
 
 
 def again(folder: Path, home: Path, whole: dict[str, bytes]) -> float:
@@ -128,6 +133,41 @@ def test_stopped_at_any_instant_it_ends_with_130_and_one_line(
     if code == 130:
         again(folder, home, whole)
     attack.survived(number.name, "run.py")
+
+
+def test_first_ctrl_c_saves_and_the_command_that_it_prints_goes_on_to_the_same_bits(
+    folder, home, tmp_path
+):
+    """Pressed at a terminal, where every process of the group hears it."""
+    whole = small_config(**CHANGES | {"optim_epochs": 30, "checkpoint_steps": None})
+    record = fit(whole, str(folder / "set"), tmp_path / "kept")
+    flags = ["--optim.epochs", "30", "--checkpoint-steps", "None"]
+    with training(folder, home, *flags) as script:
+        script.wait_for(r"step=7 ", 400)
+        script.press_ctrl_c()
+        assert script.wait(400) == 130, script.said[-5000:]
+        last = script.said.splitlines()[-1]
+    assert "stopping: saving a checkpoint first (at most 60 s; " in script.said
+    assert re.search("^Traceback", script.said, re.MULTILINE) is None, "of the driver"
+    found = re.search(r"^interrupted: stopped at step (\d+), saved; continue with: (.*)", last)
+    assert found is not None, last
+    step, run = int(found[1]), home / "runs" / "killed"
+    assert 7 <= step < 30 * 5 and checkpoint.last_step(str(run)) == step
+    assert json.loads((run / "writer" / "000001.json").read_text())["ended"] is True
+    going_on = Script(["-c", SHELL, found[2]], home, home / "log-2", RAY_TMPDIR=sockets(home))
+    try:
+        assert going_on.wait(400) == 0, going_on.said[-5000:]
+    finally:
+        going_on.end()
+    assert f"continues at step {step}, lost 0 steps" in going_on.said
+    with checkpoint.newest_good(str(run)) as end:
+        assert end is not None
+        for name in NAMES:
+            assert (end / name).read_bytes() == (record.last / name).read_bytes()
+        states = [checkpoint.load_state(place) for place in (end, record.last)]
+        for state in states:
+            del state["run_id"], state["config"]
+        assert states[0] == states[1]
 
 
 def test_worker_without_memory_is_told_in_one_line_and_the_same_command_finishes(
