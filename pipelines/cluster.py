@@ -4,8 +4,10 @@ import json
 import logging
 import os
 import secrets
+import shlex
 import signal
 import socket
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -42,6 +44,9 @@ def connect(address: str | None = None, *, dashboard: bool = False) -> None:
         _check(address, f"RAY_ADDRESS={address}")
     elif not _started_here():
         _own_token()
+        # Of the command that starts a worker, Ray quotes every word but this one.
+        if (python := shlex.quote(sys.executable)) != sys.executable:
+            settings["runtime_env"] = {"py_executable": python}
         with _environment(_for_own_ray()):
             ray.init(address="local", include_dashboard=dashboard, **settings)
         return

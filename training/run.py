@@ -175,7 +175,7 @@ def _scaling(config: TrainConfig) -> tuple[ray.train.ScalingConfig, int]:
     if not useful:
         raise UserError(
             f"{fewest} workers need a CPU each, no node of the cluster has one; start nodes with "
-            "`ray start --address`"
+            "`ray start --address HOST:6379`"
         )
     per_node = min(-(-config.workers // len(useful)), max(int(node[kind]) for node in useful))
     share = int(min(node.get("CPU", 1) for node in useful)) // per_node
