@@ -17,7 +17,7 @@ RAY_AUTH_TOKEN=$(python -c 'import secrets; print(secrets.token_hex(32))')
 # A job's working directory comes without .git: the run takes its commit from here.
 ALEXNET_COMMIT=$(git describe --always --abbrev=40 --dirty 2>/dev/null || true)
 export ALEXNET_COMMIT
-ray_pid="" ray_folder=""
+ray_pid="" ray_folder="" ray=(python -m ray.scripts.scripts)
 
 stop_ray() {
     if [ -n "$ray_pid" ] && kill -TERM "$ray_pid" 2>/dev/null; then
@@ -59,7 +59,10 @@ PY
     )
     read -r gcs dashboard client agent <<<"$ports"
     ray_folder=$(mktemp -d /tmp/alexnet-XXXXXX) # short: Ray's socket paths have a limit
-    setsid ray start --head --block --port "$gcs" --dashboard-host 127.0.0.1 \
+    # Ray does not start from a folder with a space in its name: this way the Python has none.
+    ln -s "$(python -c 'import sys; print(sys.prefix)')" "$ray_folder/python"
+    export PATH="$ray_folder/python/bin:$PATH"
+    setsid "${ray[@]}" start --head --block --port "$gcs" --dashboard-host 127.0.0.1 \
         --dashboard-port "$dashboard" --ray-client-server-port "$client" \
         --dashboard-agent-listen-port "$agent" --temp-dir "$ray_folder" \
         >"$logs/ray-head.log" 2>&1 &
@@ -67,7 +70,7 @@ PY
     export RAY_ADDRESS="http://127.0.0.1:$dashboard"
     for _ in $(seq 30); do
         # Only a job tells: the dashboard answers before the agent that starts jobs is there.
-        if ray job submit --no-wait -- true >/dev/null 2>&1; then return; fi
+        if "${ray[@]}" job submit --no-wait -- true >/dev/null 2>&1; then return; fi
         if ! kill -0 "$ray_pid" 2>/dev/null; then cat "$logs/ray-head.log"; return 1; fi
         sleep 1
     done
@@ -83,7 +86,7 @@ step "verify: every hash and every picture" python -m pipelines verify --full "$
 step "report: .demo/shards/report/index.html" python -m pipelines report "$out"
 step "ray: a cluster of one node" start_ray
 step "train: recipe smoke through ray job submit" \
-    ray job submit --working-dir . -- python training/run.py smoke --data "$out"
+    "${ray[@]}" job submit --working-dir . -- python training/run.py smoke --data "$out"
 step "promote: the candidate, through the gate" python -m training.registry promote
 tar -xf "$raw/ILSVRC2012_img_val.tar" -C "$demo" "$picture.JPEG"
 step "predict: one val picture with the champion" python -m training.predict "$demo/$picture.JPEG" --top 3
@@ -96,9 +99,10 @@ echo "prediction:"
 grep '%' "$logs/predict.log"
 cat <<EOF
 
-Look further:
-  .demo/shards/report/index.html                                    the data set, as a page
-  tar -tf .demo/shards/train-000000.tar | head                      what a shard holds
-  ALEXNET_HOME=.demo/home .venv/bin/python -m training.registry list
-  .venv/bin/mlflow ui --backend-store-uri sqlite:///$ALEXNET_HOME/mlflow.db      runs, curves, models
+Look further (.demo/shards/report/index.html is the data set, as a page):
+  cd $(printf %q "$PWD") && . .venv/bin/activate
+  export ALEXNET_HOME=$(printf %q "$ALEXNET_HOME") MLFLOW_TRACKING_URI=$(printf %q "sqlite:///$ALEXNET_HOME/mlflow.db")
+  tar -tf .demo/shards/train-000000.tar | head                    # what a shard holds
+  python -m training.registry list
+  python -m mlflow server --backend-store-uri "\$MLFLOW_TRACKING_URI"    # runs, curves, models
 EOF

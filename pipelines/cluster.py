@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import secrets
+import shlex
 import shutil
 import signal
 import socket
@@ -51,6 +52,9 @@ def connect(address: str | None = None, *, dashboard: bool = False) -> Path | No
         _own_token()
         if (folder := _own_folder()) is not None:
             settings["_temp_dir"] = str(folder)
+        # Of the command that starts a worker, Ray quotes every word but this one.
+        if (python := shlex.quote(sys.executable)) != sys.executable:
+            settings["runtime_env"] = {"py_executable": python}
         with _environment(_for_own_ray()):
             try:
                 ray.init(address="local", include_dashboard=dashboard, **settings)

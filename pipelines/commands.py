@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import shlex
+from pathlib import Path
 from typing import Any
 
 from alexnet.errors import UserError
@@ -31,7 +33,7 @@ def build(arguments: argparse.Namespace) -> int:
     plan = claim.begin(out, source.raw, plan)
     if storage.exists(storage.join(out, "manifest.json")):
         _say(arguments, f"{out} is finished already (plan {plan.plan_id[:12]}); nothing to do")
-        _say(arguments, _next_command(out))
+        _say(arguments, _next_command(arguments, plan, out))
         return 0
     _say(arguments, _in_words(source, plan, out))
 
@@ -53,7 +55,7 @@ def build(arguments: argparse.Namespace) -> int:
     elif arguments.json:
         command.say(json.dumps({"event": "built", "out": out, **_summary(manifest)}))
     else:
-        command.say(_built(manifest, out))
+        command.say(f"{_built(manifest, out)}\n{_next_command(arguments, plan, out)}")
     return 0
 
 
@@ -130,7 +132,7 @@ def inspect(arguments: argparse.Namespace) -> int:
 def status(arguments: argparse.Namespace) -> int:
     from pipelines.status import status, text
 
-    document = status(flags.existing(arguments.out))
+    document = status(flags.existing(arguments.out, begun=True))
     print(json.dumps(document, indent=1) if arguments.json else text(document))
     return 0
 
@@ -155,7 +157,7 @@ def fetch(arguments: argparse.Namespace) -> int:
 
     raw = storage.absolute(arguments.to)
     command.say(fetch(arguments.name, raw, arguments.size, arguments.mirror))
-    command.say(f"next: python -m pipelines build --raw {arguments.to}")
+    command.say(f"next: python -m pipelines build --raw {shlex.quote(arguments.to)}")
     return 0
 
 
@@ -164,7 +166,7 @@ def demo_raw(arguments: argparse.Namespace) -> int:
 
     drawing = Drawing(arguments.classes, arguments.per_class, arguments.val_per_class)
     command.say(draw(storage.absolute(arguments.dir), drawing, arguments.seed))
-    command.say(f"next: python -m pipelines build --raw {arguments.dir}")
+    command.say(f"next: python -m pipelines build --raw {shlex.quote(arguments.dir)}")
     return 0
 
 
@@ -250,8 +252,21 @@ def _built(manifest: Manifest, out: str) -> str:
             lines.append(
                 f"{what}: {', '.join(f'{count} {name}' for name, count in counts.items())}"
             )
-    return "\n".join([*lines, _next_command(out)])
+    return "\n".join(lines)
 
 
-def _next_command(out: str) -> str:
-    return f"next: ray job submit --working-dir . -- python training/run.py --data {out}"
+def _next_command(arguments: argparse.Namespace, plan: Plan, out: str) -> str:
+    """What trains on the set in `out`, as it works from here: on the Ray there is, or without."""
+    from pipelines import cluster  # loads Ray
+
+    if not {"train", "val"} <= {shard.split for shard in plan.shards}:
+        return "next: a run needs train and val; build with --splits train,val and another --out"
+    checkout = Path(__file__).resolve().parents[1]
+    here = Path.cwd() == checkout
+    script = "training/run.py" if here else f"{checkout}/training/run.py"
+    words = ["python", script, "--data", out]
+    if arguments.address or cluster.is_known():
+        address = ["--address", arguments.address] if arguments.address else []
+        submit = ["ray", "job", "submit", *address, "--working-dir", "." if here else str(checkout)]
+        words = [*submit, "--", "python", "training/run.py", "--data", out]
+    return f"next: {shlex.join(words)}"

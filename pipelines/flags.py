@@ -57,14 +57,16 @@ def out_of(arguments: argparse.Namespace, plan: Plan) -> str:
     return str(storage.home() / "shards" / plan.plan_id[:12])
 
 
-def existing(out: str | None) -> str:
-    """`out`, or the newest set under $ALEXNET_HOME. Raises UserError if there is none."""
-    found = storage.absolute(out) if out is not None else storage.newest_shards()
+def existing(out: str | None, *, begun: bool = False) -> str:
+    """`out`, or the newest set under $ALEXNET_HOME; `begun`: finished or not. Raises UserError if
+    there is none."""
+    if out is not None:
+        return storage.absolute(out)
+    found = storage.newest_shards("_meta/plan.json" if begun else "manifest.json")
     if found is None:
-        shards = storage.home() / "shards"
         raise UserError(
-            f"no shard set under {shards}; pass --out, or build one with "
-            "`python -m pipelines build --raw RAW`"
+            f"no shard set under {storage.home() / 'shards'}; name the OUT that was given to build "
+            "--out, or build one with `python -m pipelines build --raw RAW`"
         )
     return found
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from typing import Any
 
 import pyarrow as pa
@@ -229,6 +230,6 @@ def _origin_lines(sample: dict[str, Any]) -> list[str]:
     if _OWN_SHARD.fullmatch(raw["container"]):
         lines.append(
             "          RAW is a shard set itself, and knows where the picture came from: "
-            f"python -m pipelines inspect {sample['key']} --out RAW"
+            f"`python -m pipelines inspect {shlex.quote(sample['key'])} --out RAW`"
         )
     return lines

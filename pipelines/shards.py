@@ -20,6 +20,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -153,7 +154,7 @@ def load_manifest(uri: str) -> Manifest:
     if not storage.exists(location):
         raise UserError(
             f"{uri}: no finished shard set (no manifest.json); build one with "
-            f"`python -m pipelines build --raw RAW --out {uri}`"
+            f"`python -m pipelines build --raw RAW --out {shlex.quote(uri)}`"
         )
     data = storage.read(location)
     try:
@@ -205,8 +206,10 @@ def load_index(uri: str, split: str, columns: Sequence[str] = tuple(INDEX.names)
         wanted = pa.schema([INDEX.field(name) for name in columns])
         check_table(table := read_parquet(storage.read(location), columns), wanted)
     except DAMAGE as error:
-        line = f"{location} is damaged ({said(error)}); run: python -m pipelines verify {uri}"
-        raise UserError(line) from error
+        raise UserError(
+            f"{location} is damaged ({said(error)}); run `python -m pipelines verify "
+            f"{shlex.quote(uri)}`"
+        ) from error
     return table
 
 

@@ -6,6 +6,7 @@ One listing, the plan, the newest journals and the footers of the sidecars; neve
 from __future__ import annotations
 
 import json
+import shlex
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -37,7 +38,7 @@ def status(out: str) -> dict[str, Any]:
     if "_meta/plan.json" not in files:
         raise UserError(
             f"{out}: no build was begun here (no _meta/plan.json); start one with "
-            f"`python -m pipelines build --raw RAW --out {out}`"
+            f"`python -m pipelines build --raw RAW --out {shlex.quote(out)}`"
         )
     plan = claim.load(out)
     complete = "manifest.json" in files
@@ -180,7 +181,7 @@ def _verdict(document: dict[str, Any]) -> str:
 
 def _remedy(document: dict[str, Any]) -> str:
     if document["complete"]:
-        return f"`python -m pipelines verify {document['out']}` tells more"
+        return f"`python -m pipelines verify {shlex.quote(document['out'])}` tells more"
     return "the same build command makes it anew"
 
 

@@ -205,11 +205,13 @@ def version(uri: str) -> str:
         return str(Path(uri).stat().st_mtime_ns)
 
 
-def newest_shards() -> str | None:
-    """The finished shard set under home()/shards whose manifest is newest; None if none is."""
-    manifests = [*(home() / "shards").glob("*/manifest.json")]
-    newest = max(manifests, key=lambda path: (path.stat().st_mtime_ns, str(path)), default=None)
-    return None if newest is None else str(newest.parent)
+def newest_shards(holding: str = "manifest.json") -> str | None:
+    """The shard set under home()/shards whose file of this name is newest; None if none has one.
+    By default: the newest finished one."""
+    found = [
+        (path.stat().st_mtime_ns, str(path)) for path in (home() / "shards").glob(f"*/{holding}")
+    ]
+    return max(found)[1].removesuffix(f"/{holding}") if found else None
 
 
 # Local files

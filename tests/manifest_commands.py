@@ -42,7 +42,7 @@ def check_ray_flags(parameters: dict[str, str]) -> None:
 def _python(words: list[str]) -> None:
     try:
         match words:
-            case ["-c", code]:
+            case ["-c", code, *_]:
                 compile(code, "manifest", "exec")
             case ["training/run.py", *flags]:
                 importlib.import_module("training.run").parse(flags)
@@ -52,11 +52,25 @@ def _python(words: list[str]) -> None:
                 importlib.import_module("training.registry.__main__")._parse(flags)
             case ["-m", "training.predict", *flags]:
                 importlib.import_module("training.predict")._parser().parse_args(flags)
+            case ["-m", "training.evaluate", *flags]:
+                importlib.import_module("training.evaluate_command")._parse(flags)
+            case ["-m", "training.figures", *flags]:
+                importlib.import_module("training.paper_figures")._parse(flags)
+            case ["-m", "training.scaling" | "training.cost_estimate" as name, *flags]:
+                if importlib.import_module(name).main(flags) != 0:
+                    raise CommandError(f"python {words} fails")
+            case ["-m", name, *flags] if name.split(".")[0] == "benchmarks":
+                name = "benchmarks.__main__" if name == "benchmarks" else name
+                importlib.import_module(name).main([*flags, "--help"])
+            case ["-m", "mlflow", *flags]:
+                _clicked("mlflow", flags)
             case _:
                 raise CommandError(f"nobody knows the command line of python {words}")
     except (UserError, SyntaxError) as error:
         raise CommandError(str(error)) from error
     except SystemExit as error:
+        if error.code == 0 and ("--help" in words or "benchmarks" in words[1]):
+            return
         raise CommandError(f"python {words} leaves with {error.code}") from error
 
 
@@ -76,6 +90,8 @@ def _clicked(program: str, words: list[str]) -> None:
     try:
         with command.make_context(command.name, [*words]) as made:
             leftover = made.params.get("entrypoint", ())
+    except click.exceptions.Exit:  # of --help
+        return
     except click.ClickException as error:
         raise CommandError(f"{program} {command.name}: {error.format_message()}") from error
     if list(leftover) != after:

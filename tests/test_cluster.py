@@ -169,3 +169,20 @@ def test_scripts_of_the_local_cluster_are_bash_that_stops_at_the_first_error():
         started = script.read_text().startswith("#!")  # the others are read by those
         assert not started or "\nset -euo pipefail\n" in script.read_text(), script
         assert not started or os.access(script, os.X_OK), script
+
+
+def test_a_process_that_ends_meanwhile_is_no_word_of_the_local_clusters_scripts(tmp_path):
+    """In a /proc of files: one process, one that is gone, one that is gone while it is read."""
+    make = "mount -t tmpfs none /proc && mkdir /proc/7 /proc/8 /proc/9 && : >/proc/9/stat"
+    script = f"""set -euo pipefail
+        {make}
+        echo '7 (a b) S 1 7' >/proc/7/stat
+        . {ROOT}/infra/local/processes.sh
+        child=()
+        find_children
+        echo "${{child[*]}}" """
+    words = ["unshare", "--mount", "bash", "-c", script]
+    done = subprocess.run(words, capture_output=True, text=True)
+    if "unshare:" in done.stderr or "mount:" in done.stderr:
+        pytest.skip("this machine lets nobody mount")
+    assert (done.returncode, done.stdout.strip(), done.stderr) == (0, "7", "")

@@ -3,6 +3,7 @@ names every file."""
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -115,9 +116,10 @@ def test_list_of_packages_in_the_image_is_the_projects(tmp_path: Path) -> None:
     """The line of Python that writes it, run here."""
     import tomllib
 
-    found = re.search(r'RUN (python -c ".+?") > /tmp/requirements\.txt', JOINED)
+    found = re.search(r'RUN python( -c ".+?") > /tmp/requirements\.txt', JOINED)
     assert found
-    run = subprocess.run(["bash", "-c", found[1]], cwd=ROOT, capture_output=True, text=True)
+    command = f"{shlex.quote(sys.executable)}{found[1]}"
+    run = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True)
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert run.stdout.split() == [*project["dependencies"], "flask-wtf", "psycopg2-binary"]
 

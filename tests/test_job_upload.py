@@ -1,5 +1,6 @@
 """What `ray job submit --working-dir .` takes along, packed by Ray itself."""
 
+import re
 import shutil
 import subprocess
 import zipfile
@@ -11,13 +12,43 @@ from ray._private.ray_constants import get_runtime_env_default_excludes
 from ray._private.runtime_env.packaging import create_package
 
 PACKAGES = {"alexnet", "pipelines", "training"}
+# What people come to have in a checkout by commands of the documents: data, results, secrets.
+WRITTEN = (
+    ".demo/shards/train-000000.tar",
+    ".alexnet/mlflow.db",
+    ".hypothesis/examples/1",
+    "data/ILSVRC2012_img_train.tar",
+    "raw/train/n01440764/n01440764_10026.JPEG",
+    "RAW/val/n01440764/ILSVRC2012_val_00000293.JPEG",
+    "OUT/manifest.json",
+    "shards/SHA256SUMS",
+    "figures/conv1.png",
+    "evaluation/evaluation.json",
+    "predictions/_predictions.json",
+    "runs/deck-1/checkpoint-000100/state.json",
+    "mlruns/0/meta.yaml",
+    "mlartifacts/1/models/m-1/artifacts/MLmodel",
+    "mlflow.db",
+    "mlflow.db-wal",
+    "set.parquet",
+    "sheet.png",
+    "cat.jpg",
+    "infra/secrets/ray_token",
+    "ray_token",
+    "pgpass",
+    "mlflow_password",
+    "aws_credentials",
+    "server.env",
+    ".env",
+    "tls.pem",
+)
 
 
-def uploaded(checkout: Path, folder: Path) -> zipfile.ZipFile:
+def uploaded(checkout: Path, folder: Path, *, gitignore: bool = True) -> zipfile.ZipFile:
     """The archive of a job with this working directory."""
     archive = folder / "upload.zip"
     excludes = get_runtime_env_default_excludes()
-    create_package(str(checkout), archive, include_gitignore=True, excludes=excludes)
+    create_package(str(checkout), archive, include_gitignore=gitignore, excludes=excludes)
     return zipfile.ZipFile(archive)
 
 
@@ -42,15 +73,8 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in (
         ".git/objects/pack/big.pack",
         ".venv/lib/torch.so",
-        ".demo/shards/train-000000.tar",
-        ".alexnet/mlflow.db",
-        "data/ILSVRC2012_img_train.tar",
-        "raw/train/n01440764/n01440764_10026.JPEG",
-        "mlruns/0/meta.yaml",
-        "set.parquet",
-        "infra/secrets/ray_token",
-        ".env",
         "training/__pycache__/run.cpython-311.pyc",
+        *WRITTEN,
     ):
         (copy / name).parent.mkdir(parents=True, exist_ok=True)
         (copy / name).write_bytes(b"x" * 2_000_000)
@@ -78,3 +102,23 @@ def test_the_upload_of_a_job_is_small(checkout, tmp_path):
         pass
     size = (tmp_path / "upload.zip").stat().st_size
     assert size < 1_500_000, f"{size} bytes, not compressed: what is new? See .rayignore"
+
+
+def test_data_results_and_secrets_are_ignored_by_git_and_by_ray_alone(checkout, tmp_path):
+    with uploaded(checkout, tmp_path, gitignore=False) as archive:
+        assert sorted({*archive.namelist()} & {*WRITTEN}) == []
+    asked = subprocess.run(
+        ["git", "check-ignore", "--no-index", *WRITTEN], cwd=ROOT, capture_output=True, text=True
+    )
+    if asked.returncode == 128:
+        pytest.skip("this checkout is without git")
+    assert sorted(set(WRITTEN) - set(asked.stdout.splitlines())) == []
+
+
+def test_what_the_documents_write_into_a_file_here_is_ignored():
+    texts = [path.read_text() for path in (*ROOT.glob("*.md"), *ROOT.glob("*/*.md"))]
+    blocks = "\n".join(re.findall(r"^    .*$", "\n".join(texts), re.MULTILINE))
+    files = re.findall(r"(?<![-<0-9])> ?\"?([^\s()\"|]+)", blocks)
+    assert {"$HOME/ray_token", "infra/secrets/ray_token"} <= set(files)
+    here = [name for name in files if not name.startswith(("$", "/", "~"))]
+    assert set(here) <= set(WRITTEN)

@@ -133,7 +133,9 @@ def test_picture_of_another_size_than_the_set_is_refused_and_not_half_filled(tmp
 
 def test_index_of_another_length_than_the_manifest_is_refused(own_set):
     promise(own_set, "train-000000", samples=6)
-    with pytest.raises(UserError, match=r"has 15 rows, its manifest promises 16; run:"):
+    with pytest.raises(
+        UserError, match=r"has 15 rows, its manifest promises 16; run `python -m pipelines verify "
+    ):
         open_loader(own_set)
 
 

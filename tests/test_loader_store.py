@@ -31,7 +31,7 @@ def test_s3_shard_with_another_sha256_is_fetched_twice_and_then_named(s3_set, ho
     )
     assert str(told.value) == (
         f"{uri}/train-000001.tar has sha256 {found}, its manifest says {promised} (fetched twice); "
-        f"run: python -m pipelines verify --repair {uri}"
+        f"run `python -m pipelines verify --repair {uri}`"
     )
     assert downloads.count("train-000001.tar") == 2
     assert set(cached(home, manifest)) == {"train-000000"}
@@ -99,7 +99,7 @@ def test_store_that_stays_away_ends_with_one_line_and_leaves_nothing_half(
 def test_object_that_vanished_is_told_at_once(s3_set, caplog):
     _, uri, _ = s3_set
     storage.delete(f"{uri}/train-000001.tar")
-    told = pytest.raises(UserError, match=r"train-000001.tar: not there any more; run: .*repair")
+    told = pytest.raises(UserError, match=r"train-000001.tar: not there any more; run `.*repair")
     with open_loader(uri) as loader, told:
         loader.read(np.array([5]))
     assert "reading again" not in caplog.text

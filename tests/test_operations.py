@@ -1,23 +1,18 @@
-"""docs/operations.md says what is so: its commands parse, its table is printed, its names exist."""
+"""docs/operations.md says what is so: its flags parse, its table is printed, its names exist."""
 
 import ast
 import math
 import re
-import shlex
 from pathlib import Path
-from typing import Any
 
-import click
 import pytest
 from drawn import ROOT
 from registered import MLFLOW_WARNINGS
 
 from benchmarks import results, summary
-from pipelines import cli
 from pipelines.plan import Recipe
-from training import cost_estimate, cost_model, evaluate_command
+from training import cost_estimate, cost_model
 from training.cost_estimate import INSTANCES, Instance, building, training
-from training.registry import __main__ as registry
 from training.run import parse
 
 pytestmark = [pytest.mark.filterwarnings(line) for line in MLFLOW_WARNINGS]
@@ -25,29 +20,6 @@ pytestmark = [pytest.mark.filterwarnings(line) for line in MLFLOW_WARNINGS]
 DOCUMENT = (ROOT / "docs" / "operations.md").read_text()
 _CODE = re.findall(r"^    (.+)$|`([^`\n]+)`", DOCUMENT, re.MULTILINE)
 COMMANDS = sorted({(block or inline).strip() for block, inline in _CODE})
-
-
-def of(program: str) -> list[list[str]]:
-    """The arguments of each whole command of a program in the document."""
-    found = [c for c in COMMANDS if re.search(rf"(?:^|-- ){re.escape(program)} ", c)]
-    lines = [c[c.rindex(f"{program} ") + len(program) :] for c in found]
-    assert lines, program
-    return [[word.replace("…", "x") for word in shlex.split(line)] for line in lines]
-
-
-@pytest.mark.parametrize("arguments", of("python -m pipelines"), ids=" ".join)
-def test_builder_commands_parse(arguments):
-    if len(arguments) > 1:
-        cli._parser().parse_args(arguments)
-        return
-    with pytest.raises(SystemExit) as end:  # a command's name alone
-        cli.main([*arguments, "--help"])
-    assert end.value.code == 0
-
-
-@pytest.mark.parametrize("arguments", of("python training/run.py"), ids=" ".join)
-def test_training_commands_parse(arguments):
-    parse(arguments)
 
 
 def test_flags_that_are_named_alone_are_flags_of_the_training():
@@ -58,43 +30,6 @@ def test_flags_that_are_named_alone_are_flags_of_the_training():
         name, _, value = flag.partition(" ")
         value = value or {"--cpus-per-worker": "2", "--cache-gb": "5", "--optim.lr": "0.1"}[name]
         parse(["deck", name, value])
-
-
-@pytest.mark.parametrize(
-    ("program", "main"),
-    [
-        ("python -m training.registry", registry.main),
-        ("python -m training.evaluate", evaluate_command.main),
-        ("python -m training.cost_estimate", cost_estimate.main),
-    ],
-)
-def test_other_commands_parse(program, main, capsys):
-    lines = [["--price", "p5.48xlarge=60"]] if "cost" in program else of(program)
-    for arguments in lines:
-        with pytest.raises(SystemExit) as end:
-            main([*arguments, "--help"])
-        assert end.value.code == 0
-        flags = {word for word in arguments if word.startswith("-")}
-        assert flags <= set(re.findall(r"--[a-z-]+", capsys.readouterr().out))
-
-
-def test_commands_of_ray_and_mlflow_parse():
-    from mlflow.cli import cli as mlflow
-    from ray.scripts.scripts import cli as ray
-
-    checked = 0
-    for program, group in (("ray", ray), ("mlflow", mlflow)):
-        for arguments in of(program):
-            context: Any = click.Context(group, info_name=program)
-            command: Any = group
-            while isinstance(command, click.Group) and arguments:
-                verb, *arguments = arguments
-                command = command.get_command(context, verb)
-                assert command is not None, f"{program} {verb}"
-            if arguments:
-                command.make_parser(context).parse_args(list(arguments))
-                checked += 1
-    assert checked >= 4
 
 
 def test_metrics_of_the_document_are_those_of_the_code():

@@ -112,6 +112,19 @@ def test_command_writes_the_three_pictures(run, tmp_path, capsys):
             assert image.format == "PNG" and min(image.size) > 50
 
 
+def test_without_a_folder_the_pictures_lie_under_the_home_of_the_project(
+    run, home, tmp_path, capsys, monkeypatch
+):
+    data, checkpoint = run
+    (tmp_path / "checkout").mkdir()
+    monkeypatch.chdir(tmp_path / "checkout")
+    assert paper_figures.main([str(checkpoint), "--data", data]) == 0
+    told = [Path(line) for line in capsys.readouterr().out.splitlines()]
+    assert len(told) == 3 and all(path.is_file() for path in told)
+    assert {path.parent.parent for path in told} == {home / "figures"}
+    assert list((tmp_path / "checkout").iterdir()) == []
+
+
 def test_command_tells_in_one_line_what_is_missing(run, tmp_path, capsys):
     data, checkpoint = run
     other = write_shard_set(tmp_path / "other", train=(8,), val=(5,), classes=3)

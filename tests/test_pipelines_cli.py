@@ -2,6 +2,7 @@
 
 import io
 import json
+import shlex
 import shutil
 import signal
 import subprocess
@@ -16,7 +17,7 @@ from made import made_shards, started
 from PIL import Image
 from waiting import wait_until
 
-from pipelines import shards, storage
+from pipelines import cluster, shards, storage
 from pipelines.cli import main
 from pipelines.plan import Recipe
 
@@ -112,6 +113,69 @@ def test_a_finished_set_is_told_and_left_alone(
     assert "is finished already" in said and f"training/run.py --data {out}" in said
     assert {path: path.stat().st_mtime_ns for path in Path(out).rglob("*")} == before
     assert "samples_per_shard 8 → 9" in refused(capsys, "build", *flags, "9")
+
+
+def last_line(capsys: pytest.CaptureFixture[str]) -> list[str]:
+    """The words of the command in the last line, as a shell reads them."""
+    word, *words = shlex.split(capsys.readouterr().out.splitlines()[-1])
+    assert word == "next:"
+    return words
+
+
+def test_last_line_of_a_build_is_a_command_that_works_here(
+    drawn_raw: str,
+    drawn_shards: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    out = str(tmp_path / "my shards")
+    shutil.copytree(drawn_shards, out)
+    monkeypatch.setattr(cluster, "is_known", lambda: False)
+    argv = ["build", "--raw", drawn_raw, "--out", out, "--samples-per-shard", "8"]
+    assert main(argv) == 0
+    assert last_line(capsys) == ["python", "training/run.py", "--data", out]
+
+    monkeypatch.chdir(tmp_path)
+    assert main(argv) == 0
+    assert last_line(capsys) == ["python", f"{ROOT}/training/run.py", "--data", out]
+
+    monkeypatch.setattr(cluster, "is_known", lambda: True)
+    assert main(argv) == 0
+    job = ["--", "python", "training/run.py", "--data", out]
+    assert last_line(capsys) == ["ray", "job", "submit", "--working-dir", str(ROOT), *job]
+    assert main([*argv, "--address", "head:6379"]) == 0
+    assert last_line(capsys)[:5] == ["ray", "job", "submit", "--address", "head:6379"]
+
+
+def test_a_set_that_no_run_could_use_says_so_instead(
+    drawn_raw: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = str(tmp_path / "val")
+    made_shards(drawn_raw, out, Recipe(splits=("val",)))
+    assert main(["build", "--raw", drawn_raw, "--out", out, "--splits", "val"]) == 0
+    assert "next: a run needs train and val; build with --splits" in capsys.readouterr().out
+
+
+def test_status_without_a_folder_is_of_the_newest_build_also_when_it_is_not_finished(
+    drawn_raw: str, home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "name the OUT that was given to build --out" in refused(capsys, "status")
+    made_shards(drawn_raw, str(home / "shards" / "begun"), Recipe(samples_per_shard=8))
+    (home / "shards" / "begun" / "manifest.json").unlink()
+    assert main(["status"]) == 0
+    assert "not complete" in capsys.readouterr().out
+
+
+def test_paths_to_copy_are_quoted_for_a_shell(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    raw = str(tmp_path / "my raw")
+    assert (
+        main(["demo-raw", raw, "--classes", "2", "--per-class", "2", "--val-per-class", "1"]) == 0
+    )
+    assert last_line(capsys) == ["python", "-m", "pipelines", "build", "--raw", raw]
+    assert f"build --raw RAW --out '{raw}'`" in refused(capsys, "status", raw)
 
 
 def test_the_other_commands_say_what_they_did(

@@ -2,13 +2,19 @@
 
 import base64
 import dataclasses
+import os
+import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from drawn import jpeg
+from gated import enter_whole_copy
 from mlflow.tracking import MlflowClient
-from registered import MLFLOW_WARNINGS
+from registered import GOOD, GOOD_CONFIG, MLFLOW_WARNINGS
 from shard_sets import write_shard_set
 from small_training import BY_HEART, Record, fit, small_config
 
@@ -296,3 +302,28 @@ def test_licence_says_only_what_holds_for_the_set(small_set):
     document = small_set.document | {"official": True}
     official = dataclasses.replace(small_set, document=document)
     assert licence(official).startswith("The official ILSVRC archives. ImageNet gives access to")
+
+
+def test_code_of_the_card_answers_where_nothing_else_is_set(
+    registered_models, home, tmp_path, monkeypatch
+):
+    client = enter_whole_copy(registered_models, home, monkeypatch)
+    client.set_registered_model_alias(NAME, "champion", GOOD)
+    run = client.get_run(client.get_model_version(NAME, GOOD).run_id)
+    network = trained.load("champion").network
+    assert isinstance(network, AlexNet)
+    manifest = load_manifest(registered_models.data)
+    facts = card.gather(client, run.info.run_id, network, manifest, GOOD_CONFIG)
+    [code] = re.findall(r"```python\n(.+?)```", card_page.markdown(facts), re.DOTALL)
+    (tmp_path / "picture.jpg").write_bytes(jpeg())
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("MLFLOW_", "ALEXNET_"))}
+    done = subprocess.run(
+        [sys.executable, "-I", "-W", "ignore", "-c", code],
+        cwd=tmp_path,
+        env=environment | {"HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "probabilities" in done.stdout
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith("ml")] == []

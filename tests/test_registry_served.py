@@ -2,9 +2,11 @@
 Python and over HTTP."""
 
 import base64
+import contextlib
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,10 +17,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import requests
+from drawn import ROOT
+from gated import enter_whole_copy
 from mlflow.tracking import MlflowClient
 from PIL import Image
 from ports import free_ports
-from registered import GOOD_CONFIG, MLFLOW_WARNINGS, Built, quiet_export
+from registered import GOOD, GOOD_CONFIG, MLFLOW_WARNINGS, Built, quiet_export
 from test_tracking import Server
 
 from pipelines.shards import load_manifest
@@ -218,3 +222,46 @@ def test_server_refuses_what_is_no_picture_and_says_which(serving, picture, imag
     answer = requests.post(f"{serving}/invocations", json=request, timeout=200)
     assert answer.status_code == 400
     assert told in answer.json()["message"]
+
+
+@pytest.mark.timeout(480)
+def test_lines_of_the_readme_work_as_they_stand_with_the_embedded_store(
+    registered_models, tmp_path, monkeypatch, picture
+):
+    client = enter_whole_copy(registered_models, tmp_path / ".alexnet", monkeypatch)
+    client.set_registered_model_alias("alexnet", "champion", GOOD)
+    readme = (ROOT / "README.md").read_text()
+    [block] = re.findall(r"\n\n((?: {4}.+\n)+ {4}mlflow models serve .+\n(?: {4}.+\n)+)", readme)
+    (port,) = free_ports(1)  # the one thing that is not as it stands
+    export, load, serve, ask = block.replace("5001", str(port)).splitlines()
+    script = f"""set -euo pipefail
+        {export}
+        {load}
+        {serve} >serve.log 2>&1 </dev/null &
+        until curl --silent --fail http://127.0.0.1:{port}/ping; do kill -0 $!; sleep 0.3; done
+        {ask}"""
+    ours = ("MLFLOW_", "ALEXNET_", "PYTHONPATH")
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(ours)}
+    environment |= {"HOME": str(tmp_path), "MLFLOW_DISABLE_TELEMETRY": "true"}
+    environment |= {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    folder = tmp_path / "elsewhere"
+    folder.mkdir()
+    (folder / "cat.jpg").write_bytes(picture)
+    process = subprocess.Popen(
+        ["bash", "-c", script],
+        cwd=folder,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    with process:
+        try:
+            out, err = process.communicate(timeout=400)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 0, err
+    assert "probabilities" in out and '"predictions"' in out
+    assert sorted(path.name for path in folder.iterdir()) == ["cat.jpg", "serve.log"]

@@ -15,6 +15,7 @@ import functools
 import hashlib
 import logging
 import os
+import shlex
 import tempfile
 import threading
 import time
@@ -239,7 +240,7 @@ def sha256_of(handle: int) -> str:
 
 
 def _repair(uri: str) -> str:
-    return f"run: python -m pipelines verify --repair {uri.rpartition('/')[0]}"
+    return f"run `python -m pipelines verify --repair {shlex.quote(uri.rpartition('/')[0])}`"
 
 
 def _is_gone(uri: str) -> bool:

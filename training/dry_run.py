@@ -112,14 +112,17 @@ def resolve(config: TrainConfig) -> tuple[TrainConfig, shards.Manifest]:
     manifest = shards.load_manifest(data)
     for split in ("train", "val"):
         if manifest.num_samples(split) == 0:
-            raise UserError(f"{data} has no {split} split; rebuild with --splits train,val")
+            raise UserError(
+                f"{data} has no {split} split; rebuild with --splits train,val; where RAW lacks "
+                f"it, first move some images of each class into {split}/"
+            )
     _refuse_too_few(config, manifest)
     input_spec(manifest, config)  # refuses pixel statistics that cannot normalise
     _on_meta(config, manifest)  # refuses what is no network
     if config.augment.crop == "random" and manifest.crop == NETWORK_SIDE:
         raise UserError(
             f"--augment.crop random needs a margin, but {data} stores {NETWORK_SIDE} px; rebuild "
-            "with `python -m pipelines build --crop 256`, or pass --augment.crop resized"
+            "with `python -m pipelines build --raw RAW --crop 256`, or pass --augment.crop resized"
         )
     return dataclasses.replace(config, data=data, name=name, storage=place), manifest
 
@@ -271,7 +274,7 @@ def placed(config: TrainConfig, nodes: Sequence[Mapping[str, float]]) -> tuple[i
     if not useful:
         raise UserError(
             f"{fewest} workers need a CPU each, no node of the cluster has one; start nodes with "
-            "`ray start --address`"
+            "`ray start --address HOST:6379`"
         )
     per_node = min(-(-config.workers // len(useful)), max(int(node[kind]) for node in useful))
     share = int(min(node.get("CPU", 1) for node in useful)) // per_node

@@ -6,12 +6,14 @@ MODEL is champion, candidate, a version's number, an MLflow model URI, or the fo
 of a checkpoint or run. FOLDER gets conv1.png, the kernels of conv1 (figure 3); top5.png, eight val
 pictures and the five classes that the network thinks likeliest (figure 4, left); neighbours.png,
 five val pictures and the six train pictures whose fc7 activations lie nearest (figure 4, right), of
---pictures spread evenly over the train split. Exit codes: 0 done, 2 wrong usage or input.
+--pictures spread evenly over the train split. By default FOLDER is of the model's name under
+$ALEXNET_HOME/figures. Exit codes: 0 done, 2 wrong usage or input.
 """
 
 import argparse
 import io
 import os
+import re
 from collections.abc import Sequence
 
 import numpy as np
@@ -49,8 +51,9 @@ def _answer(args: argparse.Namespace) -> int:
     manifest = shards.load_manifest(data)
     trained.check_fits(model, manifest, data)
     drawn = _draw(model.network, model.input_spec, manifest, data, args.pictures)
+    out = args.out or str(storage.home() / "figures" / _as_folder(model.name))
     for name, figure in drawn.items():
-        command.say(_save(figure, storage.join(args.out, name)))
+        command.say(_save(figure, storage.join(out, name)))
     return 0
 
 
@@ -62,9 +65,14 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("model", metavar="MODEL")
     parser.add_argument("--data", help="shards; by default those that a version learned from")
-    parser.add_argument("--out", metavar="FOLDER", default="figures", help="folder or s3:// prefix")
+    parser.add_argument("--out", metavar="FOLDER", help="folder or s3:// prefix")
     parser.add_argument("--pictures", type=int, default=2000, help="train pictures to search")
     return parser.parse_args(argv)
+
+
+def _as_folder(name: str) -> str:
+    """Of a model: such as alexnet-3 of models:/alexnet/3, or the end of a checkpoint's place."""
+    return "-".join(re.findall(r"[\w.]+", name.removeprefix("models:")))[-60:]
 
 
 def _data_of(model: Trained) -> str:

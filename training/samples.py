@@ -1,5 +1,6 @@
 """Where each sample's JPEG lies in its shard, and its way from there to pixels."""
 
+import shlex
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future
@@ -30,13 +31,15 @@ class Samples:
 
     def __init__(self, uri: str, manifest: shards.Manifest, split: str) -> None:
         """Raises UserError for an index that is not the manifest's."""
+        self._uri = uri
         # The rest, keys and hashes mostly, would be a gigabyte of ImageNet's index.
         index = shards.load_index(uri, split, ("shard", "offset", "size", "label"))
         self.count = len(index)
         if self.count != manifest.num_samples(split):
             raise UserError(
                 f"index/{split}.parquet of {uri} has {self.count} rows, its manifest "
-                f"promises {manifest.num_samples(split)}; run: python -m pipelines verify {uri}"
+                f"promises {manifest.num_samples(split)}; run "
+                f"`python -m pipelines verify {shlex.quote(uri)}`"
             )
         column = index["shard"].combine_chunks().dictionary_encode()
         self._names: list[str] = column.dictionary.to_pylist()
@@ -109,6 +112,6 @@ class Samples:
         name = self._names[self._shard[sample]]
         opening[name].result().check()  # raises where the shard was changed meanwhile
         return UserError(
-            f"sample {sample} of {name} does not decode ({why}); "
-            "run: python -m pipelines verify --full on these shards"
+            f"sample {sample} of {name} does not decode ({why}); run "
+            f"`python -m pipelines verify {shlex.quote(self._uri)} --full`"
         )

@@ -6,6 +6,7 @@ the process.
 """
 
 import os
+import shlex
 import threading
 import weakref
 from collections.abc import Iterable
@@ -147,4 +148,4 @@ def _unreadable(path: str, error: OSError) -> str:
 
 
 def _remedy(path: str) -> str:
-    return f"run: python -m pipelines verify --repair {path.rpartition('/')[0]}"
+    return f"run `python -m pipelines verify --repair {shlex.quote(path.rpartition('/')[0])}`"

@@ -18,7 +18,7 @@ end_database() { # by request: killed, it would leave its shared memory behind
     pid=$(cat "$dir/pids/postgres" 2>/dev/null) || return 0
     # After a restart of the host the number may be somebody else's.
     grep -qsz "^$dir/postgres/data$" "/proc/$pid/cmdline" || return 0
-    kill -QUIT "$pid"
+    kill -QUIT "$pid" 2>/dev/null || return 0
     for _ in $(seq 100); do kill -0 "$pid" 2>/dev/null || return 0; sleep 0.1; done
 }
 

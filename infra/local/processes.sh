@@ -21,7 +21,7 @@ wait_for() { # wait_for NAME SECONDS COMMAND…: until it succeeds, while NAME l
     local name=$1 end=$((SECONDS + $2))
     shift 2
     until "$@" >/dev/null 2>&1; do
-        if ! kill -0 "$(<"$dir/pids/$name")" 2>/dev/null || [ $SECONDS -ge $end ]; then
+        if ! kill -0 "$(cat "$dir/pids/$name" 2>/dev/null)" 2>/dev/null || [ $SECONDS -ge $end ]; then
             tail -n 20 "$dir/logs/$name.log" >&2
             echo "error: $name did not get ready; the end of its log is above" >&2
             return 1
@@ -43,7 +43,9 @@ ours() { # pids of all that was started here and still lives, with what descends
 find_children() { # into the caller's array `child`, by the parent's pid
     local process stat
     for process in /proc/[0-9]*; do
-        stat=$(<"$process/stat") 2>/dev/null || continue
+        # It may be gone by now: `$(<` of a missing file ends the whole script, whatever follows it.
+        stat=
+        { IFS= read -r -d '' stat <"$process/stat"; } 2>/dev/null || [ -n "$stat" ] || continue
         stat=${stat##*) } # state, parent, …
         stat=${stat#* }
         child[${stat%% *}]+=" ${process#/proc/}"

@@ -10,6 +10,7 @@ import hashlib
 import itertools
 import json
 import re
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -36,7 +37,7 @@ class Damaged(UserError):
 
     def __init__(self, out: str, file: str, text: str) -> None:
         location = storage.join(out, file)
-        super().__init__(f"{location}: {text}; run: python -m pipelines verify {out}")
+        super().__init__(f"{location}: {text}; run `python -m pipelines verify {shlex.quote(out)}`")
         self.file, self.text = file, text
 
 

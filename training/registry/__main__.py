@@ -13,6 +13,7 @@ Exit codes: 0 done, 1 the gate refused, 2 wrong usage or input, or MLflow failed
 
 import argparse
 import json
+import shlex
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -159,6 +160,8 @@ def _promote(client: MlflowClient, args: argparse.Namespace) -> Answer:
     elif found.outcome == "forced":
         lines.append(f"forced: {found.reason}")
     if found.outcome != "refused" and not args.dry_run:
+        if (uri := tracking.tracking_uri()).startswith("sqlite:"):
+            lines.append(f"for mlflow itself: export MLFLOW_TRACKING_URI={shlex.quote(uri)}")
         lines.append(f"version {found.version} is the champion: models:/{NAME}@{CHAMPION}")
     return int(found.outcome == "refused"), document, "\n".join(lines)
 

@@ -84,6 +84,7 @@ def update(
         facts,
         accuracy=Accuracy.of(scored.metrics),
         recomputed=True,
+        registry=tracking.tracking_uri(),
         pairs=tuple((names[a], names[b], count) for a, b, count in pairs),
         **_judged(verdict),
     )
@@ -120,6 +121,7 @@ def gather(
         throughput=_throughput(client, run_id),
         hours=_hours(client, run),
         accuracy=_accuracy(run.data.metrics),
+        registry=tracking.tracking_uri(),
     )
 
 

@@ -19,6 +19,7 @@ _KERNELS = ("conv1_kernels", "The kernels of conv1, each stretched to its own ra
 _TOP5 = ("top5", "The five likeliest classes of val pictures, the right one in red (figure 4)")
 _USE = """\
 import mlflow
+mlflow.set_tracking_uri({registry!r})
 model = mlflow.pyfunc.load_model("models:/alexnet@champion")
 print(model.predict(open("picture.jpg", "rb").read()))"""
 
@@ -47,7 +48,7 @@ def sections(facts: Facts) -> tuple[Section, ...]:
     """The card in the order of what a reader asks first."""
     return (
         Section("Accuracy", rows=_accuracy(facts)),
-        Section("How to use it", code=_USE),
+        Section("How to use it", code=_USE.format(registry=facts.registry)),
         Section("Model", rows=_model(facts)),
         Section("Data", rows=_data(facts)),
         _gate(facts),

@@ -81,6 +81,7 @@ class Facts:
     pairs: tuple[tuple[str, str, int], ...] | None = None  # true, predicted, pictures
     verdict: str | None = None
     checks: tuple[Check, ...] = ()
+    registry: str | None = None  # where it lies: MLflow's URI
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=1)

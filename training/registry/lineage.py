@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -97,7 +98,11 @@ def _sample(uri: str, manifest: shards.Manifest, key: str) -> dict[str, Any]:
         rows = index.filter(pc.equal(index["key"], key)).to_pylist()
         if rows:
             return {"split": split, **rows[0]}
-    raise UserError(f"no sample {key} in {uri}; `python -m pipelines inspect {uri}` shows some")
+    first = manifest.shards[0].name if manifest.shards else "SHARD"
+    raise UserError(
+        f"no sample {key} in {uri}; `python -m pipelines inspect {first} --out {shlex.quote(uri)}` "
+        "shows some"
+    )
 
 
 def text(found: dict[str, Any]) -> str:

@@ -1,0 +1,95 @@
+"""Each command that a document, an error or a docstring names is one that its program takes."""
+
+import ast
+import re
+import shlex
+
+import pytest
+from drawn import ROOT
+from manifest_commands import CommandError, check_command
+from registered import MLFLOW_WARNINGS
+
+from training.recipes import RECIPES
+
+pytestmark = [pytest.mark.filterwarnings(line) for line in MLFLOW_WARNINGS]
+
+PROGRAMS = r"(?:python (?:-m |training/|-c )|ray |mlflow |make |ALEXNET_\w+=)"
+DOCUMENTS = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "infra" / "README.md"]
+PRODUCT = [p for f in ("alexnet", "pipelines", "training") for p in (ROOT / f).rglob("*.py")]
+# As people read them: a value of the kind that the program wants.
+MEANT = {
+    "N": "2",
+    "RECIPE": "deck",
+    "NAME=USD": "p5.48xlarge=60",
+    "IMAGE": "cat.jpg",
+    "flags": "",
+    "python …": "python -m pipelines status",
+}
+
+
+def in_documents() -> set[str]:
+    """Of indented lines and of code within them, with each alternative of `a\\|b`."""
+    found: set[str] = set()
+    for path in DOCUMENTS:
+        text = path.read_text()
+        found |= set(
+            re.findall(rf"^ {{4}}({PROGRAMS}.*?)(?: {{2,}}# .*| {{4,}}# .*)?$", text, re.M)
+        )
+        found |= set(re.findall(rf"`({PROGRAMS}[^`\n]*)`", text))
+    return {each for command in found for each in alternatives(command)}
+
+
+def alternatives(command: str) -> list[str]:
+    choice = re.search(r"(?<![\w…])\[?([\w…-]+(?:\\\|[\w…-]+)+)\]?", command)
+    if choice is None:
+        return [command]
+    before, after = command[: choice.start()], command[choice.end() :]
+    return [f"{before}{word}{after}" for word in choice[1].split("\\|")]
+
+
+def in_product() -> set[str]:
+    """Of strings, with x for what is filled in; docstrings too."""
+    found: set[tuple[str, str]] = set()
+    for path in PRODUCT:
+        nodes = list(ast.walk(ast.parse(path.read_text())))
+        formed = [node.values for node in nodes if isinstance(node, ast.JoinedStr)]
+        parts = {part for values in formed for part in values}
+        plain = [[node] for node in nodes if isinstance(node, ast.Constant) and node not in parts]
+        for values in [*formed, *plain]:
+            text = "".join(str(v.value) if isinstance(v, ast.Constant) else "x" for v in values)
+            found |= set(re.findall(rf"`({PROGRAMS}[^`]*)`|^next: ({PROGRAMS}.*)", text))
+    return {quoted or told for quoted, told in found}
+
+
+def in_demo() -> set[str]:
+    """What infra/demo.sh prints at its end, the shell's own commands left out."""
+    text = (ROOT / "infra" / "demo.sh").read_text().replace("\\$", "$")
+    [printed] = re.findall(r"<<EOF\n(.*?)^EOF$", text, re.DOTALL | re.MULTILINE)
+    return set(re.findall(rf"^  ({PROGRAMS}.*?)(?: +#.*)?$", printed, re.MULTILINE))
+
+
+def test_commands_are_found_where_they_are() -> None:
+    assert len(in_documents()) > 50 and len(in_product()) > 15 and len(in_demo()) == 2
+    assert "python -m pipelines verify x --repair" in in_product()
+
+
+@pytest.mark.parametrize("command", sorted(in_documents() | in_product() | in_demo()))
+def test_program_takes_the_command(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    command = re.sub(r"(?<= )\[|\](?= |$)", "", command)
+    for word, meant in MEANT.items():
+        command = re.sub(rf"(?<!\S){re.escape(word)}(?!\S)", meant, command)
+    words = shlex.split(command.replace("…", "x"))
+    if words[0] == "make":
+        assert words[1] in re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M)
+        return
+    try:
+        check_command(words)
+    except CommandError:
+        if any(word.startswith("--") for word in words):
+            raise
+        check_command([*words, "--help"])  # the name of a command, not the whole of it
+
+
+def test_recipes_of_the_readme_are_all_the_recipes() -> None:
+    [named] = re.findall(r"training/run\.py \[([a-z\\|]+)\]", (ROOT / "README.md").read_text())
+    assert named.replace("\\", "").split("|") == list(RECIPES)
