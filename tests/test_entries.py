@@ -108,17 +108,17 @@ def test_fates_of_any_tree_add_up_to_what_an_independent_walk_counts(tree, split
     [
         (
             lambda raw: link(raw / "train/a/a3.jpg", "../../.git/annex/objects/a3.jpg"),
-            r"1 entry, train/a/a3\.jpg \(a link that leads nowhere\), cannot be read",
+            r"1 entry cannot be read: train/a/a3\.jpg \(a link that leads nowhere\); mend",
             {"train/a/a3.jpg"},
         ),
         (
             lambda raw: link(raw / "train/d", "/mnt/gone/d"),
-            r"1 entry, train/d \(a link that leads nowhere\), cannot be read",
+            r"1 entry cannot be read: train/d \(a link that leads nowhere\); mend",
             {"train/d"},
         ),
         (
             lambda raw: link(raw / "train/a/up", raw / "train"),
-            r"train/a/up \(a link to a folder that holds it\), cannot be read",
+            r"train/a/up \(a link to a folder that holds it\); mend",
             {"train/a/up"},
         ),
         (
@@ -179,7 +179,9 @@ def test_a_folder_that_nobody_may_open_is_named_and_not_the_root(raw, monkeypatc
 
     monkeypatch.setattr(os, "scandir", forbidden)
     (raw / "lost+found").mkdir()
-    with pytest.raises(UserError, match=r"1 entry, train/b \(the folder cannot be opened: Perm"):
+    with pytest.raises(
+        UserError, match=r"1 entry cannot be read: train/b \(the folder cannot be opened: Perm"
+    ):
         sources.scan(str(raw), BOTH)
     source = sources.scan(str(raw), BOTH, partial=True)
     assert source.wnids == ("a", "b", "c") and source.accounts.ignored == {"system": 1}
@@ -188,7 +190,9 @@ def test_a_folder_that_nobody_may_open_is_named_and_not_the_root(raw, monkeypatc
 def test_a_split_behind_a_dangling_link_is_named(raw: Path) -> None:
     (raw / "val").rename(raw.parent / "elsewhere")
     link(raw / "val", "/mnt/gone/val")
-    with pytest.raises(UserError, match=r"1 entry, val \(a link that leads nowhere\)"):
+    with pytest.raises(
+        UserError, match=r"1 entry cannot be read: val \(a link that leads nowhere\)"
+    ):
         sources.scan(str(raw), BOTH)
     assert sources.scan(str(raw), ["train"]).table.num_rows == 6
 

@@ -94,8 +94,9 @@ def _unreadable(
     }
     if broken and not partial:
         raise UserError(
-            f"{raw}: {accounts.named(broken)}, cannot be read; mend or remove what is named, or "
-            "pass --partial to leave it out"
+            f"{raw}: {accounts.entries_told(len(broken))} cannot be read: "
+            f"{accounts.named(broken)}; mend or remove what is named, or pass --partial to leave it "
+            "out"
         )
     return broken
 

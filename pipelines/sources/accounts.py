@@ -38,20 +38,20 @@ class Accounts:
         told = {r: n for r, n in self.ignored.items() if r not in ("other_splits", "not_chosen")}
         if told:
             parts = [f"{n:,} {rule} (first {self.first[rule]})" for rule, n in told.items()]
-            lines.append(f"ignored {_entries(sum(told.values()))}: {', '.join(parts)}")
+            lines.append(f"ignored {entries_told(sum(told.values()))}: {', '.join(parts)}")
         if self.left_out:
-            lines.append(f"left out: {named(self.left_out)}")
+            lines.append(f"left out {entries_told(len(self.left_out))}: {named(self.left_out)}")
         return tuple(lines)
 
 
 def named(reasons: Mapping[str, str]) -> str:
-    """ "2 entries, a (why), b (why)"; the first few of them when there are many."""
+    """ "a (why), b (why)"; the first few of them when there are many."""
     shown = [f"{name} ({why})" for name, why in [*reasons.items()][:_NAMED]]
     more = ", …" * (len(reasons) > _NAMED)
-    return f"{_entries(len(reasons))}, {', '.join(shown)}{more}"
+    return f"{', '.join(shown)}{more}"
 
 
-def _entries(number: int) -> str:
+def entries_told(number: int) -> str:
     return f"{number:,} {'entry' if number == 1 else 'entries'}"
 
 
