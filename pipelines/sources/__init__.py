@@ -95,8 +95,8 @@ def _unreadable(
     if broken and not partial:
         raise UserError(
             f"{raw}: {accounts.entries_told(len(broken))} cannot be read: "
-            f"{accounts.named(broken)}; mend or remove what is named, or pass --partial to leave it "
-            "out"
+            f"{accounts.named(broken)}; mend or remove what is named, or pass --partial to leave "
+            "it out"
         )
     return broken
 
