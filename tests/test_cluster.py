@@ -4,6 +4,7 @@ import json
 import os
 import socket
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -186,3 +187,25 @@ def test_a_process_that_ends_meanwhile_is_no_word_of_the_local_clusters_scripts(
     if "unshare:" in done.stderr or "mount:" in done.stderr:
         pytest.skip("this machine lets nobody mount")
     assert (done.returncode, done.stdout.strip(), done.stderr) == (0, "7", "")
+
+
+def test_workers_start_where_the_path_of_python_has_a_space(tmp_path):
+    """With an environment of their own too, as those of a training: Ray uses a shell for that."""
+    (tmp_path / "my env").symlink_to(sys.prefix)
+    code = """
+import os, ray
+from pipelines import cluster
+with cluster.connected():
+    asked = ray.remote(runtime_env={"env_vars": {"OF": "its own"}})(lambda: os.environ["OF"])
+    print(ray.get(asked.remote(), timeout=120))
+"""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+    with tempfile.TemporaryDirectory(dir="/tmp") as short:  # where nobody has started a Ray
+        done = subprocess.run(
+            [str(tmp_path / "my env" / "bin" / "python"), "-W", "ignore", "-c", code],
+            cwd=tmp_path,
+            env=kept | {"PYTHONPATH": str(ROOT), "RAY_TMPDIR": short, "HOME": str(tmp_path)},
+            capture_output=True,
+            text=True,
+        )
+    assert (done.returncode, done.stdout.strip()) == (0, "its own"), done.stderr

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Sequence
 
 import pyarrow as pa
@@ -51,7 +52,7 @@ def scan(raw: str, listing: entries.Listing, splits: Sequence[str], partial: boo
             found = f"{files[name]:,} bytes" if name in files else "not there"
             raise UserError(
                 f"{raw}/{name} is {found}, its manifest says {num_bytes:,} bytes; run "
-                f"`python -m pipelines verify {raw} --repair`"
+                f"`python -m pipelines verify {shlex.quote(raw)} --repair`"
             )
     document = manifest.document
     rejected = sum(document.get("rejected", {}).values())
@@ -82,7 +83,9 @@ def _part(raw: str, manifest: shards.Manifest, split: str) -> pa.Table:
     if pc.any(wrong).as_py() or counts != {
         shard.name: shard.samples for shard in manifest.split_shards(split) if shard.samples
     }:
-        raise UserError(f"{uri} contradicts manifest.json; run `python -m pipelines verify {raw}`")
+        raise UserError(
+            f"{uri} contradicts manifest.json; run `python -m pipelines verify {shlex.quote(raw)}`"
+        )
     names = pc.binary_join_element_wise(index["key"], "jpg", ".")
     source = pc.binary_join_element_wise(index["shard"], "tar", ".")
     return part(split, names, wnid, source, index["offset"], index["size"])
@@ -95,7 +98,10 @@ def _read_columns(uri: str) -> pa.Table:
             return file.read(_COLUMNS, use_threads=False)
     except (pa.ArrowException, OSError) as error:
         line = " ".join(str(error).split())
-        raise UserError(f"{uri} is damaged ({line}); run `python -m pipelines verify`") from error
+        raise UserError(
+            f"{uri} is damaged ({line}); run `python -m pipelines verify "
+            f"{shlex.quote(uri.rsplit('/', 2)[0])}`"
+        ) from error
 
 
 def _origin(manifest: shards.Manifest, split: str) -> str:
