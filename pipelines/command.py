@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import difflib
 import errno
 import io
+import itertools
 import os
 import pwd
+import re
 import resource
 import signal
 import sys
@@ -33,10 +36,34 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Parser(argparse.ArgumentParser):
-    """Says a mistake in one line, like every other; argparse would print its usage first."""
+    """Says a mistake in one line, like every other; argparse would print its usage first. A flag
+    that it does not know comes before what is missing, such as the flag that was meant."""
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see `{self.prog} --help`")
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        words = list(sys.argv[1:] if args is None else args)
+        here = words
+        if self._subparsers is not None:  # whose own flags follow the command's name
+            here = [*itertools.takewhile(lambda word: word.startswith("-"), words)]
+        self._refuse_unknown([*itertools.takewhile(lambda word: word != "--", here)])
+        return super().parse_known_args(words, namespace)
+
+    def _refuse_unknown(self, words: list[str]) -> None:
+        known = list(self._option_string_actions)
+        told, meant = [], []
+        for word, following in itertools.zip_longest(words, words[1:], fillvalue="-"):
+            flag = word.partition("=")[0]
+            short = self.allow_abbrev and any(name.startswith(flag) for name in known)
+            if not re.fullmatch(r"--?[A-Za-z][\w.-]*", flag) or flag in known or short:
+                continue
+            told += [word] if "=" in word or following.startswith("-") else [word, following]
+            meant += difflib.get_close_matches(flag, known, 1)
+        if told:
+            hint = f" for {' and '.join(dict.fromkeys(meant))}" if meant else ""
+            line = f"unrecognized arguments: {' '.join(told)}"
+            raise UserError(f"{line}; see `{self.prog} --help`{hint}")
 
 
 class Unread(OSError):

@@ -1,6 +1,7 @@
 """The door of every program: its exit codes, and what it does when nobody listens."""
 
 import errno
+import importlib
 import json
 import os
 import pwd
@@ -275,3 +276,26 @@ def test_importing_the_door_imports_nothing_heavy():
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     modules = {name.partition(".")[0] for name in done.stdout.split()}
     assert not modules & {"numpy", "torch", "ray", "mlflow", "pyarrow", "boto3", "PIL"}
+
+
+@pytest.mark.parametrize(
+    ("program", "words", "meant"),
+    [
+        ("training.evaluate_command", ["--dta", "x"], "--data"),
+        ("training.paper_figures", ["--pictres", "9"], "--pictures"),
+        ("training.predict", ["--modle", "3"], "--model"),
+        ("training.registry.__main__", ["show", "--smple", "x"], "--sample"),
+        ("training.registry.__main__", ["promote", "--dry-rum"], "--dry-run"),
+        ("training.scaling", ["--core", "2", "--bach", "2"], "--batch"),
+        ("training.cost_estimate", ["--epochen", "2"], "--epochs"),
+        ("training.run", ["smoke", "--wrokers", "2"], "--workers"),
+        ("benchmarks.cost", ["--prize", "x"], "--price"),
+    ],
+)
+def test_every_program_names_the_unknown_flag_and_the_one_that_was_meant(
+    program: str, words: list[str], meant: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert importlib.import_module(program).main(words) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("error: ") and words[-1 if "dry" in words[-1] else -2] in line
+    assert meant in line

@@ -24,6 +24,7 @@ MEANT = {
     "IMAGE": "cat.jpg",
     "flags": "",
     "python …": "python -m pipelines status",
+    "training/run.py …": "training/run.py",
 }
 
 

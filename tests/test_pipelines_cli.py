@@ -76,6 +76,22 @@ def test_wrong_flags_are_one_line_and_exit_2(
     assert named in refused(capsys, "build", "--raw", raw, *flags)
 
 
+@pytest.mark.parametrize(
+    ("argv", "told"),
+    [
+        (["build", "--rw", "X"], "unrecognized arguments: --rw X; see `python -m pipelines build"),
+        (["build", "--rw=X"], "--help` for --raw"),
+        (["verify", "-repair"], "verify --help` for --repair"),
+        (["--vers", "build"], "unrecognized arguments: --vers; see `python -m pipelines -"),
+        (["inspect", "--what", "--json"], "unrecognized arguments: --what; see"),
+    ],
+)
+def test_an_unknown_flag_is_told_before_what_is_missing_without_it(
+    capsys: pytest.CaptureFixture[str], argv: list[str], told: str
+) -> None:
+    assert told in refused(capsys, *argv)
+
+
 @pytest.mark.parametrize("argv", [(), ("bild",), ("build",), ("inspect",), ("demo-raw",)])
 def test_a_wrong_command_line_is_one_line_and_exit_2(
     capsys: pytest.CaptureFixture[str], argv: tuple[str, ...]

@@ -123,7 +123,7 @@ def _instead(scheme: str) -> str:
     if scheme.startswith(_DATABASES):
         return (
             " but its database, beside which artifacts have no place; start `python -m mlflow "
-            "server --backend-store-uri` with it, and set MLFLOW_TRACKING_URI to http://HOST:PORT"
+            "server --backend-store-uri URI` with it, and set MLFLOW_TRACKING_URI to http://HOST:PORT"
         )
     return f" (http://HOST:PORT) and no database file (sqlite:///FILE); set it so, or {_UNSET}"
 
