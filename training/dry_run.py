@@ -54,6 +54,9 @@ def preflight(config: TrainConfig, *, alone: bool) -> Ready:
     uri = tracking.tracking_uri()
     client = tracking.connect(uri, write=True)
     run = agreed(client, config, manifest)
+    if run is not None and run.info.status == "RUNNING":  # perhaps with its checkpoints elsewhere
+        before = run.data.params.get("storage", str(config.storage))
+        lease.holder(storage.join(before, str(config.name)))
     if alone:
         _refuse_too_large(config, estimate(config, manifest), *_device_memory(config))
         _refuse_missing_gpus(config)
@@ -148,7 +151,7 @@ def _check_writable(folder: str, do: str) -> None:
     try:
         storage.write(probe, b"")
     except UserError as error:
-        if storage.is_s3(folder):
+        if storage.is_s3(folder) or "; " in str(error):  # it has a remedy
             raise
         raise UserError(f"{error}; {do} that you can write") from error
     try:

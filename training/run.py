@@ -81,9 +81,6 @@ def train(config: TrainConfig) -> int:
         logger.info(f"run {config.name} is finished; train again under another --name")
         return 0
     run = storage.join(str(config.storage), str(config.name))
-    if ready.run and ready.run.info.status == "RUNNING":  # perhaps with its checkpoints elsewhere
-        before = ready.run.data.params.get("storage", str(config.storage))
-        lease.holder(storage.join(before, str(config.name)))
     try:
         # Left before anything is told, so that the last line is ours, after all that workers say.
         with lease.held(run) as writer, cluster.connected(dashboard=True):
