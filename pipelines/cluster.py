@@ -160,17 +160,18 @@ def _rays_folder() -> Path:
 
 def _own_folder() -> Path | None:
     """A new folder for a Ray of our own, where its own choice would not do: a path too long for its
-    sockets, as batch systems have in TMPDIR, or one that cannot be written. Else None."""
+    sockets, as batch systems have in TMPDIR, not of ASCII, or not to be written. Else None."""
     chosen = _rays_folder()
     place = chosen if chosen.exists() else chosen.parent
-    if len(os.fsencode(chosen)) <= _LONGEST_FOLDER and os.access(place, os.W_OK | os.X_OK):
+    fits = str(chosen).isascii() and len(str(chosen)) <= _LONGEST_FOLDER
+    if fits and os.access(place, os.W_OK | os.X_OK):
         return None
     for short in _SHORT:
         with suppress(OSError):
             return Path(tempfile.mkdtemp(prefix="ray-", dir=short))
     raise UserError(
-        f"Ray's sockets need a folder with a path of at most {_LONGEST_FOLDER} bytes that can be "
-        f"written; {chosen} and {', '.join(_SHORT)} are none; set RAY_TMPDIR to one"
+        f"Ray's sockets need a folder with an ASCII path of at most {_LONGEST_FOLDER} bytes that "
+        f"can be written; {chosen} and {', '.join(_SHORT)} are none; set RAY_TMPDIR to one"
     )
 
 

@@ -102,13 +102,16 @@ def local(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("variable", ["TMPDIR", "RAY_TMPDIR"])
-@pytest.mark.parametrize("what", ["too long", "not there"])
+@pytest.mark.parametrize("what", ["too long", "not there", "not ASCII"])
 def test_own_ray_gets_a_short_folder_that_is_gone_afterwards(
     variable, what, local, monkeypatch, tmp_path
 ):
-    folder = tmp_path / ("x" * 60) if what == "too long" else Path("/nowhere")
-    if what == "too long":
-        folder.mkdir()
+    if what == "not ASCII":
+        monkeypatch.setattr(cluster, "_LONGEST_FOLDER", 1000)  # so that length is not the reason
+    long, letters = tmp_path / ("x" * 60), tmp_path / "ö"
+    long.mkdir()
+    letters.mkdir()
+    folder = {"too long": long, "not there": Path("/nowhere"), "not ASCII": letters}[what]
     monkeypatch.setenv(variable, str(folder))
     with cluster.connected():
         [settings] = local
