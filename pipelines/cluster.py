@@ -28,6 +28,7 @@ _PACKAGES = ("alexnet", "pipelines", "training")
 _SCHEDULER_SECONDS = 10
 # Of the 107 bytes that the path of a socket may have, less /session_DATE_TIME_PID/sockets/NAME.
 _LONGEST_FOLDER = 107 - len("/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store")
+_LONGEST_TMPDIR = 107 - len("/pymp-12345678/listener-12345678")
 _SHORT = ("/tmp", "/var/tmp", "/dev/shm")  # where a folder for them is tried
 
 
@@ -55,7 +56,7 @@ def connect(address: str | None = None, *, dashboard: bool = False) -> Path | No
         # Of the command that starts a worker, Ray quotes every word but this one.
         if (python := shlex.quote(sys.executable)) != sys.executable:
             settings["runtime_env"] = {"py_executable": python}
-        with _environment(_for_own_ray()):
+        with _environment(_for_own_ray() | _short_temporary(folder)):
             try:
                 ray.init(address="local", include_dashboard=dashboard, **settings)
             except Exception as error:  # Ray's own is a bare one
@@ -173,6 +174,14 @@ def _own_folder() -> Path | None:
         f"Ray's sockets need a folder with an ASCII path of at most {_LONGEST_FOLDER} bytes that "
         f"can be written; {chosen} and {', '.join(_SHORT)} are none; set RAY_TMPDIR to one"
     )
+
+
+def _short_temporary(folder: Path | None) -> dict[str, str]:
+    """TMPDIR of Ray's processes where ours is too long: Python makes sockets of its own there, for
+    the servers of Ray's web page. folder: as `_own_folder` gives it."""
+    if len(os.fsencode(os.environ.get("TMPDIR", ""))) <= _LONGEST_TMPDIR:
+        return {}
+    return {"TMPDIR": str(folder or _rays_folder().parent)}
 
 
 def _answers(address: str) -> bool:

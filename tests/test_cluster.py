@@ -92,7 +92,7 @@ def local(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """Fills with the settings of a Ray that is started here, which is none."""
     seen: list[dict[str, Any]] = []
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
-    monkeypatch.setattr(ray, "init", lambda **settings: seen.append(settings))
+    monkeypatch.setattr(ray, "init", lambda **settings: seen.append(settings | dict(os.environ)))
     monkeypatch.setattr(ray, "shutdown", lambda: None)
     monkeypatch.setattr(cluster, "_started_here", lambda: False)
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
@@ -119,6 +119,9 @@ def test_own_ray_gets_a_short_folder_that_is_gone_afterwards(
         socket = short / "session_2026-01-01_00-00-00_000000_4194304" / "sockets" / "plasma_store"
         validate_socket_filepath(str(socket))
         assert short.is_dir()
+        # Of Python's own sockets, which are made in TMPDIR.
+        validate_socket_filepath(f"{settings.get('TMPDIR', '')}/pymp-12345678/listener-12345678")
+        assert os.environ[variable] == str(folder)
     assert not short.exists()
 
 

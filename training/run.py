@@ -185,9 +185,16 @@ def _trainer(
             storage_path=str(storage.home() / "ray"),  # Ray's own notes; see training/uploads.py
             failure_config=ray.train.FailureConfig(max_failures=config.max_failures),
             callbacks=[FinalErrors()],
-            worker_runtime_env={"env_vars": worker_settings(scaling.use_gpu)},
+            worker_runtime_env={"env_vars": worker_settings(scaling.use_gpu) | _temporary()},
         ),
     )
+
+
+def _temporary() -> dict[str, str]:
+    """Checkpoints wait in the user's TMPDIR, also where a Ray of our own has a shorter one."""
+    if cluster.is_known() or "TMPDIR" not in os.environ:
+        return {}
+    return {"TMPDIR": os.environ["TMPDIR"]}
 
 
 def worker_settings(use_gpu: bool) -> dict[str, str]:
