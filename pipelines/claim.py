@@ -130,6 +130,8 @@ def _refuse_strangers(out: str, plan: Plan) -> Plan:
     """A folder without a plan must be empty, or a set of this very plan that lost it: the plan,
     with the entries of that set."""
     files = {name for name, _ in storage.list_files(out)}
+    if "/".join(_PLAN) in files:  # another builder was faster: whose plan it is, is asked next
+        return plan
     if "manifest.json" in files:
         manifest = shards.read_json(storage.join(out, "manifest.json"))
         if manifest.get("plan_id") == plan.plan_id:

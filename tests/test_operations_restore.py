@@ -162,7 +162,8 @@ def test_champion_answers_the_same_after_database_and_bucket_were_lost(
     with place.postgres("first"), place.mlflow() as uri, torch.inference_mode():
         client = use(uri, tmp_path / "home", monkeypatch)
         version = champion(client, data, tmp_path / "checkpoints", monkeypatch)
-        tags = client.get_model_version(NAME, version).tags
+        kept = client.get_model_version(NAME, version)
+        tags, metrics = kept.tags, client.get_run(kept.run_id).data.metrics
         before = trained.load("champion").network(x)
         place.paste("Back up")
 
@@ -179,7 +180,7 @@ def test_champion_answers_the_same_after_database_and_bucket_were_lost(
             found = client.get_model_version_by_alias(NAME, "champion")
             assert (found.version, found.tags) == (version, tags)
             assert torch.equal(trained.load("champion").network(x), before)
-            assert client.get_run(found.run_id).data.metrics["val_top1"] == 0.5
+            assert client.get_run(found.run_id).data.metrics == metrics != {}
             said = place.paste("Look at what came back", data, uri)
             assert "champion" in said and "7 pictures" in said
 
