@@ -87,6 +87,29 @@ def test_rows_of_a_plan_that_was_being_replaced_are_not_taken_for_the_old_one_s(
     )
 
 
+def test_a_builder_that_comes_second_by_a_moment_joins_or_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = drawn_source(UNEVEN)
+    made = plan.make(source, plan.Recipe(splits=("train",)))
+    other = plan.make(source, plan.Recipe(splits=("train",), seed=1))
+    exists, looked = storage.exists, []
+
+    def too_early(uri: str) -> bool:
+        if uri.endswith("plan.json") and not looked:
+            looked.append(uri)
+            claim.begin(str(tmp_path), source.raw, made)  # the other one, just after this look
+            return False
+        return exists(uri)
+
+    monkeypatch.setattr(storage, "exists", too_early)
+    assert claim.begin(str(tmp_path), source.raw, made).plan_id == made.plan_id
+    looked.clear()
+    (tmp_path / "_meta" / "plan.json").unlink()
+    with pytest.raises(UserError, match="holds plan"):
+        claim.begin(str(tmp_path), source.raw, other)
+
+
 def test_a_plan_read_back_says_what_was_planned(tmp_path: Path) -> None:
     source = replace(drawn_source(UNEVEN), labels_from={"train": "folder"}, official=True)
     recipe = plan.Recipe(splits=("train",), subset=("n00000001",), per_class=4)
