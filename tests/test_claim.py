@@ -98,16 +98,16 @@ def test_a_builder_that_comes_second_by_a_moment_joins_or_is_refused(
     def too_early(uri: str) -> bool:
         if uri.endswith("plan.json") and not looked:
             looked.append(uri)
-            claim.begin(str(tmp_path), source.raw, made)  # the other one, just after this look
+            out = uri.removesuffix("/_meta/plan.json")
+            claim.begin(out, source.raw, made)  # the other one, just after this look
             return False
         return exists(uri)
 
     monkeypatch.setattr(storage, "exists", too_early)
-    assert claim.begin(str(tmp_path), source.raw, made).plan_id == made.plan_id
+    assert claim.begin(str(tmp_path / "a"), source.raw, made).plan_id == made.plan_id
     looked.clear()
-    (tmp_path / "_meta" / "plan.json").unlink()
     with pytest.raises(UserError, match="holds plan"):
-        claim.begin(str(tmp_path), source.raw, other)
+        claim.begin(str(tmp_path / "b"), source.raw, other)
 
 
 def test_a_plan_read_back_says_what_was_planned(tmp_path: Path) -> None:
