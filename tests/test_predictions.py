@@ -136,7 +136,7 @@ def test_predictions_of_another_model_data_set_or_split_are_refused(tmp_path, mo
     uri, out = shard_set(tmp_path / "set"), tmp_path / "preds"
     model = trained_on(uri)
     begun(out, uri, model, monkeypatch)
-    assert "stopped; the same command goes on" in capsys.readouterr().err
+    assert "the same command goes on from here" in capsys.readouterr().err
     identity = json.loads((out / "_predictions.json").read_text())
     assert identity["manifest_sha256"] == load_manifest(uri).digest
     assert identity["classes"][2] == {"wnid": "n00000002", "name": "colour 2"}
