@@ -82,7 +82,7 @@ class PaperSGD(torch.optim.Optimizer):
     def __init__(self, params: Iterable[dict[str, Any]], *, momentum: float) -> None:
         super().__init__(params, {"lr": 0.0, "momentum": momentum, "weight_decay": 0.0})
 
-    @torch.no_grad()
+    @torch.no_grad()  # torch's own takes a closure, which no caller here has
     def step(self) -> None:  # type: ignore[override]
         for group in self.param_groups:
             weights, gradients, velocities = _trained(self, group)
@@ -110,7 +110,7 @@ class LARS(torch.optim.Optimizer):
         defaults = {"lr": 0.0, "momentum": momentum, "weight_decay": 0.0, "trust": trust}
         super().__init__(params, defaults)
 
-    @torch.no_grad()
+    @torch.no_grad()  # torch's own takes a closure, which no caller here has
     def step(self) -> None:  # type: ignore[override]
         for group in self.param_groups:
             decay = group["weight_decay"]

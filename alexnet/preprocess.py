@@ -123,7 +123,7 @@ def resize_and_crop(image: Tensor, resize: int, crop: int) -> Tensor:
     batch = image.permute(1, 2, 0)[None].permute(0, 3, 1, 2)
     try:
         resized = F.interpolate(batch, size=size, mode="lanczos", antialias=True)[0]
-    except NotImplementedError as error:
+    except NotImplementedError as error:  # of a torch without this mode
         raise UserError(
             f"torch {torch.__version__} has no Lanczos resize; install torch 2.13 or later"
         ) from error

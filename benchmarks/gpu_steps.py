@@ -154,6 +154,7 @@ def _step(case: Case, device: torch.device, scale: Scale) -> Callable[[], object
     if case.lrn:
         for name in ("lrn1", "lrn2"):
             setattr(model.features, name, _LRN[case.lrn]())
+    # The stubs of Module.to know memory_format only together with a dtype or device.
     model = model.to(memory_format=layout)  # type: ignore[call-overload]
     optimizer = torch.optim.SGD(
         model.parameters(), lr=1e-3, momentum=0.9, weight_decay=5e-4, fused=True
@@ -192,6 +193,7 @@ class OneKernel(nn.Module):
 
 
 def _compiled(layer: nn.Module) -> nn.Module:
+    # A module in, a module out: the stubs say a callable.
     compiled: nn.Module = torch.compile(layer, dynamic=False)  # type: ignore[assignment]
     return compiled
 

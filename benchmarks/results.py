@@ -83,6 +83,7 @@ def label(cell: str) -> str:
 def hardware(machine: str) -> str:
     """From a line of table.machine(): "amd-epyc-9b14-2cpus", or "nvidia-h200"."""
     words = re.sub(r"\(.*?\)", "", machine.split(";")[1])
+    # Always matches: table.machine() wrote it.
     processor, cpus, accelerator = re.match(r"(.*), (\d+) CPUs(.*)", words).groups()  # type: ignore[union-attr]
     return _slug(accelerator) or f"{_slug(processor)}-{cpus}cpus"
 

@@ -153,7 +153,7 @@ def _task(job: Job, row: dict[str, Any]) -> dict[str, Any]:
         return _row(row["name"], error=str(error))
     except MemoryError as error:
         return _row(row["name"], error=f"out of memory ({error}); try fewer --workers")
-    except Exception as error:
+    except Exception as error:  # printed and raised by the driver, as BuildFailed
         return _row(row["name"], error=repr(error), traceback=traceback.format_exc())
     return _row(row["name"]) | _numbers(made)
 

@@ -116,7 +116,8 @@ def _of_folder(uri: str) -> Listing:
             if _add(entry, prefix + entry.name, found):
                 folders.append(f"{prefix}{entry.name}/")
     files = dict(sorted(found.files.items()))
-    return Listing(files, tuple(sorted(empty)), found.ignored, found.broken)
+    ignored, broken = dict(sorted(found.ignored.items())), dict(sorted(found.broken.items()))
+    return Listing(files, tuple(sorted(empty)), ignored, broken)
 
 
 def _add(entry: os.DirEntry[str], name: str, found: Listing) -> bool:

@@ -49,7 +49,7 @@ def never_fatal(tell: Callable[_P, None]) -> Callable[_P, None]:
     def told(*args: _P.args, **kwargs: _P.kwargs) -> None:
         try:
             tell(*args, **kwargs)
-        except Exception as error:
+        except Exception as error:  # told once: figures are no reason to end the work
             if not _warned.is_set():
                 _warned.set()
                 _log.warning("no figures for Prometheus: %r", error)

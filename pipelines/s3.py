@@ -119,7 +119,7 @@ class _Store:
                 answer = request(client or self.client)
                 self.has_answered = self.has_granted = True
                 return answer
-            except Exception as error:
+            except Exception as error:  # raised again, but for what a repetition may mend
                 tries += 1
                 away = _is_away(error)
                 self.has_answered |= isinstance(error, ClientError) and not away
