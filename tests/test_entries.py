@@ -281,6 +281,16 @@ def test_empty_folders_of_a_store_are_seen_by_their_markers(s3: str, tmp_path: P
     assert accounts.left_out == {"train/d": "an empty class folder"}
 
 
+def test_what_our_own_commands_leave_beside_their_images_is_no_stranger(
+    raw: Path, drawn_raw: str
+) -> None:
+    imagefolder(raw, {"fetch.json": b"{}"})
+    assert Path(drawn_raw, "demo-raw.json").exists()
+    for place in (str(raw), drawn_raw):
+        source = sources.scan(place, BOTH)
+        assert source.notes == () and source.accounts.ignored == {}
+
+
 def test_kaggles_other_files_are_accounted_for(tmp_path: Path) -> None:
     raw = kaggle(tmp_path)
     imagefolder(raw, {"ILSVRC/Annotations/CLS-LOC/val/1.xml": b"x", f"{DATA}/train/{A}/x.txt": b""})

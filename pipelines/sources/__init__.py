@@ -15,6 +15,7 @@ from pipelines.sources.table import SPLITS, TABLE, UNLABELLED, Shuffle, Source, 
 
 __all__ = ["SPLITS", "TABLE", "UNLABELLED", "Shuffle", "Source", "StoredAs", "scan"]
 
+_OWN_NOTES = r"^(demo-raw|fetch)\.json$"  # by which these commands know their folder again
 _REQUESTS = 16  # at a time
 _LAYOUTS = {
     "ILSVRC archives": ilsvrc,
@@ -63,7 +64,7 @@ def scan(raw: str, splits: Sequence[str], partial: bool = False) -> Source:
         found,
         source.table["source"],
         [name for name, _ in source.containers],
-        module.LISTS,
+        f"{module.LISTS}|{_OWN_NOTES}",
         {split: place for split, place in places.items() if split not in splits},
         left_out | source.left_out,
         source.ignored_members,

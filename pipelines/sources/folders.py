@@ -29,7 +29,7 @@ from pipelines.sources.table import (
 
 SYNSET_MAPPING = "LOC_synset_mapping.txt"
 LISTS = (
-    r"^(LOC_synset_mapping\.txt|fetch\.json|ILSVRC20(12_devkit_t12|10_devkit-1\.0)\.tar\.gz"
+    r"^(LOC_synset_mapping\.txt|ILSVRC20(12_devkit_t12|10_devkit-1\.0)\.tar\.gz"
     r"|ILSVRC2010_test_ground_truth\.txt)$"
 )
 _BY_FOLDER = "name of the class folder"
