@@ -104,17 +104,19 @@ def _open(out: str, problems: list[Problem]) -> _Set:
     sizes = dict(storage.list_files(out))
     if MANIFEST not in sizes:
         shards.load_manifest(out)  # raises, and says how to get a set
-    manifest = None
-    try:
-        manifest = contents.manifest(out)
-    except Damaged as damaged:
-        problems.append(Problem(damaged.file, damaged.text))
     sums: dict[str, str] = {}
     if SUMS in sizes:
         sums, wrong = contents.sums(storage.read(storage.join(out, SUMS)))
         problems += [Problem(SUMS, text) for text in wrong]
     else:
         problems.append(Problem(SUMS, "missing"))
+    manifest = None
+    try:
+        manifest = contents.manifest(out)
+        if sums.get(MANIFEST, manifest.digest) != manifest.digest:
+            manifest = None  # told with the other hashes; what it says of others proves nothing
+    except Damaged as damaged:
+        problems.append(Problem(damaged.file, damaged.text))
     return _Set(out, sizes, sums, manifest)
 
 
