@@ -2,7 +2,7 @@
 
     python -m benchmarks.summary [--results FOLDER] [--write]
 
---write puts it into README.md, between the marks that are there for it.
+--write puts it into benchmarks/README.md, between the marks that are there for it.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from benchmarks.aims import AIMS, Aim, Judged
 from benchmarks.results import Result
 from pipelines import command
 
-README = results.ROOT / "README.md"
+README = results.ROOT / "benchmarks" / "README.md"
 BEGIN = "<!-- measured: made by `python -m benchmarks.summary --write` -->"
 END = "<!-- end of measured -->"
 _HEAD = ("", "beside", "its figure", "ours", "ours ÷ it", "aim", "measured on")
@@ -33,10 +33,21 @@ COMPARED = {
     ),
     "resize": ("one picture's way, img/s per core", "pipelines.transform", "img/s per core"),
 }
+# Contenders of the last results that were not measured fairly, by the beginnings of their names.
+# Their rows stay, with what was unfair, until they are measured again.
+UNFAIR = {
+    "Ray Data": "ten images a tar, where ours has 750",
+    "img2dataset": "the whole job is not shown: of 6,000 images it took 18.0 s, ours 23.2 s; the "
+    "ratio of the medians is 1.29",
+    "webdataset": "it mirrors by the slow way that ours no longer has",
+    "mosaicml-streaming": "it mirrors by the slow way, and decodes with Pillow alone",
+    "litdata": "it mirrors by the slow way, and decodes with Pillow alone",
+    "bare PyTorch": "without the memory settings of ours; the next row has them",
+}
 
 
 def document(folder: Path = results.FOLDER) -> str:
-    """Markdown; links are relative to README.md."""
+    """Markdown; links are relative to README."""
     found = results.newest(folder)
     lines = [_HEAD, tuple("---" for _ in _HEAD)]
     for theme in COMPARED:
@@ -75,9 +86,16 @@ def _beside(result: Result) -> Iterator[tuple[str, ...]]:
             result.cell(name, column),
             result.cell(mine, column),
             aims.shown_ratio(aims.ratio(result, mine, name, column)),
-            "" if aim is None else _cell(aim, aims.judge(aim, result)),
+            _verdict_beside(name, aim, result),
             _link(result),
         )
+
+
+def _verdict_beside(name: str, aim: Aim | None, result: Result) -> str:
+    unfair = [reason for start, reason in UNFAIR.items() if name.startswith(start)]
+    if unfair:
+        return f"to be measured again: {unfair[0]}"
+    return "" if aim is None else _cell(aim, aims.judge(aim, result))
 
 
 def _alone(aim: Aim, found: Sequence[Result]) -> Iterator[tuple[str, ...]]:
@@ -136,7 +154,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--results", type=Path, default=results.FOLDER, metavar="FOLDER")
-    parser.add_argument("--write", action="store_true", help="into README.md")
+    parser.add_argument("--write", action="store_true", help="into benchmarks/README.md")
     return command.answered(lambda: _written(parser.parse_args(argv)))
 
 
@@ -148,7 +166,7 @@ def _written(arguments: argparse.Namespace) -> int:
     before, begin, rest = README.read_text().partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
-        raise UserError(f"README.md lacks {BEGIN} … {END}; put them in")
+        raise UserError(f"{README} lacks {BEGIN} … {END}; put them in")
     README.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{after}")
     return 0
 
