@@ -16,7 +16,8 @@ from benchmarks.fit_loop import Enough, never
 from benchmarks.pictures import Raw, stored, write_shards
 from benchmarks.table import Bars, Table, spread
 from training.config import TrainConfig
-from training.loop import Place, build_model, fit
+from training.loop import Place, fit
+from training.network import build_model
 from training.progress import Progress
 from training.recipes import RECIPES
 

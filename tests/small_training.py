@@ -15,6 +15,7 @@ from training import checkpoint, loop
 from training.config import AugmentConfig, ModelConfig, OptimConfig, TrainConfig
 from training.evaluate import Metrics, evaluate
 from training.loader import Loader
+from training.network import build_model, input_spec
 
 CPU = torch.device("cpu")
 # Changes of small_config with which 16 pictures are learned in 2 s, by every seed that was tried.
@@ -108,10 +109,10 @@ def fit(
 def evaluated(folder: Path, uri: str, split: str, **changes: Any) -> Metrics:
     """Of a checkpoint, whose config is small_config(**changes)."""
     config, manifest = small_config(**changes), load_manifest(uri)
-    model = loop.build_model(config, manifest.num_classes).eval()
+    model = build_model(config, manifest.num_classes).eval()
     checkpoint.load_model(folder, model)
     with Loader(uri, manifest, split, threads=2, cache_gb=1) as loader:
-        return evaluate(model, loader, loop.input_spec(manifest, config), device=CPU)
+        return evaluate(model, loader, input_spec(manifest, config), device=CPU)
 
 
 def seen_ids(set_attribute: Callable[[Any, str, Any], None]) -> list[list[int]]:

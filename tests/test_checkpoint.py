@@ -23,7 +23,7 @@ from alexnet.optim import Rates, set_rates, sgd
 from pipelines import storage
 from training import checkpoint
 from training.config import to_dict
-from training.trained import load
+from training.network import load_model
 
 FILES = {"model.safetensors", "optimizer.safetensors", "state.json", "hashes.json"}
 STATE = {"step": 7, "metrics": {"val_top1": 0.25}, "lowest_loss": float("inf")}
@@ -297,7 +297,7 @@ def test_files_that_fit_their_hashes_but_are_none_are_one_line(folder):
     for content in (b"[]", b"{", b"[" * 100_000):
         vouched(folder, "state.json", content)
         with pytest.raises(UserError, match=r"damaged: state\.json"):
-            load(str(folder))
+            load_model(str(folder))
     vouched(folder, "model.safetensors", b"\x08")
     with pytest.raises(UserError, match=r"damaged: model\.safetensors"):
         checkpoint.load_tensors(folder, "model")
@@ -308,4 +308,4 @@ def test_claim_of_a_huge_network_takes_no_memory(of_a_training):
     state = checkpoint.load_state(of_a_training) | {"num_classes": 300_000_000}
     vouched(of_a_training, "state.json", json.dumps(state).encode())
     with pytest.raises(UserError, match="is from another release"):
-        load(str(of_a_training))
+        load_model(str(of_a_training))

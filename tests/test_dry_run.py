@@ -17,7 +17,7 @@ from pipelines.shards import load_manifest
 from training import lease, tracking
 from training.config import TrainConfig
 from training.dry_run import check_disks, dry_run, estimate, resolve
-from training.loop import build_model
+from training.network import build_model
 
 pytestmark = [pytest.mark.filterwarnings(line) for line in MLFLOW_WARNINGS]
 

@@ -19,7 +19,7 @@ from training import evaluate as evaluation
 from training.config import TrainConfig
 from training.evaluate import Metrics, Protocol, evaluate, wilson
 from training.loader import Batch, Loader
-from training.loop import input_spec
+from training.network import input_spec
 
 SIDE = 231  # two pixels of margin on each side of the centre view
 CLASSES = 9

@@ -18,6 +18,7 @@ from alexnet.errors import UserError
 from pipelines.shards import load_manifest
 from training import checkpoint, due, loop, recipes
 from training.loader import Loader
+from training.network import build_model, input_spec
 from training.order import epoch_order
 
 TRAIN = (10, 9, 9)  # 28 samples: 4 steps of 7, which neither 2 nor 3 ranks divide
@@ -126,12 +127,12 @@ def test_first_step_is_sgd_on_the_mean_loss_of_its_batch(uri, tmp_path, monkeypa
     ids = epoch_order(TRAIN, seed=3, epoch=0)[:7]
     with Loader(uri, manifest, "train", threads=1, cache_gb=1) as loader:
         batch = loader.read(ids)
-    spec = loop.input_spec(manifest, config)
+    spec = input_spec(manifest, config)
     augment = loop.Augment(crop="resized", flip=True, colour_sigma=0.1)
     x = loop.train_view(
         batch.images, spec, augment, seed=3, epoch=0, sample_ids=torch.from_numpy(ids)
     )
-    model = loop.build_model(config, 4)
+    model = build_model(config, 4)
     target = torch.full((7, 4), 0.1 / 4)
     target[range(7), batch.labels] += 0.9
     loss = -(target * model(x).log_softmax(1)).sum(1).mean()
@@ -232,7 +233,7 @@ def test_colour_noise_ends_with_its_last_epoch(uri, monkeypatch):
 
 def test_inputs_are_divided_by_their_deviation_only_where_the_recipe_says(uri):
     manifest = load_manifest(uri)
-    both = [loop.input_spec(manifest, small_config(normalise=n)) for n in ("mean", "mean_std")]
+    both = [input_spec(manifest, small_config(normalise=n)) for n in ("mean", "mean_std")]
     assert both[0].std == (1.0, 1.0, 1.0) and both[0].mean == both[1].mean == manifest.pixels.mean
     np.testing.assert_allclose(both[1].std, np.sqrt(np.diag(manifest.pixels.covariance)))
 

@@ -16,6 +16,7 @@ from small_training import CPU, Record, evaluated, fit, small_config, without_dr
 
 from alexnet.errors import UserError
 from training import due, loop
+from training.network import build_model
 from training.synthetic import Synthetic
 
 TRAIN = (10, 9, 9)  # 28 samples: 4 steps of 7
@@ -51,7 +52,7 @@ def test_averaged_weights_are_saved_measured_and_continued(uri, tmp_path):
     for step in range(1, 9):  # the documented ramp, from the raw weights of each step
         raw = load_file(whole.folders[step] / "raw.safetensors")
         if averages is None:
-            initial = loop.build_model(config, 4).state_dict()
+            initial = build_model(config, 4).state_dict()
             averages = {name: value.numpy().astype(np.float64) for name, value in initial.items()}
         decay = min(0.6, (1 + step) / (10 + step))
         for name, value in raw.items():
@@ -105,7 +106,7 @@ def test_rules_move_the_weights_as_they_say(uri, tmp_path):
         folder = fit(config, uri, tmp_path / name).folders[1]
         return load_file(folder / "model.safetensors"), load_file(folder / "optimizer.safetensors")
 
-    initial = loop.build_model(small_config(), 4).state_dict()
+    initial = build_model(small_config(), 4).state_dict()
     start = {name: value.numpy() for name, value in initial.items()}
     weights, velocity = first_step(optim_rule="paper")
     for name, value in weights.items():

@@ -5,7 +5,8 @@ import subprocess
 import pytest
 import torch
 
-from training import loop, recipes
+from training import recipes
+from training.network import build_model
 from training.speed import device_name, measured_peak, processor, training_flops
 
 # side of the output, kernel, input and output channels, groups in the paper's network
@@ -33,7 +34,7 @@ def test_operations_are_those_of_the_layers_three_times_less_the_pictures_gradie
 ):
     config = recipes.RECIPES[recipe]()
     with torch.device("meta"):
-        model = loop.build_model(config, 1000)
+        model = build_model(config, 1000)
     flops = training_flops(model)
     assert flops == by_hand(recipe == "paper", 1000)
     assert flops / 1e9 == pytest.approx(billions, abs=0.01)

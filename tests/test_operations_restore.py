@@ -24,7 +24,8 @@ from shard_sets import write_shard_set
 from small_training import fit, small_config
 
 from pipelines.shards import load_manifest
-from training import tracking, trained
+from training import tracking
+from training.network import load_model
 from training.registry.package import register
 from training.registry.versions import NAME
 
@@ -164,7 +165,7 @@ def test_champion_answers_the_same_after_database_and_bucket_were_lost(
         version = champion(client, data, tmp_path / "checkpoints", monkeypatch)
         kept = client.get_model_version(NAME, version)
         tags, metrics = kept.tags, client.get_run(kept.run_id).data.metrics
-        before = trained.load("champion").network(x)
+        before = load_model("champion").network(x)
         place.paste("Back up")
 
     bucket = place.environment["ARTIFACTS"].split("/")[2]
@@ -179,7 +180,7 @@ def test_champion_answers_the_same_after_database_and_bucket_were_lost(
             client = use(uri, tmp_path / "elsewhere", monkeypatch)
             found = client.get_model_version_by_alias(NAME, "champion")
             assert (found.version, found.tags) == (version, tags)
-            assert torch.equal(trained.load("champion").network(x), before)
+            assert torch.equal(load_model("champion").network(x), before)
             assert client.get_run(found.run_id).data.metrics == metrics != {}
             said = place.paste("Look at what came back", data, uri)
             assert "champion" in said and "7 pictures" in said

@@ -14,9 +14,10 @@ from torch.nn import functional as F
 from alexnet.model import AlexNet
 from alexnet.preprocess import InputSpec
 from pipelines.shards import Manifest, load_manifest
-from training import figures, paper_figures, trained
+from training import figures, paper_figures
 from training.figures import Neighbours, Panel
 from training.loader import Loader
+from training.network import load_model
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +31,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
 @pytest.fixture(scope="module")
 def learned(run: tuple[str, Path]) -> tuple[AlexNet, InputSpec, Manifest, str]:
     data, checkpoint = run
-    model = trained.load(str(checkpoint))
+    model = load_model(str(checkpoint))
     assert isinstance(model.network, AlexNet)
     return model.network, model.input_spec, load_manifest(data), data
 

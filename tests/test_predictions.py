@@ -18,10 +18,9 @@ from pipelines import storage
 from pipelines.shards import load_index, load_manifest
 from training import predict
 from training.config import TrainConfig
-from training.loop import input_spec
+from training.network import LoadedModel, input_spec
 from training.predictions import write_predictions
 from training.scoring import score
-from training.trained import Trained
 
 # Ray Data warns of its own defaults.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:ray.data.context")
@@ -33,16 +32,16 @@ def shard_set(folder: Path) -> str:
     return write_shard_set(folder, train=(2,), val=SIZES, classes=CLASSES)
 
 
-def trained_on(uri: str, seed: int = 0) -> Trained:
+def trained_on(uri: str, seed: int = 0) -> LoadedModel:
     torch.manual_seed(seed)
     manifest = load_manifest(uri)
     network = AlexNet(num_classes=CLASSES, width=1 / 16, init="he").eval()
     spec = input_spec(manifest, TrainConfig())
-    return Trained("drawn", "", network, spec, manifest.wnids, manifest.class_names)
+    return LoadedModel("drawn", "", network, spec, manifest.wnids, manifest.class_names)
 
 
-def call(monkeypatch: pytest.MonkeyPatch, model: Trained, *argv: str) -> int:
-    monkeypatch.setattr("training.trained.load", lambda name: model)
+def call(monkeypatch: pytest.MonkeyPatch, model: LoadedModel, *argv: str) -> int:
+    monkeypatch.setattr("training.predict.load_model", lambda name: model)
     return predict.main(argv)
 
 
@@ -75,7 +74,7 @@ def test_a_stopped_run_goes_on_with_what_is_missing_and_the_parts_are_one_table(
     check_table(str(out), uri, model)
 
 
-def check_table(out: str, uri: str, model: Trained) -> None:
+def check_table(out: str, uri: str, model: LoadedModel) -> None:
     """Against the index and the scores of this process."""
     table = pd.read_parquet(out)
     index = load_index(uri, "val").to_pandas()
@@ -121,7 +120,7 @@ def test_from_s3_to_s3_and_a_finished_set_is_read_again_without_ray(
     check_table(str(tmp_path / "copy"), local, model)
 
 
-def begun(out: Path, uri: str, model: Trained, monkeypatch: pytest.MonkeyPatch) -> None:
+def begun(out: Path, uri: str, model: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """A run that was stopped before its first part."""
 
     def stop(*_: object) -> None:

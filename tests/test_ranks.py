@@ -12,6 +12,7 @@ from shard_sets import write_shard_set
 from small_training import CPU, Record, evaluated, fit, seen_ids, small_config, without_dropout
 
 from training import loop
+from training.network import build_model
 
 
 def train_on_rank(rank: int, world_size: int, uri: str, keep: Path, middle: Path) -> dict[str, Any]:
@@ -78,7 +79,7 @@ def test_ranks_learn_what_one_process_learns(together, world_size, number):
     """Weights after 8 steps of momentum. float32 sums in another order: 1e-6 is measured."""
     alone = load_file(together.alone.last / "model.safetensors")
     found = load_file(Path(together.ranks[world_size][0]["folders"][number]) / "model.safetensors")
-    initial = loop.build_model(small_config(), 4).state_dict()
+    initial = build_model(small_config(), 4).state_dict()
     for name, value in alone.items():
         moved = (value - initial[name]).abs().max()
         difference = (found[name] - value).abs().max()

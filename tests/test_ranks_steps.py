@@ -9,9 +9,9 @@ from ranks import run_ranks
 from small_training import CPU, small_config, without_dropout
 
 from alexnet.optim import Rates
-from training import loop
 from training.due import ASK_STEPS, Due, Stop
 from training.meter import GRAD_NORM, IMAGES, LOSS
+from training.network import build_model
 from training.order import rank_part
 from training.steps import Place, Stepper
 
@@ -26,7 +26,7 @@ def batch() -> tuple[torch.Tensor, torch.Tensor]:
 def stepped(place: Place, dtype: torch.dtype = torch.float32, **changes: Any) -> dict[str, Any]:
     """What one step of this rank's part leaves; no decay, so that the momentum is the gradient."""
     config = small_config(optim_weight_decay=0.0, **changes)
-    stepper = Stepper(config, loop.build_model(config, 4).to(dtype), place)
+    stepper = Stepper(config, build_model(config, 4).to(dtype), place)
     images, labels = batch()
     images = images.to(dtype)
     ids = torch.from_numpy(rank_part(torch.arange(BATCH).numpy(), place.rank, place.world_size))
@@ -132,7 +132,7 @@ def test_running_statistics_are_the_means_over_all_ranks(ranks, world_size):
     with pytest.MonkeyPatch.context() as patch:
         without_dropout(patch.setattr)
         for rank in range(world_size):
-            model = loop.build_model(small_config(model_batch_norm=True), 4)
+            model = build_model(small_config(model_batch_norm=True), 4)
             model(images[rank::world_size].contiguous(memory_format=torch.channels_last))
             own.append(dict(model.named_buffers()))
     for rank in ranks[world_size]:

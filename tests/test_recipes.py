@@ -9,7 +9,7 @@ import torch
 from alexnet.optim import Rates
 from training.command_line import parse
 from training.config import TrainConfig
-from training.loop import build_model
+from training.network import build_model
 from training.recipes import RECIPES
 from training.steps import learning_rates
 

@@ -19,9 +19,11 @@ from shard_sets import write_shard_set
 from small_training import BY_HEART, Record, fit, small_config
 
 from alexnet.model import AlexNet
+from alexnet.preprocess import InputSpec
 from pipelines.shards import Manifest, load_manifest
-from training import figures, tracking, trained
+from training import figures, tracking
 from training.config import AugmentConfig, ModelConfig, TrainConfig
+from training.network import load_model
 from training.recipes import RECIPES
 from training.registry import card, card_page, card_text
 from training.registry.card_text import Section
@@ -70,7 +72,7 @@ def written(learned, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Writt
 
 
 def _write(data: str, record: Record) -> Written:
-    manifest, model = load_manifest(data), trained.load(str(record.last))
+    manifest, model = load_manifest(data), load_model(str(record.last))
     assert isinstance(model.network, AlexNet)
     client = tracking.connect(tracking.tracking_uri())
     run_id = tracking.open_run(client, CONFIG, manifest, data).info.run_id
@@ -212,7 +214,7 @@ def test_version_without_a_card_is_left_as_it_is(written):
 
 def test_lost_shards_leave_out_the_examples_alone(written, tmp_path):
     client, manifest = written.client, written.manifest
-    spec = trained.InputSpec(227, 227, (1.0,) * 3, (1.0,) * 3, ((1.0,) * 3,) * 3)
+    spec = InputSpec(227, 227, (1.0,) * 3, (1.0,) * 3, ((1.0,) * 3,) * 3)
     run_id = _other_run(written, "lost", str(tmp_path / "gone"))
     text = card.write(client, run_id, written.network, spec, manifest, CONFIG)
     assert "Not measured: the shards could not be read" in text
@@ -310,7 +312,7 @@ def test_code_of_the_card_answers_where_nothing_else_is_set(
     client = enter_whole_copy(registered_models, home, monkeypatch)
     client.set_registered_model_alias(NAME, "champion", GOOD)
     run = client.get_run(client.get_model_version(NAME, GOOD).run_id)
-    network = trained.load("champion").network
+    network = load_model("champion").network
     assert isinstance(network, AlexNet)
     manifest = load_manifest(registered_models.data)
     facts = card.gather(client, run.info.run_id, network, manifest, GOOD_CONFIG)

@@ -18,7 +18,7 @@ from pipelines.shards import load_manifest
 from training import checkpoint, tracking
 from training.evaluate import evaluate
 from training.loader import Loader
-from training.loop import build_model, input_spec
+from training.network import build_model, input_spec
 from training.registry import gate
 from training.registry.gate import Asked
 from training.registry.verdict import Verdict

@@ -13,7 +13,7 @@ from registered import AGAIN, GOOD, GOOD_CONFIG, MLFLOW_WARNINGS, POOR, Built
 from safetensors.numpy import load_file
 
 from pipelines.shards import load_manifest
-from training.loop import input_spec
+from training.network import input_spec
 from training.registry import exports
 from training.registry.package import register
 from training.registry.versions import aliases, load, verify, versions

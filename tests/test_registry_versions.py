@@ -26,7 +26,7 @@ from safetensors.numpy import load_file, save_file
 from safetensors.torch import load_file as load_tensors
 
 from alexnet.errors import UserError
-from training.loop import build_model
+from training.network import build_model
 from training.registry.versions import load, resolve, verify, versions
 
 pytestmark = [pytest.mark.filterwarnings(line) for line in MLFLOW_WARNINGS]

@@ -22,8 +22,8 @@ from pipelines.shards import load_manifest
 from training.config import TrainConfig
 from training.evaluate import evaluate
 from training.loader import Loader
-from training.loop import input_spec
 from training.mistakes import examine
+from training.network import input_spec
 from training.scoring import Scored, score, terminal_line
 
 # Ray Data warns of its own defaults.

@@ -101,7 +101,7 @@ def newest_good(run: str) -> Iterator[Path | None]:
     """
     folders = _newest_first(run)
     for folder in folders:
-        with _local(storage.join(run, folder)) as here:
+        with local(storage.join(run, folder)) as here:
             try:
                 verify(here)
             except UserError as error:
@@ -112,6 +112,22 @@ def newest_good(run: str) -> Iterator[Path | None]:
     if folders:
         raise UserError(_none_whole(run))
     yield None
+
+
+@contextlib.contextmanager
+def local(checkpoint: str) -> Iterator[Path]:
+    """A checkpoint, of S3 a copy, as a local folder for the time of the block."""
+    if not storage.is_s3(checkpoint):
+        yield Path(checkpoint)
+        return
+    with tempfile.TemporaryDirectory(prefix="checkpoint-") as folder:
+        here = Path(folder) / checkpoint.rpartition("/")[2]
+        here.mkdir()
+        for name, _ in storage.list_files(checkpoint):
+            content = _if_there(storage.join(checkpoint, name))
+            if "/" not in name and content is not None:
+                (here / name).write_bytes(content)
+        yield here
 
 
 def newest_state(run: str) -> dict[str, Any] | None:
@@ -236,21 +252,6 @@ def _step(checkpoint: str) -> int:
         return -1 if state is None else int(json.loads(state)["step"])
     except (LookupError, TypeError, ValueError, OverflowError, RecursionError):
         return -1
-
-
-@contextlib.contextmanager
-def _local(checkpoint: str) -> Iterator[Path]:
-    if not storage.is_s3(checkpoint):
-        yield Path(checkpoint)
-        return
-    with tempfile.TemporaryDirectory(prefix="checkpoint-") as folder:
-        here = Path(folder) / checkpoint.rpartition("/")[2]
-        here.mkdir()
-        for name, _ in storage.list_files(checkpoint):
-            content = _if_there(storage.join(checkpoint, name))
-            if "/" not in name and content is not None:
-                (here / name).write_bytes(content)
-        yield here
 
 
 def _sha256_if_there(path: Path) -> str | None:

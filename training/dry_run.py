@@ -22,9 +22,9 @@ from alexnet.model import AlexNet
 from pipelines import shards, storage
 from training import lease, tracking
 from training.config import TrainConfig
-from training.loop import build_model, input_spec
 from training.memories import agreed
 from training.names import checked_name, checked_place, refuse_unwritable_path
+from training.network import build_model, input_spec
 from training.order import steps_per_epoch
 from training.room import check_node, check_storage, gb
 

@@ -23,11 +23,11 @@ import torch
 
 from alexnet.errors import UserError
 from pipelines import command, shards, storage
-from training import figures, trained
+from training import figures
 from training.evaluate import VIEWS, Network, Protocol
 from training.loader import Loader
 from training.mistakes import ClassAccuracy, Examination, by_class, confused_pairs, examine
-from training.trained import Trained
+from training.network import LoadedModel, check_fits, load_model
 
 _TOLD_PAIRS = 10
 _TOLD_CLASSES = 10
@@ -37,7 +37,7 @@ _TOLD_CLASSES = 10
 class Evaluation:
     """Everything that the outputs are made of; keys: the name of each mistaken picture."""
 
-    trained: Trained
+    trained: LoadedModel
     data: str
     manifest: shards.Manifest
     split: str
@@ -84,8 +84,8 @@ def _evaluate(args: argparse.Namespace) -> Evaluation:
     device = _device(args.device)
     protocol: Protocol = "ten_crop" if args.ten_crop else "centre"
     manifest = shards.load_manifest(args.data)
-    model = trained.load(args.model)
-    trained.check_fits(model, manifest, args.data)
+    model = load_model(args.model)
+    check_fits(model, manifest, args.data)
     with Loader(
         args.data, manifest, args.split, threads=os.cpu_count() or 1, cache_gb=20
     ) as loader:

@@ -5,7 +5,6 @@ functions, so benchmarks, tests and machines without Ray run the very same code 
 """
 
 import contextlib
-import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -16,8 +15,7 @@ import numpy as np
 import torch
 
 from alexnet import NETWORK_SIDE
-from alexnet.model import AlexNet
-from alexnet.preprocess import Augment, InputSpec, train_view
+from alexnet.preprocess import Augment, train_view
 from pipelines.shards import Manifest, load_manifest
 from training import checkpoint, guards, state
 from training.config import TrainConfig, science_digest, to_dict
@@ -27,6 +25,7 @@ from training.guards import TrainingStopped as TrainingStopped
 from training.journal import Journal
 from training.loader import Batch, Loader
 from training.meter import Meter
+from training.network import build_model, input_spec
 from training.order import Ids, epoch_order, global_batch, rank_part, steps_per_epoch
 from training.speed import training_flops
 from training.steps import Place as Place
@@ -85,33 +84,6 @@ def fit(
         while not run.finished and not run.stopped:
             run.epoch(step_done)
         return run.position.metrics
-
-
-def input_spec(manifest: Manifest, config: TrainConfig) -> InputSpec:
-    """Geometry and statistics of the shards, as the trained model will carry them."""
-    covariance = manifest.pixels.covariance
-    deviations = [math.sqrt(covariance[i][i]) for i in range(3)]
-    red, green, blue = deviations if config.normalise == "mean_std" else (1.0, 1.0, 1.0)
-    return InputSpec(
-        resize=manifest.resize,
-        crop=manifest.crop,
-        mean=manifest.pixels.mean,
-        std=(red, green, blue),
-        covariance=covariance,
-    )
-
-
-def build_model(config: TrainConfig, num_classes: int) -> AlexNet:
-    """The network of a config, initialised from its seed, on the CPU."""
-    torch.manual_seed(config.seed)
-    return AlexNet(
-        config.model.variant,
-        num_classes=num_classes,
-        width=config.model.width,
-        batch_norm=config.model.batch_norm,
-        norm_group=config.model.norm_group,
-        init=config.model.init,
-    )
 
 
 def _loader(config: TrainConfig, data: str, manifest: Manifest, split: str, place: Place) -> Loader:

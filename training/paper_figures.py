@@ -25,11 +25,11 @@ from alexnet.errors import UserError
 from alexnet.model import AlexNet
 from alexnet.preprocess import InputSpec, centre_view
 from pipelines import command, shards, storage
-from training import figures, trained
+from training import figures
 from training.figures import Neighbours, Panel
 from training.loader import Loader
+from training.network import LoadedModel, check_fits, load_model
 from training.order import Ids
-from training.trained import Trained
 
 _PANELS = 8
 _QUERIES = 5
@@ -45,11 +45,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _answer(args: argparse.Namespace) -> int:
     if args.pictures < _NEAREST:
         raise UserError(f"--pictures {args.pictures} is below {_NEAREST}; pass more")
-    model = trained.load(args.model)
+    model = load_model(args.model)
     assert isinstance(model.network, AlexNet)
     data = args.data or _data_of(model)
     manifest = shards.load_manifest(data)
-    trained.check_fits(model, manifest, data)
+    check_fits(model, manifest, data)
     drawn = _draw(model.network, model.input_spec, manifest, data, args.pictures)
     out = args.out or str(storage.home() / "figures" / _as_folder(model.name))
     for name, figure in drawn.items():
@@ -75,7 +75,7 @@ def _as_folder(name: str) -> str:
     return "-".join(re.findall(r"[\w.]+", name.removeprefix("models:")))[-60:]
 
 
-def _data_of(model: Trained) -> str:
+def _data_of(model: LoadedModel) -> str:
     """Where the shards of a registered version were. Raises UserError for anything else."""
     number = model.name.rpartition("/")[2]
     if model.name.startswith("models:/") and number.isdecimal():

@@ -15,7 +15,7 @@ from alexnet.predict import BATCH_SIZE, decode, top_k
 from alexnet.preprocess import InputSpec, resize_and_crop
 from pipelines import entries, storage
 from training import figures
-from training.trained import Trained
+from training.network import LoadedModel
 
 ON_SHEET = 60
 
@@ -85,7 +85,7 @@ class Prediction:
         return json.dumps({"path": self.path, "classes": classes})
 
 
-def predict(model: Trained, paths: Sequence[str], top: int) -> Iterator[Prediction]:
+def predict(model: LoadedModel, paths: Sequence[str], top: int) -> Iterator[Prediction]:
     """In the order of `paths`, with a batch of pictures in memory."""
     spec = model.input_spec
     names = [ClassName(n, w) for n, w in zip(model.class_names, model.wnids, strict=True)]

@@ -29,8 +29,9 @@ if __name__ == "__main__":
 
 from alexnet.errors import UserError
 from pipelines import command
-from training import picture_files, trained
+from training import picture_files
 from training.evaluate import Metrics
+from training.network import load_model
 from training.picture_files import Prediction
 from training.predictions import write_predictions
 
@@ -76,7 +77,7 @@ def _predict_pictures(args: argparse.Namespace) -> int:
     found = picture_files.find(args.pictures)
     if found.skipped:
         print(f"skipped {found.skipped:,} entries that are no pictures", file=sys.stderr)
-    model = trained.load(args.model)
+    model = load_model(args.model)
     bad = 0
     shown: list[Prediction] = []
     for prediction in picture_files.predict(model, found.paths, args.top):
@@ -98,7 +99,7 @@ def _predict_shards(args: argparse.Namespace) -> int:
     if args.workers is not None and args.workers < 1:
         raise UserError(f"--workers {args.workers} is below 1; pass 1 or more")
     found = write_predictions(
-        trained.load(args.model),
+        load_model(args.model),
         args.data,
         args.out,
         split=args.split,

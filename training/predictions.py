@@ -19,8 +19,9 @@ import torch
 
 from alexnet.errors import UserError
 from pipelines import shards, storage
-from training import scoring, trained
+from training import scoring
 from training.evaluate import Metrics
+from training.network import LoadedModel, check_fits
 from training.shard_scores import first_of_each
 
 COLUMNS = pa.schema(
@@ -50,7 +51,7 @@ class Predicted:
 
 
 def write_predictions(
-    model: trained.Trained,
+    model: LoadedModel,
     data: str,
     out: str,
     *,
@@ -66,7 +67,7 @@ def write_predictions(
     """
     out = storage.absolute(out)
     manifest = shards.load_manifest(data)
-    trained.check_fits(model, manifest, data)
+    check_fits(model, manifest, data)
     scoring.refuse_empty(data, manifest, split)
     names = [f"{info.name}.parquet" for info in manifest.split_shards(split)]
     there = _opened(out, _identity(model, data, manifest, split), names)
@@ -77,7 +78,7 @@ def write_predictions(
 
 
 def _identity(
-    model: trained.Trained, data: str, manifest: shards.Manifest, split: str
+    model: LoadedModel, data: str, manifest: shards.Manifest, split: str
 ) -> dict[str, Any]:
     """The first five decide whether parts belong together; the rest is for readers."""
     return {
@@ -136,7 +137,7 @@ def _short(value: Any) -> str:
 
 
 def _make(
-    model: trained.Trained,
+    model: LoadedModel,
     data: str,
     manifest: shards.Manifest,
     split: str,

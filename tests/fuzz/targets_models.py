@@ -13,9 +13,10 @@ import torch
 from safetensors import safe_open
 
 from alexnet.classifier import load_network, read_description
-from training import checkpoint, trained
+from training import checkpoint
 from training.command_line import read_config
 from training.config import to_dict
+from training.network import load_model
 from training.registry import versions
 
 
@@ -24,7 +25,7 @@ def checkpoint_file(data: bytes, folder: Path) -> None:
     place = _copied("checkpoint", folder)
     right = (place / "model.safetensors").read_bytes()
     (place / "model.safetensors").write_bytes(data)
-    trained.load(str(place))
+    load_model(str(place))
     assert data == right
 
 
@@ -42,7 +43,7 @@ def checkpoint_state(data: bytes, folder: Path) -> None:
     place = _copied("checkpoint", folder)
     (place / "state.json").write_bytes(data)
     _vouch(place)
-    found = trained.load(str(place))
+    found = load_model(str(place))
     assert len(found.wnids) == len(found.class_names)
     assert all(isinstance(name, str) for name in (*found.wnids, *found.class_names))
     _check_answers(found.network, len(found.wnids))
@@ -52,7 +53,7 @@ def checkpoint_tensors(data: bytes, folder: Path) -> None:
     place = _copied("checkpoint", folder)
     (place / "model.safetensors").write_bytes(data)
     _vouch(place)
-    found = trained.load(str(place))
+    found = load_model(str(place))
     _check_weights(found.network, place / "model.safetensors")
 
 

@@ -16,7 +16,7 @@ from pipelines import shards
 from pipelines.plan import Recipe
 from training import checkpoint
 from training.config import to_dict
-from training.loop import build_model, input_spec
+from training.network import build_model, input_spec
 from training.registry import versions
 
 WNIDS = ["n00000010", "n00000020", "n00000030"]

@@ -14,13 +14,13 @@ from mlflow.tracking import MlflowClient
 from alexnet.errors import UserError
 from pipelines import shards, storage
 from training import tracking
+from training.network import LoadedModel, check_fits
 from training.registry import alias, card, checks, verdict
 from training.registry.alias import Refused, Tags
 from training.registry.policy import SHIPPED, read_policy
 from training.registry.verdict import Check, Verdict
 from training.registry.versions import NAME, Registered, aliases, load, resolve, run_of, verify
 from training.scoring import Scored, score, terminal_line
-from training.trained import Trained, check_fits
 
 CHAMPION = "champion"
 _PICTURES_USED = 8  # by the check in a fresh process
@@ -209,7 +209,7 @@ def _classes(uri: str, model: Registered, manifest: shards.Manifest, data: str) 
 
 def _refuse_misfit(uri: str, model: Registered, manifest: shards.Manifest, data: str) -> None:
     spec = model.input_spec
-    named = Trained(uri, "", model.network, spec, model.wnids, model.class_names)
+    named = LoadedModel(uri, "", model.network, spec, model.wnids, model.class_names)
     check_fits(named, manifest, data)
 
 

@@ -29,7 +29,7 @@ from alexnet.preprocess import InputSpec
 from pipelines import shards
 from training import checkpoint, figures, tracking
 from training.config import TrainConfig
-from training.loop import build_model
+from training.network import build_model
 from training.registry import card, exports
 from training.registry.versions import DESCRIPTION, NAME, SUMS, WEIGHTS, file_sums, sha256
 

@@ -1,10 +1,10 @@
-"""A trained network to look at: a registered version, or a checkpoint of a run."""
+"""A network: from a config, from a checkpoint of a run, or from a registered version."""
 
 import contextlib
 import dataclasses
+import math
 import os
 import re
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,18 +14,45 @@ import torch
 
 from alexnet.classifier import names_of_classes
 from alexnet.errors import UserError
+from alexnet.model import AlexNet
 from alexnet.preprocess import InputSpec
 from pipelines import storage
 from pipelines.shards import Manifest
 from training import checkpoint
 from training.config import ModelConfig, TrainConfig
-from training.loop import build_model
 
 _REGISTERED = re.compile(r"models:/.+|runs:/.+|[\w-]+")
 
 
+def build_model(config: TrainConfig, num_classes: int) -> AlexNet:
+    """The network of a config, initialised from its seed, on the CPU."""
+    torch.manual_seed(config.seed)
+    return AlexNet(
+        config.model.variant,
+        num_classes=num_classes,
+        width=config.model.width,
+        batch_norm=config.model.batch_norm,
+        norm_group=config.model.norm_group,
+        init=config.model.init,
+    )
+
+
+def input_spec(manifest: Manifest, config: TrainConfig) -> InputSpec:
+    """Geometry and statistics of the shards, as the trained model will carry them."""
+    covariance = manifest.pixels.covariance
+    deviations = [math.sqrt(covariance[i][i]) for i in range(3)]
+    red, green, blue = deviations if config.normalise == "mean_std" else (1.0, 1.0, 1.0)
+    return InputSpec(
+        resize=manifest.resize,
+        crop=manifest.crop,
+        mean=manifest.pixels.mean,
+        std=(red, green, blue),
+        covariance=covariance,
+    )
+
+
 @dataclass(frozen=True)
-class Trained:
+class LoadedModel:
     """network: float32 (B,3,227,227) -> logits (B, classes), on the CPU, in evaluation mode.
     wnids, class_names: of its classes, in label order."""
 
@@ -37,7 +64,7 @@ class Trained:
     class_names: tuple[str, ...]
 
 
-def load(model: str) -> Trained:
+def load_model(model: str) -> LoadedModel:
     """model: champion, candidate, a version's number, models:/alexnet@champion, models:/alexnet/3;
     or a folder or s3:// prefix of a checkpoint, or of a run, whose newest whole one is taken.
 
@@ -50,20 +77,20 @@ def load(model: str) -> Trained:
         return _from_checkpoint(model, folder)
 
 
-def check_fits(trained: Trained, manifest: Manifest, data: str) -> None:
+def check_fits(model: LoadedModel, manifest: Manifest, data: str) -> None:
     """Raises UserError, one line with what differs, when accuracy on these shards would mean
     nothing: other classes, or pictures cut in another way."""
-    spec, differs = trained.input_spec, []
+    spec, differs = model.input_spec, []
     if (spec.resize, spec.crop) != (manifest.resize, manifest.crop):
         differs.append(
             f"pictures resized to {manifest.resize} and cut to {manifest.crop}, where it learned "
             f"from {spec.resize} and {spec.crop}"
         )
-    if trained.wnids != manifest.wnids:
-        differs.append(_other_classes(trained.wnids, manifest.wnids))
+    if model.wnids != manifest.wnids:
+        differs.append(_other_classes(model.wnids, manifest.wnids))
     if differs:
         raise UserError(
-            f"{trained.name} does not fit {data}: {'; '.join(differs)}; pass the shards that it "
+            f"{model.name} does not fit {data}: {'; '.join(differs)}; pass the shards that it "
             "was trained on, or others of the same classes and geometry"
         )
 
@@ -75,7 +102,7 @@ def _other_classes(has: tuple[str, ...], wanted: tuple[str, ...]) -> str:
     return f"other classes, for example label {label} is {wanted[label]}, where it has {has[label]}"
 
 
-def _registered(model: str) -> Trained:
+def _registered(model: str) -> LoadedModel:
     # mlflow takes seconds, and a checkpoint needs none
     from training import tracking
     from training.registry import versions
@@ -92,7 +119,7 @@ def _registered(model: str) -> Trained:
             held = client.get_model_version_by_alias(match[1], match[2])
             uri, about = f"models:/{match[1]}/{held.version}", f"now {match[2]}"
     found = versions.load(uri)
-    return Trained(uri, about, found.network, found.input_spec, found.wnids, found.class_names)
+    return LoadedModel(uri, about, found.network, found.input_spec, found.wnids, found.class_names)
 
 
 @contextlib.contextmanager
@@ -100,7 +127,7 @@ def _checkpoint(where: str) -> Iterator[Path]:
     """A local folder, with its hashes verified, for the time of the block."""
     where = storage.absolute(where)
     if storage.exists(storage.join(where, "state.json")):
-        with _local(where) as folder:
+        with checkpoint.local(where) as folder:
             checkpoint.verify(folder)
             yield folder
         return
@@ -113,19 +140,7 @@ def _checkpoint(where: str) -> Iterator[Path]:
         yield newest
 
 
-@contextlib.contextmanager
-def _local(where: str) -> Iterator[Path]:
-    if not storage.is_s3(where):
-        yield Path(where)
-        return
-    with tempfile.TemporaryDirectory(prefix="checkpoint-") as folder:
-        for name, _ in storage.list_files(where):
-            if "/" not in name:
-                (Path(folder) / name).write_bytes(storage.read(storage.join(where, name)))
-        yield Path(folder)
-
-
-def _from_checkpoint(name: str, folder: Path) -> Trained:
+def _from_checkpoint(name: str, folder: Path) -> LoadedModel:
     state = checkpoint.load_state(folder)
     try:
         network = _network(state)
@@ -146,7 +161,7 @@ def _from_checkpoint(name: str, folder: Path) -> Trained:
         raise UserError(
             f"checkpoint {name} is from another release ({reason}); evaluate it with that one"
         ) from error
-    return Trained(
+    return LoadedModel(
         name=name,
         about=f"{about}, averaged weights" if averaged else about,
         network=network.eval(),
