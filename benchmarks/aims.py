@@ -128,7 +128,7 @@ AIMS = (
         "bare PyTorch",
         reason="Ray's own processes, the five helpers of Ray Train and Data among them, take 11 % "
         "of one of the two CPUs on which the step computes (LOG.md); with equal memory settings "
-        "the whole has 0.85 of a bare loop and 0.92 without Ray, so half of the gap is our own loop",
+        "the whole has 0.85 of a bare loop and 0.92 without Ray: half of the gap is our own loop",
     ),
     Aim(
         "time of what is done once per set: its power of the number of pictures, shards or classes",
