@@ -1,7 +1,6 @@
-"""python -m pipelines build | plan | verify | inspect | status | diff | report | fetch | demo-raw
+"""python -m pipelines build | plan | verify | inspect | status | report | fetch | demo-raw
 
-Exit codes: 0 done; 1 verification failed, sets differ, or build incomplete; 2 wrong usage or input;
-130 Ctrl-C.
+Exit codes: 0 done; 1 verification failed or build incomplete; 2 wrong usage or input; 130 Ctrl-C.
 """
 
 from __future__ import annotations
@@ -59,9 +58,6 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--out", help="shard set; default: the newest under $ALEXNET_HOME")
     sub = verb("status", commands.status, "how far a running or stopped build is")
     sub.add_argument("out", metavar="OUT", nargs="?")
-    sub = verb("diff", commands.diff, "compare two shard sets")
-    sub.add_argument("a", metavar="A")
-    sub.add_argument("b", metavar="B")
     sub = verb("report", commands.report, "write OUT/report/index.html", json=False)
     sub.add_argument("out", metavar="OUT", nargs="?")
     _add_fetch_flags(verb("fetch", commands.fetch, "download a public raw set", json=False))

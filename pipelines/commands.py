@@ -137,14 +137,6 @@ def status(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def diff(arguments: argparse.Namespace) -> int:
-    from pipelines.diff import diff, text
-
-    document = diff(storage.absolute(arguments.a), storage.absolute(arguments.b))
-    print(json.dumps(document, indent=1) if arguments.json else text(document))
-    return 0 if document["same"] else 1
-
-
 def report(arguments: argparse.Namespace) -> int:
     from pipelines.report import report
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import shlex
 from collections.abc import Collection
 from typing import Any
 
@@ -61,7 +60,7 @@ def repair(
         raise BuildFailed(
             f"{out} is whole again, but not the data set that it was ({manifest.digest[:12]} "
             f"instead of {' or '.join(sorted(digest[:12] for digest in expected))}): has {raw} "
-            f"changed? `python -m pipelines diff {shlex.quote(out)} OTHER` compares it with a copy"
+            f"changed? Compare {out}/SHA256SUMS with that of a copy"
         )
     return manifest
 
