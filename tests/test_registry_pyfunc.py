@@ -31,6 +31,7 @@ def loaded(
         registered_models.enter_copy(tmp_path_factory.mktemp("pyfunc") / "home", patch)
         patch.setenv("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false")
         patch.setattr(sys, "path", list(sys.path))  # MLflow adds the model's code to it
+        patch.setattr(sys, "pycache_prefix", str(tmp_path_factory.mktemp("compiled")))
         yield mlflow.pyfunc.load_model(URI), load(URI)
 
 

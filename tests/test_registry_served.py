@@ -233,9 +233,9 @@ def test_lines_of_the_readme_work_as_they_stand_with_the_embedded_store(
     readme = (ROOT / "README.md").read_text()
     [block] = re.findall(r"\n\n((?: {4}.+\n)+ {4}mlflow models serve .+\n(?: {4}.+\n)+)", readme)
     (port,) = free_ports(1)  # the one thing that is not as it stands
-    export, load, serve, ask = block.replace("5001", str(port)).splitlines()
+    *exports, load, serve, ask = block.replace("5001", str(port)).splitlines()
     script = f"""set -euo pipefail
-        {export}
+        {"; ".join(exports)}
         {load}
         {serve} >serve.log 2>&1 </dev/null &
         until curl --silent --fail http://127.0.0.1:{port}/ping; do kill -0 $!; sleep 0.3; done

@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,6 +13,7 @@ import mlflow
 import numpy as np
 import pytest
 import torch
+from gated import enter_whole_copy, files_of
 from registered import (
     AGAIN,
     FOREIGN,
@@ -27,7 +29,7 @@ from safetensors.torch import load_file as load_tensors
 
 from alexnet.errors import UserError
 from training.network import build_model
-from training.registry.versions import load, resolve, verify, versions
+from training.registry.versions import load, resolve, sha256, verify, versions
 
 pytestmark = [pytest.mark.filterwarnings(line) for line in MLFLOW_WARNINGS]
 
@@ -102,10 +104,36 @@ def test_changed_weights_with_hashes_to_match_are_refused_by_the_tag(registry, g
             load(uri)
 
 
-def test_what_python_and_mlflow_leave_beside_the_files_is_no_change(registry, monkeypatch):
+def test_version_used_in_place_is_refused_until_what_python_compiled_there_is_gone(
+    registered_models, home, tmp_path, monkeypatch
+):
+    client = enter_whole_copy(registered_models, home, monkeypatch)
     monkeypatch.setattr(sys, "path", list(sys.path))  # MLflow adds the model's code to it
-    mlflow.pyfunc.load_model(f"models:/alexnet/{GOOD}")
-    assert verify(registry, resolve(registry, GOOD)) == []
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
+    uri, folder = f"models:/alexnet/{GOOD}", files_of(client, GOOD)
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "pycache_prefix", str(tmp_path / "compiled"))
+        mlflow.pyfunc.load_model(uri)
+    assert verify(client, resolve(client, GOOD)) == [] and load(uri)
+    mlflow.pyfunc.load_model(uri)
+    with pytest.raises(UserError, match=r"remove every __pycache__ .* PYTHONPYCA") as told:
+        load(uri)
+    assert str(folder) in str(told.value) and "\n" not in str(told.value)
+    shutil.rmtree(folder / "__pycache__")
+    assert load(uri)
+
+
+@pytest.mark.parametrize("sealed", [False, True])
+def test_planted_compiled_code_is_a_difference_also_where_the_sums_name_it(good_copy, sealed):
+    planted = good_copy / "code" / "alexnet" / "__pycache__" / "model.cpython-311.pyc"
+    planted.parent.mkdir()
+    planted.write_bytes(b"compiled")
+    if sealed:
+        sums = (good_copy / "SHA256SUMS").read_text()
+        name = planted.relative_to(good_copy)
+        (good_copy / "SHA256SUMS").write_text(f"{sums}{sha256(planted)}  {name}\n")
+    with pytest.raises(UserError, match=r"__pycache__/model\.cpython-311\.pyc added"):
+        load(str(good_copy))
 
 
 def test_version_without_hashes_is_refused(registry, good_copy):

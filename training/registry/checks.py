@@ -23,7 +23,7 @@ from training.mistakes import by_class
 from training.registry.mcnemar import Paired, compare
 from training.registry.policy import FULL_SET, Policy
 from training.registry.verdict import Check
-from training.registry.versions import Registered
+from training.registry.versions import Registered, verified
 from training.scoring import Scored
 
 # Another machine may round differently: a picture or two at the border may flip, no more.
@@ -108,12 +108,13 @@ def latency(network: torch.nn.Module, policy: Policy) -> Check:
 
 
 # -I: neither this folder nor $PYTHONPATH is searched, so that it is the model's own code that runs.
+# pycache_prefix: it is compiled here from the source that was verified, and nothing is left there.
 _FRESH = """
 import json, pathlib, sys
 import mlflow
-uri, folder, answers = sys.argv[1:]
+model, folder, answers = sys.argv[1:]
 pictures = [path.read_bytes() for path in sorted(pathlib.Path(folder).iterdir())]
-found = mlflow.pyfunc.load_model(uri).predict(pictures)
+found = mlflow.pyfunc.load_model(model).predict(pictures)
 rows = list(zip(found["classes"].tolist(), found["probabilities"].tolist()))
 pathlib.Path(answers).write_text(json.dumps(rows))
 """
@@ -122,14 +123,15 @@ pathlib.Path(answers).write_text(json.dumps(rows))
 def as_used(uri: str, tracking_uri: str, model: Registered, pictures: Sequence[bytes]) -> Check:
     """Whether `mlflow.pyfunc` in a fresh process says of picture files what the network says here.
 
-    It runs code of the registry: call it for a version whose files were verified.
+    It runs code of the registry, from a copy whose files are verified once more.
     """
     limit = "the same classes from mlflow.pyfunc"
     spec = model.input_spec
     images = [resize_and_crop(decode(content), spec.resize, spec.crop) for content in pictures]
     expected = top_k(model.network, torch.stack(images), spec, model.class_names, k=5)
     try:
-        rows = _in_fresh_process(uri, tracking_uri, pictures)
+        with verified(uri) as folder:
+            rows = in_fresh_process(folder, tracking_uri, pictures)
     except UserError as error:
         return Check("as used", str(error), limit, False)
     agree = sum(_agree(dict(own), row) for own, row in zip(expected, rows, strict=True))
@@ -147,16 +149,19 @@ def _agree(own: Mapping[str, float], row: tuple[list[str], list[float]]) -> bool
     )
 
 
-def _in_fresh_process(
-    uri: str, tracking_uri: str, pictures: Sequence[bytes]
+def in_fresh_process(
+    model: Path, tracking_uri: str, pictures: Sequence[bytes]
 ) -> list[tuple[list[str], list[float]]]:
+    """model: a folder whose code may run. The likeliest classes of each with their probabilities.
+    Raises UserError."""
     with tempfile.TemporaryDirectory(prefix="as-used-") as temporary:
         folder, answers = Path(temporary) / "pictures", Path(temporary) / "answers.json"
         folder.mkdir()
         for number, content in enumerate(pictures):
             (folder / f"{number:03d}").write_bytes(content)
-        command = [sys.executable, "-I", "-W", "ignore", "-c", _FRESH]
-        command += [uri, str(folder), str(answers)]
+        compiled = f"pycache_prefix={Path(temporary) / 'compiled'}"
+        command = [sys.executable, "-I", "-X", compiled, "-W", "ignore", "-c", _FRESH]
+        command += [str(model), str(folder), str(answers)]
         environment = os.environ | {"MLFLOW_TRACKING_URI": tracking_uri}
         try:
             subprocess.run(

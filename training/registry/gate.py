@@ -19,7 +19,7 @@ from training.registry import alias, card, checks, verdict
 from training.registry.alias import Refused, Tags
 from training.registry.policy import SHIPPED, read_policy
 from training.registry.verdict import Check, Verdict
-from training.registry.versions import NAME, Registered, aliases, load, resolve, run_of, verify
+from training.registry.versions import NAME, Registered, aliases, load, resolve, run_of, verified
 from training.scoring import Scored, score, terminal_line
 
 CHAMPION = "champion"
@@ -95,11 +95,11 @@ def rollback(client: MlflowClient, *, dry_run: bool = False) -> tuple[str, str]:
     if not before:
         raise Refused(f"champion {champion} had none before it; promote another version instead")
     target = resolve(client, before[-1])
-    if changed := verify(client, target):
-        raise Refused(
-            f"version {target.version}, the champion before, is not what was registered "
-            f"({', '.join(changed[:3])}); promote another version instead"
-        )
+    try:
+        with verified(f"models:/{NAME}/{target.version}"):
+            pass
+    except UserError as error:
+        raise Refused(f"the champion before: {error}; or promote another version") from error
     if not dry_run:
         tags = {**_history(before[:-1]), _RESTORED: _now()}
         alias.move(client, CHAMPION, champion, str(target.version), tags)

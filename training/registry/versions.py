@@ -10,7 +10,7 @@ import hashlib
 import os
 import re
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,6 +34,7 @@ WEIGHTS = "artifacts/model.safetensors"
 DESCRIPTION = "artifacts/alexnet.json"
 # One line "sha256  path" for each other file; the version's tag `artifacts_sha256` is its sha256.
 SUMS = "SHA256SUMS"
+_OF_MLFLOW = "registered_model_meta"  # which it writes into a copy of a version: number and name
 
 _VERSION_URI = re.compile(r"models:/([^/@]+)(?:/(.+)|@(.+))")
 _NUMBER = "[0-9]{1,9}"  # more than nine digits are too many for MLflow's databases
@@ -64,8 +65,7 @@ def load(uri: str) -> Registered:
     from alexnet.classifier import load_network, names_of_classes, read_description
     from alexnet.preprocess import InputSpec
 
-    with _downloaded(uri) as (folder, registered):
-        _refuse_changed(uri, folder, registered)
+    with verified(uri) as folder:
         description = read_description(folder / DESCRIPTION)
         try:
             network = load_network(folder / WEIGHTS, description["model"])
@@ -150,8 +150,16 @@ def _what_there_is(client: MlflowClient, held: Mapping[str, str]) -> str:
 def file_sums(folder: Path) -> str:
     """What belongs in SUMS: "sha256  path" of each other file, sorted by path, a line each."""
     names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*"))
-    names = [name for name in names if (folder / name).is_file() and not _added_later(name)]
-    return "".join(f"{sha256(folder / name)}  {name}\n" for name in names if name != SUMS)
+    names = [name for name in names if (folder / name).is_file() and name not in (SUMS, _OF_MLFLOW)]
+    return "".join(f"{sha256(folder / name)}  {name}\n" for name in names)
+
+
+@contextlib.contextmanager
+def verified(uri: str) -> Iterator[Path]:
+    """A private copy of a version's files, all of them as registered. Raises UserError."""
+    with _downloaded(uri) as (folder, version):
+        _refuse_changed(uri, folder, version)
+        yield folder
 
 
 @contextlib.contextmanager
@@ -199,8 +207,20 @@ def _refuse_changed(uri: str, folder: Path, version: ModelVersion | None) -> Non
     if changed := _differences(folder, registered):
         listed = ", ".join(changed[:3]) + (f" and {len(changed) - 3} more" if changed[3:] else "")
         raise UserError(
-            f"{uri}: its files are not those that were registered ({listed}); register it again"
+            f"{uri}: its files are not those that were registered ({listed}); "
+            f"{_remedy(uri, version, changed)}"
         )
+
+
+def _remedy(uri: str, version: ModelVersion | None, changed: Sequence[str]) -> str:
+    if not all(_is_compiled(difference.rsplit(" ", 1)[0]) for difference in changed):
+        return "register it again"
+    client = MlflowClient()
+    place = client.get_model_version_download_uri(version.name, version.version) if version else uri
+    return (
+        f"somebody used it in place: remove every __pycache__ below {place} and set "
+        "PYTHONPYCACHEPREFIX to a folder of your own wherever mlflow serves or loads it"
+    )
 
 
 def _registered_sums(uri: str, version: ModelVersion) -> str:
@@ -228,6 +248,7 @@ def _differences(folder: Path, registered: str) -> list[str]:
     words = dict.fromkeys(then.keys() - now.keys(), "missing")
     words |= dict.fromkeys(now.keys() - then.keys(), "added")
     words |= {name: "changed" for name in then.keys() & now.keys() if then[name] != now[name]}
+    words |= {name: "added" for name in now if _is_compiled(name)}  # never registered by us
     return [f"{name} {words[name]}" for name in sorted(words)]
 
 
@@ -236,8 +257,9 @@ def _parsed(sums: str) -> dict[str, str]:
     return {name: digest for digest, name in lines}
 
 
-def _added_later(name: str) -> bool:
-    return name == "registered_model_meta" or "__pycache__" in name.split("/")
+def _is_compiled(name: str) -> bool:
+    """Python may run such a file instead of the source beside it, and asks nobody."""
+    return "__pycache__" in name.split("/") or name.endswith(".pyc")
 
 
 def sha256(path: Path) -> str:
