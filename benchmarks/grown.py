@@ -22,10 +22,10 @@ import numpy as np
 import pyarrow as pa
 
 from pipelines import claim, finish, plan, shards, sources, storage
-from pipelines.job import codec_versions
 from pipelines.plan import Recipe, ShardPlan
 from pipelines.sources.table import Source, labelled, part
 from pipelines.verify import verify
+from pipelines.write_shard import codec_versions
 from training.loader import Loader
 from training.order import epoch_order, global_batch, steps_per_epoch
 

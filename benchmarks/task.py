@@ -2,7 +2,7 @@
 
 The limit is those four calls of the chosen libraries in a loop, with no check, no label, no hash
 and no statistics: once as the builder calls them, with four bytes a pixel, and once as their
-manuals do, with three. The task is `pipelines.produce`, which is what Ray runs once per shard.
+manuals do, with three. The task is `pipelines.write_shard`, which is what Ray runs once per shard.
 """
 
 import tempfile
@@ -18,12 +18,12 @@ from benchmarks.table import Bars, Table, spread
 from benchmarks.turns import ratios
 from pipelines import claim, plan, sources
 from pipelines.build import job_for
-from pipelines.produce import produce
+from pipelines.write_shard import write_shard
 
 COLUMNS = ("path", "img/s per core, CPU time", "ratio", "img/s, wall time", "ratio")
 CROP = 227
-_LIMIT, _PLAIN, _OURS = "the parts alone", "the parts alone, RGB throughout", "pipelines.produce"
-_NAMES = (_LIMIT, _PLAIN, _OURS)
+_NAMES = ("the parts alone", "the parts alone, RGB throughout", "pipelines.write_shard")
+_LIMIT, _PLAIN, _OURS = _NAMES
 
 
 def run(raw: Raw, rounds: int = 15) -> Table:
@@ -77,6 +77,6 @@ def _timed(
         claim.begin(str(out), raw, made)
         job = job_for(made, raw, str(out))
         start = time.process_time(), time.perf_counter()
-        produce(job, 0, made.shards[0].name, made.shards[0].id)
+        write_shard(job, 0, made.shards[0].name, made.shards[0].id)
     seconds = time.process_time() - start[0], time.perf_counter() - start[1]
     return pictures / seconds[0], pictures / seconds[1]

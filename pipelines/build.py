@@ -16,10 +16,10 @@ import ray.data
 
 from alexnet.errors import UserError
 from pipelines import claim, cluster, command, finish, metrics, plan, shards
-from pipelines.job import Job, Made, codec_versions
 from pipelines.plan import Plan
 from pipelines.progress import BuildFailed, MaxRejected, Progress
 from pipelines.sources import StoredAs
+from pipelines.write_shard import Job, Made, codec_versions, write_shard
 
 _MIB = 1 << 20
 
@@ -145,10 +145,9 @@ def _statuses(
 def _task(job: Job, row: dict[str, Any]) -> dict[str, Any]:
     """Few numbers go back; the rest is in the sidecar. A failure goes back as a row as well:
     raised here, it would reach the user as a page of Ray's own traceback."""
-    from pipelines.produce import produce  # its torch: here, and not in the driver
 
     try:
-        made = produce(job, row["number"], row["name"], row["shard_id"])
+        made = write_shard(job, row["number"], row["name"], row["shard_id"])
     except UserError as error:
         return _row(row["name"], error=str(error))
     except MemoryError as error:

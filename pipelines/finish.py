@@ -18,8 +18,8 @@ import pyarrow.parquet as pq
 
 from alexnet.errors import UserError
 from pipelines import claim, shards, storage
-from pipelines.job import codec_versions, quarantine_uri
 from pipelines.plan import Plan, ShardPlan
+from pipelines.write_shard import codec_versions, quarantine_uri
 
 NOT_MADE = "it was not made yet"
 Done = tuple[ShardPlan, dict[str, Any]]  # with the status of its sidecar
@@ -74,7 +74,7 @@ def _status(
 
 
 def _check_status(rows: pa.Table, status: dict[str, Any]) -> None:
-    """Raises LookupError, TypeError or ValueError for one that `produce` did not write."""
+    """Raises LookupError, TypeError or ValueError for one that `write_shard` did not write."""
     numbers = [status["samples"], status["bytes"], *status["fixes"].values()]
     texts = [status[name] for name in ("shard", "split", "sha256", "md5", "dali_index_sha256")]
     texts += [entry[name] for entry in status["rejected"] for name in ("key", "source_sha256")]

@@ -8,9 +8,9 @@ from typing import Any
 
 from alexnet.errors import UserError
 from pipelines import claim, finish, shards, storage
-from pipelines.job import codec_versions, quarantine_uri
 from pipelines.plan import Plan
 from pipelines.progress import BuildFailed, MaxRejected
+from pipelines.write_shard import codec_versions, quarantine_uri
 
 
 def repair(

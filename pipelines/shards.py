@@ -21,6 +21,7 @@ import hashlib
 import io
 import json
 import shlex
+import tarfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -29,7 +30,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from alexnet.errors import UserError
-from pipelines import storage, ustar
+from pipelines import storage
 from pipelines.damage import DAMAGE, check_manifest, check_sha256, check_table, said
 
 FORMAT = "alexnet-shards"
@@ -225,33 +226,37 @@ def pack(name: str, samples: Iterable[Sample]) -> Packed:
 
     The bytes depend on the samples alone: USTAR, no clock, no user, canonical JSON.
     """
+    from webdataset import TarWriter  # with it comes torch, which no reader of shards needs
+
     buffer = io.BytesIO()
     rows: list[dict[str, Any]] = []
     lines: list[str] = []
-    for sample in samples:
-        row = {field: getattr(sample, field) for field in INDEX.names if hasattr(sample, field)}
-        # Text, not a list: readers that guess types from the first samples (Hugging Face's)
-        # take an empty list for one of nulls, and fail at the first picture with a fix.
-        text = {**row, "name": sample.name, "fixes": " ".join(sample.fixes)}
-        row["fixes"] = list(sample.fixes)
-        members = {
-            "cls": str(sample.label).encode(),
-            "jpg": sample.jpeg,
-            "json": canonical_json(text),
-        }
-        places = {
-            suffix: ustar.add(buffer, f"{sample.key}.{suffix}", data)
-            for suffix, data in members.items()
-        }
-        lines.append(
-            " ".join(
-                f"{suffix} {places[suffix]} {len(data)} {sample.key}.{suffix}"
-                for suffix, data in members.items()
-            )
-        )
-        row |= {"shard": name, "offset": places["jpg"], "size": len(sample.jpeg)}
-        rows.append({**row, "sha256": hashlib.sha256(sample.jpeg).hexdigest()})
-    ustar.end(buffer)
+    with TarWriter(buffer, encoder=False, mtime=0, user="", group="") as writer:
+        # By themselves names that are long or not ASCII take pax headers, on some hosts in latin-1.
+        writer.tarstream.format, writer.tarstream.encoding = tarfile.USTAR_FORMAT, "utf-8"
+        for sample in samples:
+            row = {field: getattr(sample, field) for field in INDEX.names if hasattr(sample, field)}
+            # Text, not a list: readers that guess types from the first samples (Hugging Face's)
+            # take an empty list for one of nulls, and fail at the first image with a fix.
+            text = {**row, "name": sample.name, "fixes": " ".join(sample.fixes)}
+            members = {
+                "cls": str(sample.label).encode(),
+                "jpg": sample.jpeg,
+                "json": canonical_json(text),
+            }
+            end = writer.tarstream.offset
+            writer.write({"__key__": sample.key, **members})  # sorted by extension
+            entries = []
+            for suffix, data in members.items():
+                start = end + tarfile.BLOCKSIZE  # behind its header
+                end = start + -(-len(data) // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+                entries.append(f"{suffix} {start} {len(data)} {sample.key}.{suffix}")
+                if suffix == "jpg":
+                    row |= {"shard": name, "offset": start, "size": len(data)}
+            assert end == writer.tarstream.offset, f"{sample.key}: not one header for each member"
+            lines.append(" ".join(entries))
+            sha256 = hashlib.sha256(sample.jpeg).hexdigest()
+            rows.append({**row, "fixes": list(sample.fixes), "sha256": sha256})
     # "v1.2", then per sample: extension, offset of the data, bytes, name (DALI's wds2idx.py)
     dali = "\n".join([f"v1.2 {len(lines)}", *lines]) + "\n"
     return Packed(buffer.getvalue(), pa.Table.from_pylist(rows, schema=INDEX), dali.encode())

@@ -9,8 +9,8 @@ from drawn import ROOT
 
 from pipelines import claim, finish, plan, shards, sources, storage
 from pipelines.build import job_for
-from pipelines.produce import produce
 from pipelines.sources import subset
+from pipelines.write_shard import write_shard
 
 
 def made_shards(
@@ -26,7 +26,7 @@ def made_shards(
     claim.begin(out, raw, made)
     job = job_for(made, raw, out)
     for number, shard in enumerate(made.shards):
-        produce(job, number, shard.name, shard.id)
+        write_shard(job, number, shard.name, shard.id)
     return finish.finish(out, made, finish.finished_shards(out, made)[0])
 
 

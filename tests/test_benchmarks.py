@@ -100,7 +100,7 @@ def test_task_compares_a_builders_task_with_its_parts(raw: pictures.Raw) -> None
     table = task.run(raw, rounds=2)
     check(table, task.COLUMNS)
     parts = ["the parts alone", "the parts alone, RGB throughout"]
-    assert cells(table, "path") == [*parts, "pipelines.produce"]
+    assert cells(table, "path") == [*parts, "pipelines.write_shard"]
     assert table.chart is not None and list(table.chart.values) == cells(table, "path")
 
 

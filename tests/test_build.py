@@ -10,9 +10,9 @@ from made import contents
 
 from alexnet.errors import UserError
 from pipelines import build, claim, plan, shards, sources, storage
-from pipelines.produce import _PixelSums, produce
 from pipelines.progress import BuildFailed, MaxRejected
 from pipelines.transform import Stored, to_stored
+from pipelines.write_shard import _PixelSums, write_shard
 
 # Ray Data warns of its own defaults.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:ray.data.context")
@@ -129,7 +129,7 @@ def test_a_class_of_which_nothing_can_be_read_is_refused_or_recorded(tmp_path: P
         )
         made = plan.make(sources.scan(raw, recipe.splits, partial), recipe)
         made = claim.begin(out, raw, made)
-        produce(build.job_for(made, raw, out), 0, "train-000000", made.shards[0].id)
+        write_shard(build.job_for(made, raw, out), 0, "train-000000", made.shards[0].id)
         if not partial:
             named = r"of 1 class no image can be read: train/b \(3 images\); mend .* --partial"
             with pytest.raises(BuildFailed, match=named):

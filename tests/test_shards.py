@@ -5,6 +5,7 @@ import io
 import json
 import tarfile
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +34,7 @@ def sample(key: str, label: int = 0, seed: int = 0) -> shards.Sample:
     )
 
 
+TAR_SHA256 = "57eaed0f56076e53c6493205439af7d448faf7066cea75553f75530b4af7803f"
 SAMPLES = [sample("n00000001_9", 1, seed=1), sample("n00000000_5", 0, seed=2)]
 
 
@@ -60,20 +62,25 @@ def test_a_tar_knows_no_clock_no_user_and_no_extended_headers() -> None:
     assert b"ustar\x0000" in data[:512]
 
 
-@pytest.mark.parametrize("key", ["a", "ü" * 40, "k" * 95, "folder/" * 20 + "key"])
-def test_a_tar_is_what_tarfile_writes_whatever_the_key(key: str) -> None:
-    tar = shards.pack("train-000000", [sample(key)]).tar
+def test_a_tar_is_what_tarfile_writes_whatever_the_key_and_size() -> None:
+    keys = ["ü" * 40, "k" * 95, "folder/" * 20 + "key", *(f"n{n:08d}_{n}" for n in range(397))]
+    contents = [bytes(n * k % 251 for k in range(n * 9)) for n in range(len(keys))]
+    plain = replace(SAMPLES[0], jpeg=b"")
+    samples = [replace(plain, key=key, jpeg=jpeg) for key, jpeg in zip(keys, contents, strict=True)]
+    packed = shards.pack("train-000000", samples)
     buffer = io.BytesIO()
     with (
-        tarfile.open(fileobj=io.BytesIO(tar)) as found,
+        tarfile.open(fileobj=io.BytesIO(packed.tar)) as found,
         tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as again,
     ):
         for member in found:
             copy = tarfile.TarInfo(member.name)
             copy.size, copy.mode = member.size, 0o444
             again.addfile(copy, found.extractfile(member))
-        assert len(found.getmembers()) == 3
-    assert tar == buffer.getvalue()
+        places = [member.offset_data for member in found if member.name.endswith(".jpg")]
+    assert packed.tar == buffer.getvalue()
+    assert packed.index["offset"].to_pylist() == places and len(places) == 400
+    assert hashlib.sha256(packed.tar).hexdigest() == TAR_SHA256
 
 
 def test_the_index_finds_each_jpeg_by_its_byte_range() -> None:

@@ -110,14 +110,6 @@ class Lives:
 def serve() -> None:
     import pyarrow.parquet  # noqa: F401
 
-    import pipelines.build
-    import pipelines.demo_raw
-    import pipelines.produce
-    import pipelines.repair
-    import pipelines.report
-    import pipelines.sources
-    import pipelines.verify  # noqa: F401
-
     # Until the program itself answers them, as `_live` says, they wait.
     signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
     for line in sys.stdin:

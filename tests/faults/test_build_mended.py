@@ -15,7 +15,7 @@ from drawn import A, B, archives, imagefolder, jpeg
 from alexnet.errors import UserError
 from pipelines import claim, finish, plan, sources
 from pipelines.build import job_for
-from pipelines.produce import produce
+from pipelines.write_shard import write_shard
 
 pytest_plugins = ["build_fixtures"]
 
@@ -112,7 +112,7 @@ def test_archive_that_changed_behind_the_plan_gives_no_shard(tmp_path: Path) -> 
     for number, shard in enumerate(made.shards):
         if shard.split == "train":
             with pytest.raises(UserError, match=r"train\.tar has changed since this build began"):
-                produce(job, number, shard.name, shard.id)
+                write_shard(job, number, shard.name, shard.id)
     assert not list(out.glob("*.tar")) and not (out / "quarantine").exists()
 
 
@@ -124,7 +124,7 @@ def test_picture_that_grew_behind_the_plan_gives_no_shard(tmp_path: Path) -> Non
     claim.begin(out, str(raw), made)
     imagefolder(raw, {f"train/{A}/{A}_0.JPEG": jpeg(0) + b"more"})
     with pytest.raises(UserError, match=r"0\.JPEG has changed: it is longer than"):
-        produce(job_for(made, str(raw), out), 0, made.shards[0].name, made.shards[0].id)
+        write_shard(job_for(made, str(raw), out), 0, made.shards[0].name, made.shards[0].id)
 
 
 def test_out_that_was_taken_away_does_not_come_back_with_a_part_of_the_set(
@@ -136,12 +136,12 @@ def test_out_that_was_taken_away_does_not_come_back_with_a_part_of_the_set(
     claim.begin(str(out), str(folders.raw), made)
     job = job_for(made, str(folders.raw), str(out))
     for number, shard in enumerate(made.shards):
-        produce(job, number, shard.name, shard.id)
+        write_shard(job, number, shard.name, shard.id)
     done, _ = finish.finished_shards(str(out), made)
     out.rename(away)
     for number in (0, len(made.shards) - 1):
         with pytest.raises(UserError, match="not there"):
-            produce(job, number, made.shards[number].name, made.shards[number].id)
+            write_shard(job, number, made.shards[number].name, made.shards[number].id)
     with pytest.raises(UserError, match="not there"):
         finish.finish(str(out), replace(made, table=None), done)
     assert not out.exists()
