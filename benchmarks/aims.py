@@ -110,15 +110,6 @@ AIMS = (
     Aim("loading beside webdataset", "loader", _LOADER, _LOADED, "≥", 3, "webdataset"),
     Aim("first batch of a loader, s", "loader", _LOADER, "first batch, s", "≤", 2),
     Aim(
-        "resident pictures beside copying",
-        "loader",
-        r"training\.loader, resident",
-        _LOADED,
-        "≥",
-        0.8,
-        "limit: copying",
-    ),
-    Aim(
         "training beside a bare loop",
         "train",
         _OURS_STEP,
@@ -154,15 +145,6 @@ AIMS = (
         "MFU",
         "≥",
         50,
-        reason="no GPU could be had; the script has been tried on a CPU",
-    ),
-    Aim(
-        "utilization with resident pictures, %",
-        "gpu-feed",
-        "resident on",
-        "utilization",
-        "≥",
-        95,
         reason="no GPU could be had; the script has been tried on a CPU",
     ),
 )

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from alexnet.model import AlexNet
-from training.speed import training_flops
+from training.meter import training_flops
 
 
 def train(request: dict[str, Any]) -> dict[str, float]:

@@ -18,8 +18,8 @@ import torch
 from alexnet.model import AlexNet
 from training.config import AugmentConfig, TrainConfig
 from training.loop import Place, fit
+from training.meter import training_flops
 from training.recipes import RECIPES
-from training.speed import training_flops
 
 PLAIN = AugmentConfig(crop="centre", flip=False, colour_sigma=0.0)
 LR = 1e-3  # the recipe's own diverges on random pictures with random labels

@@ -16,8 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from alexnet.model import AlexNet
 from benchmarks.table import Bars, Table, spread
-from training.meter import Clock
-from training.speed import training_flops
+from training.meter import Clock, training_flops
 
 COLUMNS = ("step", "img/s", "MFU", "memory, GB", "compiling and first steps, s")
 KERNELS = ("kernel", "ms per step", "share", "calls per step")

@@ -1,8 +1,6 @@
 """One epoch of training's own loader, mirrored at random, for the benchmark of loaders.
 
-    python -m benchmarks.load_ours '{"action": "run", "shards": …, "batch": …, "threads": …}'
-
-"resident": epochs after one that has filled the memory (`--cache ram`), not mirrored.
+python -m benchmarks.load_ours '{"action": "run", "shards": …, "batch": …, "threads": …}'
 """
 
 from collections.abc import Iterator
@@ -21,30 +19,20 @@ def batches(request: dict[str, Any]) -> Iterator[tuple[Tensor, Tensor]]:
     """uint8 (B,3,H,W), labels (B,)."""
     torch.set_num_threads(1)  # the mirroring's; decoding has threads of its own
     manifest = load_manifest(request["shards"])
-    resident = bool(request.get("resident"))
-    cache = "ram" if resident else "none"
-    with Loader(
-        request["shards"], manifest, "train", threads=request["threads"], cache=cache
-    ) as loader:
-        if resident:
-            for _ in _epoch(loader, request["batch"], 0, mirrored=False):
-                pass
+    with Loader(request["shards"], manifest, "train", threads=request["threads"]) as loader:
         for number in range(1, request.get("epochs", 1) + 1):
-            yield from _epoch(loader, request["batch"], number, mirrored=not resident)
+            yield from _epoch(loader, request["batch"], number)
 
 
-def _epoch(
-    loader: Loader, size: int, number: int, *, mirrored: bool
-) -> Iterator[tuple[Tensor, Tensor]]:
+def _epoch(loader: Loader, size: int, number: int) -> Iterator[tuple[Tensor, Tensor]]:
     order = epoch_order(loader.shard_sizes, seed=0, epoch=number)
     steps = steps_per_epoch(len(order), size)
     chosen = [global_batch(order, step, steps) for step in range(steps)]
     for batch in loader.batches(chosen):
-        if mirrored:
-            # One after another: torch's flip is vectorised, its indexing by rows is not.
-            for row in (torch.rand(len(batch.images)) < 0.5).nonzero()[:, 0].tolist():
-                picture = batch.images[row : row + 1]
-                picture.copy_(picture.flip(-1))
+        # One after another: torch's flip is vectorised, its indexing by rows is not.
+        for row in (torch.rand(len(batch.images)) < 0.5).nonzero()[:, 0].tolist():
+            image = batch.images[row : row + 1]
+            image.copy_(image.flip(-1))
         yield batch.images, batch.labels
 
 

@@ -28,13 +28,11 @@ COLUMNS = (
 )
 CROP = 227
 LIMIT = "limit: simplejpeg alone, decoding"
-COPY = "limit: copying decoded pictures"
 OURS = "training.loader"
-RESIDENT = "training.loader, resident (--cache ram), not mirrored"
 PLAIN = "webdataset + Pillow"
-_AS_THEY_ARE = (LIMIT, COPY, OURS, RESIDENT, PLAIN)  # need no files of their own
+_AS_THEY_ARE = (LIMIT, OURS, PLAIN)  # need no files of their own
 # Epochs in one process: of one of these, the timed part would be over in a second or less.
-_EPOCHS = {COPY: 8, RESIDENT: 8, LIMIT: 4, OURS: 4}
+_EPOCHS = {LIMIT: 4, OURS: 4}
 _PEER_EPOCHS = {"ffcv": 4, "dali": 4}
 _EQUAL = 0.01  # share by which decoders, and FFCV encoding once more, may move mean pixels
 
@@ -79,14 +77,12 @@ def run(
         f"{samples} stored pictures of {CROP} px (copies of {len(jpegs)}, mean {size:.0f} kB; "
         f"{raw.origin}), page cache warm; uint8 batches of {batch}, mirrored at random; {threads} "
         f"decoding threads or worker processes on {threads} CPUs; one epoch in a fresh process, "
-        f"{_EPOCHS[OURS]} of the faster ones, {_EPOCHS[COPY]} where pictures are only copied (into "
-        "five buffers in turn), timed after the first batch; limit: of copying for the resident "
-        "loader, of decoding for the others; first batch: since the start of the process; "
+        f"{_EPOCHS[OURS]} of the faster ones, timed after the first batch; first batch: since the "
+        "start of the process; "
         f"{rounds} rounds in alternating order, median [lowest..highest], ratios within a round. "
         f"FFCV's file holds the pictures encoded once more.{missing}"
     )
-    drawn = {name: rates[name] for name in asked if name not in (COPY, RESIDENT)}  # far beyond
-    return Table(COLUMNS, rows, setting, Bars("stored JPEGs to uint8 batches, img/s", drawn))
+    return Table(COLUMNS, rows, setting, Bars("stored JPEGs to uint8 batches, img/s", rates))
 
 
 def request_for(uri: str, work: Path, batch: int, threads: int) -> dict[str, Any]:
@@ -106,10 +102,8 @@ def contenders() -> tuple[dict[str, Ask], dict[str, str]]:
     """Those that can run here, and why not for the others."""
     absent: dict[str, str] = {}
     asked: dict[str, Ask] = {
-        LIMIT: functools.partial(_ask_ours, "load_limit", {}),
-        COPY: functools.partial(_ask_ours, "load_limit", {"copy": True}),
-        OURS: functools.partial(_ask_ours, "load_ours", {}),
-        RESIDENT: functools.partial(_ask_ours, "load_ours", {"resident": True}),
+        LIMIT: functools.partial(_ask_ours, "load_limit"),
+        OURS: functools.partial(_ask_ours, "load_ours"),
         PLAIN: functools.partial(_ask_peer, Path(sys.executable), "load_webdataset.py"),
     }
     for name, decoder in _PEERS.items():
@@ -124,14 +118,13 @@ def contenders() -> tuple[dict[str, Ask], dict[str, str]]:
 
 
 def refuse_unequal(looks: dict[str, Answer], samples: int) -> None:
-    """Every contender but the limit of copying must have delivered the same pictures and labels."""
+    """Every contender must have delivered the same pictures and labels."""
     wanted = looks[LIMIT]
     for name, look in looks.items():
         equal = look["images"] == samples and look["labels"] == wanted["labels"]
         equal &= look["shapes"] == wanted["shapes"]
-        if name != COPY:  # whose pixels are zeros
-            moved = max(abs(look[key] / wanted[key] - 1) for key in ("pixels", "mixed"))
-            equal &= moved < _EQUAL
+        moved = max(abs(look[key] / wanted[key] - 1) for key in ("pixels", "mixed"))
+        equal &= moved < _EQUAL
         assert equal, f"{name} does other work: {json.dumps(look)} and not {json.dumps(wanted)}"
 
 
@@ -146,9 +139,9 @@ def _timed(ask: Ask, request: dict[str, Any], epochs: int, samples: int, _: int)
     return answer
 
 
-def _ask_ours(module: str, extra: dict[str, Any], request: dict[str, Any]) -> Answer:
+def _ask_ours(module: str, request: dict[str, Any]) -> Answer:
     pinned = processes.cpus(request["threads"])
-    return dict(processes.ask_ours(module, request | extra, on=pinned).answer())
+    return dict(processes.ask_ours(module, request, on=pinned).answer())
 
 
 def _ask_peer(python: Path, script: str, request: dict[str, Any]) -> Answer:
@@ -158,13 +151,12 @@ def _ask_peer(python: Path, script: str, request: dict[str, Any]) -> Answer:
 
 def _row(name: str, answers: list[Answer], rates: dict[str, list[float]]) -> tuple[str, ...]:
     per_core = [a["images"] / a["cpu"] if a["cpu"] else float("nan") for a in answers]
-    late = name in (LIMIT, COPY, RESIDENT)  # which read all before their first batch
-    limit = COPY if name in (COPY, RESIDENT) else LIMIT
+    late = name == LIMIT  # which reads all before its first batch
     first = "–" if late else spread([a["first"] for a in answers], 2)
     return (
         f"**`{name}`**" if name == OURS else name,
         spread(rates[name]),
-        spread(ratios(rates[name], rates[limit]), 2),
+        spread(ratios(rates[name], rates[LIMIT]), 2),
         spread(ratios(rates[name], rates[PLAIN]), 2),
         spread(per_core),
         first,

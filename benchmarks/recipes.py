@@ -17,8 +17,8 @@ from benchmarks.pictures import Raw, stored, write_shards
 from benchmarks.table import Bars, Table, spread
 from training.config import TrainConfig
 from training.loop import Place, fit
+from training.meter import log_line
 from training.network import build_model
-from training.progress import Progress
 from training.recipes import RECIPES
 
 COLUMNS = (
@@ -65,7 +65,7 @@ def run(
         f"{classes} classes; forward, backward and SGD step with decoding and augmentation of the "
         f"recipe; {threads} threads; {rounds} timed steps in one process, median "
         "[lowest..highest]. On CPUs the batch is not the recipe's. Resident data is --synthetic: "
-        "the ceiling. Utilization is the lowest, MFU the median against a matrix product here."
+        "the ceiling. Utilization is the lowest, MFU (on GPUs) the median against a matrix product."
     )
     return Table(COLUMNS, tuple(rows), setting, Bars("training steps by recipe, img/s", rates))
 
@@ -82,11 +82,10 @@ def _steps(
     """What the loop logs of each timed step."""
     # A new optimiser allocates its momentum in the first step, so that two of them warm up.
     seen: list[dict[str, float]] = []
-    progress = Progress(sys.stderr)
 
     def log(metrics: dict[str, float], step: int) -> None:
         seen.append(metrics)
-        progress.show(metrics, step)
+        print(log_line(metrics, step), file=sys.stderr, flush=True)
         if len(seen) == steps + 2:
             raise Enough
 
@@ -103,7 +102,6 @@ def _steps(
         )
         with contextlib.suppress(Enough):
             fit(config, uri, place, log=log, report=never)
-    progress.clear()
     return seen[2:]
 
 
@@ -121,8 +119,13 @@ def _row(
         "resident" if config.synthetic else "shards",
         spread(_rates(timed), 1),
         f"{min(metrics['utilization'] for metrics in timed):.0%}",
-        f"{statistics.median(metrics['mfu'] for metrics in timed):.0%}",
+        _mfu(timed),
     )
+
+
+def _mfu(timed: list[dict[str, float]]) -> str:
+    shares = [metrics["mfu"] for metrics in timed if "mfu" in metrics]
+    return f"{statistics.median(shares):.0%}" if shares else "–"
 
 
 def _rates(timed: list[dict[str, float]]) -> list[float]:

@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from training.speed import processor
+from training.meter import processor
 
 _PACKAGES = ("torch", "pillow", "simplejpeg", "webdataset", "ray", "numpy")
 

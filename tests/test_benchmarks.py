@@ -173,7 +173,7 @@ def test_loader_compares_ours_with_webdataset_and_the_limits(
     without_peers(monkeypatch, tmp_path)
     table = loader.run(raw, rounds=1, samples=24, batch=8, threads=1)
     check(table, loader.COLUMNS)
-    names = (loader.LIMIT, loader.COPY, loader.OURS, loader.RESIDENT, loader.PLAIN)
+    names = (loader.LIMIT, loader.OURS, loader.PLAIN)
     assert [name.strip("*`") for name in cells(table, "loader")] == list(names)
     assert all(f"Not here: {peer} (not installed" in table.setting for peer in PEERS)
 
@@ -186,7 +186,7 @@ def test_a_peers_loader_delivers_the_same_pictures(peer: str, shards: str, tmp_p
     script = f"load_{peer}.py"
     ask(python, script, request | {"action": "prepare"})
     look = request | {"action": "check"}
-    limit = loader._ask_ours("load_limit", {}, look)
+    limit = loader._ask_ours("load_limit", look)
     loader.refuse_unequal({loader.LIMIT: limit, peer: ask(python, script, look)}, 64)
     timed = ask(python, script, request | {"action": "run"})
     assert timed["images"] + timed["first_images"] == 64

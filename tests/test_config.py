@@ -93,8 +93,6 @@ SAME_SCIENCE = {
     "checkpoint_minutes": 1.0,
     "keep_last": 3,
     "keep_best": 2,
-    "cache": "ram",
-    "decode": "gpu",
     "profile": True,
     "checkpoint_steps": 5,
     "log_steps": 7,

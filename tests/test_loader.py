@@ -16,7 +16,7 @@ from shard_sets import write_shard_set
 
 from alexnet.errors import UserError
 from pipelines.shards import load_manifest
-from training.loader import Loader
+from training.loader import Buffers, Loader
 
 pytestmark = pytest.mark.usefixtures("home")
 
@@ -99,6 +99,40 @@ def test_batches_that_are_kept_are_never_overwritten_by_later_ones(uri):
         assert np.abs(found - pixels[i % 15]).max() <= 1
     assert np.abs(part[0].permute(1, 2, 0).numpy().astype(int) - pixels[4][:5]).max() <= 1
     assert len(later) == 20
+
+
+def test_a_buffer_comes_back_when_the_last_look_into_it_is_gone():
+    buffers = Buffers(8, idle=2)
+    first = buffers.take(4, pin=False)
+    address = first.data_ptr()
+    view = first.permute(0, 3, 1, 2)[2:, 1].numpy()
+    del first
+    assert buffers.take(4, pin=False).data_ptr() != address, "the view still looks into it"
+    del view
+    assert address in {buffers.take(3, pin=False).data_ptr() for _ in range(2)}
+
+
+def test_no_more_buffers_are_kept_than_batches_are_ahead():
+    buffers = Buffers(8, idle=2)
+    many = [buffers.take(1, pin=False) for _ in range(9)]
+    assert len({tensor.data_ptr() for tensor in many}) == 9
+    many.clear()
+    assert len(buffers._free) == 2
+    assert buffers.take(5, pin=False).shape == (5, 8, 8, 3), "too small ones are replaced"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_pinned_batches_survive_the_copy_that_is_still_under_way(uri):
+    device = torch.device("cuda")
+    with open_loader(uri) as loader:
+        expected = loader.read(np.arange(8)).images
+        copies = []
+        for batch in loader.batches([np.roll(np.arange(8), i) for i in range(40)], pin=True):
+            assert batch.images.is_pinned()
+            torch.cuda._sleep(20_000_000)  # the GPU lags behind, as in training
+            copies.append(batch.images.to(device, non_blocking=True))
+    for i, copy in enumerate(copies):
+        assert torch.equal(copy.cpu(), expected.roll(i, 0))
 
 
 def test_an_empty_batch_is_a_batch(uri):

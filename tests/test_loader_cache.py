@@ -38,7 +38,7 @@ def test_s3_shards_give_the_same_pixels_and_are_downloaded_once(s3_set, download
 
 def test_shards_larger_than_a_request_arrive_whole(s3_set, downloads, home, monkeypatch):
     folder, uri, manifest = s3_set
-    monkeypatch.setattr("training.cache._CHUNK", 10_000)
+    monkeypatch.setattr("training.shard_cache._CHUNK", 10_000)
     with open_loader(uri) as loader:
         assert_equal_to_tars(folder, loader, "train", [3])
     size = info_of(manifest, "train-000000").num_bytes
@@ -169,7 +169,7 @@ KILLED = """
 import os, signal, sys, threading
 from pipelines import storage
 from pipelines.shards import ShardInfo
-from training.cache import NodeCache
+from training.shard_cache import NodeCache
 def read(uri, offset, length):
     if offset:
         print("half way", flush=True)
@@ -215,7 +215,7 @@ def test_the_shard_of_a_killed_download_is_fetched_by_its_neighbour(s3_set, home
     folder, uri, _ = s3_set
     process, _ = half_a_shard
     with open_loader(uri) as loader:
-        waiting = loader._begin(np.array([0, 1]), False)
+        waiting = loader._begin(np.array([0, 1]), False, [], [])
         time.sleep(0.2)
         assert not waiting.parts[0].done(), "one download per node"
         process.send_signal(signal.SIGKILL)

@@ -1,11 +1,9 @@
 """Shards are opened before they are needed and closed when the last batch has been begun."""
 
-from collections import deque
-
 import numpy as np
 
 from training.order import WINDOW_SHARDS, epoch_order, global_batch, rank_part, steps_per_epoch
-from training.shard_plan import ShardPlan, uses
+from training.shard_files import ShardUses
 
 SIZES = [100] * 20
 NAMES = [f"train-{number:06d}" for number in range(20)]
@@ -25,7 +23,7 @@ def test_every_batch_finds_its_shards_kept_and_later_ones_ahead():
         batches = batches_of_shards(32, 0, world_size)
         numbers = np.repeat(np.arange(len(batches)), [len(shards) for shards in batches])
         first = {NAMES[s]: n for n in reversed(range(len(batches))) for s in batches[n]}
-        plan = ShardPlan(uses(np.concatenate(batches), numbers, NAMES))
+        plan = ShardUses(np.concatenate(batches), numbers, NAMES)
         for number, shards in enumerate(batches):
             keep, ahead = plan.advance(number)
             rest = {NAMES[shard] for shard in np.concatenate(batches[number:])}
@@ -38,6 +36,5 @@ def test_every_batch_finds_its_shards_kept_and_later_ones_ahead():
 
 
 def test_plan_of_nothing_plans_nothing():
-    assert ShardPlan(deque()).advance(3) == ([], [])
     empty = np.zeros(0, np.int64)
-    assert ShardPlan(uses(empty, empty, [])).advance(0) == ([], [])
+    assert ShardUses(empty, empty, []).advance(0) == ([], [])

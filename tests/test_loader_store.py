@@ -60,7 +60,7 @@ def test_reads_that_fail_are_repeated_with_longer_and_longer_pauses(
     s3_set, home, monkeypatch, caplog
 ):
     folder, uri, _ = s3_set
-    monkeypatch.setattr("training.cache._WAITS", (0.01, 0.02, 0.04, 0.08))
+    monkeypatch.setattr("training.shard_cache._WAITS", (0.01, 0.02, 0.04, 0.08))
     read, times = storage.read, []
 
     def failing(uri: str, *args: int) -> bytes:
@@ -84,7 +84,7 @@ def test_store_that_stays_away_ends_with_one_line_and_leaves_nothing_half(
     s3_set, home, monkeypatch
 ):
     _, uri, _ = s3_set
-    monkeypatch.setattr("training.cache._WAITS", (0.01, 0.01))
+    monkeypatch.setattr("training.shard_cache._WAITS", (0.01, 0.01))
 
     def failing(uri: str, *args: int) -> bytes:
         raise ConnectionResetError(errno.ECONNRESET, "reset")
@@ -113,8 +113,8 @@ def test_closing_does_not_wait_for_a_store_that_is_away(s3_set, monkeypatch):
 
     with open_loader(uri) as loader:
         monkeypatch.setattr(storage, "read", failing)
-        monkeypatch.setattr("training.cache._WAITS", (250.0,))
-        loader._begin(np.array([0]), False)
+        monkeypatch.setattr("training.shard_cache._WAITS", (250.0,))
+        loader._begin(np.array([0]), False, [], [])
         time.sleep(0.05)
         start = time.monotonic()
     assert time.monotonic() - start < 125

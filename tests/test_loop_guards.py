@@ -72,7 +72,7 @@ def test_weights_that_are_not_finite_are_not_saved():
 @pytest.mark.parametrize(
     ("wait", "copy", "spent", "cause"),
     [
-        (0.1, 0.3, {"wait": 1.0, "read": 0.0, "decode": 0.0}, "copying pictures to the device"),
+        (0.1, 0.3, {"wait": 1.0, "read": 0.0, "decode": 0.0}, "copying images to the device"),
         (0.4, 0.0, {"wait": 4.0, "read": 9.0, "decode": 2.0}, "the store"),
         (0.4, 0.0, {"wait": 4.0, "read": 2.0, "decode": 9.0}, "decoding"),
         (0.4, 0.0, {"wait": 0.1, "read": 2.0, "decode": 9.0}, "the loop itself"),

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import logging
 import shutil
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,8 @@ from small_training import CPU, Record, evaluated, fit, small_config, without_dr
 
 from alexnet.errors import UserError
 from training import due, loop
+from training.loader import Synthetic
 from training.network import build_model
-from training.synthetic import Synthetic
 
 TRAIN = (10, 9, 9)  # 28 samples: 4 steps of 7
 
@@ -239,14 +238,10 @@ def test_profile_is_a_trace_of_the_steps_after_the_warm_up(uri, tmp_path):
     assert sum(event.get("name") == "aten::convolution" for event in events) >= 4 * 5
 
 
-def test_every_line_says_how_near_to_the_peak_the_run_is(uri, caplog):
-    with caplog.at_level(logging.INFO, "training"):
-        record = fit(small_config(optim_epochs=1), uri)
-    (said,) = [r.message for r in caplog.records if "GFLOP per picture" in r.message]
-    assert "a fp32 matrix product does" in said and said.endswith("to which mfu is relative")
+def test_every_line_says_how_far_the_run_is_and_on_a_cpu_nothing_of_a_peak(uri):
+    record = fit(small_config(optim_epochs=1), uri)
     lines = [metrics for _, metrics in record.logged if "loss" in metrics]
-    rates = {metrics["mfu"] / metrics["images_per_second"] for metrics in lines}
-    assert max(rates) == pytest.approx(min(rates)) and 0 < max(rates) < 1
+    assert not any("mfu" in metrics for metrics in lines)
     assert [metrics["progress"] for metrics in lines] == [0.25, 0.5, 0.75, 1.0]
     assert all(metrics["top1"] <= metrics["top5"] <= 1 for metrics in lines)
     assert all(metrics["grad_norm"] > 0 for metrics in lines)

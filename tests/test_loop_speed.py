@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from training import recipes
+from training.meter import device_name, measured_peak, processor, training_flops
 from training.network import build_model
-from training.speed import device_name, measured_peak, processor, training_flops
 
 # side of the output, kernel, input and output channels, groups in the paper's network
 CONVOLUTIONS = [
@@ -41,12 +41,10 @@ def test_operations_are_those_of_the_layers_three_times_less_the_pictures_gradie
     assert not any(layer._forward_hooks for layer in model.modules())
 
 
-def test_peak_is_measured_once_for_each_type():
-    cpu = torch.device("cpu")
-    peak = measured_peak(cpu, torch.float32)
-    assert 1e8 < peak < 1e15
-    assert measured_peak(cpu, torch.float32) == peak, "measured again"
-    assert measured_peak(cpu, torch.bfloat16) != peak
+def test_peak_is_that_of_a_matrix_product_and_moves_no_random_numbers():
+    before = torch.random.get_rng_state()
+    assert 1e7 < measured_peak(torch.device("cpu"), torch.float32, side=256) < 1e15
+    assert torch.equal(torch.random.get_rng_state(), before)
 
 
 def test_processor_is_the_one_that_the_system_names():

@@ -1,7 +1,5 @@
-"""What a log line says and where it is shown; the clock is a script, everything else is real."""
+"""What a log line says; the clock is a script, everything else is real."""
 
-import io
-import logging
 from collections.abc import Iterator
 
 import pytest
@@ -9,7 +7,6 @@ import torch
 
 from training import meter
 from training.meter import Meter, Step, log_line
-from training.progress import Progress
 
 CPU = torch.device("cpu")
 TRAINED = {
@@ -21,7 +18,6 @@ TRAINED = {
     "grad_norm": 1.234,
     "images_per_second": 99.6,
     "data_wait": 0.02,
-    "mfu": 0.4321,
     "eta_seconds": 61.0,
     "sample_digest": float(0xAB12),
     "progress": 0.25,
@@ -117,37 +113,9 @@ def test_sums_become_means_over_pictures_and_each_step_keeps_its_loss():
 def test_a_log_line_is_words_with_an_equals_sign():
     assert log_line(TRAINED, 7) == (
         "step=7 epoch=1.50 loss=2.2500 top1=0.500 top5=0.750 lr=0.01000 grad=1.23 img/s=100 "
-        "wait=2% mfu=43.2% eta=1:01 ids=00000000ab12"
+        "wait=2% eta=1:01 ids=00000000ab12"
     )
-    more = {"utilization": 0.97, "exposed_communication": 0.011, "gpu_memory_gb": 3.14}
-    line = log_line(TRAINED | more, 7)
+    more = {"utilization": 0.97, "exposed_communication": 0.011, "mfu": 0.4321}
+    line = log_line(TRAINED | more | {"gpu_memory_gb": 3.14}, 7)
     assert " util=97% wait=2% comm=1% mfu=43.2% mem=3.1GB eta=" in line
     assert log_line(EVALUATED, 8).startswith("step=8 epoch=2 val_images=50 val_loss=1.0000")
-
-
-class Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
-
-
-def test_a_terminal_shows_one_renewed_line_that_fits_and_keeps_evaluations(monkeypatch, caplog):
-    monkeypatch.setenv("COLUMNS", "60")
-    terminal = Terminal()
-    progress = Progress(terminal)
-    with caplog.at_level(logging.INFO, "training"):
-        progress.show(TRAINED, 7)
-        progress.show(TRAINED, 8)
-        progress.show(EVALUATED, 8)
-    shown = terminal.getvalue().split("\r\x1b[K")
-    assert shown[0] == shown[3] == "" and "\n" not in terminal.getvalue()
-    assert shown[1] == f"[#####{'-' * 15}] {log_line(TRAINED, 7)}"[:59]
-    assert shown[2].startswith(f"[#####{'-' * 15}] step=8 ")
-    assert [record.message for record in caplog.records] == [log_line(EVALUATED, 8)]
-
-
-def test_elsewhere_every_line_is_a_line_of_the_log(caplog):
-    file = io.StringIO()
-    with caplog.at_level(logging.INFO, "training"):
-        Progress(file).show(TRAINED, 7)
-    assert [record.message for record in caplog.records] == [log_line(TRAINED, 7)]
-    assert file.getvalue() == ""

@@ -25,7 +25,7 @@ COMMANDS = sorted({(block or inline).strip() for block, inline in _CODE})
 def test_flags_that_are_named_alone_are_flags_of_the_training():
     flags = re.findall(r"`(--[a-z.-]+(?: [a-z0-9:]+)?)`", DOCUMENT)
     known = [f for f in flags if not re.match(r"--(dry-run|name|price|dash|met|run|app|shuf)", f)]
-    assert {"--cache gpu", "--workers 2:8", "--cpus-per-worker"} <= set(known)
+    assert {"--workers 2:8", "--cpus-per-worker"} <= set(known)
     for flag in known:
         name, _, value = flag.partition(" ")
         value = value or {"--cpus-per-worker": "2", "--cache-gb": "5", "--optim.lr": "0.1"}[name]

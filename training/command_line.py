@@ -23,7 +23,7 @@ import tyro
 
 from alexnet.errors import UserError
 from pipelines import storage
-from training.config import WHERE_AND_HOW_MANY, TrainConfig
+from training.config import RETIRED, WHERE_AND_HOW_MANY, TrainConfig
 from training.lease import job_id
 from training.recipes import RECIPES
 
@@ -44,6 +44,7 @@ def parse(argv: list[str]) -> Command:
     named, flags = (argv[0], argv[1:]) if argv and not argv[0].startswith("-") else (None, argv)
     if named is not None:
         _refuse_unknown(named)
+    _refuse_retired(flags)
     base = _base(named, _file_of(flags))
     complaint = io.StringIO()
     try:
@@ -221,6 +222,8 @@ def read_config(uri: str) -> TrainConfig:
         document = json.loads(storage.read(uri))
     except (ValueError, RecursionError) as error:
         raise UserError(f"{uri} is not JSON ({error}); pass a config.json of a run") from None
+    if isinstance(document, dict):
+        document = {name: value for name, value in document.items() if name not in RETIRED}
     try:
         config: TrainConfig = _record(TrainConfig, document, "")
         _refuse_unknown(config.recipe)
@@ -232,6 +235,15 @@ def read_config(uri: str) -> TrainConfig:
 def _refuse_unknown(recipe: str) -> None:
     if recipe not in RECIPES:
         raise UserError(f"no recipe {recipe!r}; there are {', '.join(RECIPES)}")
+
+
+def _refuse_retired(flags: list[str]) -> None:
+    for flag in flags:
+        if (name := flag.partition("=")[0]).removeprefix("--") in RETIRED and name != flag[2:]:
+            raise UserError(
+                f"{name} is no flag any more; leave it away: images are decoded on CPUs, in every "
+                "epoch (more --cpus-per-worker decode faster)"
+            )
 
 
 def _record(kind: Any, document: Any, prefix: str) -> Any:

@@ -136,10 +136,6 @@ class TrainConfig:
     """Newest checkpoints to keep."""
     keep_best: int = 1
     """Checkpoints of the highest val top-1 to keep besides."""
-    cache: Literal["none", "ram", "gpu"] = "none"
-    """Where decoded pictures stay: nowhere, in each worker's memory or on its GPU."""
-    decode: Literal["cpu", "gpu"] = "cpu"
-    """Where JPEGs are decoded; pixels of the two differ by rounding."""
     log_steps: int = 50
     """Steps between two log lines."""
     cache_gb: float = 20.0
@@ -213,21 +209,19 @@ def _check_pairs(config: TrainConfig) -> None:
             f"--min-workers {config.min_workers} is more than --workers {config.workers}; "
             f"pass --workers {config.workers}:{config.min_workers}"
         )
-    for name, value in [("cache", config.cache), ("decode", config.decode)]:
-        if value == "gpu" and config.device == "cpu":
-            raise UserError(
-                f"--{name} gpu needs a GPU and --device is cpu; pass --device cuda, "
-                f"or leave --{name} away"
-            )
 
 
 # What a run may change when it continues: where and how it runs and how much it says, never what it
-# learns. Workers, compilation and the decoder change the last bits of numbers, as a GPU does too.
+# learns. Workers and compilation change the last bits of numbers, as a GPU does too.
 WHERE_AND_HOW_MANY = frozenset(
     {"data", "name", "storage", "workers", "min_workers", "max_failures", "device", "compile"}
     | {"cpus_per_worker", "deterministic", "checkpoint_steps", "checkpoint_minutes", "keep_last"}
-    | {"keep_best", "cache", "decode", "log_steps", "cache_gb", "shared_fs", "register", "profile"}
+    | {"keep_best", "log_steps", "cache_gb", "shared_fs", "register", "profile"}
 )
+
+# Fields that configs of earlier releases have. They said where decoded images stayed and what
+# decoded them, never what was learned, so a saved config is read without them.
+RETIRED = frozenset({"cache", "decode"})
 
 
 def to_dict(config: TrainConfig) -> dict[str, Any]:

@@ -18,8 +18,6 @@ FLOPS, CONV_BACKWARD_FLOPS = 6.600e9, 4.095e9
 # DDP fills buckets of 25 MB from the last layer on and never splits a tensor.
 FC_BUCKETS, CONV_BUCKETS = 3, 1
 
-STORED_PICTURE_BYTES = 227 * 227 * 3
-
 
 @dataclass(frozen=True)
 class Constant:
@@ -58,7 +56,6 @@ NETWORKS = {
     "25 Gb/s": 2.875e9,
 }
 DECODE_PER_CORE = 2_880.0
-GPU_MEMORY = 141e9
 
 CONSTANTS = (
     Constant(

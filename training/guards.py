@@ -81,13 +81,13 @@ def starved(metrics: Mapping[str, float], loader: Mapping[str, float]) -> str | 
     if utilization >= _USEFUL_UTILIZATION:
         return None
     if metrics["data_copy"] > metrics["data_wait"]:
-        cause = "copying pictures to the device; try --cache gpu"
+        cause = "copying images to the device, over a slow bus"
     elif loader["wait"] < 0.5 * metrics["data_wait"] * metrics["seconds"]:
         cause = "the loop itself, not its data; try a larger --optim.batch-size"
     elif loader["read"] > loader["decode"]:
-        cause = "the store; try --cache ram, shards on a local disk or a larger --cache-gb"
+        cause = "the store; try shards on a local disk or a larger --cache-gb"
     else:
-        cause = "decoding; try a higher --cpus-per-worker, --cache ram or --decode gpu"
+        cause = "decoding; try a higher --cpus-per-worker"
     return (
         f"the accelerator computes for {utilization:.0%} of the time (90 % is usual) and waits "
         f"for {cause}"

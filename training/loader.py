@@ -1,4 +1,4 @@
-"""Shards to uint8 batches: byte ranges of tars, decoded by threads or on the GPU.
+"""Shards to uint8 batches: byte ranges of tars, decoded by threads; or random images of one size.
 
 Knows nothing of order, augmentation or ranks: it is handed the sample ids of each batch. Batches
 are begun ahead, in the consumer's own thread, and their parts run in a pool that goes from one
@@ -6,33 +6,36 @@ batch to the next without a stop.
 """
 
 import itertools
+import math
+import shlex
 import time
+import weakref
 from collections import deque
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
+import simplejpeg
 import torch
 
 from alexnet.errors import UserError
-from pipelines.shards import Manifest
-from training.buffers import Buffers
-from training.gpu_jpeg import gpu_decoder
+from pipelines import shards
 from training.order import Ids
-from training.resident import Resident
-from training.samples import Opening, Samples, Seconds
-from training.shard_files import ShardFiles
-from training.shard_plan import ShardPlan
+from training.shard_files import OpenShard, ShardFiles, ShardUses
 
 _AHEAD = 3  # batches begun beyond the one that the consumer holds
+# Synthetic images: enough that no cache of a processor holds them, few enough for every device,
+# 158 MB at 227 px.
+_SYNTHETIC_IMAGES = 1024
+
+Opening = Mapping[str, Future[OpenShard]]
 
 
 @dataclass(frozen=True)
 class Batch:
-    """images: uint8 (B,3,H,W) in channels-last memory, on the device already where pictures stay
-    or are decoded there; labels, sample_ids: int64 (B,) on the CPU."""
+    """images: uint8 (B,3,H,W) in channels-last memory; labels, sample_ids: int64 (B,). All on the
+    CPU, but the images and labels of `Synthetic`."""
 
     images: torch.Tensor
     labels: torch.Tensor
@@ -43,60 +46,45 @@ Batches = Generator[Batch, None, None]
 
 
 @dataclass(frozen=True)
+class _Seconds:
+    read: float
+    decode: float
+
+
+@dataclass(frozen=True)
 class _Begun:
-    """A batch on its way to uint8 (B,H,W,3) `pixels`: the parts fill it, or `on_gpu` brings it."""
+    """A batch on its way: the parts fill `pixels`, uint8 (B,H,W,3)."""
 
     ids: Ids
-    missing: Ids  # those that are not resident yet
     opening: Opening
     pixels: torch.Tensor
-    parts: list[Future[Seconds]]
-    on_gpu: list[Future[tuple[torch.Tensor, Seconds]]]
+    parts: list[Future[_Seconds]]
 
 
 class Loader:
     """Reads samples of one split by id. Close it, or use it as a context manager, to end its
-    threads.
+    threads. Raises UserError for an index that is not the manifest's.
 
-    cache "ram" or "gpu" keeps every decoded picture, in memory or on `device`; decode "gpu" decodes
-    there. Raises UserError for an index that is not the manifest's, for a cache that does not fit,
-    and where no decoder works on the device.
+    cache_gb: how much of the node's own disk shards from S3 may take.
     """
 
     def __init__(
         self,
         uri: str,
-        manifest: Manifest,
+        manifest: shards.Manifest,
         split: str,
         *,
         threads: int,
         cache_gb: float = 20.0,
-        cache: Literal["none", "ram", "gpu"] = "none",
-        decode: Literal["cpu", "gpu"] = "cpu",
-        device: torch.device | None = None,
     ) -> None:
-        if cache == "ram" and decode == "gpu":
-            raise UserError(
-                "--cache ram with --decode gpu would copy every picture back; use --cache gpu"
-            )
-        cpu = torch.device("cpu")
-        self._device = device or cpu
-        self._side = manifest.crop
         self._samples = Samples(uri, manifest, split)
         self.num_samples = self._samples.count
         infos = manifest.split_shards(split)
         self.shard_sizes = [shard.samples for shard in infos]
-        self._gpu_decode = gpu_decoder(self._device) if decode == "gpu" else None
-        self._cache = cache
-        self._resident: Resident | None = None
-        if cache != "none":
-            place = cpu if cache == "ram" else self._device
-            self._resident = Resident(cache, self.num_samples, self._side, place)
         self._files = ShardFiles(uri, infos, int(cache_gb * 1e9))
-        self._buffers = Buffers(self._side, idle=_AHEAD + 2)
+        self._buffers = Buffers(manifest.crop, idle=_AHEAD + 2)
         self._threads = threads
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
-        self._gpu_thread = ThreadPoolExecutor(1, thread_name_prefix="decode-gpu")
         self._seconds = {"read": 0.0, "decode": 0.0, "wait": 0.0}
 
     def __enter__(self) -> "Loader":
@@ -105,8 +93,6 @@ class Loader:
     def __exit__(self, *_: object) -> None:
         self._files.close()
         self._pool.shutdown(cancel_futures=True)
-        self._gpu_thread.shutdown(cancel_futures=True)
-        self._resident = None  # gives its memory back at once
 
     def timings(self) -> dict[str, float]:
         """Seconds since the start: "read" (with waiting for shards to open or arrive) and "decode",
@@ -120,11 +106,14 @@ class Loader:
         Raises what reading raises, after the good batches before it: UserError for a shard that is
         missing, changed or undecodable.
         """
-        plan = self._plan(ids_of_batches)
+        known = ids_of_batches if isinstance(ids_of_batches, Sequence) else []
+        uses = self._samples.uses(known)
         begun = deque[_Begun]()
         try:
             for number, ids in enumerate(ids_of_batches):
-                begun.append(self._begin(ids, pin, plan.advance(number), begun))
+                keep, ahead = uses.advance(number)
+                keep += [name for batch in begun for name in batch.opening]
+                begun.append(self._begin(ids, pin, keep, ahead))
                 if len(begun) > _AHEAD:
                     yield self._finish(begun.popleft())
             while begun:
@@ -133,106 +122,180 @@ class Loader:
             for batch in begun:
                 for part in batch.parts:
                     part.cancel()
-                for whole in batch.on_gpu:
-                    whole.cancel()
             self._files.open([])
 
     def prefetch(self, ids_of_batches: Sequence[Ids]) -> None:
         """Opens or downloads the first shards of batches to come, as far as there is room."""
-        now, ahead = self._plan(ids_of_batches).advance(0)
+        now, ahead = self._samples.uses(ids_of_batches).advance(0)
         self._files.open([], ahead=[*now, *ahead])
 
     def read(self, ids: Ids, *, pin: bool = False) -> Batch:
         """The samples of `ids` (int64 (B,)) in that order."""
-        return self._finish(self._begin(ids, pin))
+        return self._finish(self._begin(ids, pin, [], []))
 
-    def _missing(self, ids: Ids) -> Ids:
-        return ids if self._resident is None else self._resident.missing(ids)
-
-    def _plan(self, ids_of_batches: Iterable[Ids]) -> ShardPlan:
-        """The shards of batches that are known beforehand; of an iterator's, nothing is."""
-        if not isinstance(ids_of_batches, Sequence) or not ids_of_batches:
-            return ShardPlan(deque())
-        ids = np.concatenate(ids_of_batches)
-        numbers = np.repeat(np.arange(len(ids_of_batches)), [len(ids) for ids in ids_of_batches])
-        if self._resident is not None:
-            missing = ~self._resident.filled[ids]
-            ids, numbers = ids[missing], numbers[missing]
-        return self._samples.plan(ids, numbers)
-
-    def _begin(
-        self,
-        ids: Ids,
-        pin: bool,
-        planned: tuple[Sequence[str], Sequence[str]] = ((), ()),
-        begun: Iterable[_Begun] = (),
-    ) -> _Begun:
-        """`planned`: the shards to keep and to open ahead, besides those of the batches `begun`."""
+    def _begin(self, ids: Ids, pin: bool, keep: list[str], ahead: list[str]) -> _Begun:
+        """`keep`, `ahead`: the shards to keep and to open ahead, besides those of `ids`."""
         ids = np.ascontiguousarray(ids)
-        missing = self._missing(ids)
-        keep, ahead = planned
-        in_use = {name for batch in begun for name in batch.opening}
-        opening = self._files.open(self._samples.shards_of(missing), in_use.union(keep), ahead)
-        if self._gpu_decode is not None:
-            return self._begin_on_gpu(ids, missing, opening)
-        # A resident place on the device needs no more than what is not there yet.
-        filled = missing if self._cache == "gpu" else ids
-        pixels = self._buffers.take(len(filled), pin=pin)
+        opening = self._files.open(self._samples.shards_of(ids), keep, ahead)
+        pixels = self._buffers.take(len(ids), pin=pin)
         out = pixels.numpy()
-        work = self._keep_and_copy if self._cache == "ram" else self._samples.decode
+        cuts = np.linspace(0, len(ids), self._threads + 1, dtype=int).tolist()
         parts = [
-            self._pool.submit(work, filled[span], out[span], opening)
-            for span in self._spans(len(filled))
+            self._pool.submit(self._samples.decode, ids[a:b], out[a:b], opening)
+            for a, b in itertools.pairwise(cuts)
+            if b > a
         ]
-        return _Begun(ids, missing, opening, pixels, parts, [])
-
-    def _begin_on_gpu(self, ids: Ids, missing: Ids, opening: Opening) -> _Begun:
-        assert self._gpu_decode is not None
-        nothing = torch.empty(
-            (0, self._side, self._side, 3), dtype=torch.uint8, device=self._device
-        )
-        if not len(missing):
-            return _Begun(ids, missing, opening, nothing, [], [])
-        spans = self._spans(len(missing))
-        reads = [self._pool.submit(self._samples.read, missing[span], opening) for span in spans]
-        together = self._samples.decode_together
-        arguments = (self._gpu_decode, missing, reads, opening, self._side)
-        on_gpu = self._gpu_thread.submit(together, *arguments)
-        return _Begun(ids, missing, opening, nothing, [], [on_gpu])
-
-    def _spans(self, count: int) -> list[slice]:
-        """A share of a batch for each thread."""
-        cuts = np.linspace(0, count, self._threads + 1, dtype=int).tolist()
-        return [slice(a, b) for a, b in itertools.pairwise(cuts) if b > a]
-
-    def _keep_and_copy(self, ids: Ids, out: np.ndarray, opening: Opening) -> Seconds:
-        """Decodes what is not resident to its place there, then copies all of `ids` to `out`."""
-        assert self._resident is not None
-        kept = self._resident.pixels.numpy()
-        missing = self._resident.missing(ids)
-        seconds = self._samples.decode(missing, (kept[row] for row in missing), opening)
-        np.take(kept, ids, axis=0, out=out, mode="clip")  # "raise" would make one more copy
-        return seconds
+        return _Begun(ids, opening, pixels, parts)
 
     def _finish(self, batch: _Begun) -> Batch:
         """Waits for a batch, and makes sure that its shards stayed what they were."""
         start = time.perf_counter()
         spent = [part.result() for part in batch.parts]
-        pixels = batch.pixels
-        for brought in batch.on_gpu:
-            pixels, seconds = brought.result()
-            spent.append(seconds)
-            if pixels.is_cuda:  # made on a stream of its own, freed when this one is done with it
-                pixels.record_stream(torch.cuda.current_stream(self._device))
         for opening in batch.opening.values():
             opening.result().check()
         self._seconds["wait"] += time.perf_counter() - start
         self._seconds["read"] += sum(seconds.read for seconds in spent)
         self._seconds["decode"] += sum(seconds.decode for seconds in spent)
-        if self._resident is not None and self._cache == "ram":
-            self._resident.filled[batch.missing] = True
-        elif self._resident is not None:
-            self._resident.put(batch.missing, pixels)
-            pixels = self._resident.take(batch.ids)
         rows = torch.from_numpy(batch.ids)
-        return Batch(pixels.permute(0, 3, 1, 2), self._samples.labels[rows], rows)
+        return Batch(batch.pixels.permute(0, 3, 1, 2), self._samples.labels[rows], rows)
+
+
+class Synthetic(Loader):
+    """Random images that stay on the device, as many and of the size and classes that the manifest
+    says: the same loop without store, decoding or copying. Image and label of a sample are
+    functions of its id. Needs no file of the shard set."""
+
+    def __init__(self, manifest: shards.Manifest, split: str, device: torch.device) -> None:
+        self.shard_sizes = [shard.samples for shard in manifest.split_shards(split)]
+        self.num_samples = manifest.num_samples(split)
+        self._device = device
+        side, count = manifest.crop, min(_SYNTHETIC_IMAGES, self.num_samples)
+        generator = torch.Generator().manual_seed(0)
+        pixels = torch.randint(256, (count, side, side, 3), dtype=torch.uint8, generator=generator)
+        labels = torch.randint(manifest.num_classes, (count,), generator=generator)
+        self._pixels, self._labels = pixels.to(device), labels.to(device)
+
+    def __exit__(self, *_: object) -> None:
+        del self._pixels, self._labels
+
+    def batches(self, ids_of_batches: Iterable[Ids], *, pin: bool = False) -> Batches:
+        for ids in ids_of_batches:
+            yield self.read(ids)
+
+    def prefetch(self, ids_of_batches: Sequence[Ids]) -> None:
+        """There is nothing to fetch."""
+
+    def read(self, ids: Ids, *, pin: bool = False) -> Batch:
+        """The samples of `ids` (int64 (B,)), on the device; `pin` has nothing to do."""
+        sample_ids = torch.from_numpy(np.ascontiguousarray(ids))
+        rows = (sample_ids % len(self._pixels)).to(self._device)
+        return Batch(self._pixels[rows].permute(0, 3, 1, 2), self._labels[rows], sample_ids)
+
+    def timings(self) -> dict[str, float]:
+        return {"read": 0.0, "decode": 0.0, "wait": 0.0}
+
+
+class Samples:
+    """Where each sample's JPEG lies in its shard, and its way from there to pixels. All methods may
+    be called from any thread."""
+
+    def __init__(self, uri: str, manifest: shards.Manifest, split: str) -> None:
+        """Raises UserError for an index that is not the manifest's."""
+        self._uri = uri
+        # The rest, keys and hashes mostly, would be a gigabyte of ImageNet's index.
+        index = shards.load_index(uri, split, ("shard", "offset", "size", "label"))
+        self.count = len(index)
+        if self.count != manifest.num_samples(split):
+            raise UserError(
+                f"index/{split}.parquet of {uri} has {self.count} rows, its manifest "
+                f"promises {manifest.num_samples(split)}; run "
+                f"`python -m pipelines verify {shlex.quote(uri)}`"
+            )
+        column = index["shard"].combine_chunks().dictionary_encode()
+        self._names: list[str] = column.dictionary.to_pylist()
+        self._shard = column.indices.to_numpy()
+        self._offset = index["offset"].to_numpy()
+        self._size = index["size"].to_numpy()
+        self.labels = torch.from_numpy(index["label"].to_numpy().astype(np.int64))
+
+    def shards_of(self, ids: Ids) -> list[str]:
+        """Names of the shards that hold them."""
+        return [self._names[shard] for shard in np.unique(self._shard[ids])]
+
+    def uses(self, ids_of_batches: Sequence[Ids]) -> ShardUses:
+        """Which shards these batches need, and when."""
+        ids = np.concatenate([np.zeros(0, np.int64), *ids_of_batches])
+        sizes = np.array([len(ids) for ids in ids_of_batches], np.int64)
+        return ShardUses(self._shard[ids], np.repeat(np.arange(len(sizes)), sizes), self._names)
+
+    def read(self, ids: Ids, opening: Opening) -> list[memoryview]:
+        """The JPEGs of `ids`, from shards that are open or being opened."""
+        numbers, offsets = self._shard[ids].tolist(), self._offset[ids].tolist()
+        sizes = self._size[ids].tolist()
+        ends = itertools.accumulate(sizes)
+        block = memoryview(bytearray(sum(sizes)))
+        jpegs = [block[end - size : end] for size, end in zip(sizes, ends, strict=True)]
+        files = {shard: opening[self._names[shard]].result() for shard in set(numbers)}
+        for shard, offset, jpeg in zip(numbers, offsets, jpegs, strict=True):
+            files[shard].read(offset, jpeg)
+        return jpegs
+
+    def decode(self, ids: Ids, out: np.ndarray, opening: Opening) -> _Seconds:
+        """The samples of `ids` into `out`, uint8 (B,H,W,3)."""
+        began = time.perf_counter()
+        jpegs = self.read(ids, opening)
+        was_read = time.perf_counter()
+        for sample, jpeg, pixels in zip(ids, jpegs, out, strict=True):
+            try:
+                decoded = simplejpeg.decode_jpeg(jpeg, colorspace="RGB", buffer=pixels)
+            except ValueError as error:
+                raise self._undecodable(sample, str(error), opening) from error
+            if decoded.shape != pixels.shape:
+                sizes = f"{decoded.shape[:2]} pixels instead of {pixels.shape[:2]}"
+                raise self._undecodable(sample, sizes, opening)
+        return _Seconds(was_read - began, time.perf_counter() - was_read)
+
+    def _undecodable(self, sample: int, why: str, opening: Opening) -> UserError:
+        name = self._names[self._shard[sample]]
+        opening[name].result().check()  # raises where the shard was changed meanwhile
+        return UserError(
+            f"sample {sample} of {name} does not decode ({why}); run "
+            f"`python -m pipelines verify {shlex.quote(self._uri)} --full`"
+        )
+
+
+class Buffers:
+    """Lends uint8 (B, side, side, 3) tensors and takes them back by itself, instead of asking the
+    system for the memory of each batch.
+
+    A buffer comes back when the last tensor or array that looks into it is gone, whoever holds it
+    and however it was sliced: so a batch that is kept is never overwritten, and `idle` says only
+    how many free ones are kept for the next batches.
+
+    Pinned ones are PyTorch's own to reuse. The host runs several steps ahead of a GPU, so a batch
+    that nothing refers to may still be waiting to be copied; the allocator of pinned memory marks
+    each copy on its stream and gives a block out again only after it, which no fixed number of
+    buffers here could promise.
+    """
+
+    def __init__(self, side: int, idle: int) -> None:
+        self._side = side
+        # A deque's ends need no lock: buffers come back in whatever thread drops them.
+        self._free: deque[np.ndarray] = deque(maxlen=idle)
+
+    def take(self, count: int, *, pin: bool) -> torch.Tensor:
+        """uint8 (count, side, side, 3) with arbitrary content; in pinned memory for `pin`."""
+        shape = (count, self._side, self._side, 3)
+        if pin:
+            return torch.empty(shape, dtype=torch.uint8, pin_memory=True)
+        num_bytes = math.prod(shape)
+        try:
+            whole = self._free.popleft()
+        except IndexError:
+            whole = np.empty(0, np.uint8)
+        if len(whole) < num_bytes:
+            whole = np.empty(num_bytes, np.uint8)
+        lent = whole[:num_bytes].reshape(shape)
+        # from_numpy's storage holds `lent` for as long as any tensor shares it.
+        weakref.finalize(lent, self._free.append, whole).atexit = False
+        return torch.from_numpy(lent)

@@ -23,15 +23,12 @@ from training.due import Due, Stop
 from training.evaluate import Stopped, evaluate
 from training.guards import TrainingStopped as TrainingStopped
 from training.journal import Journal
-from training.loader import Batch, Loader
-from training.meter import Meter
+from training.loader import Batch, Loader, Synthetic
+from training.meter import Meter, traced, training_flops
 from training.network import build_model, input_spec
 from training.order import Ids, epoch_order, global_batch, rank_part, steps_per_epoch
-from training.speed import training_flops
 from training.steps import Place as Place
 from training.steps import Stepper, algorithms, ended_early, learning_rates
-from training.synthetic import Synthetic
-from training.tracing import traced
 
 Log = Callable[[dict[str, float], int], None]
 Report = Callable[[dict[str, float], Path | None], None]
@@ -95,9 +92,6 @@ def _loader(config: TrainConfig, data: str, manifest: Manifest, split: str, plac
         split,
         threads=place.threads,
         cache_gb=config.cache_gb,
-        cache=config.cache,
-        decode=config.decode,
-        device=place.device,
     )
 
 

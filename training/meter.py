@@ -3,20 +3,30 @@
 Every step has three parts on the accelerator's own time line:
 
     waiting     from the end of the step before until the batch is there: no data, or nothing to do
-    copying     from there until its pictures and labels are on the device
+    copying     from there until its images and labels are on the device
     computing   augmentation, forward, backward with its communication, and the update
 
 Utilization is what MLPerf Storage defines it to be: computing time / all time, without the first
 step of the run. Exposed communication is the part of `computing` between a rank's last own gradient
 and the moment when the gradients and buffers of all ranks are in: what did not hide behind the
-backward pass. It contains the wait for the slowest rank.
+backward pass. It contains the wait for the slowest rank. MFU, on GPUs alone, is the operations per
+second that training needs / the peak measured here, not a data sheet's: a plain matrix product of
+the run's precision.
 """
 
+import contextlib
+import platform
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor, nn
+
+from alexnet import NETWORK_SIDE
 
 # Columns of a step's row of sums.
 LOSS, TOP1, TOP5, IMAGES, GRAD_NORM = range(5)
@@ -180,8 +190,85 @@ def log_line(metrics: dict[str, float], step: int) -> str:
     words.append(f"wait={metrics['data_wait']:.0%}")
     if "exposed_communication" in metrics:
         words.append(f"comm={metrics['exposed_communication']:.0%}")
-    words.append(f"mfu={metrics['mfu']:.1%}")
+    if "mfu" in metrics:
+        words.append(f"mfu={metrics['mfu']:.1%}")
     if "gpu_memory_gb" in metrics:
         words.append(f"mem={metrics['gpu_memory_gb']:.1f}GB")
     words.append(f"eta={minutes}:{seconds:02d} ids={int(metrics['sample_digest']):012x}")
     return " ".join(words)
+
+
+@contextlib.contextmanager
+def traced(folder: Path | None) -> Iterator[Callable[[], None]]:
+    """Gives a function to call after each step. Four steps after the first four, which allocate and
+    may compile, end up in `folder`/trace.json, which https://ui.perfetto.dev opens; fewer if the
+    run is shorter. Without a folder, nothing happens."""
+    if folder is None:
+        yield lambda: None
+        return
+    from torch import profiler
+
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def write(profile: Any) -> None:
+        profile.export_chrome_trace(str(folder / "trace.json"))
+
+    schedule = profiler.schedule(wait=3, warmup=1, active=4, repeat=1)
+    with profiler.profile(schedule=schedule, on_trace_ready=write) as profile:
+        yield profile.step
+
+
+def training_flops(model: nn.Module) -> float:
+    """Floating-point operations per image of forward and backward, of a model on the meta device.
+
+    Convolutions and linear layers, 2 for each multiplication with its addition; three times
+    forward (outputs, gradients of weights, gradients of inputs) less the gradient of the images,
+    which nobody needs. 6.60e9 for `deck` with 1000 classes, 4.13e9 for `paper`, whose groups
+    torch.utils.flop_counter counts too high.
+    """
+    forward: list[float] = []
+
+    def count(layer: nn.Module, _: Any, output: Tensor) -> None:
+        weight = layer.weight
+        assert isinstance(weight, Tensor)
+        # Each output value is a product of one row of weights: weight[0] has its length.
+        forward.append(2.0 * output.numel() * weight[0].numel())
+
+    layers = [m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    hooks = [layer.register_forward_hook(count) for layer in layers]
+    with torch.no_grad():
+        model(torch.empty(1, 3, NETWORK_SIDE, NETWORK_SIDE, device="meta"))
+    for hook in hooks:
+        hook.remove()
+    return 3 * sum(forward) - forward[0]
+
+
+def measured_peak(device: torch.device, dtype: torch.dtype, side: int = 8192) -> float:
+    """Operations per second of a square matrix product of random numbers (equal ones take less
+    power and run faster), the best of five; some 0.1 s on a GPU."""
+    clock, seconds = Clock(device), []
+    random = torch.Generator(device).manual_seed(0)  # not the run's, which it would move on
+    factor = torch.randn(side, side, dtype=dtype, device=device, generator=random)
+    product = factor @ factor  # warms up
+    for _ in range(5):
+        began = clock.mark()
+        torch.matmul(factor, factor, out=product)
+        ended = clock.mark()
+        clock.wait()
+        seconds.append(clock.seconds(began, ended))
+    return 2.0 * side**3 / min(seconds)
+
+
+def device_name(device: torch.device) -> str:
+    """Of the GPU or the processor, such as "NVIDIA H200"."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
+
+
+def processor() -> str:
+    """The model of this machine's CPU."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

@@ -199,7 +199,7 @@ def worker_settings(use_gpu: bool) -> dict[str, str]:
 
     On CPUs each step would give its memory back to the system and take it again, page by page
     (benchmarks/LOG.md). So malloc keeps what it has, in one heap for all threads; blocks from 1 GiB
-    on, such as resident pictures, still come and go. What the driver's own environment says about
+    on still come and go. What the driver's own environment says about
     these variables comes first. The bits of the results are the same.
     """
     keep = {"MALLOC_ARENA_MAX": 1, "MALLOC_MMAP_THRESHOLD_": 2**30}
@@ -245,7 +245,7 @@ def _cause(error: ray.train.TrainingFailedError, config: TrainConfig) -> str:
     if any(word in str(error) for word in _OUT_OF_MEMORY):
         return (
             f"a worker ran out of memory ({last[:200]}); give each more: fewer --workers on a node "
-            f"or --cache none, or machines with more; continue with: {again(config)}"
+            f"or machines with more; continue with: {again(config)}"
         )
     return f"{last}; the traceback is above; continue with: {again(config)}"
 

@@ -16,10 +16,8 @@ from training.cost_model import (
     CONV_PARAMETERS,
     DECODE_PER_CORE,
     FC_PARAMETERS,
-    GPU_MEMORY,
     H200,
     NETWORKS,
-    STORED_PICTURE_BYTES,
     TRAIN_IMAGES,
     Cluster,
     all_reduce,
@@ -188,9 +186,6 @@ def _data(cluster: Cluster) -> str:
         rate = min(cores * DECODE_PER_CORE, cluster.images_per_second)
         share = rate / cluster.images_per_second
         rows.append((f"{cores} cores a GPU decode", f"{rate:,.0f} img/s", f"{share:.0%}"))
-    whole = TRAIN_IMAGES * STORED_PICTURE_BYTES
-    fewest = math.ceil(whole / GPU_MEMORY)
-    rows.append((f"`--cache gpu`: {whole / 1e9:.0f} GB from {fewest} GPUs on", "no limit", "100%"))
     return _table(("pictures come from", "per GPU", "of its rate"), rows)
 
 
@@ -240,7 +235,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--cores",
         type=float,
         default=math.inf,
-        help="that decode for each GPU; none are needed by default, as with --cache gpu",
+        help="that decode for each GPU; by default, decoding is no limit",
     )
     return command.answered(lambda: _answer(parser.parse_args(argv)))
 

@@ -1,22 +1,29 @@
-"""The shards that a loader has open: verified, found again when they change, opened ahead.
+"""The shards that a loader has open: verified, found again when they change, opened ahead; and
+which of them the batches to come need.
 
 Read with `pread` rather than through a memory map: as fast from the page cache, but other threads
 go on while a disk answers, and a file that is cut short is an error instead of a signal that ends
 the process.
 """
 
+import itertools
 import os
 import shlex
 import threading
 import weakref
+from collections import deque
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+
 from alexnet.errors import UserError
 from pipelines import storage
 from pipelines.shards import ShardInfo
-from training.cache import NodeCache, sha256_of
+from training.order import WINDOW_SHARDS
+from training.shard_cache import NodeCache, sha256_of
 
 _IO_THREADS = 4
 
@@ -136,6 +143,33 @@ class ShardFiles:
                 f"{_remedy(shard.path)}"
             )
         self._verified[info.name] = stamp
+
+
+class ShardUses:
+    """From when to when the batches ahead need which shards; goes through them with the batches.
+
+    shards, batches: int64 (N,), each sample's shard, as a place in `names`, and the number of its
+    batch, in ascending order.
+    """
+
+    def __init__(
+        self, shards: NDArray[np.int64], batches: NDArray[np.int64], names: list[str]
+    ) -> None:
+        used, first = np.unique(shards, return_index=True)
+        last = len(shards) - 1 - np.unique(shards[::-1], return_index=True)[1]
+        rows = zip(batches[first].tolist(), batches[last].tolist(), used.tolist(), strict=True)
+        # By first use: numbers of the first and the last batch that need a shard, and its name.
+        self._upcoming = deque((begin, end, names[shard]) for begin, end, shard in sorted(rows))
+        self._active: list[tuple[int, int, str]] = []
+
+    def advance(self, batch: int) -> tuple[list[str], list[str]]:
+        """The shards that `batch` or an earlier one needs and that are not done with yet, and the
+        next window of them. Batches are asked for in ascending order."""
+        while self._upcoming and self._upcoming[0][0] <= batch:
+            self._active.append(self._upcoming.popleft())
+        self._active = [use for use in self._active if use[1] >= batch]
+        ahead = [name for _, _, name in itertools.islice(self._upcoming, WINDOW_SHARDS)]
+        return [name for _, _, name in self._active], ahead
 
 
 def _stamp(handle: int) -> Stamp:

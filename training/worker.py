@@ -19,7 +19,7 @@ from ray.experimental import internal_kv, tqdm_ray
 
 from alexnet.errors import UserError
 from pipelines import shards, storage
-from training import checkpoint, lease, loop, metrics, speed
+from training import checkpoint, lease, loop, meter, metrics
 from training.config import TrainConfig
 from training.meter import log_line
 from training.room import check_node
@@ -50,7 +50,7 @@ def train_worker(job: dict[str, Any]) -> dict[str, float]:
         step = _agreed(0 if resume is None else checkpoint.load_state(resume)["step"])
         uploads, profile = None, None
         if rank == 0:
-            tracker.tag("hardware", speed.device_name(ray.train.torch.get_device()))
+            tracker.tag("hardware", meter.device_name(ray.train.torch.get_device()))
             _tell_start(str(config.name), tracker, step)
             check = functools.partial(lease.refuse_superseded, run, *job["lease"])
             uploads = stack.enter_context(_uploader(run, config, tracker, check))

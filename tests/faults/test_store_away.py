@@ -126,7 +126,7 @@ def test_a_training_does_not_wait_for_ever_for_a_shard(
     impatient: None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("training.cache._WAITS", (0.05,) * 20)
+    monkeypatch.setattr("training.shard_cache._WAITS", (0.05,) * 20)
     manifest = load_manifest(set_on_store)
     with Loader(set_on_store, manifest, "train", threads=2, cache_gb=1) as loader:
         proxy.foul(Weather(0, 1.0, [fault]))

@@ -51,7 +51,7 @@ def test_shards_arrive_whole_from_a_bad_store(
     home: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("training.cache._CHUNK", 20_000)
+    monkeypatch.setattr("training.shard_cache._CHUNK", 20_000)
     manifest = load_manifest(data)
     pixels, labels = decoded(folder, "train")
     ids = np.array(attack.draw.sample(range(len(labels)), len(labels)))

@@ -17,7 +17,7 @@ import numpy as np
 from refused import Refused
 
 from pipelines import claim, finish, shards, status, storage
-from training.samples import Samples
+from training.loader import Samples
 from training.shard_files import ShardFiles
 
 _NAME = re.compile(r"(train|val|test)-[0-9]{6}", re.ASCII)
@@ -54,7 +54,7 @@ def sample_index(data: bytes, folder: Path) -> None:
     try:
         ids = np.arange(samples.count)
         opening = files.open(samples.shards_of(ids))
-        jpegs, _ = samples.read(ids, opening)
+        jpegs = samples.read(ids, opening)
     finally:
         files.close()
     assert [_sha256(jpeg) for jpeg in jpegs] == right["sha256"]
