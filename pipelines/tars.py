@@ -32,7 +32,7 @@ MEMBERS = pa.schema(
 )
 _BLOCK = 512
 _MAX_PADDING = 1 << 20  # tar pads to 10 KiB; more than this after the end mark is lost data
-_MAX_EXTENSION = 1 << 20  # bytes of a long name or pax record
+_MAX_EXTENSION = 1 << 20  # bytes of a long name, a pax record or a member that is read
 _LOCAL_READ = 4096  # bytes per read: one header, not the picture behind it
 # On S3 a request takes as long as reading a few hundred kB: where headers lie closer together
 # than that, what lies between is read too, in ever larger pieces.
@@ -57,17 +57,25 @@ def members(
     start: int = 0,
     length: int | None = None,
     passed: _Passed = lambda members, num_bytes: None,
+    read: str | None = None,
 ) -> pa.Table:
     """The regular files of the tar at bytes [start, start + length) of `uri`, in its order.
 
-    A table of `MEMBERS`. `label` names the archive in errors. Raises UserError for anything that
+    A table of `MEMBERS`; with `read`, a regex of names, also a column `data`: the bytes of those
+    members that it finds, of at most 1 MiB each, else null. `label` names the archive in errors.
+    Raises UserError for anything that
     is no whole, uncompressed tar, for links, devices and sparse files, for names that are
     absolute, hold ".." or appear twice; folders are passed over.
     """
     length = storage.size(uri) - start if length is None else length
     window = _Window(uri, start, length)
     _check_beginning(window, label)
-    found = list(_walk(window, label, length, passed))
+    found, contents = [], []
+    for header in _walk(window, label, length, passed):
+        found.append(header)
+        if read is not None:
+            wanted = header.size <= _MAX_EXTENSION and re.search(read, header.name)
+            contents.append(window.get(header.data, header.size) if wanted else None)
     names = [header.name for header in found]
     if not names:
         raise UserError(f"{label} holds no file; fetch it again")
@@ -75,7 +83,8 @@ def members(
         twice = next(name for name, count in Counter(names).items() if count > 1)
         raise UserError(f"{label} holds {twice} twice; fetch it again")
     columns = [names, [start + header.data for header in found], [header.size for header in found]]
-    return pa.table([pa.array(c, f.type) for c, f in zip(columns, MEMBERS, strict=True)], MEMBERS)
+    table = pa.table([pa.array(c, f.type) for c, f in zip(columns, MEMBERS, strict=True)], MEMBERS)
+    return table if read is None else table.append_column("data", pa.array(contents, pa.binary()))
 
 
 @dataclass(frozen=True, slots=True)

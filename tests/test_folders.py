@@ -153,11 +153,11 @@ def test_a_full_train_set_needs_a_val_of_the_same_thousand_classes(tmp_path: Pat
     files |= {f"val/{wnid}/v{wnid}.JPEG": 1 for wnid in wnids[1:]}
     listing = entries.Listing(files)
     with pytest.raises(UserError, match=r"train has 1000 classes and val 999, without n00000000"):
-        folders.scan(str(tmp_path), listing, BOTH, partial=False)
-    assert folders.scan(str(tmp_path), listing, BOTH, partial=True).count("val") == 999
+        folders.LAYOUT.scan(str(tmp_path), listing, BOTH, False)
+    assert folders.LAYOUT.scan(str(tmp_path), listing, BOTH, True).count("val") == 999
     files[f"val/{wnids[0]}/v.JPEG"] = 1
     listing = entries.Listing(dict(sorted(files.items())))
-    assert folders.scan(str(tmp_path), listing, BOTH, partial=False).count("val") == 1000
+    assert folders.LAYOUT.scan(str(tmp_path), listing, BOTH, False).count("val") == 1000
 
 
 def test_names_that_serve_are_keys_and_others_get_safe_ones_of_their_own(tmp_path: Path) -> None:

@@ -134,7 +134,7 @@ def test_labels_of_a_partial_set_are_ranks_among_its_classes(tmp_path: Path) -> 
     names = tuple(f"name {label}" for label in range(1000))
     rows = [train_row(C, 1, 700), train_row(A, 1, 3)]
     raw = str(hugging_face(tmp_path, train=rows, val=[val_row(1, B, 40)], names=names))
-    with pytest.raises(UserError, match=r"3 classes have pictures, but the labels go to 700"):
+    with pytest.raises(UserError, match=r"3 classes have images, but the labels go to 700"):
         sources.scan(raw, BOTH)
     source = sources.scan(raw, ["train"], partial=True)
     assert source.table.select(["wnid", "label"]).to_pylist() == [

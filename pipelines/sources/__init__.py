@@ -6,28 +6,19 @@ import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import Any
 
 from alexnet.errors import UserError
 from pipelines import entries, storage
-from pipelines.sources import accounts, folders, huggingface, ilsvrc, kaggle, own_shards, table
-from pipelines.sources.table import SPLITS, TABLE, UNLABELLED, Shuffle, Source, StoredAs
+from pipelines.sources import accounts, folders, huggingface, ilsvrc, kaggle, table, webdataset
+from pipelines.sources.table import SPLITS, TABLE, UNLABELLED, Layout, Shuffle, Source, StoredAs
 
 __all__ = ["SPLITS", "TABLE", "UNLABELLED", "Shuffle", "Source", "StoredAs", "scan"]
 
 _OWN_NOTES = r"^(demo-raw|fetch)\.json$"  # by which these commands know their folder again
 _REQUESTS = 16  # at a time
-_LAYOUTS = {
-    "ILSVRC archives": ilsvrc,
-    "class folders": folders,
-    "the Kaggle layout": kaggle,
-    "Hugging Face parquet files": huggingface,
-    "shards made by this program": own_shards,
-}
-_EXPECTED = (
-    "ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar and ILSVRC2012_devkit_t12.tar.gz (or those "
-    "of ILSVRC2010), folders train/WNID/ and val/WNID/, Kaggle's ILSVRC/Data/CLS-LOC/, "
-    "train-*.parquet, or a finished shard set"
+_LAYOUTS = (
+    *(ilsvrc.LAYOUT, folders.LAYOUT, kaggle.LAYOUT, huggingface.LAYOUT),
+    *(webdataset.LAYOUT, webdataset.OWN_LAYOUT),
 )
 
 
@@ -47,24 +38,24 @@ def scan(raw: str, splits: Sequence[str], partial: bool = False) -> Source:
             "prefix that holds the raw data"
         )
     _refuse_names(raw, [*files, *found.empty, *found.ignored, *found.broken])
-    layouts = {name: module for name, module in _LAYOUTS.items() if module.recognises(found)}
+    layouts = [layout for layout in _LAYOUTS if layout.recognises(found)]
     if len(layouts) > 1:
-        raise UserError(
-            f"{raw} is ambiguous: it holds {' and also '.join(layouts)}; give each its own folder"
-        )
+        names = " and also ".join(layout.name for layout in layouts)
+        raise UserError(f"{raw} is ambiguous: it holds {names}; give each its own folder")
     if not layouts:
-        raise UserError(f"{raw}: no known layout; expected {_EXPECTED}; found {_tops(found)}")
-    (module,) = layouts.values()
-    left_out = _unreadable(raw, found, module, splits, partial)
+        expected = "; or ".join(layout.expected for layout in _LAYOUTS)
+        raise UserError(f"{raw}: no known layout; expected {expected}; found {_tops(found)}")
+    (layout,) = layouts
+    left_out = _unreadable(raw, found, layout, splits, partial)
     archives = _versions(raw, [name for name in files if name.endswith(".tar")])
-    source: Source = module.scan(raw, found, splits, partial)
+    source = layout.scan(raw, found, splits, partial)
     table.check(raw, source.table)
-    places = module.places(found)
+    places = layout.places(found)
     account = accounts.of(
         found,
         source.table["source"],
         [name for name, _ in source.containers],
-        f"{module.LISTS}|{_OWN_NOTES}",
+        f"{layout.lists}|{_OWN_NOTES}",
         {split: place for split, place in places.items() if split not in splits},
         left_out | source.left_out,
         source.ignored_members,
@@ -82,16 +73,16 @@ def _refuse_names(raw: str, names: Sequence[str]) -> None:
 
 
 def _unreadable(
-    raw: str, found: entries.Listing, module: Any, splits: Sequence[str], partial: bool
+    raw: str, found: entries.Listing, layout: Layout, splits: Sequence[str], partial: bool
 ) -> dict[str, str]:
     """What cannot be read where this layout looks for images of `splits` or for its lists, and
     why. Raises UserError for it unless `partial`."""
-    places = module.places(found)
+    places = layout.places(found)
     wanted = "|".join(places[split] for split in splits if split in places) or r"^$^"
     broken = {
         name: why
         for name, why in found.broken.items()
-        if re.search(module.LISTS, name) or (re.search(wanted, name) and not entries.rule(name))
+        if re.search(layout.lists, name) or (re.search(wanted, name) and not entries.rule(name))
     }
     if broken and not partial:
         raise UserError(

@@ -19,6 +19,7 @@ from pipelines.sources import devkit
 from pipelines.sources.ilsvrc import announced, check_promise
 from pipelines.sources.table import (
     SPLITS,
+    Layout,
     Source,
     fewer,
     labelled,
@@ -28,10 +29,6 @@ from pipelines.sources.table import (
 )
 
 SYNSET_MAPPING = "LOC_synset_mapping.txt"
-LISTS = (
-    r"^(LOC_synset_mapping\.txt|ILSVRC20(12_devkit_t12|10_devkit-1\.0)\.tar\.gz"
-    r"|ILSVRC2010_test_ground_truth\.txt)$"
-)
 _BY_FOLDER = "name of the class folder"
 _BY_NUMBER = "number in the file name, line of the devkit's ground truth, WNID of meta.mat"
 # A file under any other name may be an image, which its bytes will tell.
@@ -56,7 +53,7 @@ class Found:
     left_out: dict[str, str]
 
 
-def recognises(found: entries.Listing) -> bool:
+def _recognises(found: entries.Listing) -> bool:
     return any(_split_folders(found, "").values())
 
 
@@ -68,7 +65,7 @@ def places(found: entries.Listing, below: str = "") -> dict[str, str]:
     }
 
 
-def scan(raw: str, listing: entries.Listing, splits: Sequence[str], partial: bool) -> Source:
+def _scan(raw: str, listing: entries.Listing, splits: Sequence[str], partial: bool) -> Source:
     files = listing.files
     ranking = [split for split in SPLITS if split in {"train", "val", *splits}]
     found = images(raw, listing, ranking, partial)
@@ -315,3 +312,14 @@ def synset_mapping(raw: str) -> list[tuple[str, str]]:
     text = read_text(storage.join(raw, SYNSET_MAPPING))
     pairs = [line.split(maxsplit=1) for line in text.splitlines() if line.strip()]
     return [(wnid, "".join(name).strip()) for wnid, *name in pairs]
+
+
+LAYOUT = Layout(
+    name="class folders",
+    expected="folders train/WNID/ and val/WNID/",
+    lists=r"^(LOC_synset_mapping\.txt|ILSVRC20(12_devkit_t12|10_devkit-1\.0)\.tar\.gz"
+    r"|ILSVRC2010_test_ground_truth\.txt)$",
+    recognises=_recognises,
+    places=places,
+    scan=_scan,
+)

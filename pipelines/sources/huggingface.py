@@ -13,7 +13,6 @@ import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -27,10 +26,12 @@ from pipelines.reads import picture_names
 from pipelines.sources.table import (
     SPLITS,
     UNLABELLED,
+    Layout,
     Source,
     fewer,
     labelled,
     part,
+    ranked,
     with_own_keys,
 )
 
@@ -55,51 +56,36 @@ class _File:
 class _Found:
     file: _File
     rows: pa.Table  # of `part`
-    classes: pa.Table  # columns label, wnid, source, row: where each pair of them is first
+    classes: pa.Table  # columns label, wnid, place: where each pair of the two is first
     names: tuple[str, ...]  # of the classes, if the file tells
     by_name: bool  # the classes are these names: no path tells a WNID
 
 
-LISTS = r"^(data/)?dataset_infos\.json$"
-
-
-def recognises(found: entries.Listing) -> bool:
+def _recognises(found: entries.Listing) -> bool:
     return any(name.endswith(".parquet") and _PART.fullmatch(name) for name in found.files)
 
 
-def places(found: entries.Listing) -> dict[str, str]:
-    """Regex of the files of each split."""
-    aliases = dict(zip(SPLITS, ("train", "val|validation", "test"), strict=True))
-    return {s: rf"^(data/)?({names})-\d{{5}}-of-.*\.parquet$" for s, names in aliases.items()}
-
-
-def scan(raw: str, listing: entries.Listing, splits: Sequence[str], partial: bool) -> Source:
+def _scan(raw: str, listing: entries.Listing, splits: Sequence[str], partial: bool) -> Source:
     files = listing.files
     files_there = _parts(raw, files, splits, partial)
     with ThreadPoolExecutor(_THREADS_S3 if storage.is_s3(raw) else 1) as pool:
         read = list(pool.map(lambda file: _read(raw, file), files_there))
     if any(found.by_name for found in read):
         return _by_name(raw, files, splits, partial, read)
-    labels, wnids = _ranking(raw, pa.concat_tables([found.classes for found in read]))
+    classes = pa.concat_tables([found.classes for found in read])
     names = next((found.names for found in read if found.names), ())
-    ranks = labels == list(range(len(labels)))
-    if labels and not partial and not (ranks and len(names) in (0, len(labels))):
-        raise UserError(
-            f"{raw}: {len(wnids)} classes have pictures, but the labels go to {max(labels)} and "
-            f"{len(names) or 'no'} classes are named; add what is missing or pass --partial"
-        )
-    note = f"labels are ranks among the {len(wnids)} classes with pictures, not those of the files"
+    _, wnids, class_names, notes = ranked(raw, classes, names, partial)
     used = [found for split in splits for found in read if found.file.split == split]
     return Source(
         raw=raw,
         layout="huggingface",
         table=labelled([found.rows for found in used], wnids),
         wnids=wnids,
-        class_names=_class_names(names, labels, wnids),
+        class_names=class_names,
         labels_from={split: _origin(split, used) for split in splits},
         containers=tuple((found.file.name, files[found.file.name]) for found in used),
         announced=None,
-        notes=() if ranks else (note,),
+        notes=notes,
         shuffle="source",
     )
 
@@ -208,7 +194,9 @@ def _read(raw: str, file: _File) -> _Found:
     pairs = pa.table({"label": rows["label"], "wnid": wnid, "row": number})
     pairs = pairs.filter(pc.not_equal(pairs["label"], UNLABELLED))
     first = pairs.group_by(["label", "wnid"], use_threads=False).aggregate([("row", "min")])
-    source = pa.repeat(pa.scalar(file.name), len(first))
+    places = pa.array(
+        [f"{file.name} row {row:,}" for row in first["row_min"].to_pylist()], pa.string()
+    )
     return _Found(
         file,
         part(
@@ -219,7 +207,7 @@ def _read(raw: str, file: _File) -> _Found:
             number,
             None,
         ),
-        first.rename_columns(["label", "wnid", "row"]).append_column("source", source),
+        first.drop_columns(["row_min"]).append_column("place", places),
         names,
         by_name and len(first) > 0,
     )
@@ -316,35 +304,20 @@ def _told(names: pa.Array, pattern: str) -> pa.Array:
     return pc.struct_field(pc.extract_regex(names, pattern), "wnid")
 
 
-def _ranking(raw: str, classes: pa.Table) -> tuple[list[int], tuple[str, ...]]:
-    """The labels there are, and the WNID of each, both in sorted order.
-
-    Raises UserError unless labels and WNIDs belong to each other one to one and in that order.
-    """
-    keys = [(name, "ascending") for name in ("label", "source", "row")]
-    pairs: dict[tuple[int, str], str] = {}
-    for row in classes.sort_by(keys).to_pylist():
-        pairs.setdefault((row["label"], row["wnid"]), f"{row['source']} row {row['row']:,}")
-    for one, other in pairwise(pairs):
-        if not (one[0] < other[0] and one[1] < other[1]):
-            told = [f"{pairs[pair]} has {pair[1]} with label {pair[0]}" for pair in (one, other)]
-            raise UserError(
-                f"{raw}: {told[0]}, {told[1]}; labels must be ranks of sorted WNIDs: fetch both "
-                "files again"
-            )
-    return [label for label, _ in pairs], tuple(wnid for _, wnid in pairs)
-
-
-def _class_names(
-    names: Sequence[str], labels: Sequence[int], wnids: Sequence[str]
-) -> tuple[str, ...]:
-    """Those that the files tell for their labels, if there are as many; else the WNIDs."""
-    if not labels or len(names) <= max(labels):
-        return tuple(wnids)
-    return tuple(names[label] for label in labels)
-
-
 def _origin(split: str, used: Sequence[_Found]) -> str:
     if any(len(found.classes) for found in used if found.file.split == split):
         return "column label, equal to the rank of the WNID in image.path"
     return "none: the pictures are unlabelled"
+
+
+LAYOUT = Layout(
+    name="Hugging Face parquet files",
+    expected="train-*.parquet",
+    lists=r"^(data/)?dataset_infos\.json$",
+    recognises=_recognises,
+    places=lambda found: {
+        split: rf"^(data/)?({names})-\d{{5}}-of-.*\.parquet$"
+        for split, names in zip(SPLITS, ("train", "val|validation", "test"), strict=True)
+    },
+    scan=_scan,
+)

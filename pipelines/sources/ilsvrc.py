@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 from alexnet.errors import UserError
 from pipelines import entries, storage
 from pipelines.sources import devkit, index, official, patches
-from pipelines.sources.table import SPLITS, Source, fewer, labelled, part
+from pipelines.sources.table import SPLITS, Layout, Source, fewer, labelled, part
 
 TRAIN_TAR = "ILSVRC2012_img_train.tar"
 VAL_TAR = "ILSVRC2012_img_val.tar"
@@ -57,22 +57,16 @@ _EDITIONS = (
 )
 
 
-LISTS = (
-    r"^(ILSVRC2012_devkit_t12\.tar\.gz|ILSVRC2010_devkit-1\.0\.tar\.gz"
-    r"|ILSVRC2010_test_ground_truth\.txt|patch_images\.tar)$"
-)
-
-
-def recognises(found: entries.Listing) -> bool:
+def _recognises(found: entries.Listing) -> bool:
     return any(_has(edition, found.files) for edition in _EDITIONS)
 
 
-def places(found: entries.Listing) -> dict[str, str]:
+def _places(found: entries.Listing) -> dict[str, str]:
     """Regex of the archives of each split."""
     return {s: rf"^ILSVRC20(12_img|10_images)_{s}(_v10102019)?\.tar$" for s in SPLITS}
 
 
-def scan(raw: str, listing: entries.Listing, splits: Sequence[str], partial: bool) -> Source:
+def _scan(raw: str, listing: entries.Listing, splits: Sequence[str], partial: bool) -> Source:
     files = listing.files
     edition = _edition(raw, files)
     used = _needed(raw, files, edition, splits, partial)
@@ -266,3 +260,14 @@ def _labels_from(edition: _Edition, split: str) -> str:
         "number in the file name, line of the ground truth, "
         f"ILSVRC{edition.year}_ID, WNID of meta.mat"
     )
+
+
+LAYOUT = Layout(
+    name="ILSVRC archives",
+    expected=f"{TRAIN_TAR}, {VAL_TAR} and {devkit.NAME} (or those of ILSVRC2010)",
+    lists=r"^(ILSVRC2012_devkit_t12\.tar\.gz|ILSVRC2010_devkit-1\.0\.tar\.gz"
+    r"|ILSVRC2010_test_ground_truth\.txt|patch_images\.tar)$",
+    recognises=_recognises,
+    places=_places,
+    scan=_scan,
+)

@@ -42,7 +42,7 @@ def flat(uri: str) -> pa.Table:
 
     Raises UserError as `tars.members` does.
     """
-    return _once(uri, "flat", _read_flat)
+    return once(uri, "flat", _SCHEMA, _read_flat)
 
 
 def nested(uri: str) -> pa.Table:
@@ -52,7 +52,7 @@ def nested(uri: str) -> pa.Table:
     Raises UserError as `tars.members` does, for a member that is no .tar, and for an inner tar
     that holds no picture or is there twice.
     """
-    return _once(uri, "nested", _read_nested)
+    return once(uri, "nested", _SCHEMA, _read_nested)
 
 
 def litter(names: Any) -> Any:
@@ -126,13 +126,15 @@ def _with_outer(outer: str, members: pa.Table) -> pa.Table:
     return pa.table([pa.repeat(outer, len(members)), *members.columns], schema=_SCHEMA)
 
 
-def _once(uri: str, kind: str, read: Callable[[str], pa.Table]) -> pa.Table:
+def once(uri: str, kind: str, schema: pa.Schema, read: Callable[[str], pa.Table]) -> pa.Table:
+    """`read(uri)`, a table of `schema` without nulls, kept for as long as the archive is the
+    same. Another reading of an archive, or other columns, need another `kind`."""
     identity = repr((_FORM, kind, uri, storage.size(uri), storage.version(uri)))
     name = f"{hashlib.sha256(identity.encode()).hexdigest()}.parquet"
     kept = storage.join(str(storage.home()), "index", name)
     if storage.exists(kept):
         try:
-            return _kept(storage.read(kept))
+            return _kept(storage.read(kept), schema)
         except (pa.ArrowException, OSError, ValueError) as error:
             logger.warning(f"{kept} is damaged ({error}); reading {uri} again")
     found = read(uri)
@@ -144,10 +146,10 @@ def _once(uri: str, kind: str, read: Callable[[str], pa.Table]) -> pa.Table:
     return found
 
 
-def _kept(data: bytes) -> pa.Table:
-    """Raises ValueError for what `_once` has not written."""
+def _kept(data: bytes, schema: pa.Schema) -> pa.Table:
+    """Raises ValueError for what `once` has not written."""
     table = shards.read_parquet(data)
-    if not table.schema.equals(_SCHEMA) or any(column.null_count for column in table.columns):
+    if not table.schema.equals(schema) or any(column.null_count for column in table.columns):
         raise ValueError(f"columns {table.schema.names}")
     table.validate(full=True)
     return table

@@ -17,21 +17,19 @@ from alexnet.errors import UserError
 from pipelines import entries, storage
 from pipelines.sources import folders
 from pipelines.sources.folders import SYNSET_MAPPING, check_folders, require, synset_mapping
-from pipelines.sources.table import Source, labelled, part, read_text
+from pipelines.sources.table import Layout, Source, labelled, part, read_text
 
 _DATA = "ILSVRC/Data/CLS-LOC/"
-LISTS = r"^(LOC_[^/]*|ILSVRC/ImageSets/CLS-LOC/[^/]*)$"
 _SOLUTION = "LOC_{}_solution.csv"
 _LISTS = {
     "train": "ILSVRC/ImageSets/CLS-LOC/train_cls.txt",
     "val": "ILSVRC/ImageSets/CLS-LOC/val.txt",
     "test": "ILSVRC/ImageSets/CLS-LOC/test.txt",
 }
-_ROW = r"^(?P<key>[^,\s]+),\s*(?P<boxes>(?:n\d{8}(?:\s+-?[\d.]+){4}\s*)+)$"
 _DOWNLOADS = ("imagenet-object-localization-challenge", "imagenet_object_localization")
 
 
-def recognises(found: entries.Listing) -> bool:
+def _recognises(found: entries.Listing) -> bool:
     """Also the download as it came, if there is nothing else, to say what to do with it."""
     if found.tops(_DATA):
         return True
@@ -40,11 +38,7 @@ def recognises(found: entries.Listing) -> bool:
     return bool(archives) and all(name.startswith("LOC_") for name in others)
 
 
-def places(found: entries.Listing) -> dict[str, str]:
-    return folders.places(found, _DATA)
-
-
-def scan(raw: str, listing: entries.Listing, splits: Sequence[str], partial: bool) -> Source:
+def _scan(raw: str, listing: entries.Listing, splits: Sequence[str], partial: bool) -> Source:
     files = listing.files
     if not listing.tops(_DATA):
         archive = _archives(files)[0]
@@ -228,3 +222,13 @@ def _check_classes(
             f"{raw}: {min(set(wnids) - found)} of {SYNSET_MAPPING} has no train pictures "
             f"({len(wnids) - len(found)} such classes); add them or pass --partial"
         )
+
+
+LAYOUT = Layout(
+    name="the Kaggle layout",
+    expected="Kaggle's ILSVRC/Data/CLS-LOC/",
+    lists=r"^(LOC_[^/]*|ILSVRC/ImageSets/CLS-LOC/[^/]*)$",
+    recognises=_recognises,
+    places=lambda found: folders.places(found, _DATA),
+    scan=_scan,
+)

@@ -9,8 +9,9 @@ from __future__ import annotations
 import hashlib
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, Literal
 
 import numpy as np
@@ -18,7 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from alexnet.errors import UserError
-from pipelines import storage
+from pipelines import entries, storage
 from pipelines.sources.accounts import Accounts
 
 SPLITS = ("train", "val", "test")
@@ -78,6 +79,18 @@ class Source:
         return int(pc.sum(pc.equal(self.table["split"], split)).as_py() or 0)
 
 
+@dataclass(frozen=True)
+class Layout:
+    """One form of RAW, as `sources.scan` uses it."""
+
+    name: str
+    expected: str  # what RAW would hold, for a person
+    lists: str  # regex of what is read beside images and archives
+    recognises: Callable[[entries.Listing], bool]
+    places: Callable[[entries.Listing], dict[str, str]]  # regex of the entries of each split
+    scan: Callable[[str, entries.Listing, Sequence[str], bool], Source]
+
+
 def part(split: str, names: Any, wnids: Any, source: Any, offset: Any, size: Any) -> pa.Table:
     """Rows of one split from columns (arrays, lists, or one value for all but `names`).
 
@@ -108,6 +121,39 @@ def labelled(parts: Sequence[pa.Table], wnids: Sequence[str]) -> pa.Table:
         "label": pc.fill_null(label, UNLABELLED),
     }
     return pa.table([columns[name] for name in TABLE.names], schema=TABLE)
+
+
+def ranked(
+    raw: str, classes: pa.Table, names: Sequence[str], partial: bool
+) -> tuple[list[int], tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
+    """The labels that images have, in order; the WNID and the name of each; notes.
+
+    classes: columns label, wnid, place (of an image that has both). names: of the classes by their
+    labels, [] if nothing tells. Raises UserError unless labels and WNIDs belong to each other one
+    to one and in one order, and, unless `partial`, unless the labels are the ranks of the WNIDs.
+    """
+    rows = reversed(classes.to_pylist())  # the first place of each pair stays
+    places = {(row["label"], row["wnid"]): row["place"] for row in rows}
+    pairs = sorted(places)
+    for one, other in pairwise(pairs):
+        if not (one[0] < other[0] and one[1] < other[1]):
+            told = [f"{places[pair]} has {pair[1]} with label {pair[0]}" for pair in (one, other)]
+            raise UserError(
+                f"{raw}: {told[0]}, {told[1]}; labels must be ranks of sorted WNIDs: fetch both "
+                "files again"
+            )
+    labels, wnids = [label for label, _ in pairs], tuple(wnid for _, wnid in pairs)
+    named = bool(labels) and len(names) > max(labels)
+    class_names = tuple(names[label] for label in labels) if named else wnids
+    if labels == list(range(len(labels))) and len(names) in (0, len(labels)):
+        return labels, wnids, class_names, ()
+    if labels and not partial:
+        raise UserError(
+            f"{raw}: {len(wnids)} classes have images, but the labels go to {max(labels)} and "
+            f"{len(names) or 'no'} classes are named; add what is missing or pass --partial"
+        )
+    note = f"labels are ranks among the {len(wnids)} classes with images, not those of the files"
+    return labels, wnids, class_names, () if labels == list(range(len(labels))) else (note,)
 
 
 def with_own_keys(table: pa.Table) -> pa.Table:

@@ -111,16 +111,22 @@ def _counted(source: Source, split: str) -> int:
         start = "val" if split == "val" else split
         own = [name for name in names if name.rpartition("/")[2].startswith(start)]
         return sum(pq.read_metadata(Path(source.raw, name)).num_rows for name in own)
+    if source.layout == "webdataset":
+        own = [n for n in names if {*re.split(r"[-_.\d]+", n.lower())} & _SPLITS[split]]
+        images = (".jpg", ".jpeg", ".png", ".webp")
+        return sum(_members(Path(source.raw, name), images) for name in own)
     own = [name for name in names if re.search(rf"_{split}[_.]", name)]
     return sum(_members(Path(source.raw, name)) for name in own)
 
 
-def _members(path: Path) -> int:
+def _members(path: Path, endings: tuple[str, ...] = ("",)) -> int:
     """The files of a tar, or of the tars in it, but those that desktop systems leave."""
     count = 0
     with tarfile.open(path, "r:") as outer:
         for member in outer:
             if not member.isfile() or _is_litter(member.name):
+                continue
+            if not member.name.lower().endswith(endings):
                 continue
             file = outer.extractfile(member) if member.name.endswith(".tar") else None
             if file is None:
