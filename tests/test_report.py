@@ -1,172 +1,219 @@
-"""pipelines/report/: a page that is whole, safe and bounded; its numbers are the index's."""
+"""pipelines/report.py: a page that is whole, safe and bounded; its numbers are the index's."""
 
+import base64
 import io
-import itertools
+import json
 import re
-from collections import Counter
+from collections import Counter, defaultdict
+from collections.abc import Callable
+from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pytest
 from built import build_set, write_folders
-from drawn import jpeg
-from pages import Page, column_heights, edit, page, put_index, put_rejected
 from PIL import Image
 
-from pipelines import journal, shards, storage
-from pipelines.journal import Journal, Point
+from pipelines import report, shards, storage
 from pipelines.plan import Recipe
-from pipelines.report import charts, counts, pictures, report
+from pipelines.transform import FIXES, REASONS
 
 HOSTILE = (
-    '</style></details><img src=x onerror="alert(1)"><script>alert(2)</script>\u202e\x1b[31m&amp;'
+    '</style></details><img src=x onerror="alert(1)"><script>alert(2)</script>\u202e\x1b[31m&amp;$'
 )
 
 
+class Page(HTMLParser):
+    """Parsed; raises when it is not well-formed or could load or run anything."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.open: list[str] = []
+        self.section = ""
+        self.text: dict[str, str] = {}  # by section, without markup
+        self.rows: dict[str, list[list[str]]] = defaultdict(list)  # cells by section
+        self.images: dict[str, list[tuple[str, bytes]]] = defaultdict(list)  # (alt, file)
+        self.feed(html)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        found = {name: value or "" for name, value in attrs}
+        assert tag not in {"script", "link", "iframe", "object", "embed", "base", "form"}
+        assert not [name for name in found if name.startswith("on")]
+        assert all(value.startswith("#") for name, value in found.items() if name == "href")
+        assert "src" not in found or tag == "img"
+        if tag == "section":
+            self.section = found["id"]
+        if tag == "img":
+            data = re.fullmatch(r"data:image/(?:jpeg|png);base64,(\S+)", found["src"])
+            assert data and found["alt"]
+            file = base64.b64decode(data[1], validate=True)
+            self.images[self.section].append((found["alt"], file))
+        if tag == "tr":
+            self.rows[self.section].append([])
+        if tag == "td":
+            self.rows[self.section][-1].append("")
+        if tag not in {"meta", "img", "br"}:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if "style" in self.open:
+            assert "url(" not in data and "@import" not in data
+            return
+        self.text[self.section] = self.text.get(self.section, "") + data
+        if "td" in self.open:
+            self.rows[self.section][-1][-1] += data
+
+    def pictures(self, section: str) -> dict[str, Image.Image]:
+        return {alt: Image.open(io.BytesIO(data)) for alt, data in self.images[section]}
+
+
+def page(out: Path | str) -> Page:
+    return Page(storage.read(report.report(str(out))).decode())
+
+
+def edit(copy: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    document = json.loads((copy / "manifest.json").read_text())
+    change(document)
+    (copy / "manifest.json").write_bytes(shards.canonical_json(document))
+
+
+def put_index(copy: Path, split: str, table: pa.Table | None = None, **columns: Any) -> None:
+    """Of that split, or `table`, with other columns."""
+    table = shards.load_index(str(copy), split) if table is None else table
+    for name, values in columns.items():
+        column = pa.array(values, shards.INDEX.field(name).type)
+        table = table.set_column(table.column_names.index(name), shards.INDEX.field(name), column)
+    (copy / "index" / f"{split}.parquet").write_bytes(shards.parquet_bytes(table))
+
+
+def put_rejected(copy: Path, *entries: dict[str, Any]) -> None:
+    """Instead of what is in the quarantine of train."""
+    usual = {"reason": "truncated", "detail": "", "source": "train.tar", "source_offset": 512}
+    lines = [
+        usual | {"key": f"k{n}", "name": f"k{n}.JPEG", "source_size": 12_345} | entry
+        for n, entry in enumerate(entries)
+    ]
+    text = b"".join(map(shards.canonical_json, lines))
+    (copy / "quarantine" / "train.jsonl").write_bytes(text)
+    counts = Counter(line["reason"] for line in lines)
+    edit(copy, lambda document: document.update(rejected=dict(counts)))
+
+
 def test_the_page_is_well_formed_loads_nothing_and_is_written_beside_the_set(copy: Path) -> None:
-    location = Path(report(str(copy)))
+    location = Path(report.report(str(copy)))
     assert location == copy / "report" / "index.html"
     text = location.read_text()
     assert not re.search(r"https?:", text)
     found = Page(text)
     anchors = re.findall(r'href="#(\w+)"', text)
-    assert anchors == re.findall(r'<section id="(\w+)"', text) == [*found.text][-len(anchors) :]
+    assert anchors == re.findall(r'<section id="(\w+)"', text) and len(anchors) == 11
     manifest = shards.load_manifest(str(copy))
     assert manifest.plan_id in found.text[""] and manifest.digest in found.text[""]
-    for shard in manifest.shards:
-        assert shard.name in found.text["shards"] and shard.sha256[:16] in found.text["shards"]
+    told = [[s.name, f"{s.samples}", f"{s.num_bytes:,}", s.sha256[:16]] for s in manifest.shards]
+    assert found.rows["shards"][1:] == told
     for name, version in manifest.document["versions"].items():
-        assert f"{name}\n{version}\n" in found.text["made"]
-    assert "sha256sum --check SHA256SUMS" in found.text["verify"]
+        assert name + version in found.text["made"]
 
 
 def test_the_same_set_gives_the_same_page_on_disk_and_on_s3(s3: str, copy: Path) -> None:
-    first = Path(report(str(copy))).read_bytes()
-    assert Path(report(str(copy))).read_bytes() == first
+    first = Path(report.report(str(copy))).read_bytes()
+    assert Path(report.report(str(copy))).read_bytes() == first
     for name, _ in storage.list_files(str(copy)):
         if not name.startswith("report/"):
             storage.write(f"{s3}/report-of/{name}", (copy / name).read_bytes())
-    assert storage.read(report(f"{s3}/report-of")) == first
+    assert storage.read(report.report(f"{s3}/report-of")) == first
 
 
-def test_every_picture_of_a_small_set_is_shown_as_it_is_stored(
-    drawn_shards: str, copy: Path
-) -> None:
-    shown = page(copy).images["pictures"]
-    rows = {
-        row["key"]: row
-        for split in ("train", "val")
-        for row in shards.load_index(drawn_shards, split).to_pylist()
-    }
-    assert sorted(key for key, _ in shown) == sorted(rows)
-    for key, small in shown:
-        row = rows[key]
-        tar = Path(drawn_shards, f"{row['shard']}.tar").read_bytes()
-        stored = Image.open(io.BytesIO(tar[row["offset"] :][: row["size"]]))
+def test_every_image_of_a_small_set_is_shown_as_it_is_stored(copy: Path) -> None:
+    shown = page(copy).pictures("images")
+    tables = [shards.load_index(str(copy), split) for split in ("train", "val")]
+    rows = {row["key"]: row for table in tables for row in table.to_pylist()}
+    assert sorted(shown) == sorted(rows)
+    for key, small in shown.items():
+        tar = (copy / f"{rows[key]['shard']}.tar").read_bytes()
+        stored = Image.open(io.BytesIO(tar[rows[key]["offset"] :][: rows[key]["size"]]))
         expected, found = (
-            np.asarray(picture.resize((8, 8), Image.Resampling.BOX), np.float64)
-            for picture in (stored, Image.open(io.BytesIO(small)))
+            np.asarray(image.resize((8, 8), Image.Resampling.BOX), np.float64)
+            for image in (stored, small)
         )
         assert np.abs(expected - found).max() < 8
 
 
-def test_totals_and_labels_are_the_manifests(copy: Path) -> None:
-    text = page(copy).text["totals"]
-    document = shards.load_manifest(str(copy)).document
+def test_totals_and_classes_are_those_of_the_manifest_and_the_index(copy: Path) -> None:
+    found = page(copy)
+    manifest = shards.load_manifest(str(copy))
+    document = manifest.document
+    expected = []
     for split, total in document["totals"].items():
         cells = [total[name] for name in ("pictures", "samples", "rejected", "bytes")]
-        row = [split, document["announced"][split], *cells, document["labels_from"][split]]
-        lines = "\n".join(f"{cell:,}" if isinstance(cell, int) else cell for cell in row)
-        assert lines in text
+        numbers = [f"{cell:,}" for cell in [document["announced"][split], *cells]]
+        expected.append([split, *numbers, document["labels_from"][split]])
+    assert found.rows["totals"][1:] == expected
+    labels = [shards.load_index(str(copy), s)["label"].to_pylist() for s in ("train", "val")]
+    assert found.rows["classes"][1:] == [
+        [str(label), wnid, name, *(str(of.count(label)) for of in labels)]
+        for label, (wnid, name) in enumerate(zip(manifest.wnids, manifest.class_names, strict=True))
+    ]
+    for section in ("classes", "sizes"):
+        charts = found.pictures(section)
+        assert len(charts) == 2 and all(
+            len(chart.getcolors(1 << 20)) > 2 for chart in charts.values()
+        )
 
 
-def test_entries_of_raw_are_told_by_rule_and_by_name(tmp_path: Path) -> None:
+def test_entries_of_raw_are_reported_by_rule_and_by_name(tmp_path: Path) -> None:
     write_folders(tmp_path / "raw", {"train/a/1.jpg": 1, "val/a/2.jpg": 2})
     (tmp_path / "raw/train/a/notes.txt").write_text("no image")
     (tmp_path / "raw/train/b").mkdir()
-    out = build_set(str(tmp_path / "raw"), tmp_path / "out", Recipe(partial=True))
-    text = Path(report(out)).read_text()
-    for told in ("ignored: documents", "train/b", "an empty class folder"):
-        assert told in text
+    found = page(build_set(str(tmp_path / "raw"), tmp_path / "out", Recipe(partial=True)))
+    rows = {row[0]: row[1] for row in found.rows["entries"] if row}
+    assert rows["ignored: documents"] == "1"
+    assert rows["train/b"] == "an empty class folder"
 
 
-def test_bars_of_few_classes_carry_their_names_and_the_counts_of_the_index(copy: Path) -> None:
-    found = page(copy)
-    manifest = shards.load_manifest(str(copy))
-    bars = [attrs["d"] for tag, attrs in found.shapes["classes"] if tag == "path"]
-    expected = []
-    for split in ("train", "val"):
-        labels = shards.load_index(str(copy), split)["label"].to_pylist()
-        expected += [labels.count(label) for label in range(manifest.num_classes)]
-    assert bars == [f"M0 0h{count}v1h-{count}z" for count in expected]
-    for wnid, name in zip(manifest.wnids, manifest.class_names, strict=True):
-        assert f"{name} ({wnid})" in found.text["classes"]
-
-
-def test_a_thousand_classes_are_columns_with_the_counts_of_the_index_and_one_picture_each(
-    copy: Path,
-) -> None:
+def test_a_page_of_a_thousand_classes_has_one_image_of_each_and_stays_small(copy: Path) -> None:
     rng = np.random.default_rng(0)
     rows = shards.load_index(str(copy), "train")
     labels = np.concatenate([np.arange(1000), rng.integers(0, 1000, 19_000)])
     many = rows.take(pa.array(rng.integers(0, rows.num_rows, len(labels))))
-    position = many.column_names.index("label")
-    many = many.set_column(position, shards.INDEX.field("label"), pa.array(labels))
-    (copy / "index" / "train.parquet").write_bytes(shards.parquet_bytes(many))
+    put_index(copy, "train", many, label=labels)
     classes = {"wnids": [f"n{i:08}" for i in range(1000)], "names": [HOSTILE] * 1000}
     edit(copy, lambda document: document.update(classes=classes))
     found = page(copy)
-    assert len(found.images["pictures"]) == 1000 + 12
-    (train,) = column_heights(found.shapes["classes"])[:1]
-    assert train == dict(Counter(labels.tolist()))
-    assert "train: 1,000 of 20,000 pictures, 1,000 classes" in found.text["pictures"]
+    assert len(found.images["images"]) == 1000 + 12
+    counts = Counter(labels.tolist())
+    assert [int(row[3]) for row in found.rows["classes"][1:]] == [counts[i] for i in range(1000)]
+    assert "train: 1,000 of 20,000 images, 1,000 classes" in found.text["images"]
     assert (copy / "report" / "index.html").stat().st_size < 15e6
 
 
-def test_pictures_that_do_not_fit_are_left_out_and_that_is_told(
-    copy: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    whole = page(copy).images["pictures"]
-    room = sum(4 * len(data) // 3 for _, data in whole[:31]) // 2
-    monkeypatch.setattr(pictures, "_SHEET_ROOM", room)
-    found = page(copy)
-    shown = len(found.images["pictures"]) - 12
-    assert 8 <= shown < 31
-    assert re.search(rf"train: {shown} of 31 pictures, [123] of 4 classes", found.text["pictures"])
-
-
-def test_more_classes_than_pictures_are_chosen_evenly() -> None:
-    index = pa.table({"label": np.repeat(np.arange(5000), 3)[::-1]})
-    labels, rows = pictures._first_of_each(index, 1000)
-    assert len(labels) == len(rows) == 1000
+def test_more_classes_than_images_are_chosen_evenly() -> None:
+    column = np.repeat(np.arange(5000), 3)[::-1]
+    labels = column[report._first_of_each(column, 1000)]
+    assert len(labels) == 1000
     assert labels[0] == 0 and labels[-1] == 4999 and set(np.diff(labels)) <= {4, 5, 6}
-    assert index["label"].to_numpy()[rows].tolist() == labels.tolist()
 
 
-def test_the_charts_of_sizes_hold_every_picture_once(copy: Path) -> None:
+def test_sizes_are_those_of_the_raw_images(copy: Path) -> None:
     rng = np.random.default_rng(1)
     width = [1, 30000, *rng.integers(100, 900, 29).tolist()]
     height = [30000, 1, *rng.integers(100, 900, 29).tolist()]
     put_index(copy, "train", width=width, height=height)
     found = page(copy)
-    sides, shapes = column_heights(found.shapes["sizes"])
-    assert sum(sides.values()) == sum(shapes.values()) == 31 + 12
-    assert shapes[0] >= 1 and shapes[max(shapes)] >= 1  # the strips, in the outermost bars
-    tables = {split: shards.load_index(str(copy), split) for split in ("train", "val")}
-    short = np.concatenate(
-        [np.minimum(t["width"].to_numpy(), t["height"].to_numpy()) for t in tables.values()]
-    )
-    assert f"{(short < 256).sum()} of 43 pictures" in found.text["sizes"]
-    assert "30,000.00 : 1" in found.text["sizes"]
-
-
-def test_dark_cells_lie_where_the_pictures_are() -> None:
-    width, height = np.array([100] * 50 + [1000]), np.array([1000] * 50 + [100])
-    svg = charts.density("c", width, height, 256)
-    cells = dict(re.findall(r'fill-opacity="([\d.]+)" d="(M\S+ \S+?h)', svg))
-    last = charts._CELLS
-    assert cells == {"1.00": f"M0 -{last}h", "0.34": f"M{last - 1} -1h"}
+    short = np.minimum(width, height)
+    quartiles = [f"{np.percentile(short, q):.0f}" for q in (0, 25, 50, 75, 100)]
+    enlarged = str((short < 256).sum())
+    assert found.rows["sizes"][1] == ["train", *quartiles, "30,000.00 : 1", enlarged]
+    stored = {"resize": 512, "crop": 454, "quality": 90, "digest": "0" * 64}
+    edit(copy, lambda document: document["source"].update(stored=stored))
+    assert "was scaled to 227 pixels" in page(copy).text["sizes"]  # 454 of 512, for 256
 
 
 def test_nothing_that_a_name_can_hold_becomes_a_tag(copy: Path) -> None:
@@ -174,62 +221,127 @@ def test_nothing_that_a_name_can_hold_becomes_a_tag(copy: Path) -> None:
     edit(copy, lambda document: document.update(classes={"wnids": wnids, "names": [HOSTILE] * 4}))
     edit(copy, lambda document: document["labels_from"].update(train=HOSTILE))
     edit(copy, lambda document: document["source"].update(containers=[[HOSTILE, 1]]))
-    hostile = dict.fromkeys(("name", "detail", "source", "reason"), HOSTILE)
-    put_rejected(copy, [(hostile, HOSTILE.encode()), (hostile, jpeg())])
+    edit(copy, lambda document: document["entries"]["ignored"].update({HOSTILE: 1}))
+    put_rejected(copy, dict.fromkeys(("name", "detail", "source", "reason"), HOSTILE))
     put_index(copy, "val", key=[f"{i}{HOSTILE}" for i in range(12)], fixes=[[HOSTILE]] * 12)
     put_index(copy, "val", source_sha256=["0" * 64] * 12, wnid=[HOSTILE] * 12)
-    entry = Journal(6, 44, host=HOSTILE, builder="b", state="failed", message=HOSTILE)
-    entry.points = [Point(0, 0, 0, 0, 0, 0), Point(9, 6, 44, 0, 0, 0)]
-    journal.save(str(copy), entry)
     found = page(copy)  # refuses scripts, handlers and foreign images
     shown = HOSTILE.replace("\u202e", "\\u202e").replace("\x1b", "\\u001b")
-    for section in ("totals", "pictures", "classes", "fixes", "quarantine", "duplicates"):
-        assert shown in found.text[section], section
-    for section in ("throughput", "made"):
+    sections = ("totals", "images", "classes", "entries", "fixes", "quarantine", "duplicates")
+    for section in (*sections, "made"):
         assert shown in found.text[section], section
 
 
 def test_a_test_split_without_labels_is_called_unlabelled(copy: Path) -> None:
-    table = shards.load_index(str(copy), "val")
-    (copy / "index" / "test.parquet").write_bytes(shards.parquet_bytes(table))
-    put_index(copy, "test", label=[-1] * 12, wnid=[""] * 12)
+    put_index(copy, "test", shards.load_index(str(copy), "val"), label=[-1] * 12, wnid=[""] * 12)
     (copy / "quarantine" / "test.jsonl").write_bytes(b"")
     edit(copy, lambda document: document["totals"].update(test=document["totals"]["val"]))
     found = page(copy)
-    assert "test: 8 of 12 pictures, 1 class\nunlabelled\n" in found.text["pictures"]
-    assert "12 pictures are unlabelled." in found.text["classes"]
-    order = [found.text["totals"].index(f"{split}\n") for split in ("train", "val", "test")]
-    assert order == sorted(order)
+    assert "test: 8 of 12 images, 1 class" in found.text["images"]
+    assert "12 images are unlabelled." in found.text["classes"]
+    assert [row[0] for row in found.rows["totals"][1:]] == ["train", "val", "test"]
 
 
-def test_a_set_without_journals_or_pictures_has_a_page_as_well(copy: Path) -> None:
+def test_a_set_without_images_has_a_page_as_well(copy: Path) -> None:
     for split in ("train", "val"):
-        empty = shards.load_index(str(copy), split).slice(0, 0)
-        (copy / "index" / f"{split}.parquet").write_bytes(shards.parquet_bytes(empty))
+        put_index(copy, split, shards.load_index(str(copy), split).slice(0, 0))
+    put_rejected(copy)
     found = page(copy)
-    assert "No picture was stored." in found.text["sizes"]
-    assert "No builder left a journal here." in found.text["throughput"]
-    assert "not recorded" in found.text[""]
+    assert "No image was stored." in found.text["sizes"]
+    assert "None was needed" in found.text["fixes"] and "Empty" in found.text["quarantine"]
 
 
-def test_a_stored_picture_that_cannot_be_decoded_is_told_by_its_name(copy: Path) -> None:
+def test_a_stored_image_that_cannot_be_decoded_is_reported_by_its_name(copy: Path) -> None:
     row = shards.load_index(str(copy), "val").to_pylist()[0]
     tar = bytearray((copy / f"{row['shard']}.tar").read_bytes())
     tar[row["offset"] : row["offset"] + 100] = bytes(100)
     (copy / f"{row['shard']}.tar").write_bytes(tar)
     found = page(copy)
-    assert f"{row['key']} cannot be decoded" in found.text["pictures"]
-    assert len(found.images["pictures"]) == 42
+    assert f"{row['key']} cannot be decoded" in found.text["images"]
+    assert len(found.images["images"]) == 42
 
 
-def test_long_tables_are_cut_and_that_is_told() -> None:
-    from pipelines.report.page import table
+def test_fixes_are_counted_explained_and_shown(copy: Path) -> None:
+    found = page(copy)
+    counted = shards.load_manifest(str(copy)).document["fixes"]
+    assert counted
+    for fix, count in counted.items():
+        [numbers] = re.findall(rf"{re.escape(FIXES[fix])} (.*)", found.text["fixes"])
+        assert sum(map(int, re.findall(r"(\d+) (?:train|val) \(", numbers))) == count
+    tables = [shards.load_index(str(copy), split) for split in ("train", "val")]
+    fixed = {row["key"] for table in tables for row in table.to_pylist() if row["fixes"]}
+    assert {key for key, _ in found.images["fixes"]} == fixed
 
-    text = table(["n"], [[n] for n in itertools.repeat(1, 2500)])
-    assert text.count("<td") == 2000 and "500 more rows are not shown" in text
+
+def test_rejected_files_are_listed_with_reason_and_place_and_not_decoded(
+    copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    [line] = (copy / "quarantine" / "train.jsonl").read_text().splitlines()
+    entry = json.loads(line)
+    for path in (copy / "quarantine" / "train").iterdir():
+        path.unlink()  # nobody reads them
+    reasons, _, (name, reason, detail, place) = page(copy).rows["quarantine"][1:]
+    assert reasons == ["truncated", "1", REASONS["truncated"]]
+    assert name == f"{entry['name']}train {entry['key']}"
+    assert (reason, detail) == (entry["reason"], entry["detail"])
+    assert place.startswith(entry["source"])
+    assert place.endswith(f" at byte {entry['source_offset']:,}")
+    monkeypatch.setattr(report, "_MAX_ROWS", 3)
+    parquet = {"reason": "zero_bytes", "source": "data/train.parquet", "source_offset": 17}
+    put_rejected(copy, parquet, *[{}] * 7)
+    found = page(copy)
+    rows = [row for row in found.rows["quarantine"] if len(row) == 4]
+    assert [row[0] for row in rows] == [f"k{i}.JPEGtrain k{i}" for i in range(3)]
+    assert rows[0][3] == "row 17 of data/train.parquet"
+    assert "5 more are in quarantine/SPLIT.jsonl" in found.text["quarantine"]
 
 
-def test_pictures_of_a_set_made_from_shards_were_scaled_from_the_stored_side(copy: Path) -> None:
-    stored = {"resize": 512, "crop": 454, "quality": 90, "digest": "0" * 64}
-    edit(copy, lambda document: document["source"].update(stored=stored))
-    assert counts._scaled_to(shards.load_manifest(str(copy))) == 227
+def test_duplicates_and_leaks_are_reported_with_their_samples(copy: Path) -> None:
+    assert "None: no raw file and no stored image occurs twice." in page(copy).text["duplicates"]
+    train, val = (shards.load_index(str(copy), split) for split in ("train", "val"))
+    sums = val["source_sha256"].to_pylist()
+    sums[3] = train["source_sha256"][5].as_py()
+    put_index(copy, "val", source_sha256=sums)
+    [_, counts, _, example] = page(copy).rows["duplicates"]
+    differ = int(val["label"][3] != train["label"][5])
+    assert counts == ["equal raw files", "across splits", "1", "2", str(differ)]
+    samples = [f"train {train['key'][5]} ({train['wnid'][5]})"]
+    samples += [f"val {val['key'][3]} ({val['wnid'][3]})"]
+    assert example[:3] == ["raw file", "2", ", ".join(samples)]
+
+
+def test_duplicates_are_counted_as_a_dictionary_counts_them() -> None:
+    rng = np.random.default_rng(0)
+    splits = ("train", "val", "test")
+    rows = [
+        {"split": int(split), "label": int(label), "source_sha256": str(f), "sha256": str(p)}
+        for split, label, f, p in np.column_stack(
+            [rng.integers(0, 3, 4000), rng.integers(-1, 3, 4000), rng.integers(0, 3000, (4000, 2))]
+        )
+    ]
+    named = [row | {"key": str(i), "wnid": "n"} for i, row in enumerate(rows)]
+    expected: list[list[Any]] = []
+    for column, what in (("source_sha256", "raw file"), ("sha256", "stored image")):
+        groups = defaultdict(list)
+        for row in rows:
+            groups[row[column]].append(row)
+        several = [group for group in groups.values() if len(group) > 1]
+        for where, across in (("across splits", True), ("within a split", False)):
+            chosen = [g for g in several if (len({row["split"] for row in g}) > 1) == across]
+            differ = [g for g in chosen if len({row["label"] for row in g} - {-1}) > 1]
+            numbers = [len(chosen), sum(map(len, chosen)), len(differ)]
+            expected.append([f"equal {what}s", where, *numbers])
+    found = report._duplicates(pa.Table.from_pylist(named), splits)
+    assert found["rows"] == expected and all(row[-1] for row in expected)
+
+
+def test_examples_of_duplicates_are_few_however_often_an_image_repeats() -> None:
+    rows = [
+        {"split": 0, "label": 0, "wnid": "n", "key": f"k{i:04}", "source_sha256": "f"}
+        | {"sha256": f"p{i % 100:02}"}
+        for i in range(2000)
+    ]
+    found = report._duplicates(pa.Table.from_pylist(rows), ["train"])["examples"]
+    assert found[0][:2] == ["raw file", 2000]
+    assert found[0][2] == "train k0000 (n), train k0001 (n), train k0002 (n), train k1999 (n)"
+    assert len(found) == 7

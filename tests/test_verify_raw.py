@@ -118,19 +118,6 @@ def test_test_pictures_may_be_unlabelled(raw: Path, tmp_path: Path) -> None:
     assert told(findings) == [] and "14 pictures decoded" in findings.checked
 
 
-def test_duplicates_are_told_and_are_no_fault(raw: Path, tmp_path: Path) -> None:
-    write_folders(raw, {"val/b/vcopy.jpg": (raw / "train/a/a1.jpg").read_bytes()})
-    out = build_set(str(raw), tmp_path / "copies", Recipe(partial=True))
-    findings = verify(out, full=True)
-    assert told(findings) == []
-    where = "more than once across splits, with different labels (2 samples)"
-    assert findings.notes == tuple(
-        f"1 {what} {where}, such as train a1 (a) and val vcopy (b)"
-        for what in ("raw file", "stored picture")
-    )
-    assert verify(out).notes == ()
-
-
 def test_a_shard_is_read_in_chunks_and_once(out: str, monkeypatch: pytest.MonkeyPatch) -> None:
     reads: list[tuple[int, int]] = []
     read = storage.read

@@ -13,7 +13,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipelines import duplicates, shards, storage
+from pipelines import shards, storage
 from pipelines.verify import audit, contents, fates
 from pipelines.verify.contents import (
     MANIFEST,
@@ -86,7 +86,7 @@ def verify(
         problems += _check_split(found, split)
     problems += _check_sidecars(found)
     problems += _quarantine_sizes(found)
-    notes = [*_unlisted(found)]
+    notes = tuple(_unlisted(found))
     checked = f"{len(found.shards):,} shards, {hashed:,} files hashed, the others by size"
     if full:
         jobs = _jobs(found)
@@ -95,9 +95,9 @@ def verify(
         taken = sum(shard.samples for shard in found.shards if f"{shard.name}.tar" in decoded)
         checked = f"{hashed + len(jobs):,} files hashed, {taken:,} pictures decoded"
     if full or raw is not None:
-        problems += _check_fates(found, raw, notes)
+        problems += _check_fates(found, raw)
     told = [Problem(problem.file, contents.one_line(problem.text)) for problem in problems]
-    return Findings(tuple(dict.fromkeys(told)), tuple(notes), checked)
+    return Findings(tuple(dict.fromkeys(told)), notes, checked)
 
 
 def _open(out: str, problems: list[Problem]) -> _Set:
@@ -293,7 +293,7 @@ def _quarantined(found: _Set) -> dict[str, tuple[int, str]]:
     }
 
 
-def _check_fates(found: _Set, raw: str | None, notes: list[str]) -> Iterator[Problem]:
+def _check_fates(found: _Set, raw: str | None) -> Iterator[Problem]:
     indexes = {name: table for name, table in found.indexes.items() if name in found.rejected}
     try:
         yield from fates.against_plan(contents.planned(found.out), indexes, found.rejected)
@@ -303,4 +303,3 @@ def _check_fates(found: _Set, raw: str | None, notes: list[str]) -> Iterator[Pro
             yield from fates.against_raw(raw, found.out, indexes, found.rejected, left_out)
     except Damaged as damaged:
         yield Problem(damaged.file, damaged.text)
-    notes += duplicates.find(found.indexes).lines() if found.indexes else []
