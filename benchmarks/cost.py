@@ -3,7 +3,7 @@
     python -m benchmarks.cost [--results FOLDER] [--batch 256] [--price c7a.4xlarge=0.9 …]
 
 The rates are those of the newest results, where there are any, and are told below the table with
-what is concluded from them; machines, networks and the step's model are training.cost_estimate's.
+what is concluded from them; machines, networks and the step's model are benchmarks.cost_estimate's.
 Prices are the reader's: US dollars an hour.
 """
 
@@ -15,13 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from alexnet.errors import UserError
-from benchmarks import results
+from benchmarks import cost_estimate, results
 from benchmarks.aims import number
+from benchmarks.cost_estimate import INSTANCES, building, training
+from benchmarks.cost_model import DECODE_PER_CORE, FLOPS, TRAIN_IMAGES
 from benchmarks.results import Result
 from pipelines import command
-from training import cost_estimate
-from training.cost_estimate import INSTANCES, building, training
-from training.cost_model import DECODE_PER_CORE, FLOPS, TRAIN_IMAGES
 
 _HEAD = ["job", "machine", "CPUs", "GPUs", "unit", "machine seconds", "bound by"]
 _DATA_SHEET = {"nvidia-h100": 989e12, "nvidia-h200": 989e12, "nvidia-a100": 312e12}  # dense bf16
@@ -39,9 +38,9 @@ def rates(found: Sequence[Result]) -> dict[str, Rate]:
     """By "build", "decode", "train" (on CPUs) and "gpu"; the constants of the model where nothing
     was measured, and no "train" then."""
     known = {
-        "build": Rate(cost_estimate.BUILD_PER_CORE, "training/cost_estimate.py"),
-        "decode": Rate(DECODE_PER_CORE, "training/cost_model.py"),
-        "gpu": Rate(cost_estimate.GPU_SHARE, "assumed in training/cost_estimate.py"),
+        "build": Rate(cost_estimate.BUILD_PER_CORE, "benchmarks/cost_estimate.py"),
+        "decode": Rate(DECODE_PER_CORE, "benchmarks/cost_model.py"),
+        "gpu": Rate(cost_estimate.GPU_SHARE, "assumed in benchmarks/cost_estimate.py"),
     }
     rows = {
         "build": ("builder", "pipelines build", "steady img/s"),
@@ -106,7 +105,7 @@ def _origins(known: Mapping[str, Rate], batch: int) -> str:
             f"- Rates: {'; '.join(told)}.",
             "- Extrapolated: every second of the table. That all CPUs of a machine do as much as "
             "those measured, at any number; ImageNet's mean sizes over the network at 92 % of its "
-            f"line rate; steps of `deck`, batch {batch}, by training/cost_model.py on GPUs, and "
+            f"line rate; steps of `deck`, batch {batch}, by benchmarks/cost_model.py on GPUs, and "
             "in proportion to CPUs without. Without start-up, evaluation and storage.",
         ]
     )

@@ -56,9 +56,6 @@ def _python(words: list[str]) -> None:
                 importlib.import_module("training.evaluate_command")._parse(flags)
             case ["-m", "training.figures", *flags]:
                 importlib.import_module("training.paper_figures")._parse(flags)
-            case ["-m", "training.scaling" | "training.cost_estimate" as name, *flags]:
-                if importlib.import_module(name).main(flags) != 0:
-                    raise CommandError(f"python {words} fails")
             case ["-m", name, *flags] if name.split(".")[0] == "benchmarks":
                 name = "benchmarks.__main__" if name == "benchmarks" else name
                 importlib.import_module(name).main([*flags, "--help"])

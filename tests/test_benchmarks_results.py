@@ -151,7 +151,7 @@ def test_costs_follow_from_the_newest_results(
     row = next(line for line in out.splitlines() if "build | c7a.4xlarge" in line)
     assert f"| {seconds:.3g} | CPUs | {seconds * 3.6 / 3600:.6f} |" in row
     assert "71 pictures/s per CPU built (builder_amd-epyc-9b14-2cpus_" in out
-    assert "assumed in training/cost_estimate.py" in out
+    assert "assumed in benchmarks/cost_estimate.py" in out
 
 
 def test_costs_of_no_machine_are_refused(capsys: pytest.CaptureFixture[str]) -> None:

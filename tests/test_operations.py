@@ -9,10 +9,9 @@ import pytest
 from drawn import ROOT
 from registered import MLFLOW_WARNINGS
 
-from benchmarks import results, summary
+from benchmarks import cost_estimate, cost_model, results, summary
+from benchmarks.cost_estimate import INSTANCES, Instance, building, training
 from pipelines.plan import Recipe
-from training import cost_estimate, cost_model
-from training.cost_estimate import INSTANCES, Instance, building, training
 from training.run import parse
 
 pytestmark = [pytest.mark.filterwarnings(line) for line in MLFLOW_WARNINGS]

@@ -11,9 +11,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from alexnet.model import AlexNet
-from training import cost_model
-from training.cost_model import H200, NETWORKS, Cluster, all_reduce, minutes, smallest_batch, step
-from training.scaling import PUBLISHED, SUN_SPEED_UP, main, tables
+from benchmarks import cost_model
+from benchmarks.cost_model import H200, NETWORKS, Cluster, all_reduce, minutes, smallest_batch, step
+from benchmarks.scaling import PUBLISHED, SUN_SPEED_UP, main, tables
 
 DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "scaling.md"
 # Nothing but bytes counts, one byte takes a second.
@@ -157,7 +157,7 @@ def test_the_document_shows_the_tables_as_printed(capsys):
     assert main([]) == 0
     printed = capsys.readouterr().out
     assert printed == tables()
-    assert printed in DOCUMENT.read_text(), "paste the output of `python -m training.scaling`"
+    assert printed in DOCUMENT.read_text(), "paste the output of `python -m benchmarks.scaling`"
 
 
 def test_own_figures_change_the_tables_and_nonsense_is_refused(capsys):

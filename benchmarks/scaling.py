@@ -1,6 +1,6 @@
 """How far AlexNet scales, by the cost model: the tables of docs/scaling.md.
 
-python -m training.scaling [--images-per-second 50000] [--batch 32768]
+python -m benchmarks.scaling [--images-per-second 50000] [--batch 32768]
 """
 
 import argparse
@@ -10,8 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from alexnet.errors import UserError
-from pipelines import command
-from training.cost_model import (
+from benchmarks.cost_model import (
     CONSTANTS,
     CONV_PARAMETERS,
     DECODE_PER_CORE,
@@ -25,6 +24,7 @@ from training.cost_model import (
     smallest_batch,
     step,
 )
+from pipelines import command
 
 _GPUS = tuple(2**power for power in range(11))
 _EPOCHS = 90
@@ -227,7 +227,7 @@ def _check() -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = command.Parser("python -m training.scaling", description=__doc__)
+    parser = command.Parser("python -m benchmarks.scaling", description=__doc__)
     rate = H200.images_per_second
     parser.add_argument("--images-per-second", type=float, default=rate, help="of one GPU, alone")
     parser.add_argument("--batch", type=int, default=32_768, help="global batch of the first table")

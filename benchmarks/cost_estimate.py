@@ -1,8 +1,8 @@
 """What a build of all of ImageNet and a training take on named machines: hours, bytes, money.
 
-python -m training.cost_estimate [--batch 256] [--epochs 90] [--price p5.48xlarge=60 ...]
+python -m benchmarks.cost_estimate [--batch 256] [--epochs 90] [--price p5.48xlarge=60 ...]
 
-A model on top of training/cost_model.py: docs/operations.md shows its table and says of every
+A model on top of benchmarks/cost_model.py: docs/operations.md shows its table and says of every
 number where it comes from. Prices are the reader's.
 """
 
@@ -11,8 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from alexnet.errors import UserError
-from pipelines import command
-from training.cost_model import (
+from benchmarks.cost_model import (
     DECODE_PER_CORE,
     FLOPS,
     NETWORKS,
@@ -21,6 +20,7 @@ from training.cost_model import (
     minutes,
     step,
 )
+from pipelines import command
 
 PICTURES = TRAIN_IMAGES + 50_000  # of a build with its default splits, train and val
 RAW_PICTURE_BYTES, STORED_SAMPLE_BYTES = 113e3, 22.7e3
@@ -113,7 +113,7 @@ def table(batch: int, epochs: int, prices: Mapping[str, float]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = command.Parser("python -m training.cost_estimate", description=__doc__)
+    parser = command.Parser("python -m benchmarks.cost_estimate", description=__doc__)
     parser.add_argument(
         "--batch", type=int, default=256, help="global, of a training; that of `deck`"
     )
