@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, load_file
 from torch import Tensor, nn
 
-from alexnet import Variant
+from alexnet import Variant, renamed
 from alexnet.errors import UserError
 from alexnet.model import AlexNet
 from alexnet.preprocess import InputSpec
@@ -66,7 +66,7 @@ def read_description(path: Path) -> dict[str, Any]:
             f"{path.name} has layout {layout}, this release reads {LAYOUT}; load it with the "
             "release that wrote it"
         )
-    return description
+    return renamed(description)
 
 
 def names_of_classes(

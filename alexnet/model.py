@@ -1,8 +1,8 @@
-"""AlexNet as the slide deck draws it, and as Krizhevsky, Sutskever and Hinton (2012) describe it.
+"""AlexNet as the slides draw it, and as Krizhevsky, Sutskever and Hinton (2012) describe it.
 
 Feature maps for a 227×227×3 input, the same in both variants (rows × columns × channels):
 
-    layer                          output        deck         paper
+    layer                          output        ungrouped    paper
     input                          227×227×3
     conv1  96 @ 11×11 stride 4     55×55×96
     relu1, lrn1                    55×55×96      no LRN       LRN
@@ -63,7 +63,7 @@ class AlexNet(nn.Module):
 
     `batch_norm` puts batch normalisation between each convolution and its ReLU. The convolution's
     bias goes, because the normalisation would subtract it again and has a shift of its own; nothing
-    else changes. It is offered for `deck` only: LRN after batch normalisation is nobody's network.
+    else changes. It is offered for `ungrouped` only: nobody uses LRN after batch normalisation.
     While training, each `norm_group` images are normalised by themselves, however large the batch;
     with 0, all images of the batch together. Evaluation does not depend on it.
 
@@ -80,7 +80,7 @@ class AlexNet(nn.Module):
 
     def __init__(
         self,
-        variant: Variant = "deck",
+        variant: Variant = "ungrouped",
         num_classes: int = 1000,
         width: float = 1.0,
         batch_norm: bool = False,
@@ -128,7 +128,7 @@ def _check(
     if batch_norm and variant == "paper":
         raise UserError(
             "batch_norm does not go with variant 'paper', which normalises by LRN; "
-            "use variant 'deck' or leave batch_norm off"
+            "use variant 'ungrouped' or leave batch_norm off"
         )
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from alexnet import Rule
 
 # The devices whose fused SGD kernel was there when this was written; on the CPU it takes 30 ms
-# instead of 121 ms for the 62 million parameters of `deck`.
+# instead of 121 ms for the 62 million parameters of `ungrouped`.
 FUSED_DEVICES = frozenset({"cpu", "cuda"})
 
 

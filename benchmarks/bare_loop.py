@@ -4,7 +4,7 @@ step costs at least.
     python -m benchmarks.bare_loop '{"batch": …, "steps": …, "classes": …, "threads": …, …}'
 
 Network, initialisation, batch, precision, memory format and optimizer are those of the recipe
-`deck`; the batch is one tensor that is there from the beginning.
+`baseline`; the batch is one tensor that is there from the beginning.
 """
 
 import json
@@ -24,9 +24,9 @@ def train(request: dict[str, Any]) -> dict[str, float]:
     """seconds: the mean of a step, after two that warm up."""
     torch.set_num_threads(request["threads"])
     torch.manual_seed(0)
-    model = AlexNet("deck", num_classes=request["classes"], width=request["width"], init="he")
+    model = AlexNet("ungrouped", num_classes=request["classes"], width=request["width"], init="he")
     with torch.device("meta"):
-        shapes = AlexNet("deck", num_classes=request["classes"], width=request["width"])
+        shapes = AlexNet("ungrouped", num_classes=request["classes"], width=request["width"])
     model = model.to(memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(
         model.parameters(), lr=1e-3, momentum=0.9, weight_decay=5e-4, fused=True

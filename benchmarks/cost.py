@@ -105,8 +105,8 @@ def _origins(known: Mapping[str, Rate], batch: int) -> str:
             f"- Rates: {'; '.join(told)}.",
             "- Extrapolated: every second of the table. That all CPUs of a machine do as much as "
             "those measured, at any number; ImageNet's mean sizes over the network at 92 % of its "
-            f"line rate; steps of `deck`, batch {batch}, by benchmarks/cost_model.py on GPUs, and "
-            "in proportion to CPUs without. Without start-up, evaluation and storage.",
+            f"line rate; steps of `baseline`, batch {batch}, by benchmarks/cost_model.py on GPUs, "
+            "and in proportion to CPUs without. Without start-up, evaluation and storage.",
         ]
     )
 

@@ -88,7 +88,7 @@ def training(
     decode_per_core: float = DECODE_PER_CORE,
     gpu_share: float = GPU_SHARE,
 ) -> Estimate:
-    """`deck` on all GPUs of the machine with bfloat16 gradients; the shards are in its cache.
+    """`baseline` on all GPUs of the machine with bfloat16 gradients; the shards are in its cache.
     decode_per_core: pictures a second. gpu_share: of `flops`, reached."""
     cluster = instance.cluster(decode_per_core, gpu_share)
     bound_by = step(cluster, instance.gpus, batch / instance.gpus, 2).bound_by
@@ -115,7 +115,7 @@ def table(batch: int, epochs: int, prices: Mapping[str, float]) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = command.Parser("python -m benchmarks.cost_estimate", description=__doc__)
     parser.add_argument(
-        "--batch", type=int, default=256, help="global, of a training; that of `deck`"
+        "--batch", type=int, default=256, help="global, of a training; that of `baseline`"
     )
     parser.add_argument("--epochs", type=int, default=90)
     parser.add_argument(

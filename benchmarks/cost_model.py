@@ -10,7 +10,7 @@ from typing import Literal
 
 TRAIN_IMAGES = 1_281_167  # of ILSVRC-2012
 
-# `deck` with 1000 classes. Backward runs from fc8 to conv1, so the 94 % of the gradients that
+# `baseline` with 1000 classes. Backward runs from fc8 to conv1, so the 94 % of the gradients that
 # belong to fc6-8 are ready while the convolutions' backward still has to run.
 CONV_PARAMETERS, FC_PARAMETERS = 3_747_200, 58_631_144
 # Forward and backward of one picture, and the convolutions' backward in it.

@@ -46,7 +46,7 @@ def train(request: dict[str, Any]) -> dict[str, float]:
     with contextlib.suppress(Enough):
         fit(_config(request), request["shards"], place, log=log, report=never)
     with torch.device("meta"):
-        shapes = AlexNet("deck", num_classes=request["classes"], width=request["width"])
+        shapes = AlexNet("ungrouped", num_classes=request["classes"], width=request["width"])
     return {
         "seconds": statistics.fmean(seconds[2:]),
         "line": line_seconds(logged, seconds),
@@ -61,14 +61,14 @@ def line_seconds(logged: list[float], seconds: list[float]) -> float:
 
 
 def _config(request: dict[str, Any]) -> TrainConfig:
-    deck = RECIPES["deck"]()
+    baseline = RECIPES["baseline"]()
     return replace(
-        deck,
+        baseline,
         synthetic=True,
         log_steps=1,
         flat_loss_steps=0,
-        model=replace(deck.model, width=request["width"]),
-        optim=replace(deck.optim, batch_size=request["batch"], lr=LR),
+        model=replace(baseline.model, width=request["width"]),
+        optim=replace(baseline.optim, batch_size=request["batch"], lr=LR),
         augment=PLAIN,
     )
 

@@ -77,7 +77,7 @@ def run(device: torch.device, rounds: int, scale: Scale) -> Table:
                 rows.append(_row(name, seen, rates.get(SYNTHETIC, rates[name])))
             print(" | ".join(rows[-1]), file=sys.stderr, flush=True)
     setting = (
-        "`training.loop.fit` of the recipe deck without Ray and MLflow: "
+        "`training.loop.fit` of the recipe baseline without Ray and MLflow: "
         f"width {scale.width}, bf16, channels-last, eager, its augmentation; batch {scale.batch}; "
         f"shards of {_SIDE} px in the page cache, {threads} threads; {rounds} rounds of "
         f"{scale.steps} steps, from the second epoch on, median [lowest..highest]. Utilization is "
@@ -126,13 +126,13 @@ def _fed(
     from training.loop import Place, fit
     from training.recipes import RECIPES
 
-    deck = RECIPES["deck"]()
+    baseline = RECIPES["baseline"]()
     config = dataclasses.replace(
-        deck,
+        baseline,
         log_steps=scale.steps,
         flat_loss_steps=0,
-        model=dataclasses.replace(deck.model, width=scale.width),
-        optim=dataclasses.replace(deck.optim, batch_size=scale.batch, epochs=2 + rounds),
+        model=dataclasses.replace(baseline.model, width=scale.width),
+        optim=dataclasses.replace(baseline.optim, batch_size=scale.batch, epochs=2 + rounds),
         **settings,
     )
     seen: list[dict[str, float]] = []

@@ -38,7 +38,7 @@ class Scale:
 
 @dataclass(frozen=True)
 class Case:
-    network: str  # "deck" or "paper"
+    network: str  # "ungrouped" or "paper"
     precision: str  # "fp32", "tf32" or "bf16"
     channels_last: bool
     batch: int
@@ -63,12 +63,12 @@ def cases(scale: Scale) -> Iterator[Case]:
     """Every batch, precision and layout in eager mode; compiled networks and other ways to
     normalise in bfloat16."""
     for network, precision, channels_last in itertools.product(
-        ("deck", "paper"), _TYPES, (True, False)
+        ("ungrouped", "paper"), _TYPES, (True, False)
     ):
         for batch in scale.batches:
             yield Case(network, precision, channels_last, batch)
     for network, channels_last, batch in itertools.product(
-        ("deck", "paper"), (True, False), scale.compiled
+        ("ungrouped", "paper"), (True, False), scale.compiled
     ):
         yield Case(network, "bf16", channels_last, batch, compiled=True)
     for lrn, batch in itertools.product(_LRN, scale.compiled):
@@ -113,10 +113,10 @@ def measure(case: Case, device: torch.device, rounds: int, scale: Scale) -> Meas
 
 
 def kernels(device: torch.device, rounds: int, scale: Scale) -> Table:
-    """Of the step that the recipe `deck` runs, and of `paper`, at the largest batch but one."""
+    """Of the step that the recipe `baseline` runs, and of `paper`, at the largest batch but one."""
     batch = scale.batches[-2:][0]
     rows = []
-    for network in ("deck", "paper"):
+    for network in ("ungrouped", "paper"):
         step = _step(Case(network, "bf16", True, batch), device, scale)
         _timed(Clock(device), step, _WARM_UP)
         activity = ProfilerActivity.CUDA if device.type == "cuda" else ProfilerActivity.CPU
@@ -173,7 +173,7 @@ def _step(case: Case, device: torch.device, scale: Scale) -> Callable[[], object
 
 
 def _network(name: str, scale: Scale) -> AlexNet:
-    variant = "paper" if name == "paper" else "deck"
+    variant = "paper" if name == "paper" else "ungrouped"
     return AlexNet(variant, num_classes=1000, width=scale.width, init="he")
 
 

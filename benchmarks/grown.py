@@ -29,7 +29,7 @@ from pipelines.write_shard import codec_versions
 from training.loader import Loader
 from training.order import epoch_order, global_batch, steps_per_epoch
 
-_BATCH = 256  # of `deck`
+_BATCH = 256  # of `baseline`
 _JPEG_BYTES = 20_000
 _STRIDE = 23_040  # bytes of a sample in a tar: three headers, the padded JPEG, label and JSON
 _RAW = "made-up.tar"

@@ -58,9 +58,9 @@ class Sizes:
     def words(self, raw: Raw) -> str:
         return (
             f"On CPUs, {_ROUNDS} rounds at most: pictures built in steady state, from whole jobs "
-            f"of {self.build[0]} and {self.build[1]} files ({raw.origin}); training steps of `deck`"
-            f" (width {self.width}, {self.classes} classes) with random pictures, global batch "
-            f"{self.batch}, as many ranks as CPUs, one thread each, without Ray; median of "
+            f"of {self.build[0]} and {self.build[1]} files ({raw.origin}); training steps of "
+            f"`baseline` (width {self.width}, {self.classes} classes) with random pictures, global "
+            f"batch {self.batch}, as many ranks as CPUs, one thread each, without Ray; median of "
             f"{self.steps} steps after two."
         )
 

@@ -122,7 +122,7 @@ def _command(request: dict[str, Any], folder: Path, number: int) -> Steps:
     flags = _flags(request, steps)
     words = [str(word) for flag in flags.items() for word in flag]
     settings = {"ALEXNET_HOME": str(home)}
-    command = [sys.executable, "training/run.py", "deck", *words]
+    command = [sys.executable, "training/run.py", "baseline", *words]
     began = time.time()
     done = processes.run(command, on=processes.cpus(), settings=settings)
     seconds, logged, phases = _logged(home, request, began, time.time())
@@ -199,7 +199,7 @@ def _start(commands: list[Steps]) -> str:
 
 def _setting(request: dict[str, Any], rounds: int) -> str:
     return (
-        f"Recipe deck, width {request['width']}, {request['classes']} classes, batch "
+        f"Recipe baseline, width {request['width']}, {request['classes']} classes, batch "
         f"{request['batch']}, bf16 autocast, channels-last, fused SGD with momentum; random "
         f"pictures in memory; {request['threads']} threads; mean of {request['steps']} steps "
         f"after two that warm up, with Ray of {request['steps'] + 2} after as many, in a fresh "

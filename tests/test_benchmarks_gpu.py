@@ -19,9 +19,9 @@ def test_every_network_precision_and_layout_is_a_case() -> None:
     names = [case.name for case in gpu_steps.cases(gpu_steps.Scale())]
     assert len(names) == len(set(names)) == 2 * 3 * 2 * 4 + 2 * 2 * 2 + 2 * 2
     assert {
-        "deck, bf16, channels-last, eager, batch 1024",
+        "ungrouped, bf16, channels-last, eager, batch 1024",
         "paper, fp32, contiguous, eager, batch 128",
-        "deck, bf16, channels-last, compiled, batch 256",
+        "ungrouped, bf16, channels-last, compiled, batch 256",
         "paper, bf16, channels-last, eager, LRN fused, batch 1024",
     } <= set(names)
 
@@ -41,7 +41,7 @@ def test_the_fused_normalisation_is_the_networks() -> None:
 def test_kernels_are_told_for_both_networks() -> None:
     table = gpu_steps.kernels(CPU, 1, TINY)
     named = [row[0] for row in table.rows]
-    assert "**deck, all kernels**" in named and "**paper, all kernels**" in named
+    assert "**ungrouped, all kernels**" in named and "**paper, all kernels**" in named
     assert any("convolution" in name for name in named)
 
 

@@ -214,8 +214,8 @@ def test_checkpoint_of_the_same_training_may_go_on_elsewhere(of_a_training):
     ("changes", "manifest", "told"),
     [
         ({"optim_lr": 0.5}, "a", "optim.lr: 0.01 -> 0.5"),
-        ({"recipe": "paper"}, "a", "recipe: deck -> paper"),
-        ({"model_variant": "paper"}, "a", "model.variant: deck -> paper"),
+        ({"recipe": "paper"}, "a", "recipe: baseline -> paper"),
+        ({"model_variant": "paper"}, "a", "model.variant: ungrouped -> paper"),
         ({}, "b", f"manifest: {16 * 'a'} -> {16 * 'b'}"),
     ],
 )
@@ -225,6 +225,14 @@ def test_checkpoint_of_another_training_is_refused_with_what_differs(
     with pytest.raises(UserError) as refused:
         checkpoint.refuse_other(of_a_training, small_config(**changes), manifest * 64)
     assert f"({told})" in str(refused.value) and "choose another --name" in str(refused.value)
+
+
+def test_checkpoint_with_the_former_names_is_of_the_same_training(of_a_training):
+    state = checkpoint.load_state(of_a_training)
+    state["config"]["recipe"] = state["config"]["model"]["variant"] = "deck"
+    (of_a_training / "state.json").write_text(json.dumps(state))
+    checkpoint.refuse_other(of_a_training, small_config(), "a" * 64)
+    assert checkpoint.load_state(of_a_training)["config"] == to_dict(small_config())
 
 
 def test_field_that_an_older_checkpoint_lacks_is_told(of_a_training):

@@ -29,9 +29,13 @@ def config_of(*argv: str) -> TrainConfig:
 # Flags
 
 
-def test_without_a_recipe_it_is_deck():
-    assert parse([]) == parse(["deck"])
-    assert config_of("--log-steps", "2") == dataclasses.replace(config_of("deck"), log_steps=2)
+def test_without_a_recipe_it_is_the_baseline_which_was_called_deck(caplog):
+    assert parse([]) == parse(["baseline"])
+    assert not caplog.messages
+    caplog.set_level("INFO", "training")
+    assert parse(["deck"]) == parse(["baseline"])
+    assert caplog.messages == ["recipe deck is now called baseline"]
+    assert config_of("--log-steps", "2") == dataclasses.replace(config_of("baseline"), log_steps=2)
 
 
 def test_flags_change_their_field_and_nothing_else():
@@ -117,7 +121,7 @@ def test_printed_config_is_whole_and_gives_itself_again(capsys, tmp_path):
 # Wrong flags
 
 WRONG = [
-    ("papr", "no recipe 'papr'; there are deck, paper, fast, smoke"),
+    ("papr", "no recipe 'papr'; there are baseline, paper, fast, smoke"),
     ("smoke --lr 0.1", "--lr"),
     ("smoke --optim.learning-rate 0.1", "--optim.learning-rate"),
     ("smoke more", "more"),
@@ -141,7 +145,7 @@ WRONG = [
     ("smoke --workers 0:2", "--min-workers 0 is out of range; pass 1 or more"),
     ("smoke --workers 2:4 --min-workers 3", "--workers=2:4 and --min-workers say the same"),
     ("smoke --model.variant vgg", "invalid choice 'vgg' for argument '--model.variant'"),
-    ("smoke --model.variant vgg", "('deck', 'paper')"),
+    ("smoke --model.variant vgg", "('ungrouped', 'paper')"),
     ("smoke --optim.rule adam", "('torch', 'paper', 'lars')"),
     ("smoke --optim.epochs", "--optim.epochs"),
     ("smoke --workers 0", "--workers 0 is out of range; pass 1 or more"),

@@ -35,7 +35,7 @@ def test_record_is_whole_flat_and_json():
     flat = flatten(config)
     assert (flat["optim.milestones"], flat["model.variant"], flat["storage"]) == (
         "[1, 2]",
-        "deck",
+        "ungrouped",
         "null",
     )
     groups = ("model", "optim", "augment")
@@ -141,7 +141,7 @@ def test_what_flags_left_open_is_filled_in_with_absolute_places(uri, home, monke
     assert config.data == uri
     assert Path(str(config.storage)).resolve() == Path(uri).parents[1] / "runs"
     assert Path(str(config.storage)).is_absolute()
-    assert str(config.name).startswith("deck-2")
+    assert str(config.name).startswith("baseline-2")
     assert resolve(small_config(data=uri))[0].storage == str(home / "runs")
 
 

@@ -90,7 +90,7 @@ def test_activations_are_the_tensors_that_the_layers_keep(data):
         "relu6, dropout7, mask, relu7": 4 * 4096,
     }
     places = 96 * 27 * 27 + 256 * 13 * 13 + 256 * 6 * 6
-    config = config_of(data, model_width=1.0, model_variant="deck")
+    config = config_of(data, model_width=1.0, model_variant="ungrouped")
     found = estimate(config, load_manifest(data))
     assert found.activations == 8 * (4 * sum(floats.values()) + 8 * places + 4 * floats["relu1"])
     half = estimate(config_of(data, model_width=1.0, precision="bf16"), load_manifest(data))

@@ -93,8 +93,8 @@ def test_commands_of_the_readme_are_understood() -> None:
     "text",
     [
         "ray start --head --dashbord-port=8265",
-        "ray job submit --workin-dir . -- python training/run.py deck",
-        "ray job submit --working-dir . -- python training/run.py deck --worker 2",
+        "ray job submit --workin-dir . -- python training/run.py baseline",
+        "ray job submit --working-dir . -- python training/run.py baseline --worker 2",
         "ray sart --head",
         "mlflow server --artifact-destination=s3://mlflow",
         "mlflow --env-fil=/dev/null server",

@@ -25,7 +25,7 @@ WRITTEN = (
     "figures/conv1.png",
     "evaluation/evaluation.json",
     "predictions/_predictions.json",
-    "runs/deck-1/checkpoint-000100/state.json",
+    "runs/baseline-1/checkpoint-000100/state.json",
     "mlruns/0/meta.yaml",
     "mlartifacts/1/models/m-1/artifacts/MLmodel",
     "mlflow.db",

@@ -1,4 +1,4 @@
-"""The network against the deck's table, an ONNX graph run by onnxruntime, and NumPy."""
+"""The network against the slides' table, an ONNX graph run by onnxruntime, and NumPy."""
 
 import math
 from pathlib import Path
@@ -31,12 +31,12 @@ def count_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-@pytest.mark.parametrize(("variant", "count"), [("deck", 62_378_344), ("paper", 60_965_224)])
+@pytest.mark.parametrize(("variant", "count"), [("ungrouped", 62_378_344), ("paper", 60_965_224)])
 def test_parameter_counts_at_1000_classes(variant, count):
     assert count_parameters(full_size(variant=variant)) == count
 
 
-@pytest.mark.parametrize("variant", ["deck", "paper"])
+@pytest.mark.parametrize("variant", ["ungrouped", "paper"])
 def test_feature_maps_have_the_sizes_of_the_deck(variant):
     model = full_size(variant=variant)
     shapes = {}
@@ -62,7 +62,7 @@ def test_feature_maps_have_the_sizes_of_the_deck(variant):
 
 
 def test_deck_has_neither_groups_nor_response_normalisation():
-    modules = list(full_size(variant="deck").modules())
+    modules = list(full_size(variant="ungrouped").modules())
     assert {module.groups for module in modules if isinstance(module, nn.Conv2d)} == {1}
     assert not any(isinstance(module, nn.LocalResponseNorm) for module in modules)
 
@@ -172,7 +172,7 @@ def test_published_initialisations_draw_their_std_and_biases(init):
 
 def test_he_initialisation_keeps_the_size_of_the_signal():
     torch.manual_seed(0)
-    model = AlexNet("deck", num_classes=50, width=0.25, init="he").eval()
+    model = AlexNet("ungrouped", num_classes=50, width=0.25, init="he").eval()
     for name in LAYERS:
         weight, bias = (p.detach() for p in layer(model, name).parameters())
         expected = 0.01 if name == "fc8" else math.sqrt(2 / weight[0].numel())
@@ -227,7 +227,7 @@ def test_conv1_is_the_first_layer_and_listed_once():
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        ({"variant": "caffe"}, "variant 'caffe' is unknown; choose one of 'deck', 'paper'"),
+        ({"variant": "caffe"}, "variant 'caffe' is unknown; choose one of 'ungrouped', 'paper'"),
         ({"init": "zeros"}, "init 'zeros' is unknown; choose one of 'source', 'text', 'he'"),
         ({"num_classes": 0}, "num_classes 0 must be a whole number from 1 up"),
         ({"num_classes": True}, "num_classes True must be a whole number from 1 up"),

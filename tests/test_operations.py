@@ -28,7 +28,7 @@ def test_flags_that_are_named_alone_are_flags_of_the_training():
     for flag in known:
         name, _, value = flag.partition(" ")
         value = value or {"--cpus-per-worker": "2", "--cache-gb": "5", "--optim.lr": "0.1"}[name]
-        parse(["deck", name, value])
+        parse(["baseline", name, value])
 
 
 def test_metrics_of_the_document_are_those_of_the_code():

@@ -18,7 +18,7 @@ GOLDEN_EPOCHS = {0: 1e-2, 24: 1e-2, 25: 1e-3, 50: 1e-3, 51: 1e-4, 78: 1e-4, 79: 
 
 @pytest.mark.parametrize(
     ("recipe", "parameters"),
-    [("deck", 62_378_344), ("paper", 60_965_224), ("fast", 62_379_720), ("smoke", 4_676_256)],
+    [("baseline", 62_378_344), ("paper", 60_965_224), ("fast", 62_379_720), ("smoke", 4_676_256)],
 )
 def test_every_recipe_parses_and_builds_its_network(recipe, parameters):
     command = parse([recipe])
@@ -102,6 +102,6 @@ def test_values_have_the_type_of_their_field(recipe):
 
 
 def test_deck_has_no_batch_norm_and_is_the_default():
-    assert parse([]).config == RECIPES["deck"]()
-    assert not RECIPES["deck"]().model.batch_norm
-    assert TrainConfig().recipe == "deck"
+    assert parse([]).config == RECIPES["baseline"]()
+    assert not RECIPES["baseline"]().model.batch_norm
+    assert TrainConfig().recipe == "baseline"

@@ -120,13 +120,13 @@ def test_list_shows_versions_newest_first_with_aliases_and_accuracy(client, caps
     head, *rows = out.splitlines()
     assert code == 0 and head.split()[:4] == ["version", "alias", "recipe", "val"]
     assert [row.split()[0] for row in rows] == [FOREIGN, POOR, AGAIN, GOOD]
-    assert re.fullmatch(r"1 +candidate, champion +deck +1\.0000 +passed +good +3", rows[3])
-    assert re.fullmatch(r"2 +deck +1\.0000 +again", rows[2])
+    assert re.fullmatch(r"1 +candidate, champion +baseline +1\.0000 +passed +good +3", rows[3])
+    assert re.fullmatch(r"2 +baseline +1\.0000 +again", rows[2])
     found = json.loads(printed(capsys, "list", "--json")[1])
     assert found[3] == {
         "version": GOOD,
         "aliases": ["candidate", "champion"],
-        "recipe": "deck",
+        "recipe": "baseline",
         "val_top1": 1.0,
         "gate": "passed",
         "run": "good",
@@ -158,7 +158,7 @@ def test_show_goes_back_to_the_source_of_a_picture(client, capsys, registered_mo
     assert "train_0005 (train)" in out and "aliases           candidate" in out
     found = json.loads(printed(capsys, "show", GOOD, "--json")[1])
     assert (found["version"], found["aliases"]) == (GOOD, ["candidate"])
-    assert found["tags"]["recipe"] == "deck" and found["run"]["name"] == "good"
+    assert found["tags"]["recipe"] == "baseline" and found["run"]["name"] == "good"
 
 
 def test_compare_shows_both_and_the_difference_with_its_interval(client, capsys):

@@ -279,7 +279,7 @@ def test_paper_recipe_differs_as_its_source_does_and_no_further(small_set):
 @pytest.mark.parametrize(
     ("recipe", "expected"),
     [
-        ("deck", ["no local response", "no groups", "He init", "bfloat16", "cosine"]),
+        ("baseline", ["no local response", "no groups", "He init", "bfloat16", "cosine"]),
         ("fast", ["batch normalisation", "LARS", "batches of 4096", "smoothed", "averaged"]),
         ("smoke", ["0.25 times", "only the centre view in training", "no colour noise"]),
     ],

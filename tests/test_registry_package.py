@@ -34,7 +34,7 @@ def test_newest_registration_is_the_candidate_with_what_vouches_for_it(
     assert aliases(client) == {"candidate": POOR}
     version = client.get_model_version("alexnet", GOOD)
     tags = version.tags
-    assert (tags["recipe"], tags["variant"]) == ("deck", "deck")
+    assert (tags["recipe"], tags["variant"]) == ("baseline", "ungrouped")
     assert (tags["export_pt2"], tags["export_onnx"]) == ("ok", "ok")
     assert version.description.startswith("# ")
     run = client.get_run(version.run_id)
@@ -84,9 +84,9 @@ def test_description_has_classes_geometry_and_where_it_comes_from(registry, regi
     assert (loaded.class_names, loaded.wnids) == (manifest.class_names, manifest.wnids)
     assert loaded.class_names[2] == "colour 2"
     assert loaded.description["manifest_sha256"] == manifest.digest
-    assert loaded.description["recipe"] == "deck"
+    assert loaded.description["recipe"] == "baseline"
     assert loaded.description["model"] == {
-        "variant": "deck",
+        "variant": "ungrouped",
         "num_classes": 4,
         "width": 1 / 16,
         "batch_norm": True,

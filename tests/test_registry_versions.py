@@ -137,7 +137,7 @@ def test_planted_compiled_code_is_a_difference_also_where_the_sums_name_it(good_
 
 
 def test_version_without_hashes_is_refused(registry, good_copy):
-    version = registry.create_model_version("alexnet", str(good_copy), tags={"recipe": "deck"})
+    version = registry.create_model_version("alexnet", str(good_copy), tags={"recipe": "baseline"})
     with pytest.raises(UserError, match="was not registered by a training") as told:
         load(f"models:/alexnet/{version.version}")
     assert "\n" not in str(told.value)
@@ -169,7 +169,7 @@ def test_neither_pickle_nor_code_of_the_registry_is_run(good_copy, tmp_path):
     [
         ({"layout": 9}, "alexnet.json has layout 9, this release reads 1"),
         ({"layout": None}, "has layout None"),
-        ({"model": {"variant": "deck"}}, "does not hold the weights of this network"),
+        ({"model": {"variant": "ungrouped"}}, "does not hold the weights of this network"),
         ({"model": None}, "does not hold the weights of this network"),
         ({"input_spec": {}}, "input specification is damaged"),
         ({"class_names": None}, "its alexnet.json lacks"),
@@ -181,6 +181,14 @@ def test_description_of_another_release_is_one_line(good_copy, changes, told):
     with pytest.raises(UserError, match=told) as refusal:
         load(resealed(good_copy))
     assert "\n" not in str(refusal.value)
+
+
+def test_version_with_the_former_names_of_recipe_and_variant_is_read(good_copy):
+    path = good_copy / "artifacts" / "alexnet.json"
+    description = json.loads(path.read_text())
+    former = {"recipe": "deck", "model": description["model"] | {"variant": "deck"}}
+    path.write_text(json.dumps(description | former))
+    assert load(resealed(good_copy)).description == description
 
 
 def test_weights_of_another_network_are_one_line(good_copy):

@@ -83,7 +83,7 @@ def test_dry_run_ends_with_0_and_starts_no_ray(data, capsys, monkeypatch):
     ("flags", "told"),
     [
         (["paper"], "stores 227 px; rebuild with `python -m pipelines build --raw RAW --crop 256`"),
-        (["deck", "--workers", "300"], "cannot feed 300 workers"),
+        (["baseline", "--workers", "300"], "cannot feed 300 workers"),
         (["smoke", "--workers", "33"], "cannot feed 33 workers"),
     ],
 )

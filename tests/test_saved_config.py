@@ -8,6 +8,7 @@ import pytest
 from alexnet.errors import UserError
 from training.command_line import parse, read_config
 from training.config import TrainConfig, science_digest, to_dict
+from training.recipes import RECIPES
 
 
 def config_of(*argv: str) -> TrainConfig:
@@ -25,12 +26,21 @@ def saved(tmp_path: Path, *argv: str, change=lambda document: None) -> str:
     return str(file)
 
 
-@pytest.mark.parametrize("recipe", ["deck", "paper", "fast", "smoke"])
+@pytest.mark.parametrize("recipe", ["baseline", "paper", "fast", "smoke"])
 def test_saved_config_trains_the_same_again(tmp_path, recipe):
     file = saved(tmp_path, recipe, "--seed", "7", "--data", "/x")
     again = config_of(f"--config={file}")
     assert again == config_of(recipe, "--seed", "7", "--data", "/x") == read_config(file)
     assert science_digest(again) == science_digest(config_of(recipe, "--seed", "7"))
+
+
+def test_config_of_an_earlier_release_is_read_by_its_present_names(tmp_path):
+    def former(document):
+        document["recipe"] = document["model"]["variant"] = "deck"
+
+    assert (
+        config_of("--config", saved(tmp_path, "baseline", change=former)) == RECIPES["baseline"]()
+    )
 
 
 def test_flags_change_a_saved_config(tmp_path):
@@ -44,7 +54,9 @@ def test_flags_change_a_saved_config(tmp_path):
 
 
 def test_another_recipe_takes_only_where_and_how_many_from_a_saved_config(tmp_path):
-    file = saved(tmp_path, "deck", "--seed", "7", "--data", "/x", "--name", "n", "--workers", "2:4")
+    file = saved(
+        tmp_path, "baseline", "--seed", "7", "--data", "/x", "--name", "n", "--workers", "2:4"
+    )
     config = config_of("paper", "--config", file)
     assert config == config_of("paper", "--data", "/x", "--workers", "2:4")
 
@@ -54,9 +66,9 @@ def test_whole_number_for_a_float_is_the_same_config(tmp_path):
         document["optim"]["warmup_epochs"] = 2
         document["checkpoint_minutes"] = 10
 
-    config = config_of("--config", saved(tmp_path, "deck", change=whole))
-    assert config == config_of("deck")
-    assert science_digest(config) == science_digest(config_of("deck"))
+    config = config_of("--config", saved(tmp_path, "baseline", change=whole))
+    assert config == config_of("baseline")
+    assert science_digest(config) == science_digest(config_of("baseline"))
 
 
 def changed(name: str, value: object):
@@ -93,7 +105,7 @@ BAD_FILES = [
     (changed("optim.rule", "adam"), "optim.rule is 'adam', not Literal['torch', 'paper', 'lars']"),
     (changed("optim.milestones", [1, "2"]), "optim.milestones is (1, '2'), not tuple[int, ...]; "),
     (changed("name", 5), "name is 5, not str | None; "),
-    (changed("recipe", "papr"), "no recipe 'papr'; there are deck, paper, fast, smoke"),
+    (changed("recipe", "papr"), "no recipe 'papr'; there are baseline, paper, fast, smoke"),
     (changed("seed", -1), "--seed -1 is out of range; pass 0 or more"),
     (changed("optim.lr", float("nan")), "--optim.lr nan is not positive"),
 ]

@@ -23,7 +23,7 @@ PLAIN = Cluster(gpus_per_node=1, network=1.0, hop_inside=0, hop_network=0)
 @pytest.fixture(scope="module")
 def network() -> AlexNet:
     with torch.device("meta"):
-        return AlexNet("deck", num_classes=1000)
+        return AlexNet("ungrouped", num_classes=1000)
 
 
 def test_parameters_are_those_of_the_network(network):

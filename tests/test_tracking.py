@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import requests
+from mlflow.entities import Param, RunTag
 from mlflow.tracking import MlflowClient
 from ports import free_ports
 from registered import MLFLOW_WARNINGS
@@ -81,7 +82,7 @@ def test_new_run_holds_config_data_set_and_code(client, manifest, data, tmp_path
     assert run.data.params == flatten(config)
     assert run.data.params["optim.lr"] == "0.125"
     tags = run.data.tags
-    assert (tags["recipe"], tags["variant"], tags["data"]) == ("deck", "deck", data)
+    assert (tags["recipe"], tags["variant"], tags["data"]) == ("baseline", "ungrouped", data)
     assert (tags["manifest_sha256"], tags["plan_id"]) == (manifest.digest, manifest.plan_id)
     assert tags["mlflow.source.git.commit"] != "" and len(tags["code_sha256"]) == 64
     (used,) = run.inputs.dataset_inputs
@@ -111,6 +112,16 @@ def test_name_of_a_run_that_learned_something_else_is_refused(client, manifest, 
     other = load_manifest(write_shard_set(tmp_path / "other", train=(5,), val=(2,)))
     with pytest.raises(UserError, match=f"manifest {manifest.digest[:16]} → {other.digest[:16]}"):
         tracking.open_run(client, small_config(name="taken"), other, data)
+
+
+def test_run_that_was_begun_under_the_former_names_is_continued(client, manifest):
+    config = small_config(name="former")
+    experiment = client.get_experiment_by_name("alexnet").experiment_id
+    run_id = client.create_run(experiment, run_name="former").info.run_id
+    former = flatten(config) | {"recipe": "deck", "model.variant": "deck"}
+    params = [Param(key, value) for key, value in former.items()]
+    client.log_batch(run_id, params=params, tags=[RunTag("manifest_sha256", manifest.digest)])
+    assert tracking.find_run(client, config, manifest).info.run_id == run_id
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from alexnet import renamed
 from alexnet.classifier import read_tensors
 from alexnet.errors import UserError
 from pipelines import storage
@@ -142,8 +143,7 @@ def newest_state(run: str) -> dict[str, Any] | None:
                 text
                 and json.loads(hashes or "{}")["state.json"] == hashlib.sha256(text).hexdigest()
             ):
-                state: dict[str, Any] = json.loads(text)
-                return state
+                return _current(json.loads(text))
     if folders:
         raise UserError(_none_whole(run))
     return None
@@ -189,7 +189,7 @@ def load_state(folder: Path) -> dict[str, Any]:
             raise TypeError(f"it is {type(state).__name__}")
     except (OSError, TypeError, ValueError, RecursionError) as error:
         raise UserError(f"checkpoint {folder} is damaged: state.json ({error})") from error
-    return state
+    return _current(state)
 
 
 def load_tensors(folder: Path, name: str) -> dict[str, torch.Tensor]:
@@ -224,6 +224,12 @@ def load_optimizer(folder: Path, model: torch.nn.Module, optimizer: torch.optim.
             # preserve_format: the buffer must have the parameter's memory layout for fused SGD
             buffer = torch.empty_like(parameter).copy_(saved[name])
             optimizer.state[parameter]["momentum_buffer"] = buffer
+
+
+def _current(state: dict[str, Any]) -> dict[str, Any]:
+    if isinstance(config := state.get("config"), dict):
+        renamed(config)
+    return state
 
 
 def _newest_first(run: str) -> list[str]:

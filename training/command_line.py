@@ -8,6 +8,7 @@ import dataclasses
 import inspect
 import io
 import json
+import logging
 import os
 import re
 import shlex
@@ -21,11 +22,14 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 
 import tyro
 
+from alexnet import FORMER_RECIPES, renamed
 from alexnet.errors import UserError
 from pipelines import storage
 from training.config import RETIRED, WHERE_AND_HOW_MANY, TrainConfig
 from training.lease import job_id
 from training.recipes import RECIPES
+
+logger = logging.getLogger("training")
 
 
 @dataclass(frozen=True)
@@ -35,13 +39,16 @@ class Command:
 
 
 def parse(argv: list[str]) -> Command:
-    """The config of the recipe named first (`deck` by default) or of the FILE of --config, with the
-    fields that flags change, and what to do with it. --help prints and raises SystemExit.
+    """The config of the recipe named first (`baseline` by default) or of the FILE of --config, with
+    the fields that flags change, and what to do with it. --help prints and raises SystemExit.
 
     A recipe named beside a FILE of another one takes from it where and with how many to train, not
     what, and not its name. Raises UserError, in one line, for whatever cannot be.
     """
     named, flags = (argv[0], argv[1:]) if argv and not argv[0].startswith("-") else (None, argv)
+    if named in FORMER_RECIPES:
+        logger.info(f"recipe {named} is now called {FORMER_RECIPES[named]}")
+        named = FORMER_RECIPES[named]
     if named is not None:
         _refuse_unknown(named)
     _refuse_retired(flags)
@@ -122,7 +129,7 @@ class _Line:
 
 def _base(named: str | None, file: str | None) -> TrainConfig:
     if file is None:
-        return RECIPES[named or "deck"]()
+        return RECIPES[named or "baseline"]()
     saved = read_config(file)
     if named in (None, saved.recipe):
         return saved
@@ -220,6 +227,7 @@ def read_config(uri: str) -> TrainConfig:
     """
     try:
         document = json.loads(storage.read(uri))
+        document = renamed(document) if isinstance(document, dict) else document
     except (ValueError, RecursionError) as error:
         raise UserError(f"{uri} is not JSON ({error}); pass a config.json of a run") from None
     if isinstance(document, dict):

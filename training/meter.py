@@ -223,7 +223,7 @@ def training_flops(model: nn.Module) -> float:
 
     Convolutions and linear layers, 2 for each multiplication with its addition; three times
     forward (outputs, gradients of weights, gradients of inputs) less the gradient of the images,
-    which nobody needs. 6.60e9 for `deck` with 1000 classes, 4.13e9 for `paper`, whose groups
+    which nobody needs. 6.60e9 for `ungrouped` with 1000 classes, 4.13e9 for `paper`, whose groups
     torch.utils.flop_counter counts too high.
     """
     forward: list[float] = []

@@ -11,21 +11,21 @@ from collections.abc import Callable
 from training.config import AugmentConfig, ModelConfig, OptimConfig, TrainConfig
 
 
-def deck() -> TrainConfig:
+def baseline() -> TrainConfig:
     """The slides' network (ungrouped, no LRN, 62,378,344 parameters), trained so that it converges.
 
     - Source: the slides fix the network, not the training: He initialisation, inputs of unit
       variance, bfloat16 and one cosine, because the paper's N(0, 0.01) starts so small without LRN
       that the loss can stay flat.
-    - Command: `python training/run.py deck`
+    - Command: `python training/run.py baseline`
     - Hours, modelled: 0.7 on one H200, 0.1 on eight; 0.76 EFLOP. Unmeasured.
     - Top-1 on ImageNet: unmeasured (torchvision's other AlexNet reports 56.5 % of the centre view).
       Measured with a batch of 64, rate 0.01 and resized crops on the ten classes of Imagenette:
       0.797 after 20 of 25 epochs; see benchmarks/README.md.
     """
     return TrainConfig(
-        recipe="deck",
-        model=ModelConfig(variant="deck", init="he"),
+        recipe="baseline",
+        model=ModelConfig(variant="ungrouped", init="he"),
         optim=OptimConfig(batch_size=256, epochs=90, lr=0.02, schedule="cosine", warmup_epochs=2.0),
         precision="bf16",
     )
@@ -87,7 +87,7 @@ def fast() -> TrainConfig:
     """
     return TrainConfig(
         recipe="fast",
-        model=ModelConfig(variant="deck", batch_norm=True, norm_group=64, init="he"),
+        model=ModelConfig(variant="ungrouped", batch_norm=True, norm_group=64, init="he"),
         optim=OptimConfig(
             batch_size=4096,
             epochs=40,
@@ -108,7 +108,7 @@ def fast() -> TrainConfig:
 
 
 def smoke() -> TrainConfig:
-    """A laptop minute on the drawn data set: a quarter-width deck network with batch norm.
+    """A laptop minute on the drawn data set: a quarter-width ungrouped network with batch norm.
 
     - Command: `python training/run.py smoke`
     - It shows that the road works, nothing about AlexNet.
@@ -116,7 +116,7 @@ def smoke() -> TrainConfig:
     """
     return TrainConfig(
         recipe="smoke",
-        model=ModelConfig(variant="deck", width=0.25, batch_norm=True, init="he"),
+        model=ModelConfig(variant="ungrouped", width=0.25, batch_norm=True, init="he"),
         optim=OptimConfig(batch_size=32, epochs=4, lr=0.005, schedule="cosine", warmup_epochs=0.5),
         augment=AugmentConfig(crop="centre", colour_sigma=0.0),
         flat_loss_steps=100,
@@ -125,7 +125,7 @@ def smoke() -> TrainConfig:
 
 
 RECIPES: dict[str, Callable[[], TrainConfig]] = {
-    "deck": deck,
+    "baseline": baseline,
     "paper": paper,
     "fast": fast,
     "smoke": smoke,

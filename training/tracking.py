@@ -33,6 +33,7 @@ from mlflow.utils.credentials import get_default_host_creds
 from mlflow.utils.rest_utils import http_request
 from sqlalchemy.exc import SQLAlchemyError
 
+from alexnet import renamed
 from alexnet.errors import UserError, reason
 from pipelines import storage
 from pipelines.shards import Manifest
@@ -284,7 +285,9 @@ def _refuse_long(config: TrainConfig) -> None:
 
 def _refuse_other_science(run: Run, config: TrainConfig, manifest: Manifest) -> None:
     now = science(config) | {"manifest": manifest.digest[:16]}
-    then = run.data.params | {"manifest": run.data.tags.get("manifest_sha256", "")[:16]}
+    then = renamed({**run.data.params}) | {
+        "manifest": run.data.tags.get("manifest_sha256", "")[:16]
+    }
     differs = [f"{key} {then.get(key)} → {now[key]}" for key in now if then.get(key) != now[key]]
     if differs:
         raise UserError(

@@ -83,7 +83,7 @@ def good_model(good: Path, good_checkpoint: Path, spec: dict) -> Path:
         "input_spec": spec,
         "wnids": WNIDS,
         "class_names": ["tench", "jacamar", "yurt"],
-        "recipe": "deck",
+        "recipe": "baseline",
     }
     (folder / versions.DESCRIPTION).write_text(json.dumps(description))
     (folder / versions.SUMS).write_text(versions.file_sums(folder))

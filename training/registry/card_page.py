@@ -86,7 +86,7 @@ def _share(correct: int, found: Accuracy, interval: Interval) -> str:
 
 def _model(facts: Facts) -> tuple[Row, ...]:
     what = {
-        "deck": "deck: no groups, no local response normalisation",
+        "ungrouped": "ungrouped: no groups, no local response normalisation",
         "paper": "paper: conv2, conv4, conv5 in two groups, local response normalisation",
     }
     classes = len(facts.class_names)

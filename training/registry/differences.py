@@ -18,12 +18,12 @@ def differences(config: TrainConfig, manifest: Manifest) -> tuple[str, ...]:
 
 
 def _of_network(model: ModelConfig) -> list[str]:
-    deck, source, he = model.variant == "deck", model.init == "source", model.init == "he"
+    ungrouped, source, he = model.variant == "ungrouped", model.init == "source", model.init == "he"
     return _true(
-        (deck, "no local response normalisation (3.3)"),
-        (deck, "no groups: conv2, conv4 and conv5 see all maps of the layer before (3.5)"),
+        (ungrouped, "no local response normalisation (3.3)"),
+        (ungrouped, "no groups: conv2, conv4 and conv5 see all maps of the layer before (3.5)"),
         (
-            not deck,
+            not ungrouped,
             "local response normalisation divides alpha by its window of 5, as the released source "
             "does; the formula in the paper does not (3.3)",
         ),

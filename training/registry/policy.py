@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from alexnet import FORMER_RECIPES
 from alexnet.errors import UserError
 
 SHIPPED = Path(__file__).with_name("policy.toml")
@@ -47,6 +48,7 @@ def read_policy(path: str | Path, recipe: str) -> Policy:
         raise UserError(f"policy {path} is not TOML ({error}); {_SHOWN}") from error
     for name, table in tables.items():
         _check(f"policy {path}", name, table)
+    tables = {FORMER_RECIPES.get(name, name): table for name, table in tables.items()}
     default = tables.get("default", {})
     missing = sorted(_NAMES - default.keys())
     if missing:
