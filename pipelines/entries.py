@@ -1,4 +1,5 @@
-"""What lies in a folder or under an s3:// prefix, entry by entry, and what is ignored by name.
+"""What lies in a folder or under an s3:// prefix, and what became of each entry: an image, a file
+that is read, or why it is neither.
 
 Nothing is passed over in silence: an entry is a file, or it is told why it is none. Links are
 followed, as people make sets of them. A folder that is ignored by its name is one entry and is
@@ -10,6 +11,7 @@ from __future__ import annotations
 import os
 import re
 from bisect import bisect
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,6 +39,7 @@ _BY_NAME = {  # of a base name; the first that fits counts
     r"|\.(txt|text|md|rst|rtf|pdf|docx?|xlsx?|odt|csv|tsv|jsonl?|xml|ya?ml|toml|ini|cfg|log"
     r"|html?|css|js|url|lnk|py|ipynb|sh|bat|mat|npy|npz|pkl|pickle|pth?|h5|md5|sha1|sha256))$",
 }
+_NAMED = 5  # in one line
 _FOLDERS_BY_NAME = {
     "hidden": r"^\.",
     "system": r"(?i)^(__MACOSX|lost\+found|@eaDir|#recycle|\$RECYCLE\.BIN"
@@ -163,3 +166,95 @@ def _of_store(uri: str) -> Listing:
     names = list(files)
     empty = [m for m in markers if not "".join(names[bisect(names, m) :][:1]).startswith(m)]
     return Listing(files, tuple(marker[:-1] for marker in empty), ignored)
+
+
+# What became of them
+
+
+@dataclass(frozen=True)
+class Accounts:
+    """total = images + used + the sum of `ignored` + the number of `left_out`."""
+
+    total: int = 0
+    images: int = 0  # files that are images by themselves
+    used: int = 0  # archives, lists, devkits
+    ignored: dict[str, int] = field(default_factory=dict)  # by RULES
+    left_out: dict[str, str] = field(default_factory=dict)  # by --partial: name → why
+    ignored_members: dict[str, int] = field(default_factory=dict)  # inside of archives, by archive
+    first: dict[str, str] = field(default_factory=dict)  # of each rule an entry, for people
+
+    def to_json(self) -> dict[str, Any]:
+        names = ("total", "images", "used", "ignored", "left_out", "ignored_members")
+        return {name: getattr(self, name) for name in names}
+
+    def notes(self) -> tuple[str, ...]:
+        """One line for what is ignored that the user did not leave out by a flag, and one for what
+        --partial leaves out."""
+        lines = []
+        told = {r: n for r, n in self.ignored.items() if r not in ("other_splits", "not_chosen")}
+        if told:
+            parts = [f"{n:,} {rule} (first {self.first[rule]})" for rule, n in told.items()]
+            lines.append(f"ignored {entries_told(sum(told.values()))}: {', '.join(parts)}")
+        if self.left_out:
+            lines.append(f"left out {entries_told(len(self.left_out))}: {named(self.left_out)}")
+        return tuple(lines)
+
+
+def named(reasons: Mapping[str, str]) -> str:
+    """ "a (why), b (why)"; the first few of them when there are many."""
+    shown = [f"{name} ({why})" for name, why in [*reasons.items()][:_NAMED]]
+    more = ", …" * (len(reasons) > _NAMED)
+    return f"{', '.join(shown)}{more}"
+
+
+def entries_told(number: int) -> str:
+    return f"{number:,} {'entry' if number == 1 else 'entries'}"
+
+
+def account(
+    found: Listing,
+    images: pa.ChunkedArray,
+    used: Sequence[str],
+    lists: str,
+    places: Mapping[str, str],
+    left_out: Mapping[str, str],
+    ignored_members: Mapping[str, int],
+) -> Accounts:
+    """images: sources of the table's rows; used: the containers among them; lists: regex of what
+    else the layout reads; places: regex of the entries of each split that was not asked for."""
+    names = pa.array(list(found.files), pa.string())
+    others = "|".join(places.values()) or r"^$^"
+    containers = pa.array([*used], pa.string())
+    became = pa.nulls(len(names), pa.string())
+    became = pc.if_else(pc.match_substring_regex(names, others), "other_splits", "unused")
+    became = pc.coalesce(rules(names), became)
+    for what, chosen in [
+        ("used", pc.match_substring_regex(names, lists)),
+        ("images", pc.is_in(names, value_set=pc.unique(images))),
+        ("used", pc.is_in(names, value_set=containers)),
+        ("left_out", pc.is_in(names, value_set=pa.array([*left_out], pa.string()))),
+    ]:
+        became = pc.if_else(chosen, what, became)
+    counts = {row["values"]: row["counts"] for row in pc.value_counts(became).to_pylist()}
+    first = {what: names[pc.index(became, what).as_py()].as_py() for what in counts}
+    for name in [*found.ignored, *found.empty, *found.broken]:
+        what = found.ignored.get(name) or _odd(name, name in found.empty, others, left_out)
+        counts[what] = counts.get(what, 0) + 1
+        first.setdefault(what, name)
+    images_there, used_there = counts.get("images", 0), counts.get("used", 0)
+    ignored = {rule: counts[rule] for rule in RULES if rule in counts}
+    told = images_there + used_there + sum(ignored.values()) + len(left_out)
+    assert told == found.total, f"{told} of {found.total} entries are accounted for"
+    return Accounts(
+        found.total, images_there, used_there, ignored, {**left_out}, {**ignored_members}, first
+    )
+
+
+def _odd(name: str, empty: bool, others: str, left_out: Mapping[str, str]) -> str:
+    """What became of an empty folder, or of what cannot be read."""
+    if name in left_out:
+        return "left_out"
+    if empty:
+        return "empty_folders"
+    by_place = "other_splits" if re.search(others, name) else "unused"
+    return rule(name.rsplit("/", 1)[-1]) or by_place

@@ -1,4 +1,4 @@
-"""pipelines/entries.py and sources/accounts.py: every entry of RAW has one fate."""
+"""pipelines/entries.py: every entry of RAW is accounted for, once."""
 
 import os
 import tempfile
@@ -81,7 +81,7 @@ def outcome(root: Path, splits: tuple[str, ...]) -> Source | str:
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(tree=TREES, splits=st.sampled_from([("train",), ("val",), BOTH]))
-def test_fates_of_any_tree_add_up_to_what_an_independent_walk_counts(tree, splits):
+def test_accounts_of_any_tree_add_up_to_what_an_independent_walk_counts(tree, splits):
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder) / "raw"
         root.mkdir()

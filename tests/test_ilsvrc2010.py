@@ -1,4 +1,4 @@
-"""pipelines/sources/ilsvrc.py and patches.py: the archives of 2010 with their replacements."""
+"""pipelines/sources/ilsvrc.py: the archives of 2010 with their replacements."""
 
 from pathlib import Path
 

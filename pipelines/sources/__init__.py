@@ -9,12 +9,13 @@ from dataclasses import replace
 
 from alexnet.errors import UserError
 from pipelines import entries, storage
-from pipelines.sources import accounts, folders, huggingface, ilsvrc, kaggle, table, webdataset
+from pipelines.sources import folders, huggingface, ilsvrc, kaggle, table, webdataset
 from pipelines.sources.table import SPLITS, TABLE, UNLABELLED, Layout, Shuffle, Source, StoredAs
 
 __all__ = ["SPLITS", "TABLE", "UNLABELLED", "Shuffle", "Source", "StoredAs", "scan"]
 
 _OWN_NOTES = r"^(demo-raw|fetch)\.json$"  # by which these commands know their folder again
+_NO_TEXT = re.compile("[\ud800-\udfff]")  # what Python makes of bytes that are not UTF-8
 _REQUESTS = 16  # at a time
 _LAYOUTS = (
     *(ilsvrc.LAYOUT, folders.LAYOUT, kaggle.LAYOUT, huggingface.LAYOUT),
@@ -50,23 +51,22 @@ def scan(raw: str, splits: Sequence[str], partial: bool = False) -> Source:
     archives = _versions(raw, [name for name in files if name.endswith(".tar")])
     source = layout.scan(raw, found, splits, partial)
     table.check(raw, source.table)
-    places = layout.places(found)
-    account = accounts.of(
+    accounts = entries.account(
         found,
         source.table["source"],
         [name for name, _ in source.containers],
         f"{layout.lists}|{_OWN_NOTES}",
-        {split: place for split, place in places.items() if split not in splits},
+        {split: place for split, place in layout.places(found).items() if split not in splits},
         left_out | source.left_out,
         source.ignored_members,
     )
-    notes = (*source.notes, *account.notes())
-    return replace(source, archives=archives, accounts=account, notes=notes)
+    notes = (*source.notes, *accounts.notes())
+    return replace(source, archives=archives, accounts=accounts, notes=notes)
 
 
 def _refuse_names(raw: str, names: Sequence[str]) -> None:
     """Raises UserError for names that are no text, which no index or list could hold."""
-    bad = [name for name in names if not name.isascii() and not _is_text(name)]
+    bad = [name for name in names if _NO_TEXT.search(name)]
     if bad:
         shown = ", ".join(map(ascii, bad[:5])) + ", …" * (len(bad) > 5)
         raise UserError(f"{raw}: {len(bad):,} names are not UTF-8 ({shown}); rename them")
@@ -86,8 +86,8 @@ def _unreadable(
     }
     if broken and not partial:
         raise UserError(
-            f"{raw}: {accounts.entries_told(len(broken))} cannot be read: "
-            f"{accounts.named(broken)}; mend or remove what is named, or pass --partial to leave "
+            f"{raw}: {entries.entries_told(len(broken))} cannot be read: "
+            f"{entries.named(broken)}; mend or remove what is named, or pass --partial to leave "
             "it out"
         )
     return broken
@@ -105,11 +105,3 @@ def _versions(raw: str, names: list[str]) -> dict[str, str]:
     with ThreadPoolExecutor(_REQUESTS) as pool:
         found = pool.map(storage.version, [storage.join(raw, name) for name in names])
         return dict(zip(names, found, strict=True))
-
-
-def _is_text(name: str) -> bool:
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        return False
-    return True

@@ -7,8 +7,12 @@ with one ID per line, in the order of the pictures' numbers. Source: their readm
 
 from __future__ import annotations
 
+import inspect
 import io
+import json
 import re
+import subprocess
+import sys
 import tarfile
 import zlib
 from collections.abc import Sequence
@@ -20,13 +24,13 @@ import pyarrow.compute as pc
 
 from alexnet.errors import UserError
 from pipelines import storage
-from pipelines.sources import matlab
 
 NAME = "ILSVRC2012_devkit_t12.tar.gz"
 NAME_2010 = "ILSVRC2010_devkit-1.0.tar.gz"
 TEST_TRUTH_2010 = "ILSVRC2010_test_ground_truth.txt"  # beside the devkit, not in it
 _META = "meta.mat"
 _MAX_UNPACKED = 128 << 20  # bytes; the real devkits have a few MB
+_MATLAB_SECONDS = 120.0
 _ID = re.compile(r"[0-9]{1,9}")
 _WNID = re.compile(r"n[0-9]{8}")
 
@@ -61,7 +65,7 @@ def load(uri: str) -> Devkit:
     truth = f"ILSVRC{year}_validation_ground_truth.txt"
     files = _read_members(uri, (_META, truth))
     synsets = _synsets(uri, files[_META], f"ILSVRC{year}_ID")
-    wnid_of_id = {row["ID"]: row["WNID"] for row in synsets}
+    wnid_of_id = {row[f"ILSVRC{year}_ID"]: row["WNID"] for row in synsets}
     if sorted(wnid_of_id) != list(range(1, len(synsets) + 1)):
         raise UserError(f"{uri}: leaf ILSVRC{year}_IDs are not 1 to {len(synsets)}, each once")
     if len(set(wnid_of_id.values())) != len(synsets):
@@ -114,7 +118,7 @@ def _unpacked(uri: str) -> bytes:
 def _synsets(uri: str, meta: bytes, id_field: str) -> list[dict[str, Any]]:
     """The leaves: rows without children, whose IDs are 1 to their number."""
     try:
-        fields, rows = matlab.synsets(meta, id_field)
+        fields, rows = _read_matlab(meta, id_field)
     except ValueError as error:
         raise UserError(f"{uri}: {_META} is damaged ({error}); fetch it again") from error
     other = [name for name in fields if re.fullmatch(r"ILSVRC\d+_ID", name)]
@@ -132,6 +136,57 @@ def _synsets(uri: str, meta: bytes, id_field: str) -> list[dict[str, Any]]:
     if not rows:
         raise UserError(f"{uri}: {_META} lists no class by {id_field}; fetch it again")
     return rows
+
+
+def _read_matlab(meta: bytes, id_field: str) -> tuple[list[str], list[dict[str, Any]]]:
+    """The names of all fields; and of each leaf (no children) ID, WNID, words, num_train_images:
+    none where `id_field` is not among the fields. Raises ValueError for a damaged file.
+
+    SciPy's reader is native code that a damaged file makes crash (segmentation faults were found
+    by fuzzing, SciPy 1.17): the process that asks must not be the one that reads.
+    """
+    code = f"{inspect.getsource(_synsets_as_json)}\n{_synsets_as_json.__name__}()"
+    try:
+        done = subprocess.run(
+            [sys.executable, "-P", "-W", "ignore", "-c", code, id_field],
+            input=meta,
+            capture_output=True,
+            timeout=_MATLAB_SECONDS,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise ValueError(f"not read within {_MATLAB_SECONDS:g} s") from error
+    if done.returncode != 0:
+        lines = done.stderr.decode("utf-8", "replace").strip().splitlines()
+        raise ValueError(lines[-1][:200] if lines else f"the reader ended with {done.returncode}")
+    fields, rows = json.loads(done.stdout)
+    return fields, rows
+
+
+def _synsets_as_json() -> None:
+    """A program of its own, from its source alone: meta.mat on stdin, JSON on stdout."""
+    import io
+    import json
+    import resource
+    import sys
+
+    import numpy as np
+    from scipy.io import loadmat
+
+    limit = 16 << 30  # bytes; libraries map some gigabytes, a damaged size may ask for any number
+    _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    if hard == resource.RLIM_INFINITY or hard > limit:  # it may be lowered, never raised
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    id_field = sys.argv[1]
+    meta = io.BytesIO(sys.stdin.buffer.read())
+    table = loadmat(meta, squeeze_me=True, variable_names=["synsets"])["synsets"]
+    fields = list(table.dtype.names or ())
+    wanted = {id_field: int, "WNID": str, "words": str, "num_train_images": int}
+    rows = []
+    if {*wanted, "num_children"} <= {*fields}:
+        leaves = [row for row in np.atleast_1d(table) if int(row["num_children"]) == 0]
+        rows = [{name: kind(row[name]) for name, kind in wanted.items()} for row in leaves]
+    print(json.dumps([fields, rows]))
 
 
 def _truth(where: str, text: bytes, wnid_of_id: dict[int, str], year: int) -> tuple[str, ...]:

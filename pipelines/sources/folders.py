@@ -18,6 +18,7 @@ from pipelines import entries, storage
 from pipelines.sources import devkit
 from pipelines.sources.ilsvrc import announced, check_promise
 from pipelines.sources.table import (
+    NO_LABELS,
     SPLITS,
     Layout,
     Source,
@@ -98,9 +99,7 @@ def _scan(raw: str, listing: entries.Listing, splits: Sequence[str], partial: bo
         wnids=wnids,
         class_names=names,
         labels_from=labels_from,
-        containers=(),
         announced=announced(kit, splits),
-        notes=(),
         left_out=found.left_out,
     )
 
@@ -264,7 +263,7 @@ def _wnids(
     if truth:
         return devkit.wnids_by_number(where, rows["name"], prefix, truth), _BY_NUMBER
     if split == "test":
-        return "", "none: the pictures are unlabelled"
+        return "", NO_LABELS
     raise UserError(
         f"{where} has no class folders and {raw} no devkit with its labels; add {devkit.NAME}, "
         f"or sort the pictures into {split}/WNID/"

@@ -24,6 +24,7 @@ from alexnet.errors import UserError
 from pipelines import entries, storage, tars
 from pipelines.reads import picture_names
 from pipelines.sources.table import (
+    NO_LABELS,
     SPLITS,
     UNLABELLED,
     Layout,
@@ -70,68 +71,57 @@ def _scan(raw: str, listing: entries.Listing, splits: Sequence[str], partial: bo
     files_there = _parts(raw, files, splits, partial)
     with ThreadPoolExecutor(_THREADS_S3 if storage.is_s3(raw) else 1) as pool:
         read = list(pool.map(lambda file: _read(raw, file), files_there))
-    if any(found.by_name for found in read):
-        return _by_name(raw, files, splits, partial, read)
-    classes = pa.concat_tables([found.classes for found in read])
-    names = next((found.names for found in read if found.names), ())
-    _, wnids, class_names, notes = ranked(raw, classes, names, partial)
+    own = any(found.by_name for found in read)
+    if own:
+        names = _own_names(raw, read, partial)
+        wnids = class_names = tuple(sorted(names))
+        note = "labels are the ranks of the sorted class names, not the numbers in the files"
+        notes: tuple[str, ...] = () if wnids == names else (note,)
+    else:
+        classes = pa.concat_tables([found.classes for found in read])
+        names = next((found.names for found in read if found.names), ())
+        _, wnids, class_names, notes = ranked(raw, classes, names, partial)
     used = [found for split in splits for found in read if found.file.split == split]
+    table = labelled([found.rows for found in used], wnids)
+    origin = "a name of its ClassLabel" if own else "equal to the rank of the WNID in image.path"
+    with_labels = {found.file.split for found in used if len(found.classes)}
     return Source(
         raw=raw,
         layout="huggingface",
-        table=labelled([found.rows for found in used], wnids),
+        table=with_own_keys(table) if own else table,
         wnids=wnids,
         class_names=class_names,
-        labels_from={split: _origin(split, used) for split in splits},
+        labels_from={
+            split: f"column label, {origin}" if split in with_labels else NO_LABELS
+            for split in splits
+        },
         containers=tuple((found.file.name, files[found.file.name]) for found in used),
-        announced=None,
         notes=notes,
         shuffle="source",
     )
 
 
-def _by_name(
-    raw: str, files: dict[str, int], splits: Sequence[str], partial: bool, read: list[_Found]
-) -> Source:
-    """A set whose classes are the names of its ClassLabel feature.
+def _own_names(raw: str, read: list[_Found], partial: bool) -> tuple[str, ...]:
+    """The classes of a set where they are the names of the ClassLabel feature.
 
     Raises UserError where files disagree about them or have labels without a name, and, unless
     `partial`, for a class without an image.
     """
     one = next(found for found in read if found.by_name)
-    names, known = one.names, set[str]()
+    known = set[str]()
     for found in read:
-        if len(found.classes) and (found.by_name, found.names) != (True, names):
+        if len(found.classes) and (found.by_name, found.names) != (True, one.names):
             raise UserError(
                 f"{raw}: {found.file.name} has other class names than {one.file.name}, or a WNID "
                 "in its paths where that has none; take the files of one data set"
             )
         known |= {*found.classes["wnid"].to_pylist()}
-    if (missing := sorted({*names} - known)) and not partial:
+    if (missing := sorted({*one.names} - known)) and not partial:
         raise UserError(
-            f"{raw}: {len(missing):,} of {len(names):,} classes have no image, first "
+            f"{raw}: {len(missing):,} of {len(one.names):,} classes have no image, first "
             f"{missing[0]}; add what is missing or pass --partial"
         )
-    wnids = tuple(sorted(names))
-    note = "labels are the ranks of the sorted class names, not the numbers in the files"
-    used = [found for split in splits for found in read if found.file.split == split]
-    return Source(
-        raw=raw,
-        layout="huggingface",
-        table=with_own_keys(labelled([found.rows for found in used], wnids)),
-        wnids=wnids,
-        class_names=wnids,
-        labels_from={
-            split: "column label, a name of its ClassLabel"
-            if any(len(found.classes) for found in used if found.file.split == split)
-            else "none: the images are unlabelled"
-            for split in splits
-        },
-        containers=tuple((found.file.name, files[found.file.name]) for found in used),
-        announced=None,
-        notes=() if wnids == names else (note,),
-        shuffle="source",
-    )
+    return one.names
 
 
 def _parts(raw: str, files: dict[str, int], splits: Sequence[str], partial: bool) -> list[_File]:
@@ -302,12 +292,6 @@ def _wnids(uri: str, split: str, rows: pa.Table, names: Sequence[str]) -> pa.Arr
 
 def _told(names: pa.Array, pattern: str) -> pa.Array:
     return pc.struct_field(pc.extract_regex(names, pattern), "wnid")
-
-
-def _origin(split: str, used: Sequence[_Found]) -> str:
-    if any(len(found.classes) for found in used if found.file.split == split):
-        return "column label, equal to the rank of the WNID in image.path"
-    return "none: the pictures are unlabelled"
 
 
 LAYOUT = Layout(

@@ -17,7 +17,7 @@ from alexnet.errors import UserError
 from pipelines import entries, storage
 from pipelines.sources import folders
 from pipelines.sources.folders import SYNSET_MAPPING, check_folders, require, synset_mapping
-from pipelines.sources.table import Layout, Source, labelled, part, read_text
+from pipelines.sources.table import NO_LABELS, Layout, Source, labelled, part, read_text
 
 _DATA = "ILSVRC/Data/CLS-LOC/"
 _SOLUTION = "LOC_{}_solution.csv"
@@ -60,8 +60,7 @@ def _scan(raw: str, listing: entries.Listing, splits: Sequence[str], partial: bo
             _check_complete(raw, split, keys, listed, solution)
         if listed is not None:
             announced[split] = len(listed)
-        wnid = _wnids(raw, split, rows, keys, solution)
-        labels_from[split] = _origin(split, rows, solution)
+        wnid, labels_from[split] = _wnids(raw, split, rows, keys, solution)
         parts.append(part(split, rows["name"], wnid, rows["source"], 0, rows["size"]))
     table = labelled(parts, wnids)
     _check_classes(raw, table, wnids, splits, partial)
@@ -72,9 +71,7 @@ def _scan(raw: str, listing: entries.Listing, splits: Sequence[str], partial: bo
         wnids=wnids,
         class_names=names,
         labels_from=labels_from,
-        containers=(),
         announced=announced or None,
-        notes=(),
         left_out=found.left_out,
     )
 
@@ -103,8 +100,7 @@ def _classes(raw: str, files: dict[str, int]) -> tuple[tuple[str, ...], tuple[st
 
 def _listed(raw: str, split: str) -> pa.Array:
     """Keys in a list with lines such as "n01440764/n01440764_8084 1" or "ILSVRC2012_val_… 1"."""
-    lines = _lines(storage.join(raw, _LISTS[split]))
-    return pc.replace_substring_regex(pc.replace_substring_regex(lines, r"\s.*$", ""), r"^.*/", "")
+    return pc.replace_substring_regex(_lines(storage.join(raw, _LISTS[split])), r"^\S*/|\s.*$", "")
 
 
 def _solution(raw: str, split: str) -> pa.Table:
@@ -174,9 +170,10 @@ def _check_complete(
 
 def _wnids(
     raw: str, split: str, rows: pa.RecordBatch, keys: pa.Array, solution: pa.Table | None
-) -> pa.Array | str:
-    """The WNIDs of one split's pictures, "" without a label. Raises UserError when the folder and
-    the solution contradict each other, or when a val picture has no label."""
+) -> tuple[pa.Array | str, str]:
+    """The WNIDs of one split's images, "" without a label, and where they come from. Raises
+    UserError when the folder and the solution contradict each other, or when a val image has no
+    label."""
     file = _SOLUTION.format(split)
     told = pa.nulls(len(keys), pa.string())
     if solution is not None:
@@ -191,23 +188,16 @@ def _wnids(
                 f"{told.filter(wrong)[0].as_py()} ({pc.sum(wrong).as_py():,} such pictures); "
                 "take both from the original download"
             )
-        return folder
+        return folder, "name of the class folder" + f", equal to {file}" * (solution is not None)
     if split == "test":
-        return ""
+        return "", NO_LABELS
     if told.null_count:
         raise UserError(
             f"{raw}: {keys.filter(pc.is_null(told))[0].as_py()} has no row in {file} "
             f"({told.null_count:,} {split} pictures without a label); add it from the original "
             "download"
         )
-    return told
-
-
-def _origin(split: str, rows: pa.RecordBatch, solution: pa.Table | None) -> str:
-    file = _SOLUTION.format(split)
-    if rows["folder"][0].as_py() != "":
-        return "name of the class folder" + f", equal to {file}" * (solution is not None)
-    return "none: the pictures are unlabelled" if split == "test" else file
+    return told, file
 
 
 def _check_classes(

@@ -20,9 +20,9 @@ import pyarrow.compute as pc
 
 from alexnet.errors import UserError
 from pipelines import entries, storage
-from pipelines.sources.accounts import Accounts
 
 SPLITS = ("train", "val", "test")
+NO_LABELS = "none: the images are unlabelled"  # where the labels of a split are from
 UNLABELLED = -1  # of a test picture whose class nobody has published; its WNID is ""
 
 TABLE = pa.schema(
@@ -63,15 +63,15 @@ class Source:
     wnids: tuple[str, ...]  # sorted; the position is the label
     class_names: tuple[str, ...]
     labels_from: dict[str, str]  # per split, in words
-    containers: tuple[tuple[str, int], ...]  # archives with their bytes
-    announced: dict[str, int] | None  # pictures per split according to the devkit or lists
-    notes: tuple[str, ...]  # what a person should know, one line each
+    containers: tuple[tuple[str, int], ...] = ()  # archives with their bytes
+    announced: dict[str, int] | None = None  # images per split according to the devkit or lists
+    notes: tuple[str, ...] = ()  # what a person should know, one line each
     official: bool = False  # every archive has the size of the published one
     shuffle: Shuffle = "classes"  # what suits the layout's order
     stored: StoredAs | None = None
     # storage.version of every tar, from before the look into it
     archives: dict[str, str] = field(default_factory=dict)
-    accounts: Accounts = field(default_factory=Accounts)  # of every entry of RAW
+    accounts: entries.Accounts = field(default_factory=entries.Accounts)  # of every entry of RAW
     left_out: dict[str, str] = field(default_factory=dict)  # entries, by --partial: name → why
     ignored_members: dict[str, int] = field(default_factory=dict)  # of each archive
 

@@ -27,6 +27,7 @@ from alexnet.errors import UserError
 from pipelines import entries, shards, storage, tars
 from pipelines.sources import index
 from pipelines.sources.table import (
+    NO_LABELS,
     SPLITS,
     UNLABELLED,
     Layout,
@@ -346,7 +347,7 @@ def _classes(
 
 def _origin(rows: pa.Table) -> str:
     if not pc.any(pc.not_equal(rows["wnid"], "")).as_py():
-        return "none: the images are unlabelled"
+        return NO_LABELS
     by_wnid = pc.any(pc.match_substring_regex(rows["wnid"], r"^n\d{8}$")).as_py()
     return f"KEY.cls or label in KEY.json{', equal to the rank of the WNID' if by_wnid else ''}"
 
