@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from alexnet.model import AlexNet
+from pipelines.shards import load_manifest
 from training.config import AugmentConfig, TrainConfig
 from training.loop import Place, fit
 from training.meter import training_flops
@@ -44,7 +45,8 @@ def train(request: dict[str, Any]) -> dict[str, float]:
 
     place = Place(torch.device("cpu"), threads=request["threads"])
     with contextlib.suppress(Enough):
-        fit(_config(request), request["shards"], place, log=log, report=never)
+        shards = request["shards"]
+        fit(_config(request), shards, load_manifest(shards), place, log=log, report=never)
     with torch.device("meta"):
         shapes = AlexNet("ungrouped", num_classes=request["classes"], width=request["width"])
     return {

@@ -123,6 +123,7 @@ def _fed(
     scale: Scale,
     settings: dict[str, Any],
 ) -> list[dict[str, float]]:
+    from pipelines.shards import load_manifest
     from training.loop import Place, fit
     from training.recipes import RECIPES
 
@@ -148,7 +149,8 @@ def _fed(
             shutil.rmtree(folder)
 
     with contextlib.suppress(_Enough):
-        fit(config, uri, Place(device, threads=threads), log=log, report=discard)
+        place = Place(device, threads=threads)
+        fit(config, uri, load_manifest(uri), place, log=log, report=discard)
     return seen
 
 

@@ -24,6 +24,7 @@ import torch.multiprocessing as mp
 from benchmarks import fit_loop, processes
 from benchmarks.pictures import Raw, class_folders, stored, write_shards
 from benchmarks.turns import in_turns
+from pipelines.shards import load_manifest
 from training.loop import Place, fit
 
 _PER_SHARD = 125
@@ -121,7 +122,8 @@ def _rank(rank: int, request: dict[str, Any], meeting: str, answers: Any) -> Non
 
     place = Place(torch.device("cpu"), rank=rank, world_size=ranks, threads=1)
     config = fit_loop._config(request)
-    fit(config, request["shards"], place, log=log, report=fit_loop.never)
+    shards = request["shards"]
+    fit(config, shards, load_manifest(shards), place, log=log, report=fit_loop.never)
 
 
 def main() -> None:

@@ -15,6 +15,7 @@ import torch
 from benchmarks.fit_loop import Enough, never
 from benchmarks.pictures import Raw, stored, write_shards
 from benchmarks.table import Bars, Table, spread
+from pipelines.shards import load_manifest
 from training.config import TrainConfig
 from training.loop import Place, fit
 from training.meter import log_line
@@ -101,7 +102,7 @@ def _steps(
             per_shard=500,
         )
         with contextlib.suppress(Enough):
-            fit(config, uri, place, log=log, report=never)
+            fit(config, uri, load_manifest(uri), place, log=log, report=never)
     return seen[2:]
 
 

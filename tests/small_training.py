@@ -94,6 +94,7 @@ def fit(
         record.result = loop.fit(
             config,
             data,
+            load_manifest(data),
             place,
             log=record.log,
             report=record.report,

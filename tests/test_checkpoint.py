@@ -9,6 +9,7 @@ import sys
 import tempfile
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -199,6 +200,10 @@ def test_checkpoints_on_s3_are_found_and_verified_too(run_folder, s3):
     assert step_found(run) == 9
 
 
+def refuse_other(folder: Path, *rest: Any) -> None:
+    checkpoint.refuse_other(checkpoint.load_state(folder), folder.name, *rest)
+
+
 @pytest.fixture
 def of_a_training(trained, tmp_path: Path) -> Path:
     state = {**STATE, "config": to_dict(small_config()), "manifest": "a" * 64}
@@ -207,7 +212,7 @@ def of_a_training(trained, tmp_path: Path) -> Path:
 
 
 def test_checkpoint_of_the_same_training_may_go_on_elsewhere(of_a_training):
-    checkpoint.refuse_other(of_a_training, small_config(workers=4, log_steps=7), "a" * 64)
+    refuse_other(of_a_training, small_config(workers=4, log_steps=7), "a" * 64)
 
 
 @pytest.mark.parametrize(
@@ -223,7 +228,7 @@ def test_checkpoint_of_another_training_is_refused_with_what_differs(
     of_a_training, changes, manifest, told
 ):
     with pytest.raises(UserError) as refused:
-        checkpoint.refuse_other(of_a_training, small_config(**changes), manifest * 64)
+        refuse_other(of_a_training, small_config(**changes), manifest * 64)
     assert f"({told})" in str(refused.value) and "choose another --name" in str(refused.value)
 
 
@@ -231,7 +236,7 @@ def test_checkpoint_with_the_former_names_is_of_the_same_training(of_a_training)
     state = checkpoint.load_state(of_a_training)
     state["config"]["recipe"] = state["config"]["model"]["variant"] = "deck"
     (of_a_training / "state.json").write_text(json.dumps(state))
-    checkpoint.refuse_other(of_a_training, small_config(), "a" * 64)
+    refuse_other(of_a_training, small_config(), "a" * 64)
     assert checkpoint.load_state(of_a_training)["config"] == to_dict(small_config())
 
 
@@ -240,7 +245,7 @@ def test_field_that_an_older_checkpoint_lacks_is_told(of_a_training):
     del state["config"]["optim"]["momentum"]
     (of_a_training / "state.json").write_text(json.dumps(state))
     with pytest.raises(UserError, match=r"optim\.momentum: None -> 0\.9"):
-        checkpoint.refuse_other(of_a_training, small_config(), "a" * 64)
+        refuse_other(of_a_training, small_config(), "a" * 64)
 
 
 def test_folder_that_cannot_be_written_is_one_line(trained, tmp_path):

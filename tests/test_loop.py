@@ -16,7 +16,7 @@ from small_training import BY_HEART, evaluated, fit, seen_ids, small_config, wit
 
 from alexnet.errors import UserError
 from pipelines.shards import load_manifest
-from training import checkpoint, due, loop, recipes
+from training import checkpoint, guards, loop, recipes
 from training.loader import Loader
 from training.network import build_model, input_spec
 from training.order import epoch_order
@@ -57,7 +57,7 @@ def _from(look: int) -> Callable[[], bool]:
 
 def test_run_stopped_wherever_it_stands_loses_no_step_and_no_bit(uri, tmp_path, monkeypatch):
     """Inside epochs, at their ends, in the middle of evaluations and again where it goes on."""
-    monkeypatch.setattr(due, "_MOST_STEPS", 1)  # asks after every step
+    monkeypatch.setattr(guards, "_MOST_STEPS", 1)  # asks after every step
     config = small_config(model_batch_norm=True)
     whole = fit(config, uri, tmp_path / "whole")
     learned = seen_ids(monkeypatch.setattr)

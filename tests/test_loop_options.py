@@ -14,7 +14,8 @@ from shard_sets import write_shard_set
 from small_training import CPU, Record, evaluated, fit, small_config, without_dropout
 
 from alexnet.errors import UserError
-from training import due, loop
+from pipelines.shards import load_manifest
+from training import guards, loop
 from training.loader import Synthetic
 from training.network import build_model
 
@@ -36,7 +37,13 @@ def run(uri: str, keep: Path | None = None, **rest: Any) -> Record:
     record = Record(keep)
     torch.set_num_threads(1)
     record.result = loop.fit(
-        config, uri, loop.Place(CPU, threads=2), log=record.log, report=record.report, **rest
+        config,
+        uri,
+        load_manifest(uri),
+        loop.Place(CPU, threads=2),
+        log=record.log,
+        report=record.report,
+        **rest,
     )
     return record
 
@@ -127,7 +134,7 @@ def test_rules_move_the_weights_as_they_say(uri, tmp_path):
 def test_checkpoints_come_by_the_clock_at_the_steps_where_ranks_meet(uri, tmp_path):
     config = small_config(optim_batch_size=1, optim_epochs=2)
     timed = dataclasses.replace(config, checkpoint_minutes=1e-9)
-    assert due.ASK_STEPS == 20
+    assert guards.ASK_STEPS == 20
     assert sorted(fit(timed, uri, tmp_path / "timed").folders) == [20, 28, 40, 56]
     patient = dataclasses.replace(config, checkpoint_minutes=60.0)
     assert sorted(fit(patient, uri, tmp_path / "patient").folders) == [28, 56]
@@ -164,7 +171,9 @@ def test_deterministic_algorithms_are_asked_for_inside_and_given_back(uri):
     for wanted in (True, False):
         config = small_config(deterministic=wanted, optim_epochs=1)
         record = Watching()
-        loop.fit(config, uri, loop.Place(CPU), log=record.log, report=record.report)
+        loop.fit(
+            config, uri, load_manifest(uri), loop.Place(CPU), log=record.log, report=record.report
+        )
         assert set(inside) == {wanted} and not torch.are_deterministic_algorithms_enabled()
         inside.clear()
 
@@ -213,7 +222,7 @@ def test_synthetic_run_takes_the_same_steps_without_reading_a_shard(uri, tmp_pat
 
 
 def test_synthetic_pictures_have_the_shapes_of_the_real_and_belong_to_their_ids(uri):
-    manifest = loop.load_manifest(uri)
+    manifest = load_manifest(uri)
     with Synthetic(manifest, "train", CPU) as source:
         assert (source.num_samples, source.shard_sizes) == (28, [*TRAIN])
         batch = source.read(np.array([5, 2, 5]))

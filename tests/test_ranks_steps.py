@@ -9,7 +9,7 @@ from ranks import run_ranks
 from small_training import CPU, small_config, without_dropout
 
 from alexnet.optim import Rates
-from training.due import ASK_STEPS, Due, Stop
+from training.guards import ASK_STEPS, CheckpointTimer, StopRequest
 from training.meter import GRAD_NORM, IMAGES, LOSS
 from training.network import build_model
 from training.order import rank_part
@@ -45,19 +45,21 @@ def on_rank(rank: int, world_size: int) -> dict[str, Any]:
     without_dropout(setattr)
     place = Place(CPU, rank=rank, world_size=world_size)
     clocks = {
-        "rank 0 late": Due(1e-9 if rank == 0 else None, None, place),
-        "others late": Due(None if rank == 0 else 1e-9, None, place),
-        "last noticed": Due(None, lambda: rank == world_size - 1, place),
-        "nobody": Due(60.0, lambda: False, place),
+        "rank 0 late": CheckpointTimer(1e-9 if rank == 0 else None, None, place),
+        "others late": CheckpointTimer(None if rank == 0 else 1e-9, None, place),
+        "last noticed": CheckpointTimer(None, lambda: rank == world_size - 1, place),
+        "nobody": CheckpointTimer(60.0, lambda: False, place),
     }
     return {
-        "stop": Stop(lambda: rank == world_size - 1, place).now(1),
+        "stop": StopRequest(lambda: rank == world_size - 1, place).is_made(1),
         "looks": looks(place),
         "plain": stepped(place),
         "double": stepped(place, torch.float64),
         "compressed": stepped(place, compress_gradients=True),
         "normed": stepped(place, model_batch_norm=True),
-        "due": {name: (clock.now(ASK_STEPS), clock.now(21)) for name, clock in clocks.items()},
+        "due": {
+            name: (clock.is_due(ASK_STEPS), clock.is_due(21)) for name, clock in clocks.items()
+        },
     }
 
 
@@ -69,10 +71,10 @@ def looks(place: Place) -> list[int]:
         asked.append(step)
         return False
 
-    stop = Stop(stopping, place)
+    stop = StopRequest(stopping, place)
     for step in range(1, 13):
         time.sleep(0.15 if place.rank == 0 else 0)
-        assert not stop.now(step)
+        assert not stop.is_made(step)
     return asked
 
 
@@ -170,7 +172,7 @@ def test_one_ranks_yes_stops_all_and_all_look_at_the_pace_of_the_first(ranks, wo
 
 
 def test_one_process_asks_nobody():
-    late = Due(1e-9, None, Place(CPU))
-    assert [late.now(step) for step in (19, 20, 21, 40)] == [False, True, False, True]
-    late = Due(60.0, None, Place(CPU))
-    assert not late.now(20)
+    late = CheckpointTimer(1e-9, None, Place(CPU))
+    assert [late.is_due(step) for step in (19, 20, 21, 40)] == [False, True, False, True]
+    late = CheckpointTimer(60.0, None, Place(CPU))
+    assert not late.is_due(20)

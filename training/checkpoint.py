@@ -13,15 +13,18 @@ import contextlib
 import hashlib
 import json
 import logging
+import math
 import os
 import re
 import shutil
 import socket
 import tempfile
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -31,6 +34,7 @@ from alexnet.classifier import read_tensors
 from alexnet.errors import UserError
 from pipelines import storage
 from training.config import TrainConfig, science
+from training.order import Ids
 
 logger = logging.getLogger("training")
 
@@ -38,6 +42,38 @@ _HASHES = "hashes.json"
 _FILE = re.compile(r"[A-Za-z0-9_-]+\.(safetensors|json)")  # no path: nothing outside is looked at
 # Without these a folder is no checkpoint; hashes.json says what else belongs to it.
 _LEAST = ("model.safetensors", "optimizer.safetensors", "state.json")
+
+
+@dataclass
+class Position:
+    """How far a run is, in state.json. step: how many are done. lowest_loss: of all log lines.
+    metrics: of the last evaluation, after `evaluated_step`; val_errors: 1 - top-1 of each epoch.
+    samples: see `learned_from`."""
+
+    step: int = 0
+    lowest_loss: float = math.inf
+    metrics: dict[str, float] = field(default_factory=dict)
+    evaluated_step: int = 0
+    val_errors: list[float] = field(default_factory=list)
+    samples: str = ""
+
+    @classmethod
+    def from_json(cls, document: dict[str, Any]) -> "Position":
+        return cls(**{name: document[name] for name in cls.__dataclass_fields__})
+
+    def learned_from(self, ids: Ids) -> None:
+        """After a step with the global batch `ids`. `samples` is the running digest of which were
+        learned from: sha256 in hex of the digest before and the step (from 0) and sorted ids as
+        int64. The same for every number of workers, and with any kills and resumptions in between.
+        """
+        row = np.concatenate([[self.step], np.sort(ids)]).astype("<i8")
+        self.samples = hashlib.sha256(bytes.fromhex(self.samples) + row.tobytes()).hexdigest()
+        self.step += 1
+
+    @property
+    def sample_digest(self) -> float:
+        """The first 48 bits of `samples`, which a float holds exactly: for metrics."""
+        return float(int(self.samples[:12], 16))
 
 
 def save(
@@ -160,13 +196,7 @@ def last_step(run: str) -> int | None:
     return max((int(match[1]) for match in found if match), default=None)
 
 
-def refuse_other(folder: Path, config: TrainConfig, manifest_digest: str) -> None:
-    """`refuse_other_state` of a checkpoint: the tracked run of this name may lie in another store,
-    so that its own check is not enough."""
-    refuse_other_state(load_state(folder), folder.name, config, manifest_digest)
-
-
-def refuse_other_state(
+def refuse_other(
     state: dict[str, Any], where: str, config: TrainConfig, manifest_digest: str
 ) -> None:
     """Raises UserError, naming what differs, for a checkpoint of other data or of a training that

@@ -19,9 +19,9 @@ import torch
 
 from alexnet.errors import UserError
 from alexnet.preprocess import InputSpec, average_probabilities, centre_view, ten_crop
-from training.due import summed
 from training.loader import Loader
 from training.order import Ids, rank_part
+from training.steps import summed
 
 # centre: the middle 227×227. ten_crop: four corners, the centre and their mirror images, with their
 # probabilities averaged, as in section 4.1 of the paper.

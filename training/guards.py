@@ -1,6 +1,8 @@
-"""What ends or questions a run early: a loss that is broken or flat, weights that are, no data."""
+"""What ends, questions or interrupts a run: losses and weights that are broken, a request to stop;
+and when a checkpoint is due besides those of the steps and epochs."""
 
 import math
+import time
 from collections.abc import Callable, Mapping
 
 import torch
@@ -9,12 +11,16 @@ from torch import nn
 from training.config import TrainConfig
 from training.meter import Reading
 from training.order import Ids
+from training.steps import Place, summed
 
 # Share of ln(num_classes), the loss of guessing, that counts as having learned nothing.
 _FLAT_SHARE = 0.99
 # MLPerf Storage asks for 90 % from the image models.
 _USEFUL_UTILIZATION = 0.9
-_NAMED_IDS = 8
+# Steps between two looks at clock and notice: every rank meets the others for the answer.
+ASK_STEPS = 20
+# Seconds between two looks for a stop, which slow steps must not delay, and steps at most.
+_LOOK_SECONDS, _MOST_STEPS = 1.0, 100
 
 
 class TrainingStopped(Exception):
@@ -94,7 +100,58 @@ def starved(metrics: Mapping[str, float], loader: Mapping[str, float]) -> str | 
     )
 
 
+class CheckpointTimer:
+    """minutes: since the last checkpoint, by rank 0's clock; None for never. preempted: whether the
+    machine is about to be taken away, asked on every rank since the question may be a meeting."""
+
+    def __init__(
+        self, minutes: float | None, preempted: Callable[[], bool] | None, place: Place
+    ) -> None:
+        self._minutes, self._preempted, self._place = minutes, preempted, place
+        self.saved()
+
+    def saved(self) -> None:
+        self._saved_at = time.monotonic()
+
+    def is_due(self, step: int) -> bool:
+        """The same answer on all ranks; they must all ask after the same steps."""
+        if step % ASK_STEPS:
+            return False
+        late = (
+            self._place.rank == 0
+            and self._minutes is not None
+            and time.monotonic() - self._saved_at >= 60 * self._minutes
+        )
+        notice = self._preempted is not None and self._preempted()
+        return summed([late or notice], self._place.device, self._place.world_size)[0] > 0
+
+
+class StopRequest:
+    """Whether the run is to end after this step. stopping: asked on every rank, one yes is enough;
+    None never stops. State: the step and the time of the last look, the step of the next one.
+    """
+
+    def __init__(self, stopping: Callable[[], bool] | None, place: Place) -> None:
+        self._stopping, self._place = stopping, place
+        self._last: tuple[int, float] | None = None
+        self._next = 0
+
+    def is_made(self, step: int) -> bool:
+        """The same answer on all ranks; they must all ask after the same steps."""
+        if self._stopping is None or step < self._next:
+            return False
+        now, every = time.monotonic(), 1
+        if self._last is not None:
+            seconds = (now - self._last[1]) / (step - self._last[0])
+            every = min(_MOST_STEPS, max(1, int(_LOOK_SECONDS / max(seconds, 1e-9))))
+        self._last = step, now
+        mine = [self._stopping(), every if self._place.rank == 0 else 0]
+        stop, every = summed(mine, self._place.device, self._place.world_size)
+        self._next = step + every  # by rank 0's pace
+        return stop > 0
+
+
 def _named(ids: Ids) -> str:
-    names = ", ".join(map(str, ids[:_NAMED_IDS].tolist()))
-    rest = ", …" if len(ids) > _NAMED_IDS else ""
+    names = ", ".join(map(str, ids[:8].tolist()))
+    rest = ", …" if len(ids) > 8 else ""
     return f"batch of {len(ids)} samples, ids {names}{rest}"

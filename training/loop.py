@@ -5,8 +5,9 @@ functions, so benchmarks, tests and machines without Ray run the very same code 
 """
 
 import contextlib
+import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,19 +17,19 @@ import torch
 
 from alexnet import NETWORK_SIDE
 from alexnet.preprocess import Augment, train_view
-from pipelines.shards import Manifest, load_manifest
-from training import checkpoint, guards, state
+from pipelines.shards import Manifest
+from training import checkpoint, guards
 from training.config import TrainConfig, science_digest, to_dict
-from training.due import Due, Stop
 from training.evaluate import Stopped, evaluate
 from training.guards import TrainingStopped as TrainingStopped
-from training.journal import Journal
 from training.loader import Batch, Loader, Synthetic
-from training.meter import Meter, traced, training_flops
+from training.meter import Meter, measured_peak, traced, training_flops
 from training.network import build_model, input_spec
 from training.order import Ids, epoch_order, global_batch, rank_part, steps_per_epoch
 from training.steps import Place as Place
 from training.steps import Stepper, algorithms, ended_early, learning_rates
+
+logger = logging.getLogger("training")
 
 Log = Callable[[dict[str, float], int], None]
 Report = Callable[[dict[str, float], Path | None], None]
@@ -46,6 +47,7 @@ class _Outside:
 def fit(
     config: TrainConfig,
     data: str,
+    manifest: Manifest,
     place: Place,
     *,
     log: Log,
@@ -58,7 +60,8 @@ def fit(
 ) -> dict[str, float]:
     """Trains to the last epoch and returns the last metrics of the val split.
 
-    data: URI of a finished shard set. resume: a checkpoint folder to go on from, at its next step.
+    data: URI of a finished shard set, whose manifest is `manifest`. resume: a checkpoint folder to
+    go on from, at its next step.
     `log(metrics, step)` is called on rank 0; `report(metrics, checkpoint folder)` on every rank, at
     the same steps, with a folder on rank 0 only, which the receiver deletes once it is kept.
     `preempted()` is asked every 20 steps on every rank; one yes makes all save at once and go on.
@@ -67,7 +70,6 @@ def fit(
     profile_to: folder for the trace of a few steps. Raises TrainingStopped for a loss, gradient or
     weights that are not finite and for a loss that stays flat.
     """
-    manifest = load_manifest(data)
     outside = _Outside(log, report, preempted, stopping, run_id)
     with (
         algorithms(config, place.device),
@@ -86,13 +88,7 @@ def fit(
 def _loader(config: TrainConfig, data: str, manifest: Manifest, split: str, place: Place) -> Loader:
     if config.synthetic:
         return Synthetic(manifest, split, place.device)
-    return Loader(
-        data,
-        manifest,
-        split,
-        threads=place.threads,
-        cache_gb=config.cache_gb,
-    )
+    return Loader(data, manifest, split, threads=place.threads, cache_gb=config.cache_gb)
 
 
 class _Run:
@@ -113,13 +109,14 @@ class _Run:
         self.stepper = Stepper(config, build_model(config, manifest.num_classes), place)
         self.steps_per_epoch = steps_per_epoch(train.num_samples, config.optim.batch_size)
         self.total_steps = config.optim.epochs * self.steps_per_epoch
-        self.position = state.Position()
-        with torch.device("meta"):
-            flops = training_flops(build_model(config, manifest.num_classes))
-        self.journal = Journal(config, place, flops, self.steps_per_epoch)
+        self.position = checkpoint.Position()
         self.meter = Meter(place.device)
-        self.due = Due(config.checkpoint_minutes, outside.preempted, place)
-        self.stop, self.stopped = Stop(outside.stopping, place), False
+        self.seconds_at_peak = _seconds_at_peak(config, manifest.num_classes, place)
+        self.evaluation_seconds = 0.0  # of the last one
+        self.loader_seconds: Mapping[str, float] = {}  # spent until the last log line
+        self.has_warned = False
+        self.timer = guards.CheckpointTimer(config.checkpoint_minutes, outside.preempted, place)
+        self.request, self.stopped = guards.StopRequest(outside.stopping, place), False
 
     @property
     def finished(self) -> bool:
@@ -130,8 +127,9 @@ class _Run:
 
     def restore(self, folder: Path) -> None:
         """Goes on from a checkpoint. Raises UserError for one of other data or settings."""
-        checkpoint.refuse_other(folder, self.config, self.manifest.digest)
-        self.position = state.Position.from_json(checkpoint.load_state(folder))
+        state = checkpoint.load_state(folder)
+        checkpoint.refuse_other(state, folder.name, self.config, self.manifest.digest)
+        self.position = checkpoint.Position.from_json(state)
         self.stepper.restore(folder, self.position.step)
         epoch, inside = divmod(self.position.step, self.steps_per_epoch)
         if not inside and self.position.evaluated_step != self.position.step:
@@ -175,15 +173,14 @@ class _Run:
                 x, labels, number=position.step, rates=rates, global_size=len(global_ids)
             )
         )
-        position.samples = state.extended(position.samples, position.step, global_ids)
-        position.step += 1
+        position.learned_from(global_ids)
 
     def report_progress(self, epoch: int) -> None:
         """After a step: the log line and the checkpoint that are due, if any."""
         step = self.position.step
         every = self.config.checkpoint_steps or self.total_steps
         end = step % self.steps_per_epoch == 0  # finish_epoch saves there
-        asked, self.stopped = self.due.now(step), self.stop.now(step)
+        asked, self.stopped = self.timer.is_due(step), self.request.is_made(step)
         due = self.stopped or (not end and (asked or step % every == 0))
         if due or end or step % self.config.log_steps == 0:
             self.log_progress(epoch)
@@ -203,9 +200,9 @@ class _Run:
             num_classes=self.manifest.num_classes,
             ids_of=self._ids_of,
         )
-        metrics = self.journal.line(reading.metrics, position, epoch, self.train.timings())
+        self._warn_if_starved(reading.metrics)
         if self.place.rank == 0:
-            self.outside.log(metrics, position.step)
+            self.outside.log(self._line(reading.metrics, epoch), position.step)
         self.meter.start()
 
     def finish_epoch(self, epoch: int) -> None:
@@ -227,7 +224,7 @@ class _Run:
             self.stopped = True
             self.save()
             return
-        self.journal.evaluation_seconds = time.monotonic() - began
+        self.evaluation_seconds = time.monotonic() - began
         position.metrics = {f"val_{name}": float(value) for name, value in asdict(result).items()}
         position.metrics["epoch"] = float(epoch + 1)
         position.evaluated_step = position.step
@@ -244,7 +241,35 @@ class _Run:
             folder = checkpoint.temporary_folder()
             checkpoint.save(folder, self.stepper.tensors(), self._state())
         self.outside.report(self.position.metrics, folder)
-        self.due.saved()
+        self.timer.saved()
+
+    def _line(self, metrics: dict[str, float], epoch: int) -> dict[str, float]:
+        """`metrics` of the steps since the last line, with where the run stands."""
+        position, epochs = self.position, self.config.optim.epochs
+        in_epoch = position.step - epoch * self.steps_per_epoch
+        rates = learning_rates(
+            self.config, position.step - 1, self.steps_per_epoch, position.val_errors
+        )
+        left = (self.total_steps - position.step) * metrics["seconds"] / metrics["steps"]
+        line = metrics | {
+            "lr": rates.weights,
+            "epoch": epoch + in_epoch / self.steps_per_epoch,
+            "progress": position.step / self.total_steps,
+            "sample_digest": position.sample_digest,
+            "eta_seconds": left + (epochs - epoch) * self.evaluation_seconds,
+        }
+        if self.seconds_at_peak is not None:
+            line["mfu"] = metrics["images_per_second"] * self.seconds_at_peak
+        return line
+
+    def _warn_if_starved(self, metrics: Mapping[str, float]) -> None:
+        """Once in a run."""
+        before, self.loader_seconds = self.loader_seconds, self.train.timings()
+        spent = {name: value - before.get(name, 0.0) for name, value in self.loader_seconds.items()}
+        complaint = guards.starved(metrics, spent)
+        if complaint and not self.has_warned and self.place.rank == 0:
+            logger.warning(complaint)
+            self.has_warned = True
 
     def _batches(self, epoch: int, first: int = 0) -> list[Ids]:
         """The global batches of an epoch, from number `first` on."""
@@ -261,7 +286,7 @@ class _Run:
         return [rank_part(batch, self.place.rank, self.place.world_size) for batch in batches]
 
     def _state(self) -> dict[str, Any]:
-        return self.position.to_json() | {
+        return vars(self.position) | {
             "total_steps": self.total_steps,
             "config": to_dict(self.config),
             "science": science_digest(self.config),
@@ -280,3 +305,20 @@ def _augment(config: TrainConfig, stored_side: int, epoch: int) -> Augment:
         crop = "random" if stored_side > NETWORK_SIDE else "resized"
     sigma = config.augment.colour_sigma if noisy is None or epoch < noisy else 0.0
     return Augment(crop=crop, flip=config.augment.flip, colour_sigma=sigma)
+
+
+def _seconds_at_peak(config: TrainConfig, num_classes: int, place: Place) -> float | None:
+    """Seconds in which all devices at their measured peak would learn from one image; None on CPUs,
+    whose peak is of whatever else computes on them."""
+    if place.device.type != "cuda":
+        return None
+    with torch.device("meta"):
+        flops = training_flops(build_model(config, num_classes))
+    dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+    peak = measured_peak(place.device, dtype)
+    if place.rank == 0:
+        logger.info(
+            f"{flops / 1e9:.2f} GFLOP per image; a {config.precision} matrix product does "
+            f"{peak / 1e12:.3g} TFLOP/s here, to which mfu is relative"
+        )
+    return flops / (peak * place.world_size)

@@ -27,7 +27,7 @@ def agreed(client: Any, config: TrainConfig, manifest: Manifest) -> Any | None:
         return run
     if run is None or run.info.run_id != owner:
         raise UserError(_of_another_run(client, place, state, config, run))
-    checkpoint.refuse_other_state(state, place, config, manifest.digest)
+    checkpoint.refuse_other(state, place, config, manifest.digest)
     return run
 
 

@@ -47,26 +47,19 @@ def algorithms(config: TrainConfig, device: torch.device) -> Iterator[None]:
         torch.backends.cudnn.benchmark = benchmark
 
 
-def learning_rate(
-    config: TrainConfig, step: int, num_steps: int, val_errors: Sequence[float] = ()
-) -> float:
-    """Rate of the weights at a step (0-based) with `num_steps` in an epoch. val_errors: of the
-    epochs before, which the plateau schedule follows."""
-    recipe = config.optim
-    if recipe.schedule == "step":
-        return recipe.lr * optim.step_decay(step, num_steps, recipe.milestones)
-    if recipe.schedule == "plateau":
-        return recipe.lr * _plateau(config, val_errors)[0]
-    warmup = round(recipe.warmup_epochs * num_steps)
-    return recipe.lr * optim.warmup_cosine(step, recipe.epochs * num_steps, warmup)
-
-
 def learning_rates(
     config: TrainConfig, step: int, num_steps: int, val_errors: Sequence[float] = ()
 ) -> optim.Rates:
-    """`learning_rate` of the weights, and what follows from it for the other parameters."""
+    """At a step (0-based) with `num_steps` in an epoch. val_errors: of the epochs before, which the
+    plateau schedule follows."""
     recipe = config.optim
-    weights = learning_rate(config, step, num_steps, val_errors)
+    if recipe.schedule == "step":
+        weights = recipe.lr * optim.step_decay(step, num_steps, recipe.milestones)
+    elif recipe.schedule == "plateau":
+        weights = recipe.lr * _plateau(config, val_errors)[0]
+    else:
+        warmup = round(recipe.warmup_epochs * num_steps)
+        weights = recipe.lr * optim.warmup_cosine(step, recipe.epochs * num_steps, warmup)
     biases = (recipe.lr if recipe.bias_lr_constant else weights) * recipe.bias_lr_factor
     epoch = step // num_steps
     slow = recipe.conv1_slow_epoch is not None and epoch >= recipe.conv1_slow_epoch
@@ -82,6 +75,15 @@ def learning_rates(
 def ended_early(config: TrainConfig, val_errors: Sequence[float]) -> bool:
     """Whether the schedule has nothing more to give after the epochs with these errors."""
     return config.optim.schedule == "plateau" and _plateau(config, val_errors)[1]
+
+
+def summed(values: list[int], device: torch.device, world_size: int) -> list[int]:
+    """Each of `values` summed over all ranks, which must all ask for as many."""
+    if world_size == 1:
+        return values
+    sums = torch.tensor(values, dtype=torch.int64, device=device)
+    dist.all_reduce(sums)
+    return [int(value) for value in sums.tolist()]
 
 
 class Stepper:

@@ -63,6 +63,7 @@ def train_worker(job: dict[str, Any]) -> dict[str, float]:
         last = loop.fit(
             config,
             job["data"],
+            manifest,
             _place(job["cpus"]),
             log=_logging(str(config.name), tracker, bar),
             report=_reporting(uploads),

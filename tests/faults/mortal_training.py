@@ -67,7 +67,16 @@ def train(
             if resume is not None:
                 uploads.tidy(resume.name)
             place = loop.Place(CPU, threads=2)
-            loop.fit(config, uri, place, log=tell, report=report, resume=resume, run_id="a-run")
+            loop.fit(
+                config,
+                uri,
+                load_manifest(uri),
+                place,
+                log=tell,
+                report=report,
+                resume=resume,
+                run_id="a-run",
+            )
     except UserError as error:
         print(f"error: {error}")
         return 2

@@ -106,7 +106,15 @@ class Training:
                 uploads.send(saved)
 
             place = loop.Place(CPU, threads=2)
-            loop.fit(CONFIG, self.data, place, log=log, report=report, resume=resume)
+            loop.fit(
+                CONFIG,
+                self.data,
+                load_manifest(self.data),
+                place,
+                log=log,
+                report=report,
+                resume=resume,
+            )
 
     def result(self) -> dict[str, bytes]:
         """The files of the last checkpoint."""
