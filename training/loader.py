@@ -46,19 +46,14 @@ Batches = Generator[Batch, None, None]
 
 
 @dataclass(frozen=True)
-class _Seconds:
-    read: float
-    decode: float
-
-
-@dataclass(frozen=True)
 class _Begun:
-    """A batch on its way: the parts fill `pixels`, uint8 (B,H,W,3)."""
+    """A batch on its way: the parts fill `pixels`, uint8 (B,H,W,3); their results are what `decode`
+    returns."""
 
     ids: Ids
     opening: Opening
     pixels: torch.Tensor
-    parts: list[Future[_Seconds]]
+    parts: list[Future[tuple[float, float]]]
 
 
 class Loader:
@@ -154,8 +149,9 @@ class Loader:
         for opening in batch.opening.values():
             opening.result().check()
         self._seconds["wait"] += time.perf_counter() - start
-        self._seconds["read"] += sum(seconds.read for seconds in spent)
-        self._seconds["decode"] += sum(seconds.decode for seconds in spent)
+        for read, decode in spent:
+            self._seconds["read"] += read
+            self._seconds["decode"] += decode
         rows = torch.from_numpy(batch.ids)
         return Batch(batch.pixels.permute(0, 3, 1, 2), self._samples.labels[rows], rows)
 
@@ -240,8 +236,8 @@ class Samples:
             files[shard].read(offset, jpeg)
         return jpegs
 
-    def decode(self, ids: Ids, out: np.ndarray, opening: Opening) -> _Seconds:
-        """The samples of `ids` into `out`, uint8 (B,H,W,3)."""
+    def decode(self, ids: Ids, out: np.ndarray, opening: Opening) -> tuple[float, float]:
+        """The samples of `ids` into `out`, uint8 (B,H,W,3); the seconds of reading and decoding."""
         began = time.perf_counter()
         jpegs = self.read(ids, opening)
         was_read = time.perf_counter()
@@ -253,7 +249,7 @@ class Samples:
             if decoded.shape != pixels.shape:
                 sizes = f"{decoded.shape[:2]} pixels instead of {pixels.shape[:2]}"
                 raise self._undecodable(sample, sizes, opening)
-        return _Seconds(was_read - began, time.perf_counter() - was_read)
+        return was_read - began, time.perf_counter() - was_read
 
     def _undecodable(self, sample: int, why: str, opening: Opening) -> UserError:
         name = self._names[self._shard[sample]]

@@ -50,7 +50,7 @@ class NodeCache:
     @functools.cached_property
     def _folder(self) -> Path:
         """home()/cache; on the node's own disk where that one has no locks."""
-        folder = _home()
+        folder = storage.home() / "cache"
         folder.mkdir(parents=True, exist_ok=True)
         own = Path(tempfile.gettempdir()) / f"alexnet-cache-{os.getuid()}"
         with (folder / "room.lock").open("ab") as room:
@@ -68,7 +68,7 @@ class NodeCache:
         Raises UserError for an object that is gone or has another hash, a store that stays
         unreachable, and a disk without room.
         """
-        place = _home()
+        place = storage.home() / "cache"
         try:
             place = self._folder
             while not self._closing.is_set():
@@ -107,11 +107,12 @@ class NodeCache:
         """Hashed once per process and file: a power cut can leave a full-sized file of zeros."""
         status = os.fstat(handle)
         known = (info.sha256, status.st_ino)
-        if known not in self._verified:
-            if status.st_size != info.num_bytes or sha256_of(handle) != info.sha256:
-                return False
+        if known in self._verified:
+            return True
+        if status.st_size == info.num_bytes and sha256_of(handle) == info.sha256:
             self._verified.add(known)
-        return True
+            return True
+        return False
 
     def _fetch(self, uri: str, info: ShardInfo) -> int | None:
         """A descriptor of the shard, new in the cache; None where a neighbour fetched it."""
@@ -153,10 +154,10 @@ class NodeCache:
     def trim(self) -> None:
         """Back within the bound, now that shards beyond it may have been closed."""
         try:
-            if _home().exists():
+            if (storage.home() / "cache").exists():
                 self._make_room(0, self._num_bytes)
-        except OSError as error:  # no reason to end a training; the next download tells
-            logger.warning(f"shard cache {_home()}: {error.strerror or error}")
+        except OSError as error:  # no reason to end a run; the next download tells
+            logger.warning(f"shard cache: {error.strerror or error}")
 
     def _make_room(self, num_bytes: int, bound: int, handle: int | None = None) -> None:
         """Evicts what is not open until `num_bytes` more fit within `bound` bytes, and gives the
@@ -169,13 +170,13 @@ class NodeCache:
             for partial in self._folder.glob("*.partial"):
                 _remove_unless_locked(partial)
             entries = [*self._folder.glob("*.partial"), *self._folder.glob("*.tar")]
-            sizes = {path: status.st_size for path in entries if (status := _status(path))}
-            used = sum(sizes.values())
-            for path in sorted(sizes, key=_last_used):
+            there = [(path, status) for path in entries if (status := _status(path))]
+            used = sum(status.st_size for _, status in there)
+            for path, status in sorted(there, key=lambda entry: entry[1].st_mtime):  # last use
                 if used + num_bytes <= bound:
                     break
                 if path.suffix == ".tar" and _remove_unless_locked(path):
-                    used -= sizes[path]
+                    used -= status.st_size
             if handle is not None:
                 os.ftruncate(handle, num_bytes)
 
@@ -195,7 +196,7 @@ class NodeCache:
             logger.warning(f"{uri} arrived with another sha256 than its manifest's")
         raise UserError(
             f"{uri} has sha256 {found.hexdigest()}, its manifest says {info.sha256} (fetched "
-            f"twice); {_repair(uri)}"
+            f"twice); {repair_hint(uri)}"
         )
 
     def _read(self, uri: str, offset: int, length: int) -> bytes:
@@ -206,7 +207,7 @@ class NodeCache:
                 return storage.read(uri, offset, length)
             except (UserError, OSError) as error:
                 if _is_gone(uri):
-                    raise UserError(f"{uri}: not there any more; {_repair(uri)}") from error
+                    raise UserError(f"{uri}: not there any more; {repair_hint(uri)}") from error
                 tried = time.monotonic() - began
                 if seconds is None or tried > sum(_WAITS):
                     raise UserError(
@@ -225,10 +226,6 @@ class NodeCache:
         return self._folder / f"{info.sha256}.partial"
 
 
-def _home() -> Path:
-    return storage.home() / "cache"
-
-
 def sha256_of(handle: int) -> str:
     """Of all bytes of an open file."""
     digest = hashlib.sha256()
@@ -239,7 +236,8 @@ def sha256_of(handle: int) -> str:
     return digest.hexdigest()
 
 
-def _repair(uri: str) -> str:
+def repair_hint(uri: str) -> str:
+    """For the shard at `uri`."""
     return f"run `python -m pipelines verify --repair {shlex.quote(uri.rpartition('/')[0])}`"
 
 
@@ -297,11 +295,6 @@ def _is_file(handle: int, path: Path) -> bool:
     """True when the open file is the one that `path` names."""
     status = _status(path)
     return status is not None and status.st_ino == os.fstat(handle).st_ino
-
-
-def _last_used(path: Path) -> float:
-    status = _status(path)
-    return 0.0 if status is None else status.st_mtime
 
 
 def _status(path: Path) -> os.stat_result | None:

@@ -8,7 +8,6 @@ the process.
 
 import itertools
 import os
-import shlex
 import threading
 import weakref
 from collections import deque
@@ -23,7 +22,7 @@ from alexnet.errors import UserError
 from pipelines import storage
 from pipelines.shards import ShardInfo
 from training.order import WINDOW_SHARDS
-from training.shard_cache import NodeCache, sha256_of
+from training.shard_cache import NodeCache, repair_hint, sha256_of
 
 _IO_THREADS = 4
 
@@ -57,7 +56,7 @@ class OpenShard:
         if (found := sha256_of(self._handle)) != self.info.sha256:
             raise UserError(
                 f"shard {self.path} was changed under the run (sha256 {found}, its manifest says "
-                f"{self.info.sha256}); {_remedy(self.path)}"
+                f"{self.info.sha256}); {repair_hint(self.path)}"
             )
         self._stamp = now
 
@@ -135,12 +134,12 @@ class ShardFiles:
         if stamp[1] != info.num_bytes:
             raise UserError(
                 f"shard {shard.path} has {stamp[1]} bytes, its manifest says {info.num_bytes}; "
-                f"{_remedy(shard.path)}"
+                f"{repair_hint(shard.path)}"
             )
         if (found := sha256_of(handle)) != info.sha256:
             raise UserError(
                 f"shard {shard.path} has sha256 {found}, its manifest says {info.sha256}; "
-                f"{_remedy(shard.path)}"
+                f"{repair_hint(shard.path)}"
             )
         self._verified[info.name] = stamp
 
@@ -178,8 +177,4 @@ def _stamp(handle: int) -> Stamp:
 
 
 def _unreadable(path: str, error: OSError) -> str:
-    return f"shard {path} cannot be read ({error.strerror}); {_remedy(path)}"
-
-
-def _remedy(path: str) -> str:
-    return f"run `python -m pipelines verify --repair {shlex.quote(path.rpartition('/')[0])}`"
+    return f"shard {path} cannot be read ({error.strerror}); {repair_hint(path)}"

@@ -15,7 +15,6 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from alexnet.errors import UserError
@@ -88,24 +87,23 @@ class Uploader:
     def __enter__(self) -> "Uploader":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         try:
             self.wait()
         except UserError as failed:
-            if error is None:
+            if kind is None:
                 raise
-            logger.error(str(failed))  # must not hide what ended the training
+            logger.error(str(failed))  # must not hide what ended the run
         finally:
             self._pool.shutdown()
 
     def _upload(self, folder: Path) -> None:
         try:
-            _refuse_changed(folder)
+            checkpoint.verify(folder)  # what cleans temporary folders may have been there
+        except UserError as error:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise UserError(f"{error}; {_LEAVE_IT}") from error
+        try:
             step = int(checkpoint.load_state(folder)["step"])
             name = f"{_PREFIX}{step:08d}-{secrets.token_hex(3)}"  # a repeated step: another folder
             for path in sorted(folder.iterdir(), key=lambda path: path.name == _LAST):
@@ -150,14 +148,6 @@ class Uploader:
         )
 
 
-def _refuse_changed(folder: Path) -> None:
-    """What cleans temporary folders may have been there before the upload."""
-    try:
-        checkpoint.verify(folder)
-    except UserError as error:
-        raise UserError(f"{error}; {_LEAVE_IT}") from error
-
-
 def prune(run: str, newest: str, *, keep_last: int, keep_best: int) -> None:
     """Deletes checkpoints below `run` but `newest` (the folder that was just stored), the
     `keep_last` of the highest steps and the `keep_best` of the highest val_top1.
@@ -190,16 +180,14 @@ def _kept(
     past = [folder for folder, state in states.items() if state["step"] < here]
     last = [*sorted(past, key=lambda folder: (states[folder]["step"], folder)), newest]
     # Checkpoints inside an epoch carry the figures of the evaluation before them: not theirs.
-    measured = [folder for folder in last if _measured(states[folder])]
-    best = sorted(
-        measured,
-        key=lambda folder: (states[folder]["metrics"]["val_top1"], states[folder]["step"]),
+    ranked = sorted(
+        (states[folder]["metrics"]["val_top1"], states[folder]["step"], folder)
+        for folder in last
+        if "val_top1" in states[folder]["metrics"]
+        and states[folder]["evaluated_step"] == states[folder]["step"]
     )
-    return {*last[-keep_last:], *best[len(best) - min(keep_best, len(best)) :]}
-
-
-def _measured(state: dict[str, Any]) -> bool:
-    return "val_top1" in state["metrics"] and state["evaluated_step"] == state["step"]
+    best = [folder for _, _, folder in ranked]
+    return {*last[-keep_last:], *best[max(0, len(best) - keep_best) :]}
 
 
 def _state(run: str, folder: str) -> dict[str, Any] | None:
