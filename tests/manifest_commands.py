@@ -48,14 +48,18 @@ def _python(words: list[str]) -> None:
                 importlib.import_module("training.run").parse(flags)
             case ["-m", "pipelines", *flags]:
                 importlib.import_module("pipelines.cli")._parser().parse_args(flags)
+            case ["-m", "training", "--help"]:
+                pass
+            case ["-m", "training", name, *flags]:
+                _python(["-m", f"training.{name}", *flags])
             case ["-m", "training.registry", *flags]:
                 importlib.import_module("training.registry.__main__")._parse(flags)
             case ["-m", "training.predict", *flags]:
                 importlib.import_module("training.predict")._parser().parse_args(flags)
             case ["-m", "training.evaluate", *flags]:
-                importlib.import_module("training.evaluate_command")._parse(flags)
+                importlib.import_module("training.evaluate")._parse(flags)
             case ["-m", "training.figures", *flags]:
-                importlib.import_module("training.paper_figures")._parse(flags)
+                importlib.import_module("training.figures")._parse(flags)
             case ["-m", name, *flags] if name.split(".")[0] == "benchmarks":
                 name = "benchmarks.__main__" if name == "benchmarks" else name
                 importlib.import_module(name).main([*flags, "--help"])

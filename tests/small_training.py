@@ -12,8 +12,9 @@ from torch import nn
 
 from pipelines.shards import load_manifest
 from training import checkpoint, loop
+from training.accuracy import Metrics
 from training.config import AugmentConfig, ModelConfig, OptimConfig, TrainConfig
-from training.evaluate import Metrics, evaluate
+from training.evaluate import evaluate
 from training.loader import Loader
 from training.network import build_model, input_spec
 

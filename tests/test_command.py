@@ -23,7 +23,7 @@ from pipelines import command
 _PROGRAMS = """
 import io, json, os, runpy, sys
 import benchmarks.__main__, gc, pipelines.cli, pipelines.verify, traceback, training.run
-import training.evaluate_command, training.paper_figures, training.predict
+import training.evaluate, training.figures, training.predict
 import training.registry.__main__
 
 def run(words, encoding, folder, closed, to):
@@ -119,6 +119,7 @@ ANSWERS = [
     ("training.predict", "--help"),
     ("training.evaluate", "--help"),
     ("training.figures", "--help"),
+    ("training", "--help"),
     ("benchmarks.scaling",),
     ("benchmarks.cost_estimate",),
     (SCRIPT, "smoke", "--print-config"),
@@ -281,8 +282,8 @@ def test_importing_the_door_imports_nothing_heavy():
 @pytest.mark.parametrize(
     ("program", "words", "meant"),
     [
-        ("training.evaluate_command", ["--dta", "x"], "--data"),
-        ("training.paper_figures", ["--pictres", "9"], "--pictures"),
+        ("training.evaluate", ["--dta", "x"], "--data"),
+        ("training.figures", ["--oot", "x"], "--out"),
         ("training.predict", ["--modle", "3"], "--model"),
         ("training.registry.__main__", ["show", "--smple", "x"], "--sample"),
         ("training.registry.__main__", ["promote", "--dry-rum"], "--dry-run"),

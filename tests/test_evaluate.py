@@ -1,4 +1,4 @@
-"""Accuracy against NumPy on the tars' own pictures, and its intervals against SciPy."""
+"""Accuracy and scores against NumPy on the tars' own images."""
 
 import io
 import tarfile
@@ -8,16 +8,17 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from scipy.stats import binomtest
 from shard_sets import write_shard_set
 from small_training import CPU
+from torch import nn
 from torch.nn import functional as F
 
 from alexnet.errors import UserError
 from pipelines.shards import load_manifest
 from training import evaluate as evaluation
+from training.accuracy import Metrics, Scored
 from training.config import TrainConfig
-from training.evaluate import Metrics, Protocol, evaluate, wilson
+from training.evaluate import Protocol, evaluate, score
 from training.loader import Batch, Loader
 from training.network import input_spec
 
@@ -34,29 +35,40 @@ VIEWS: dict[Protocol, list[tuple[int, int, bool]]] = {
 }
 
 
-def linear_network(classes: int) -> torch.Tensor:
-    """A weight (classes, 3·4·4) for logits of the mean colours of a 4×4 grid."""
-    return torch.randn(classes, 48, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+class Grid(nn.Module):
+    """Logits of a linear map of the mean colours of a 4×4 grid."""
+
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        drawn = torch.randn(classes, 48, generator=torch.Generator().manual_seed(1))
+        self.weight = nn.Parameter(drawn / 10)
+        self.sizes: list[int] = []
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.sizes.append(len(x))
+        return F.adaptive_avg_pool2d(x, 4).flatten(1) @ self.weight.T
 
 
-def grid_logits(weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    return F.adaptive_avg_pool2d(x, 4).flatten(1) @ weight.float().T
+class Constant(nn.Module):
+    def __init__(self, logits: list[float]) -> None:
+        super().__init__()
+        self.logits = nn.Parameter(torch.tensor(logits))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.logits.expand(len(x), -1)
 
 
-def measure(
-    uri: str, split: str = "val", *, batch_size: int = 256, protocol: Protocol = "centre"
-) -> Metrics:
+def counted(uri: str, split: str = "val") -> Metrics:
     manifest = load_manifest(uri)
-    weight = linear_network(manifest.num_classes)
-    with Loader(uri, manifest, split, threads=2, cache_gb=1) as loader:
-        return evaluate(
-            lambda x: grid_logits(weight, x),
-            loader,
-            input_spec(manifest, TrainConfig()),
-            device=CPU,
-            batch_size=batch_size,
-            protocol=protocol,
-        )
+    with Loader(uri, manifest, split, threads=2) as loader, torch.inference_mode():
+        network = Grid(manifest.num_classes)
+        return evaluate(network, loader, input_spec(manifest, TrainConfig()), device=CPU)
+
+
+def scored(uri: str, split: str = "val", network: nn.Module | None = None, **how) -> Scored:
+    manifest = load_manifest(uri)
+    network = network or Grid(manifest.num_classes)
+    return score(network, input_spec(manifest, TrainConfig()), uri, manifest, split, **how)
 
 
 @pytest.fixture(scope="module")
@@ -65,28 +77,24 @@ def uri(tmp_path_factory: pytest.TempPathFactory) -> str:
     return write_shard_set(folder, train=(11, 2), val=(17, 5, 9), classes=CLASSES, side=SIDE)
 
 
-def in_numpy(uri: str, split: str, protocol: Protocol) -> tuple[int, int, float]:
-    """(right in first place, right in first five, sum of cross-entropies), from the tars."""
+def in_numpy(uri: str, split: str, protocol: Protocol) -> tuple[list[str], np.ndarray, np.ndarray]:
+    """Keys, labels and the probabilities of all classes (N, classes), from the tars."""
     manifest = load_manifest(uri)
     mean, covariance = np.array(manifest.pixels.mean), np.array(manifest.pixels.covariance)
-    weight = linear_network(manifest.num_classes).numpy()
-    top1 = top5 = 0
-    loss = 0.0
+    weight = Grid(manifest.num_classes).weight.detach().double().numpy()
+    keys, labels, rows = [], [], []
     for path in sorted(Path(uri).glob(f"{split}-*.tar")):
         with tarfile.open(path) as tar:
             for member in [m for m in tar.getmembers() if m.name.endswith(".jpg")]:
-                label = int(tar.extractfile(member.name.replace(".jpg", ".cls")).read())
-                picture = Image.open(io.BytesIO(tar.extractfile(member).read()))
-                x = (np.asarray(picture, dtype=np.float64) - mean) / np.sqrt(np.diag(covariance))
+                keys.append(member.name.removesuffix(".jpg"))
+                labels.append(int(tar.extractfile(member.name.replace(".jpg", ".cls")).read()))
+                image = Image.open(io.BytesIO(tar.extractfile(member).read()))
+                x = (np.asarray(image, dtype=np.float64) - mean) / np.sqrt(np.diag(covariance))
                 views = [x[a : a + 227, b : b + 227, :] for a, b, _ in VIEWS[protocol]]
                 flips = [flip for *_, flip in VIEWS[protocol]]
                 views = [v[:, ::-1] if f else v for v, f in zip(views, flips, strict=True)]
-                believed = np.mean([softmax(weight @ grid_means(v).ravel()) for v in views], axis=0)
-                order = np.argsort(-believed)
-                top1 += order[0] == label
-                top5 += label in order[:5]
-                loss -= np.log(believed[label])
-    return int(top1), int(top5), float(loss)
+                rows.append(np.mean([softmax(weight @ grid_means(v).ravel()) for v in views], 0))
+    return keys, np.array(labels), np.array(rows)
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:
@@ -103,42 +111,54 @@ def grid_means(x: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("protocol", ["centre", "ten_crop"])
 @pytest.mark.parametrize(("split", "batch_size"), [("val", 1), ("train", 70), ("val", 256)])
-def test_counts_and_loss_equal_numpy_on_the_tars(uri, split, batch_size, protocol):
-    images = {"train": 13, "val": 31}[split]
-    top1, top5, loss = in_numpy(uri, split, protocol)
-    assert 0 < top1 < top5 < images, "an oracle that cannot tell wrong counts"
-    found = measure(uri, split, batch_size=batch_size, protocol=protocol)
-    assert (found.images, found.correct1, found.correct5) == (images, top1, top5)
-    assert (found.top1, found.top5) == (top1 / images, top5 / images)
-    assert found.loss == pytest.approx(loss / images, rel=1e-5)
+def test_every_image_is_scored_as_numpy_does_from_the_tars(uri, split, batch_size, protocol):
+    found = scored(uri, split, batch_size=batch_size, protocol=protocol)
+    keys, labels, probabilities = in_numpy(uri, split, protocol)
+    order = np.argsort(-probabilities, axis=1)
+    places = [row.tolist().index(label) for row, label in zip(order, labels, strict=True)]
+    assert len(set(places)) > 2, "an oracle that cannot tell wrong places"
+    assert list(found.keys) == keys
+    np.testing.assert_array_equal(found.labels, labels)
+    np.testing.assert_array_equal(found.place, places)
+    np.testing.assert_array_equal(found.top, order[:, :5])
+    own = probabilities[np.arange(len(labels)), labels]
+    np.testing.assert_allclose(found.loss, -np.log(own), rtol=1e-4)
+    np.testing.assert_allclose(found.probabilities, -np.sort(-probabilities)[:, :5], rtol=1e-4)
+    kinds = [getattr(found, name).dtype for name in ("labels", "place", "loss", "top")]
+    assert kinds == [np.int32, np.int32, np.float64, np.int32]
+    metrics = found.metrics
+    assert metrics.correct5 == sum(place < 5 for place in places)
+    assert metrics.loss == pytest.approx(-np.log(own).mean(), rel=1e-5)
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_the_loops_counts_are_those_of_the_scores(uri, split):
+    counts, metrics = counted(uri, split), scored(uri, split).metrics
+    assert counts.images == metrics.images == {"train": 13, "val": 31}[split]
+    assert 0 < counts.correct1 == metrics.correct1 < counts.correct5 == metrics.correct5
+    assert counts.loss == pytest.approx(metrics.loss, rel=1e-6)
 
 
 def test_the_two_protocols_can_be_told_apart(uri):
-    assert abs(in_numpy(uri, "val", "centre")[2] - in_numpy(uri, "val", "ten_crop")[2]) > 1e-3
+    centre, ten = in_numpy(uri, "val", "centre")[2], in_numpy(uri, "val", "ten_crop")[2]
+    assert np.abs(centre - ten).max() > 1e-3
 
 
-def test_batch_size_counts_views(uri):
-    sizes: list[int] = []
-    manifest = load_manifest(uri)
-
-    def network(x: torch.Tensor) -> torch.Tensor:
-        sizes.append(len(x))
-        return torch.zeros(len(x), CLASSES)
-
-    with Loader(uri, manifest, "train", threads=1, cache_gb=1) as loader:
-        spec = input_spec(manifest, TrainConfig())
-        evaluate(network, loader, spec, device=CPU, batch_size=59, protocol="ten_crop")
-    assert sizes == [50, 50, 30]
+def test_batch_size_counts_views_and_batches_end_with_their_shard(uri):
+    network = Grid(CLASSES)
+    scored(uri, "train", network, batch_size=59, protocol="ten_crop")
+    assert network.sizes == [50, 50, 10, 20]
 
 
 def test_with_fewer_than_five_classes_top5_counts_all(tmp_path):
     uri = write_shard_set(tmp_path / "few", train=(3,), val=(8,), classes=3)
-    found = measure(uri)
-    assert found.top5 == 1.0 and found.top1 < 1.0
+    for found in (counted(uri), scored(uri).metrics):
+        assert found.top5 == 1.0 and found.top1 < 1.0
+    assert scored(uri).top.shape == (8, 3)
 
 
 class Drawn:
-    """A loader's split of black pictures with the given labels, read from nowhere."""
+    """A loader's split of black images with the given labels, read from nowhere."""
 
     def __init__(self, labels: list[int]) -> None:
         self.num_samples, self._labels = len(labels), torch.tensor(labels)
@@ -151,21 +171,26 @@ class Drawn:
 
 def of_constant(uri: str, labels: list[int], logits: list[float]) -> Metrics:
     spec = input_spec(load_manifest(uri), TrainConfig())
-    answer = torch.tensor([logits])
-    return evaluate(lambda x: answer.expand(len(x), -1), Drawn(labels), spec, device=CPU)
+    return evaluate(Constant(logits), Drawn(labels), spec, device=CPU)
 
 
 def test_ties_go_to_the_lower_label_and_nan_is_never_right(uri):
     dead = of_constant(uri, [0, 1, 4, 5, 6, 0], [3.0] * 7)
     assert (dead.correct1, dead.correct5) == (2, 4)
     assert dead.loss == pytest.approx(np.log(7))
+    tied = scored(uri, network=Constant([1.0] * CLASSES))
+    np.testing.assert_array_equal(tied.predicted, 0)
+    np.testing.assert_array_equal(tied.place, tied.labels)
     broken = of_constant(uri, [0, 1, 2], [float("nan")] * 3)
     assert (broken.correct1, broken.correct5) == (0, 0) and np.isnan(broken.loss)
+    broken = scored(uri, network=Constant([float("nan")] * CLASSES))
+    assert not broken.correct.any() and broken.metrics.correct5 == 0
+    assert np.isnan(broken.metrics.loss)
 
 
 @pytest.mark.parametrize(
     ("labels", "words"),
-    [([], "no pictures"), ([2, -1], "without a label"), ([0, 3], "label 3 .* 3 classes")],
+    [([], "no images"), ([2, -1], "without a label"), ([0, 3], "label 3 .* 3 classes")],
 )
 def test_a_split_whose_accuracy_means_nothing_is_refused_in_one_line(uri, labels, words):
     with pytest.raises(UserError, match=words) as refusal:
@@ -173,35 +198,52 @@ def test_a_split_whose_accuracy_means_nothing_is_refused_in_one_line(uri, labels
     assert "\n" not in str(refusal.value)
 
 
+def test_what_cannot_be_scored_is_refused(uri):
+    with pytest.raises(UserError, match="built with --splits test"):
+        scored(uri, "test")
+    with pytest.raises(UserError, match=r"0 workers .* ask for 1 or more"):
+        scored(uri, workers=0)
+    with pytest.raises(UserError, match="beyond the network's 3 classes"):
+        scored(uri, network=Constant([0.0, 1.0, 2.0]))
+
+
 @pytest.mark.parametrize("other", [lambda ids: ids[1:], lambda ids: np.append(ids[1:], ids[1])])
-def test_a_picture_lost_or_seen_twice_is_not_overlooked(uri, monkeypatch, other):
+def test_an_image_lost_or_seen_twice_is_not_overlooked(uri, monkeypatch, other):
     monkeypatch.setattr(evaluation, "rank_part", lambda ids, rank, world_size: other(ids))
-    with pytest.raises(AssertionError, match=r"evaluated (30|29) of 31 pictures once"):
-        measure(uri)
+    with pytest.raises(AssertionError, match=r"evaluated (30|29) of 31 images once"):
+        counted(uri)
+    real = Loader.batches
+    monkeypatch.setattr(
+        Loader, "batches", lambda self, parts, **rest: real(self, map(other, parts), **rest)
+    )
+    with pytest.raises(AssertionError, match="a batch of other images"):
+        scored(uri)
 
 
-@pytest.mark.parametrize("images", [1, 20, 3925, 50_000])
-def test_intervals_equal_scipys(images):
-    for correct in {0, 1, images // 2, images - 1, images}:
-        expected = binomtest(correct, images).proportion_ci(0.95, method="wilson")
-        assert wilson(correct, images) == pytest.approx(tuple(expected), abs=1e-12)
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
 
 
-def test_intervals_are_the_published_ones():
-    """Newcombe 1998, table I, method 3."""
-    published = {
-        (81, 263): (0.2553, 0.3662),
-        (15, 148): (0.0624, 0.1605),
-        (1, 29): (0.0061, 0.1718),
-    }
-    for (correct, images), expected in published.items():
-        assert wilson(correct, images) == pytest.approx(expected, abs=5e-5)
-    assert wilson(0, 20) == pytest.approx((0, 0.1611), abs=5e-5)
-    assert wilson(0, 0) == (0.0, 1.0), "no pictures, nothing known"
-
-
-def test_intervals_of_metrics_are_those_of_their_counts(uri):
-    found = measure(uri)
-    assert found.top1_interval == wilson(found.correct1, 31)
-    assert found.top5_interval == wilson(found.correct5, 31)
-    assert found.top1_interval[0] < found.top1 < found.top1_interval[1]
+def test_progress_is_a_renewed_line_with_rate_and_time_left_on_terminals_alone(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr("training.evaluate.time.monotonic", lambda: now[0])
+    for stream, lines in (
+        (io.StringIO(), []),
+        (
+            Terminal(),
+            [
+                "version 3: 500 of 2,000 images, 250 a second, 6 s left",
+                "version 3: 1,000 of 2,000 images, 250 a second, 4 s left",
+                "version 3: 2,000 of 2,000 images, 250 a second, 8 s\n",
+            ],
+        ),
+    ):
+        monkeypatch.setattr("sys.stderr", stream)
+        now[0] = 100.0
+        report = evaluation._reporter("version 3", 2000)
+        for at, images in ((102.0, 500), (102.1, 10), (104.0, 490), (108.0, 1000)):
+            now[0] = at
+            report(images)
+        told = [line.removeprefix("\x1b[K") for line in stream.getvalue().split("\r")[1:]]
+        assert told == lines

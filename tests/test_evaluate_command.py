@@ -1,14 +1,12 @@
 """`python -m training.evaluate` on registered versions and on checkpoints, in folders and on S3."""
 
-import csv
 import io
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -21,9 +19,9 @@ from small_training import CPU
 
 from pipelines import storage
 from pipelines.shards import load_manifest
-from training import checkpoint, evaluate_command
-from training.evaluate import evaluate, wilson
-from training.evaluate_command import main
+from training import checkpoint
+from training.accuracy import wilson
+from training.evaluate import evaluate, main
 from training.loader import Loader
 from training.registry.versions import load
 
@@ -89,18 +87,19 @@ def test_files_tell_what_the_terminal_tells(models, tmp_path, capsys):
     assert json.loads((out / "evaluation.json").read_text()) == found
     wrong = found["images"] - found["top1"]["correct"]
     assert 0 < wrong == len(found["mistakes"]) == sum(n for *_, n in found["confusion"])
-    with (out / "classes.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    assert [row["wnid"] for row in rows] == list(load_manifest(models.data).wnids)
-    assert [int(row["correct"]) for row in rows] == [row["correct"] for row in found["classes"]]
-    assert sum(int(row["images"]) for row in rows) == 16
     index = pq.read_table(f"{models.data}/index/train.parquet", use_threads=False)
+    table = pd.read_parquet(out / "predictions.parquet")
+    for column in ("key", "label", "wnid"):
+        assert table[column].tolist() == index[column].to_pylist()
+    assert table["correct"].sum() == found["top1"]["correct"]
+    assert table["loss"].mean() == pytest.approx(found["loss"])
     for mistake in found["mistakes"]:
         row = mistake["sample_id"]
-        assert mistake["key"] == index["key"][row].as_py()
-        assert mistake["true"] == f"colour {index['label'][row].as_py()}" != mistake["predicted"]
-    with Image.open(out / "mistakes.png") as picture:
-        assert picture.format == "PNG" and picture.width > 1000
+        assert mistake["key"] == table["key"][row]
+        assert mistake["true"] == f"colour {table['label'][row]}" != mistake["predicted"]
+        assert mistake["probability"] == pytest.approx(table["probabilities"][row][0], abs=1e-6)
+    with Image.open(out / "mistakes.png") as image:
+        assert image.format == "PNG" and image.width > 1000
 
 
 def test_text_names_model_data_protocol_intervals_and_where_it_goes_wrong(models, capsys):
@@ -222,27 +221,8 @@ def test_a_gpu_that_is_not_there_is_refused(models, capsys):
     assert "sees no GPU" in refusal(capsys, GOOD, "--data", models.data, "--device", "cuda")
 
 
-def test_a_terminal_is_told_how_far_it_is(models, capsys, monkeypatch):
-    class Terminal(io.StringIO):
-        def isatty(self) -> bool:
-            return True
-
-    terminal = Terminal()
-    monkeypatch.setattr(sys, "stderr", terminal)
-    path = str(models.checkpoint)
-    assert main([path, "--data", models.data, "--batch-size", "8", "--device", "cpu"]) == 0
-    assert terminal.getvalue() == "\r8 of 13 pictures\r13 of 13 pictures\n"
-
-
 def test_an_exported_network_names_no_device(models):
     """It must run on a GPU although it was exported on a CPU: here on the meta device, where any
     constant left behind on the CPU is an error."""
     network = load(f"models:/alexnet/{GOOD}").network.to("meta")
     assert network(torch.empty(3, 3, 227, 227, device="meta")).device.type == "meta"
-
-
-def test_the_module_is_the_command():
-    argv = [sys.executable, "-m", "training.evaluate", "--help"]
-    root = Path(evaluate_command.__file__).parents[1]
-    done = subprocess.run(argv, cwd=root, capture_output=True, text=True, check=True)
-    assert "--ten-crop" in done.stdout and "mistakes.png" in done.stdout

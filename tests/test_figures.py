@@ -1,12 +1,30 @@
-"""The pictures of a run show the numbers and the pictures they were given."""
+"""Figures show the numbers and the images they were given, and what a network says of them."""
+
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from PIL import Image
+from shard_sets import write_shard_set
+from small_training import fit, small_config
 
-from training.figures import Caption, contact_sheet, conv1_kernels, curves, short
+from pipelines.shards import load_manifest
+from training.accuracy import short
+from training.figures import (
+    Panel,
+    _spread_over_classes,
+    conv1_kernels,
+    curves,
+    main,
+    mistakes,
+    panels,
+    read_images,
+    top5_panels,
+)
+from training.network import load_model
 
 HISTORY = {
     "loss": [(1, 2.0), (2, 1.5), (3, 1.0)],
@@ -57,41 +75,103 @@ def test_constant_kernel_is_drawn_without_dividing_by_zero():
     assert np.isfinite(np.asarray(image.get_array())).all()
 
 
-def test_contact_sheet_shows_every_picture_above_its_names():
-    pictures = torch.randint(0, 256, (8, 3, 227, 227), dtype=torch.uint8)
-    captions = [Caption(f"class {i}, synonym", f"other_{i} $x$", 1 - i / 100) for i in range(8)]
-    figure = contact_sheet(pictures, captions, "a $title")
+def test_mistakes_show_every_image_above_its_names():
+    images = torch.randint(0, 256, (8, 3, 227, 227), dtype=torch.uint8)
+    captions = [(f"class {i}, synonym", f"other_{i} $x$", 1 - i / 100) for i in range(8)]
+    figure = mistakes(images, captions, "a $title")
     FigureCanvasAgg(figure).draw()
     assert figure.get_suptitle() == "a $title" and len(figure.axes) == 8
     for number, axes in enumerate(figure.axes):
         (image,) = axes.images
-        assert (np.asarray(image.get_array()) == pictures[number].permute(1, 2, 0).numpy()).all()
-        (said,) = axes.texts
-        assert axes.get_xlabel() == f"is: class {number}"
-        assert said.get_text() == f"said: other_{number} $x$, {100 - number}.00%"
-    boxes = [axes.get_position() for axes in figure.axes]
-    assert [round(box.x0 * 6 - 0.04) for box in boxes] == [0, 1, 2, 3, 4, 5, 0, 1]
-    assert len({round(box.y0, 6) for box in boxes}) == 2 and boxes[6].y1 < boxes[0].y0
-    whole = figure.bbox
-    for axes in figure.axes:
-        said = axes.texts[0].get_window_extent()
-        assert whole.x0 <= said.x0 and said.x1 <= whole.x1 and whole.y0 <= said.y0
+        assert (np.asarray(image.get_array()) == images[number].permute(1, 2, 0).numpy()).all()
+        said = f"said: other_{number} $x$, {100 - number}.00%"
+        assert axes.get_xlabel() == f"is: class {number}\n{said}"
+    FigureCanvasAgg(mistakes(torch.empty(0), [], "none")).draw()
 
 
-def test_contact_sheet_of_unlabelled_pictures_says_only_what_they_are_taken_for():
-    captions = [Caption(None, "tench", 0.5), Caption("tench", "tench", 0.9)]
-    figure = contact_sheet(torch.zeros(2, 3, 227, 227, dtype=torch.uint8), captions, "a title")
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    """Shards, and the last checkpoint of a network that learned from them."""
+    folder = tmp_path_factory.mktemp("figures")
+    data = write_shard_set(folder / "set", train=(10, 9), val=(7, 6))
+    return data, fit(small_config(), data, folder / "run").last
+
+
+@torch.inference_mode()
+def test_panels_are_first_images_of_classes_with_the_five_likeliest(run):
+    data, model, manifest = run[0], load_model(str(run[1])), load_manifest(run[0])
+    found = panels(model.network, model.input_spec, manifest, data)
+    # 13 images, sample i of class i % 4: the first of each class, then the second of each.
+    assert [panel.key for panel in found] == [f"val_{i:04d}" for i in range(8)]
+    assert [panel.true for panel in found] == [f"colour {i % 4}" for i in range(8)]
+    images = read_images(data, manifest, "val", np.arange(8)).double().numpy()
+    spec = model.input_spec
+    mean, std = (np.array(values)[:, None, None] for values in (spec.mean, spec.std))
+    probabilities = model.network(torch.from_numpy((images - mean) / std).float()).softmax(1)
+    for panel, row in zip(found, probabilities.numpy(), strict=True):
+        order = np.argsort(-row)
+        assert [name for name, _ in panel.likeliest] == [f"colour {i}" for i in order]
+        np.testing.assert_allclose([p for _, p in panel.likeliest], row[order], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("labels", "count", "chosen"),
+    [
+        ([2, 0, 1, 0, 2], 3, [1, 2, 0]),  # the first of each class, by class
+        ([2, 0, 1, 0, 2], 4, [1, 2, 0, 3]),  # then the second ones
+        ([0, 1, 2, 3, 4], 3, [0, 2, 4]),  # classes evenly spread
+        ([-1, 1, -1, 1], 8, [1, 3]),  # without a label: never
+    ],
+)
+def test_images_are_spread_over_the_classes(labels, count, chosen):
+    assert _spread_over_classes(np.array(labels), count).tolist() == chosen
+
+
+def test_top5_panels_show_images_and_bars_with_the_true_class_in_red():
+    images = torch.randint(0, 256, (5, 3, 227, 227), dtype=torch.uint8)
+    rows = (("a $x$, synonym", 0.7), ("b", 0.2), ("c", 0.1))
+    found = [Panel(f"k{i}", images[i], "b" if i else "a $x$, synonym", rows) for i in range(5)]
+    figure = top5_panels(found, "a $title")
     FigureCanvasAgg(figure).draw()
-    unlabelled, right = figure.axes
-    assert unlabelled.get_xlabel() == "" and right.get_xlabel() == "is: tench"
-    assert unlabelled.texts[0].get_text() == "said: tench, 50.00%"
-    assert unlabelled.texts[0].get_color() == right.texts[0].get_color() == "black"
+    assert len(figure.axes) == 10
+    for number, panel in enumerate(found):
+        image, bars = figure.axes[2 * number : 2 * number + 2]
+        shown = np.asarray(image.images[0].get_array())
+        assert (shown == panel.image.permute(1, 2, 0).numpy()).all()
+        assert image.get_xlabel() == ("b" if number else "a $x$")
+        assert [bar.get_width() for bar in bars.patches] == [0.7, 0.2, 0.1]
+        red = [bar.get_facecolor()[0] > bar.get_facecolor()[2] for bar in bars.patches]
+        assert red == ([False, True, False] if number else [True, False, False])
 
 
-def test_a_sheet_without_mistakes_is_empty():
-    figure = contact_sheet(torch.empty(0, dtype=torch.uint8), [], "none")
-    FigureCanvasAgg(figure).draw()
-    assert figure.axes == []
+def test_command_writes_both_figures_where_it_is_told_or_under_the_home(
+    run, home, tmp_path, capsys, monkeypatch
+):
+    data, checkpoint = run
+    (tmp_path / "checkout").mkdir()
+    monkeypatch.chdir(tmp_path / "checkout")
+    for out in (tmp_path / "new" / "figures", None):
+        flags = [] if out is None else ["--out", str(out)]
+        assert main([str(checkpoint), "--data", data, *flags]) == 0
+        told = [Path(line) for line in capsys.readouterr().out.splitlines()]
+        assert [path.name for path in told] == ["conv1.png", "top5.png"]
+        assert told[0].parent == out or told[0].parent.parent == home / "figures"
+        for path in told:
+            with Image.open(path) as image:
+                assert image.format == "PNG" and min(image.size) > 50
+    assert list((tmp_path / "checkout").iterdir()) == []
+
+
+def test_command_tells_in_one_line_what_is_missing(run, tmp_path, capsys):
+    other = write_shard_set(tmp_path / "other", train=(8,), val=(5,), classes=3)
+    for words, expected in [
+        ([], "required: --data"),
+        (["--data", str(tmp_path)], "no finished shard set"),
+        (["--data", other], "does not fit"),
+    ]:
+        assert main([str(run[1]), *words]) == 2
+        error = capsys.readouterr().err
+        assert expected in error and error.count("\n") == 1
 
 
 def test_names_are_cut_to_their_first_synonym_and_to_what_fits():

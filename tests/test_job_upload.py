@@ -24,7 +24,7 @@ WRITTEN = (
     "shards/SHA256SUMS",
     "figures/conv1.png",
     "evaluation/evaluation.json",
-    "predictions/_predictions.json",
+    "predictions/predictions.parquet",
     "runs/baseline-1/checkpoint-000100/state.json",
     "mlruns/0/meta.yaml",
     "mlartifacts/1/models/m-1/artifacts/MLmodel",

@@ -24,7 +24,7 @@ ALLOWED = {
         "training/metrics.py",
         "training/run.py",
         "training/worker.py",
-        "training/scoring.py",
+        "training/evaluate.py",
     },
     "mlflow": {
         "training/tracking.py",
@@ -39,7 +39,7 @@ ALLOWED = {
 # training knows the shard format, storage, what is ignored by its name, what every program does at
 # its ends and how figures are labelled; the script may also join a cluster.
 FROM_PIPELINES = {"command", "entries", "metrics", "shards", "storage"}
-JOINS_A_CLUSTER = {"training/run.py", "training/scoring.py"}
+JOINS_A_CLUSTER = {"training/run.py", "training/evaluate.py"}
 
 
 def imports(tree: ast.AST) -> set[str]:

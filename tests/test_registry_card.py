@@ -22,6 +22,7 @@ from alexnet.model import AlexNet
 from alexnet.preprocess import InputSpec
 from pipelines.shards import Manifest, load_manifest
 from training import figures, tracking
+from training.accuracy import Scored
 from training.config import AugmentConfig, ModelConfig, TrainConfig
 from training.network import load_model
 from training.recipes import RECIPES
@@ -31,7 +32,6 @@ from training.registry.differences import differences
 from training.registry.facts import Facts, licence
 from training.registry.verdict import Check
 from training.registry.versions import NAME
-from training.scoring import Scored
 
 pytestmark = [pytest.mark.filterwarnings(line) for line in MLFLOW_WARNINGS]
 CONFIG = small_config(**BY_HEART, name="carded")
@@ -182,8 +182,8 @@ def test_gate_fills_in_mistakes_accuracy_and_verdict(written):
     labels = np.array([0, 0, 0, 1, 2, 3], dtype=np.int32)
     predicted = np.array([1, 1, 0, 1, 3, 3], dtype=np.int32)
     wrong = (labels != predicted).astype(np.int32)
-    loss, share = np.full(6, 0.5), np.full(6, 0.9, dtype=np.float32)
-    scored = Scored(tuple("abcdef"), 4, labels, predicted, wrong, loss, share)
+    loss, share = np.full(6, 0.5), np.full((6, 1), 0.9, dtype=np.float32)
+    scored = Scored(tuple("abcdef"), 4, labels, wrong, loss, predicted[:, None], share)
     checks = [{"name": "top-1", "value": "0.5", "limit": "0.9", "passed": False}]
     verdict = {
         "passed": False,

@@ -6,11 +6,10 @@ import torch
 
 from alexnet.errors import UserError
 from alexnet.model import AlexNet
-from training.evaluate import Metrics
+from training.accuracy import Metrics, Scored
 from training.recipes import RECIPES
 from training.registry import checks
 from training.registry.policy import SHIPPED, Policy, read_policy
-from training.scoring import Scored
 
 WHOLE = """
 [default]
@@ -36,10 +35,10 @@ def scored(labels: list[int], predicted: list[int], classes: int) -> Scored:
         keys=tuple(f"picture {i}" for i in range(len(labels))),
         num_classes=classes,
         labels=np.array(labels, dtype=np.int32),
-        predicted=np.array(predicted, dtype=np.int32),
         place=np.where(right, 0, 1).astype(np.int32),
         loss=np.zeros(len(labels)),
-        probability=np.ones(len(labels), dtype=np.float32),
+        top=np.array(predicted, dtype=np.int32)[:, None],
+        probabilities=np.ones((len(labels), 1), dtype=np.float32),
     )
 
 
@@ -119,7 +118,7 @@ def test_class_that_is_never_recognised_is_named(policy):
 
 def test_classes_of_a_few_pictures_are_not_held_to_the_floor(policy):
     found = checks.worst_class(scored([0, 1, 2], [1, 2, 0], 3), "abc", policy)
-    assert (found.passed, found.value) == (True, "none has 10 pictures")
+    assert (found.passed, found.value) == (True, "none has 10 images")
 
 
 def test_no_worse_needs_enough_pictures_unless_the_answers_are_the_same(policy):

@@ -5,11 +5,13 @@ import re
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from PIL import Image
-from registered import GOOD, MLFLOW_WARNINGS, POOR, Built
+from registered import FOREIGN, GOOD, MLFLOW_WARNINGS, POOR, Built
 
+from pipelines.shards import load_index
 from training.predict import main
 from training.registry.versions import load
 
@@ -132,7 +134,7 @@ def test_wrong_usage_and_missing_models_are_one_line_and_exit_code_2(tmp_path, c
     assert "--top 0" in refusal([path, "--top", "0"], capsys)
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "notes.txt").write_text("nothing")
-    assert "holds no picture (1 entries" in refusal([str(tmp_path / "empty")], capsys)
+    assert "holds no image (1 entries" in refusal([str(tmp_path / "empty")], capsys)
     for uri in ("models:/alexnet/77", "models:/nobody@champion", "models:/alexnet@nobody", "x"):
         assert f"{uri} cannot be loaded" in refusal([path, "--model", uri], capsys)
     for argv in ([], [path, "--data", "x", "--out", "y"], ["--data", "x"], [path, "--out", "y"]):
@@ -154,7 +156,7 @@ def test_folders_are_walked_and_what_is_no_picture_is_counted(tmp_path, capsys):
     out, err = capsys.readouterr()
     assert [path for path, _ in answers(out)] == [*expected, alone]
     assert [classes[0][0] for _, classes in answers(out)] == [f"colour {i}" for i in (1, 0, 2, 3)]
-    assert err == "skipped 2 entries that are no pictures\n"
+    assert err == "skipped 2 entries that are not images\n"
 
 
 def test_json_is_a_line_for_each_picture_with_names_wnids_and_errors(tmp_path, capsys):
@@ -173,7 +175,7 @@ def test_more_pictures_than_a_batch_are_the_same_one_by_one(tmp_path, monkeypatc
     paths = [draw(tmp_path / f"{i}.png", COLOURS[i % 4], 230, 230) for i in range(5)]
     assert main(paths) == 0
     together = capsys.readouterr().out
-    monkeypatch.setattr("training.picture_files.BATCH_SIZE", 2)
+    monkeypatch.setattr("training.predict.BATCH_SIZE", 2)
     assert main(paths) == 0
     assert [best[0][0] for _, best in answers(capsys.readouterr().out)] == [
         best[0][0] for _, best in answers(together)
@@ -187,12 +189,26 @@ def test_a_checkpoint_knows_the_names_of_its_classes(registered_models, tmp_path
     assert best[0][0] == "colour 1"
 
 
-def test_the_sheet_shows_each_predicted_picture(tmp_path, capsys):
-    paths = [draw(tmp_path / f"{i}.png", COLOURS[i], 250, 250) for i in range(3)]
-    sheet = tmp_path / "new" / "sheet.png"
-    assert main([*paths, str(tmp_path / "nowhere.png"), "--sheet", str(sheet)]) == 1
-    capsys.readouterr()
-    pixels = np.asarray(Image.open(sheet).convert("RGB")).astype(int)
-    for i in range(4):  # noise of ±40 leaves hundreds of pixels near the plane's own colour
-        near = (np.abs(pixels - COLOURS[i]).max(axis=-1) < 60).sum()
-        assert (near > 5000) == (i < 3), f"colour {i}"
+def test_a_split_becomes_one_table_in_a_file_or_a_folder(registered_models, tmp_path, capsys):
+    data = registered_models.data
+    for out in (tmp_path / "a" / "table.parquet", tmp_path / "b"):
+        assert main(["--data", data, "--split", "train", "--out", str(out)]) == 0
+        file, _, line = capsys.readouterr().out.partition(": ")
+        table = pd.read_parquet(out)
+        index = load_index(data, "train").to_pandas()
+        for column in ("key", "label", "wnid"):
+            assert table[column].tolist() == index[column].tolist()
+        assert f"{len(index)} images; top-1 {table['correct'].mean():.4f} " in line
+        assert Path(file) in (out, out / "predictions.parquet")
+
+
+def test_what_a_split_cannot_be_predicted_with_is_one_line(registered_models, tmp_path, capsys):
+    data, out = registered_models.data, ("--out", str(tmp_path / "out"))
+    for argv, words in (
+        (["--data", data, "--workers", "0"], "0 workers cannot score"),
+        (["--data", data, "--split", "test"], "built with --splits test"),
+        (["--data", str(tmp_path / "none")], "no finished shard set"),
+        (["--data", data, "--model", FOREIGN], "does not fit"),
+    ):
+        assert words in refusal([*argv, *out], capsys)
+    assert not (tmp_path / "out").exists()

@@ -1,25 +1,46 @@
-"""Accuracy that counts every picture exactly once, over any number of ranks.
+"""The one scorer: accuracy that counts every image exactly once, and where it goes wrong.
 
-python -m training.evaluate MODEL --data OUT        (see evaluate_command.py)
+    python -m training.evaluate MODEL --data OUT [--split val] [--ten-crop] [--json] [--out FOLDER]
+
+MODEL is champion, candidate, a version's number, an MLflow model URI, or the folder or s3:// prefix
+of a checkpoint or run. --out writes evaluation.json (everything), predictions.parquet (a row for
+each image) and mistakes.png (the most confident errors). --workers N scores on Ray, without it in
+this process. Exit codes: 0 done, 2 wrong usage or input.
 """
 
-import contextlib
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from statistics import NormalDist
-from typing import Literal
+from __future__ import annotations
 
 if __name__ == "__main__":
     from pipelines import command
 
     command.begin()
+    import training.evaluate  # under its own name, by which Ray's workers find it
+
+    command.leave(training.evaluate.main)
+
+import argparse
+import contextlib
+import copy
+import itertools
+import json
+import math
+import os
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from alexnet.errors import UserError
 from alexnet.preprocess import InputSpec, average_probabilities, centre_view, ten_crop
+from pipelines import command, shards, storage
+from training.accuracy import Metrics, Scored, document, short
 from training.loader import Loader
+from training.network import check_fits, load_model
 from training.order import Ids, rank_part
 from training.steps import summed
 
@@ -29,32 +50,17 @@ Protocol = Literal["centre", "ten_crop"]
 VIEWS: dict[Protocol, int] = {"centre": 1, "ten_crop": 10}
 
 Network = Callable[[torch.Tensor], torch.Tensor]
-Interval = tuple[float, float]
+Where = tuple[str, shards.Manifest, str]  # data, manifest, split
+Rows = tuple[NDArray[Any], ...]  # columns of `Scored`, for some of its images
+
+_BATCH = 256  # views
+_KEPT = 5  # likeliest classes of each image
+_SHOWN = 10  # classes and pairs in the text
+_LINE_SECONDS = 0.2
 
 
 class Stopped(Exception):
     """The evaluation was given up because somebody asked for it."""
-
-
-@dataclass(frozen=True)
-class Metrics:
-    """Over `images` pictures: shares in 0..1, the mean cross-entropy in nats, and how many were
-    right in first place and among the first five."""
-
-    images: int
-    top1: float
-    top5: float
-    loss: float
-    correct1: int
-    correct5: int
-
-    @property
-    def top1_interval(self) -> Interval:
-        return wilson(self.correct1, self.images)
-
-    @property
-    def top5_interval(self) -> Interval:
-        return wilson(self.correct5, self.images)
 
 
 def evaluate(
@@ -65,70 +71,343 @@ def evaluate(
     device: torch.device,
     rank: int = 0,
     world_size: int = 1,
-    batch_size: int = 256,
-    protocol: Protocol = "centre",
     stopping: Callable[[], bool] | None = None,
 ) -> Metrics:
-    """Accuracy on all of the loader's split of `network`, which maps float32 (B,3,227,227) to
-    logits (B, classes) and is in evaluation mode already. batch_size: views at a time.
+    """Counts alone, for the training loop: of the centre views of all of the loader's split.
 
-    Each rank takes every W-th sample; counts are summed as integers, so the result does not depend
-    on W. With fewer than five classes top5 counts all of them. Asserts that all ranks together saw
-    each of the manifest's pictures exactly once. Raises as `scores`, and Stopped on all ranks when
-    `stopping()`, asked before each batch, said yes on any of them.
+    network: float32 (B,3,227,227) -> logits (B, classes), in evaluation mode already. Each rank
+    takes every W-th sample; counts are summed as integers, so the result does not depend on W. With
+    fewer than five classes top5 counts all of them. Asserts that all ranks together saw each of the
+    manifest's images exactly once. Raises as `score`, and Stopped on all ranks when `stopping()`,
+    asked before each batch, said yes on any of them.
     """
-    count = Count(loader.num_samples, device)
-    for batch in scores(
-        network,
-        loader,
-        spec,
-        device=device,
-        rank=rank,
-        world_size=world_size,
-        batch_size=batch_size,
-        protocol=protocol,
-    ):
+    if loader.num_samples == 0:
+        raise UserError("the split has no images to evaluate; choose another --split")
+    ids = rank_part(np.arange(loader.num_samples), rank, world_size)
+    seen = torch.zeros(loader.num_samples, dtype=torch.int32, device=device)
+    correct = torch.zeros(2, dtype=torch.int64, device=device)
+    loss = torch.zeros(1, dtype=torch.float64, device=device)
+    for log_probabilities, labels, part in _scores(network, loader, spec, _batches(ids), device):
         if stopping is not None and stopping():
             break
-        count.add(batch)
+        own = part.to(device)
+        seen.index_add_(0, own, torch.ones_like(own, dtype=torch.int32))
+        place = _places(log_probabilities, labels)
+        correct += torch.stack([(place < 1).sum(), (place < 5).sum()])
+        loss += _losses(log_probabilities, labels).sum()
     if stopping is not None and summed([stopping()], device, world_size)[0]:
         raise Stopped
-    return count.metrics(world_size)
+    if world_size > 1:
+        for tensor in (seen, correct, loss):
+            torch.distributed.all_reduce(tensor)
+    images = int((seen == 1).sum())
+    assert images == len(seen), f"evaluated {images} of {len(seen)} images once"
+    return Metrics.of(images, correct.tolist(), float(loss))
 
 
-@dataclass(frozen=True)
-class Scores:
-    """What the network says of one batch: log_probabilities float32 (B, classes) and labels int64
-    (B,) on the device, sample_ids int64 (B,) on the CPU."""
+def score(
+    network: torch.nn.Module,
+    spec: InputSpec,
+    data: str,
+    manifest: shards.Manifest,
+    split: str = "val",
+    *,
+    protocol: Protocol = "centre",
+    batch_size: int = _BATCH,
+    workers: int | None = None,
+    shared_fs: bool = False,
+    label: str = "",
+) -> Scored:
+    """Every image of the split, once.
 
-    log_probabilities: torch.Tensor
-    labels: torch.Tensor
-    sample_ids: torch.Tensor
+    workers: None scores in this process with all its threads, on the network's device; a number
+    does it on Ray, one shard per task, with so many processes of one CPU at most. Batches are cut
+    alike either way. batch_size: views at a time. shared_fs: every node of a cluster sees a local
+    `data`. label: begins the line on a terminal that says how far it is.
+    Raises UserError for shards that are missing, damaged, empty, unlabelled (a test split has −1)
+    or of more classes than the network has, and for ten-crop on images stored at 227×227.
+    """
+    keys = shards.load_index(data, split, ["key"])["key"].to_pylist()
+    if not keys:
+        raise UserError(f"split {split} of {data} has no images; choose another --split")
+    sizes = [info.samples for info in manifest.split_shards(split)]
+    of_shards = np.split(np.arange(sum(sizes)), np.cumsum(sizes)[:-1])
+    parts = [_batches(ids, batch_size, protocol) for ids in of_shards]
+    where, report = (storage.absolute(data), manifest, split), _reporter(label, len(keys))
+    if workers is None:
+        with Loader(*where, threads=os.cpu_count() or 1) as loader:
+            rows = _rows(network, loader, spec, protocol, [*itertools.chain(*parts)], report)
+    else:
+        rows = _on_ray(network, where, spec, protocol, parts, workers, shared_fs, report)
+    assert len(rows[0]) == len(keys), f"scored {len(rows[0])} of {len(keys)} images"
+    return Scored(tuple(keys), manifest.num_classes, *rows)
 
 
-def scores(
+def main(argv: Sequence[str] | None = None) -> int:
+    return command.answered(lambda: _answer(_parse(argv)))
+
+
+def _answer(args: argparse.Namespace) -> int:
+    if args.batch_size < 1:
+        raise UserError(f"--batch-size {args.batch_size} is below 1; pass 1 or more")
+    device = _device(args.device)
+    manifest = shards.load_manifest(args.data)
+    model = load_model(args.model)
+    check_fits(model, manifest, args.data)
+    protocol: Protocol = "ten_crop" if args.ten_crop else "centre"
+    scored = score(
+        model.network.to(device),
+        model.input_spec,
+        args.data,
+        manifest,
+        args.split,
+        protocol=protocol,
+        batch_size=args.batch_size,
+        workers=args.workers,
+        shared_fs=args.shared_fs,
+        label=args.split,
+    )
+    if not math.isfinite(scored.metrics.loss):
+        raise UserError(f"{model.name} answers NaN or infinity; train it again")
+    data = {"uri": args.data, "split": args.split, "manifest_sha256": manifest.digest}
+    found = {
+        "model": {"name": model.name, "about": model.about},
+        "data": data,
+        "protocol": protocol,
+        **document(scored, manifest),
+    }
+    if args.out is not None:
+        _write(args.out, found, scored, manifest)
+    print(json.dumps(found, indent=1) if args.json else _text(found))
+    return 0
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = command.Parser(
+        "python -m training.evaluate",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("model", metavar="MODEL")
+    parser.add_argument("--data", required=True, help="folder or s3:// prefix of the shards")
+    parser.add_argument("--split", default="val")
+    parser.add_argument(
+        "--ten-crop", action="store_true", help="ten views, averaged, as the paper; needs 256 px"
+    )
+    parser.add_argument("--json", action="store_true", help="print evaluation.json instead of text")
+    parser.add_argument("--out", metavar="FOLDER", help="write files there (folder or s3://)")
+    parser.add_argument("--batch-size", type=int, default=_BATCH, help="views at a time")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    add_ray_flags(parser)
+    return parser.parse_args(argv)
+
+
+def add_ray_flags(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument("--workers", type=int, help="score on Ray, with processes of one CPU")
+    parser.add_argument("--shared-fs", action="store_true", help="all nodes see a local OUT")
+
+
+def _device(choice: str) -> torch.device:
+    if choice == "auto":
+        choice = "cuda" if torch.cuda.is_available() else "cpu"
+    if choice == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch sees no GPU here; pass --device cpu")
+    return torch.device(choice)
+
+
+def _text(found: dict[str, Any]) -> str:
+    """For people: what was evaluated, how well, and where it goes wrong."""
+    model, data, protocol = found["model"], found["data"], found["protocol"]
+    rows = [row for row in found["classes"] if row["images"]]
+    worst = sorted(rows, key=lambda row: (row["top1"], row["label"]))[:_SHOWN]
+    pairs = found["confused_pairs"][:_SHOWN]
+    lines = [
+        f"model     {model['name']}" + (f" ({model['about']})" if model["about"] else ""),
+        f"data      {data['uri']}, split {data['split']}, {found['images']:,} images, "
+        f"manifest {data['manifest_sha256'][:12]}",
+        f"protocol  {_PROTOCOLS[protocol]}; 95 % Wilson intervals in brackets",
+        f"top-1     {_share(**found['top1'])}",
+        f"top-5     {_share(**found['top5'])}",
+        f"loss      {found['loss']:.4f} nats",
+        "",
+        f"{len(worst)} of {len(rows)} classes, the worst first",
+        f"  {'top-1':<6}  {'':<16}  {'of':>5}  {'class':<24}  most often taken for",
+    ]
+    for row in worst:
+        interval = f"{row['top1']:.4f}  [{row['low']:.4f}, {row['high']:.4f}]"
+        name, taken_for = short(row["name"]), short(row["taken_for"] or "")
+        lines.append(f"  {interval}  {row['images']:>5}  {name:<24}  {taken_for}".rstrip())
+    if pairs:
+        lines += ["", f"{len(pairs)} of {len(found['confusion'])} confused pairs"]
+    for pair in pairs:
+        true, predicted = short(pair["true"]), short(pair["predicted"])
+        lines.append(f"  {pair['images']:>5}  {true} taken for {predicted}")
+    return "\n".join(lines)
+
+
+_PROTOCOLS: dict[Protocol, str] = {
+    "centre": "the centre 227×227 of each image, once",
+    "ten_crop": "ten-crop: corners, centre and mirror images, probabilities averaged",
+}
+
+
+def _share(correct: int, share: float, wilson95: Sequence[float]) -> str:
+    return f"{share:.4f}  [{wilson95[0]:.4f}, {wilson95[1]:.4f}]  {correct:,} right"
+
+
+def _write(folder: str, found: dict[str, Any], scored: Scored, manifest: shards.Manifest) -> None:
+    from training import figures  # with matplotlib, which the training loop does without
+
+    folder, mistakes = storage.absolute(folder), found["mistakes"]
+    text = json.dumps(found, indent=1) + "\n"
+    storage.write(storage.join(folder, "evaluation.json"), text.encode())
+    table = shards.parquet_bytes(scored.table(found["model"]["name"], manifest))
+    storage.write(storage.join(folder, "predictions.parquet"), table)
+    ids = np.array([mistake["sample_id"] for mistake in mistakes], dtype=np.int64)
+    images = figures.read_images(found["data"]["uri"], manifest, found["data"]["split"], ids)
+    captions = [(row["true"], row["predicted"], row["probability"]) for row in mistakes]
+    title = f"{found['model']['name']}: the {len(mistakes)} most confident errors"
+    sheet = figures.mistakes(images, captions, title)
+    figures.save(sheet, storage.join(folder, "mistakes.png"))
+
+
+def _rows(
+    network: torch.nn.Module,
+    loader: Loader,
+    spec: InputSpec,
+    protocol: Protocol,
+    parts: Sequence[Ids],
+    report: Callable[[int], None] = lambda images: None,
+) -> Rows:
+    """Of the images of `parts`, which are batches; `report` is called with the size of each."""
+    device = next(network.parameters()).device
+    found = []
+    scores = _scores(network, loader, spec, parts, device, protocol)
+    for wanted, (log_probabilities, labels, ids) in zip(parts, scores, strict=True):
+        assert np.array_equal(ids.numpy(), wanted), "a batch of other images"
+        # Stable, so that of equals the lower label is first, as in argmax.
+        values, classes = log_probabilities.sort(dim=1, descending=True, stable=True)
+        columns = (
+            labels.int(),
+            _places(log_probabilities, labels).clamp_max(torch.iinfo(torch.int32).max).int(),
+            _losses(log_probabilities, labels),
+            classes[:, :_KEPT].int(),
+            values[:, :_KEPT].exp(),
+        )
+        found.append([column.cpu().numpy() for column in columns])
+        report(len(ids))
+    return _joined(found)
+
+
+def _joined(parts: Iterable[Iterable[NDArray[Any]]]) -> Rows:
+    return tuple(np.concatenate(column) for column in zip(*parts, strict=True))
+
+
+def _on_ray(
+    network: torch.nn.Module,
+    where: Where,
+    spec: InputSpec,
+    protocol: Protocol,
+    parts: Sequence[list[Ids]],
+    workers: int,
+    shared_fs: bool,
+    report: Callable[[int], None],
+) -> Rows:
+    """As `_rows`, with a task for each shard and a process of its own for each worker."""
+    import ray
+    from ray.util import ActorPool
+
+    from pipelines import cluster
+
+    if workers < 1:
+        raise UserError(f"{workers} workers cannot score anything; ask for 1 or more")
+    with cluster.connected():
+        cluster.refuse_local_paths([where[0]], shared_fs=shared_fs)
+        cpus = int(ray.cluster_resources().get("CPU", 1))  # more processes would wait for ever
+        # As NumPy arrays, all workers of a node share the one copy of the weights in its object
+        # store instead of holding 250 MB each.
+        weights = {name: tensor.cpu().numpy() for name, tensor in network.state_dict().items()}
+        sent = [ray.put(part) for part in (copy.deepcopy(network).to("meta"), weights, where)]
+        worker = ray.remote(num_cpus=1, max_restarts=-1, max_task_retries=-1)(_Worker)
+        actors = [
+            worker.remote(*sent, spec, protocol) for _ in range(min(workers, len(parts), cpus))
+        ]
+        found: dict[int, Rows] = {}
+        try:
+            for number, answer in ActorPool(actors).map_unordered(
+                lambda actor, number: actor.shard.remote(number, parts[number]), range(len(parts))
+            ):
+                if isinstance(answer, str):
+                    raise UserError(answer)
+                found[number] = answer
+                report(len(answer[0]))
+        finally:
+            for actor in actors:
+                ray.kill(actor)
+    return _joined(found[number] for number in range(len(parts)))
+
+
+class _Worker:
+    """An actor: the network and the loader, once for all its shards."""
+
+    def __init__(
+        self,
+        network: torch.nn.Module,
+        weights: dict[str, NDArray[Any]],
+        where: Where,
+        spec: InputSpec,
+        protocol: Protocol,
+    ) -> None:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+            tensors = {name: torch.from_numpy(array) for name, array in weights.items()}
+        network.load_state_dict(tensors, assign=True)
+        self._network, self._where, self._how = network, where, (spec, protocol)
+        self._loader: Loader | None = None
+
+    def shard(self, number: int, parts: list[Ids]) -> tuple[int, Rows | str]:
+        """What the user can mend goes back as a line: raised here, it would reach them as a page of
+        Ray's own traceback."""
+        try:
+            self._loader = self._loader or Loader(*self._where, threads=1)
+            return number, _rows(self._network, self._loader, *self._how, parts)
+        except UserError as error:
+            return number, str(error)
+
+
+def _reporter(label: str, total: int) -> Callable[[int], None]:
+    """Renews one line on a terminal with the images, their rate and the time left."""
+    began = told = time.monotonic()
+    done = 0
+
+    def report(images: int) -> None:
+        nonlocal done, told
+        done, now = done + images, time.monotonic()
+        if not sys.stderr.isatty() or (now - told < _LINE_SECONDS and done < total):
+            return
+        told, rate = now, done / max(now - began, 1e-9)
+        left = f"{(total - done) / rate:.0f} s left" if done < total else f"{now - began:.0f} s"
+        line = f"{label}: {done:,} of {total:,} images, {rate:,.0f} a second, {left}"
+        print(f"\r\x1b[K{line}", end="\n" if done == total else "", file=sys.stderr, flush=True)
+
+    return report
+
+
+def _batches(ids: Ids, batch_size: int = _BATCH, protocol: Protocol = "centre") -> list[Ids]:
+    images = max(1, batch_size // VIEWS[protocol])
+    return [ids[i : i + images] for i in range(0, len(ids), images)]
+
+
+def _scores(
     network: Network,
     loader: Loader,
     spec: InputSpec,
-    *,
+    parts: Sequence[Ids],
     device: torch.device,
-    rank: int = 0,
-    world_size: int = 1,
-    batch_size: int = 256,
     protocol: Protocol = "centre",
-    sample_ids: Ids | None = None,
-) -> Iterator[Scores]:
-    """This rank's part of the split, or of `sample_ids`, int64 (N,), each sample once.
-
-    Raises UserError for an empty split, for pictures without a label (a test split has −1), and for
-    ten-crop on pictures stored at 227×227.
-    """
-    if loader.num_samples == 0:
-        raise UserError("the split has no pictures to evaluate; choose another --split")
-    whole = np.arange(loader.num_samples) if sample_ids is None else sample_ids
-    ids = rank_part(whole, rank, world_size)
-    pictures = max(1, batch_size // VIEWS[protocol])
-    parts = [ids[i : i + pictures] for i in range(0, len(ids), pictures)]
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """For each of `parts`: log-probabilities float32 (B, classes) and labels int64 (B,) on the
+    device, sample ids int64 (B,) on the CPU."""
     pin = device.type == "cuda"
     with contextlib.closing(loader.batches(parts, pin=pin)) as batches:
         for batch in batches:
@@ -136,7 +415,7 @@ def scores(
             log_probabilities = _log_probabilities(network, images, spec, protocol)
             _check_labels(batch.labels, log_probabilities.shape[1])
             labels = batch.labels.to(device, non_blocking=True)
-            yield Scores(log_probabilities, labels, batch.sample_ids.cpu())
+            yield log_probabilities, labels, batch.sample_ids
 
 
 @torch.inference_mode()
@@ -155,7 +434,7 @@ def _check_labels(labels: torch.Tensor, classes: int) -> None:
     lowest, highest = int(labels.min()), int(labels.max())
     if lowest < 0:
         raise UserError(
-            f"the split has pictures without a label (label {lowest}), whose accuracy nobody can "
+            f"the split has images without a label (label {lowest}), whose accuracy nobody can "
             "count; choose a labelled --split such as val"
         )
     if highest >= classes:
@@ -165,58 +444,16 @@ def _check_labels(labels: torch.Tensor, classes: int) -> None:
         )
 
 
-class Count:
-    """What has been right so far on this rank; kept on the device, so that nothing waits for it."""
-
-    def __init__(self, num_samples: int, device: torch.device) -> None:
-        self._seen = torch.zeros(num_samples, dtype=torch.int32, device=device)
-        self._correct = torch.zeros(2, dtype=torch.int64, device=device)
-        self._loss = torch.zeros(1, dtype=torch.float64, device=device)
-
-    def add(self, batch: Scores) -> None:
-        ids = batch.sample_ids.to(self._seen.device)
-        self._seen.index_add_(0, ids, torch.ones_like(ids, dtype=torch.int32))
-        place = places(batch)
-        self._correct += torch.stack([(place < 1).sum(), (place < 5).sum()])
-        self._loss -= batch.log_probabilities.gather(1, batch.labels[:, None]).double().sum()
-
-    def metrics(self, world_size: int) -> Metrics:
-        """Of all ranks together; each of them must call it."""
-        if world_size > 1:
-            for tensor in (self._seen, self._correct, self._loss):
-                torch.distributed.all_reduce(tensor)
-        images, correct = int((self._seen == 1).sum()), self._correct.tolist()
-        assert images == len(self._seen), f"evaluated {images} of {len(self._seen)} pictures once"
-        loss = float(self._loss) / images
-        return Metrics(images, correct[0] / images, correct[1] / images, loss, *correct)
-
-
-def places(batch: Scores) -> torch.Tensor:
+def _places(log_probabilities: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """int64 (B,): how many classes stand before the true one. Of equals the lower label is first,
     as in argmax, so that ties fall alike on every device; NaN is behind all."""
-    own = batch.log_probabilities.gather(1, batch.labels[:, None])
-    classes = torch.arange(batch.log_probabilities.shape[1], device=own.device)
-    ties = (batch.log_probabilities == own) & (classes < batch.labels[:, None])
-    place = ((batch.log_probabilities > own) | ties).sum(1)
+    own = log_probabilities.gather(1, labels[:, None])
+    classes = torch.arange(log_probabilities.shape[1], device=own.device)
+    ties = (log_probabilities == own) & (classes < labels[:, None])
+    place = ((log_probabilities > own) | ties).sum(1)
     return place.masked_fill(own[:, 0].isnan(), torch.iinfo(torch.int64).max)
 
 
-def wilson(correct: int, images: int, confidence: float = 0.95) -> Interval:
-    """The shares in 0..1 that `correct` of `images` does not contradict (Wilson 1927): honest also
-    near 0 and 1, where the usual p ± 1.96·σ leaves 0..1. (0, 1) when there are no images."""
-    if images == 0:
-        return 0.0, 1.0
-    z = NormalDist().inv_cdf(0.5 + confidence / 2)
-    share, shrink = correct / images, 1 + z**2 / images
-    centre = (share + z**2 / (2 * images)) / shrink
-    half = z / shrink * (share * (1 - share) / images + z**2 / (4 * images**2)) ** 0.5
-    low = 0.0 if correct == 0 else centre - half  # exactly, where rounding leaves 1e-18
-    high = 1.0 if correct == images else centre + half
-    return low, high
-
-
-if __name__ == "__main__":
-    # Imported by name: the module that runs as __main__ is not the training.evaluate of the others.
-    from training.evaluate_command import main
-
-    command.leave(main)
+def _losses(log_probabilities: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """float64 (B,), nats."""
+    return -log_probabilities.gather(1, labels[:, None])[:, 0].double()

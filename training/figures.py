@@ -1,25 +1,48 @@
-"""Pictures of a training: the curves, the first layer's kernels, what a network says of pictures.
+"""Figures of a network: its curves, conv1's kernels, and what it says of images.
 
-python -m training.figures MODEL        (see paper_figures.py)
+    python -m training.figures MODEL --data OUT [--out FOLDER]
+
+MODEL is champion, candidate, a version's number, an MLflow model URI, or the folder or s3:// prefix
+of a checkpoint or run. FOLDER gets conv1.png, the kernels of conv1 as in figure 3 of the 2012
+paper, and top5.png, eight val images and the five classes that the network thinks likeliest, as in
+figure 4. By default FOLDER has the model's name, under $ALEXNET_HOME/figures.
+Exit codes: 0 done, 2 wrong usage or input.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from __future__ import annotations
 
 if __name__ == "__main__":
     from pipelines import command
 
     command.begin()
+    import training.figures
+
+    command.leave(training.figures.main)
+
+import argparse
+import io
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+from alexnet.errors import UserError
+from alexnet.model import AlexNet
+from alexnet.preprocess import InputSpec, centre_view
+from pipelines import command, shards, storage
+from training.accuracy import short
+from training.loader import Loader
+from training.network import check_fits, load_model
+from training.order import Ids
 
 Points = Sequence[tuple[int, float]]
 
-_COLUMNS = 6
-_CELL_WIDTH, _CELL_HEIGHT, _TITLE_HEIGHT = 1.9, 2.3, 0.5  # inches
-_NAME_LENGTH = 20
+_COLUMNS, _PANELS, _PANEL_COLUMNS = 6, 8, 4
 
 
 def curves(history: Mapping[str, Points], title: str) -> Figure:
@@ -36,8 +59,7 @@ def curves(history: Mapping[str, Points], title: str) -> Figure:
         for name, style in ((kind, "-"), (f"val_{kind}", "o-")):
             if history.get(name):
                 axes.plot(*zip(*history[name], strict=True), style, label=name, markersize=3)
-        axes.set_xlabel("step")
-        axes.set_ylabel(label)
+        axes.set(xlabel="step", ylabel=label)
         axes.grid(alpha=0.3)
         if axes.lines:
             axes.legend()
@@ -65,47 +87,21 @@ def conv1_kernels(weight: torch.Tensor) -> Figure:
     return figure
 
 
-@dataclass(frozen=True)
-class Caption:
-    """Names of a picture's class (None where nobody knows it) and of the one that the network takes
-    it for, with what share of its belief (0..1)."""
-
-    true: str | None
-    predicted: str
-    probability: float
-
-
-def contact_sheet(pictures: torch.Tensor, captions: Sequence[Caption], title: str) -> Figure:
-    """Pictures, uint8 (N,3,S,S) on the CPU, in rows of six; below each its class, where that is
-    known, and what it was taken for: in red where the two differ."""
+def mistakes(
+    images: torch.Tensor, captions: Sequence[tuple[str, str, float]], title: str
+) -> Figure:
+    """Images, uint8 (N,3,S,S) on the CPU, in rows of six; below each the name of its class, of the
+    one it was taken for, and with what probability (0..1)."""
     rows = max(1, -(-len(captions) // _COLUMNS))
-    height = rows * _CELL_HEIGHT + _TITLE_HEIGHT
-    figure = Figure(figsize=(_COLUMNS * _CELL_WIDTH, height))
-    figure.suptitle(title, fontsize=11, y=1 - 0.2 / height, va="center", parse_math=False)
-    for number, (picture, caption) in enumerate(zip(pictures, captions, strict=True)):
-        left = (number % _COLUMNS + 0.04) / _COLUMNS
-        top = height - _TITLE_HEIGHT - (number // _COLUMNS) * _CELL_HEIGHT
-        side = 0.92 * _CELL_WIDTH
-        axes = figure.add_axes(
-            (left, (top - side) / height, 0.92 / _COLUMNS, side / height), xticks=[], yticks=[]
-        )
-        axes.imshow(picture.permute(1, 2, 0).numpy())
-        if caption.true is not None:
-            is_class = f"is: {short(caption.true)}"
-            axes.set_xlabel(is_class, fontsize=7, labelpad=2, parse_math=False)
-        is_mistake = caption.true not in (None, caption.predicted)
-        said = f"said: {short(caption.predicted)}, {caption.probability:.2%}"
-        axes.text(
-            0.5,
-            -0.15 if caption.true is not None else -0.06,
-            said,
-            color="firebrick" if is_mistake else "black",
-            fontsize=7,
-            ha="center",
-            va="center",
-            transform=axes.transAxes,
-            parse_math=False,
-        )
+    figure = Figure(figsize=(_COLUMNS * 1.9, rows * 2.3 + 0.5), layout="constrained")
+    figure.suptitle(title, fontsize=11, parse_math=False)
+    for number, (image, (true, predicted, probability)) in enumerate(
+        zip(images, captions, strict=True), start=1
+    ):
+        axes = figure.add_subplot(rows, _COLUMNS, number, xticks=[], yticks=[])
+        axes.imshow(image.permute(1, 2, 0).numpy())
+        said = f"is: {short(true)}\nsaid: {short(predicted)}, {probability:.2%}"
+        axes.set_xlabel(said, fontsize=7, parse_math=False)
     return figure
 
 
@@ -120,18 +116,38 @@ class Panel:
     likeliest: tuple[tuple[str, float], ...]
 
 
-def top5_panels(panels: Sequence[Panel], title: str) -> Figure:
-    """As in figure 4 (left) of the paper, in rows of four: each picture above its class and the
-    bars of its likeliest classes, red for the right one."""
-    columns, rows = 4, -(-len(panels) // 4)
-    figure = Figure(figsize=(columns * 2.5, rows * 4.2 + _TITLE_HEIGHT), layout="constrained")
+def panels(network: AlexNet, spec: InputSpec, manifest: shards.Manifest, data: str) -> list[Panel]:
+    """Eight val images with the likeliest five classes: the first image, in the order of sample
+    ids, of each of eight classes that are evenly spread over the labels; nobody chose them.
+
+    Raises UserError for shards that cannot be read, and for a val split without labels.
+    """
+    index = shards.load_index(data, "val")
+    ids = _spread_over_classes(index["label"].to_numpy(), _PANELS)
+    images = read_images(data, manifest, "val", ids)
+    with torch.inference_mode():
+        probabilities = network(centre_view(images, spec)).float().softmax(1)
+    names, found = manifest.class_names, []
+    for sample, image, row in zip(ids.tolist(), images, probabilities, strict=True):
+        values, classes = row.topk(min(5, len(row)))
+        likeliest = zip([names[i] for i in classes.tolist()], values.tolist(), strict=True)
+        true = names[index["label"][sample].as_py()]
+        found.append(Panel(index["key"][sample].as_py(), image, true, tuple(likeliest)))
+    return found
+
+
+def top5_panels(found: Sequence[Panel], title: str) -> Figure:
+    """In rows of four: each image above its class and the bars of its likeliest classes, red for
+    the right one."""
+    rows = -(-len(found) // _PANEL_COLUMNS)
+    figure = Figure(figsize=(_PANEL_COLUMNS * 2.5, rows * 4.2 + 0.5), layout="constrained")
     figure.suptitle(title, fontsize=10, parse_math=False)
-    grid = figure.add_gridspec(2 * rows, columns, height_ratios=(2.4, 1.2) * rows)
-    for number, panel in enumerate(panels):
-        row, column = divmod(number, columns)
-        picture = figure.add_subplot(grid[2 * row, column], xticks=[], yticks=[])
-        picture.imshow(panel.image.permute(1, 2, 0).numpy())
-        picture.set_xlabel(short(panel.true), fontsize=9, fontweight="bold", parse_math=False)
+    grid = figure.add_gridspec(2 * rows, _PANEL_COLUMNS, height_ratios=(2.4, 1.2) * rows)
+    for number, panel in enumerate(found):
+        row, column = divmod(number, _PANEL_COLUMNS)
+        axes = figure.add_subplot(grid[2 * row, column], xticks=[], yticks=[])
+        axes.imshow(panel.image.permute(1, 2, 0).numpy())
+        axes.set_xlabel(short(panel.true), fontsize=9, fontweight="bold", parse_math=False)
         bars = figure.add_subplot(grid[2 * row + 1, column], xticks=[], yticks=[], xlim=(0, 1))
         for place, (name, probability) in enumerate(panel.likeliest):
             colour = "#e0787a" if name == panel.true else "#9db8d9"
@@ -142,42 +158,63 @@ def top5_panels(panels: Sequence[Panel], title: str) -> Figure:
     return figure
 
 
-@dataclass(frozen=True)
-class Neighbours:
-    """A picture, uint8 (3, S, S), and those nearest to it, uint8 (N, 3, S, S), with distances."""
-
-    query: torch.Tensor
-    images: torch.Tensor
-    distances: tuple[float, ...]
+def read_images(data: str, manifest: shards.Manifest, split: str, ids: Ids) -> torch.Tensor:
+    """uint8 (N, 3, crop, crop) in the order of the ids."""
+    with Loader(data, manifest, split, threads=os.cpu_count() or 1) as loader:
+        return loader.read(ids).images.clone()
 
 
-def neighbours(found: Sequence[Neighbours], title: str) -> Figure:
-    """As in figure 4 (right) of the paper: a row for each query, which stands first, with a gap
-    before its neighbours."""
-    columns = 1 + max(len(row.images) for row in found)
-    figure = Figure(figsize=(columns * 1.3 + 0.2, len(found) * 1.5 + 0.7), layout="constrained")
-    figure.suptitle(title, fontsize=9, parse_math=False)
-    grid = figure.add_gridspec(
-        len(found), columns + 1, width_ratios=(1, 0.12, *[1] * (columns - 1))
+def save(figure: Figure, uri: str) -> None:
+    png = io.BytesIO()
+    figure.savefig(png, format="png", dpi=150)
+    storage.write(uri, png.getvalue())
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return command.answered(lambda: _answer(_parse(argv)))
+
+
+def _answer(args: argparse.Namespace) -> int:
+    model = load_model(args.model)
+    assert isinstance(model.network, AlexNet)
+    manifest = shards.load_manifest(args.data)
+    check_fits(model, manifest, args.data)
+    found = panels(model.network, model.input_spec, manifest, args.data)
+    drawn = {
+        "conv1.png": conv1_kernels(model.network.conv1.weight),
+        "top5.png": top5_panels(found, f"val images of {args.data}"),
+    }
+    # such as alexnet-3 of models:/alexnet/3, or the end of a checkpoint's place
+    name = "-".join(re.findall(r"[\w.]+", model.name.removeprefix("models:")))[-60:]
+    out = args.out or str(storage.home() / "figures" / name)
+    for file, figure in drawn.items():
+        save(figure, storage.join(out, file))
+        command.say(storage.join(out, file))
+    return 0
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = command.Parser(
+        "python -m training.figures",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    for number, row in enumerate(found):
-        query = figure.add_subplot(grid[number, 0], xticks=[], yticks=[])
-        query.imshow(row.query.permute(1, 2, 0).numpy())
-        for place, (image, distance) in enumerate(zip(row.images, row.distances, strict=True)):
-            axes = figure.add_subplot(grid[number, place + 2], xticks=[], yticks=[])
-            axes.imshow(image.permute(1, 2, 0).numpy())
-            axes.set_xlabel(f"{distance:.1f}", fontsize=7, labelpad=2)
-    return figure
+    parser.add_argument("model", metavar="MODEL")
+    parser.add_argument("--data", required=True, help="folder or s3:// prefix of the shards")
+    parser.add_argument("--out", metavar="FOLDER", help="folder or s3:// prefix")
+    return parser.parse_args(argv)
 
 
-def short(name: str) -> str:
-    """The first of a class's synonyms, cut to what fits: "tench" of "tench, Tinca tinca"."""
-    first = name.split(",")[0]
-    return first if len(first) <= _NAME_LENGTH else f"{first[: _NAME_LENGTH - 1]}…"
-
-
-if __name__ == "__main__":
-    # Imported by name: the module that runs as __main__ is not the training.figures of the others.
-    from training.paper_figures import main
-
-    command.leave(main)
+def _spread_over_classes(labels: NDArray[np.int64], count: int) -> Ids:
+    """int64 (≤ count,): the first sample of each of `count` classes, evenly spread; where there are
+    fewer classes, their second samples follow, and so on."""
+    known = np.flatnonzero(labels >= 0)
+    if not len(known):
+        raise UserError("the val split has no labelled images; pass other shards with --data")
+    by_class = known[labels[known].argsort(kind="stable")]
+    _, starts, counts = np.unique(labels[by_class], return_index=True, return_counts=True)
+    earlier = np.arange(len(by_class)) - np.repeat(starts, counts)  # samples of the same class
+    chosen: Ids = by_class[earlier.argsort(kind="stable")]
+    if len(starts) > count:
+        chosen = chosen[np.linspace(0, len(starts) - 1, count).round().astype(np.int64)]
+    return chosen[:count]

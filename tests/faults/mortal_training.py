@@ -17,8 +17,7 @@ from small_training import CPU, small_config
 
 from alexnet.errors import UserError
 from pipelines.shards import load_manifest
-from training import checkpoint, loop, predictions
-from training import predict as commands
+from training import checkpoint, loop
 from training.loader import Loader
 from training.uploads import Uploader
 
@@ -86,13 +85,6 @@ def train(
         print(f"without memory: {error}")  # each library has a word of its own for it
         return 3
     return 0
-
-
-def predict(argv: list[str]) -> int:
-    """`python -m training.predict ARGV`, with the shards scored in this process."""
-    torch.set_num_threads(1)
-    predictions.scoring.EVERY_CPU = None  # type: ignore[assignment]
-    return commands.main(argv)
 
 
 def fetch(uri: str, signalled: list[str] | None = None) -> int:

@@ -19,16 +19,15 @@ from alexnet.errors import UserError
 from alexnet.model import AlexNet
 from alexnet.preprocess import InputSpec
 from pipelines.shards import Manifest
-from training import figures, paper_figures, tracking
+from training import figures, tracking
+from training.accuracy import Scored, confused_pairs
 from training.config import TrainConfig
-from training.mistakes import confused_pairs
 from training.registry import card_page
 from training.registry.differences import differences
 from training.registry.facts import Accuracy, Example, Facts, licence
 from training.registry.lineage import read_artifact
 from training.registry.verdict import Check
 from training.registry.versions import NAME
-from training.scoring import Scored
 
 logger = logging.getLogger("training")
 
@@ -52,7 +51,7 @@ def write(
     """
     facts = gather(client, run_id, network, manifest, config)
     try:
-        panels = paper_figures.panels(network, spec, manifest, facts.data)
+        panels = figures.panels(network, spec, manifest, facts.data)
     except UserError:
         panels = None
     if panels is not None:

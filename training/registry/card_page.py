@@ -5,8 +5,7 @@ Whatever nobody measured says so, and no number stands in for it.
 
 from collections.abc import Mapping
 
-from training.evaluate import Interval
-from training.figures import short
+from training.accuracy import Interval, short
 from training.registry import card_text
 from training.registry.card_text import Row, Section
 from training.registry.facts import Accuracy, Facts

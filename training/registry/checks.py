@@ -15,16 +15,14 @@ import numpy as np
 import torch
 
 from alexnet import NETWORK_SIDE
+from alexnet.classifier import decode, top_k
 from alexnet.errors import UserError
-from alexnet.predict import decode, top_k
 from alexnet.preprocess import resize_and_crop
-from training.evaluate import Metrics
-from training.mistakes import by_class
+from training.accuracy import Metrics, Scored
 from training.registry.mcnemar import Paired, compare
 from training.registry.policy import FULL_SET, Policy
 from training.registry.verdict import Check
 from training.registry.versions import Registered, verified
-from training.scoring import Scored
 
 # Another machine may round differently: a picture or two at the border may flip, no more.
 _TOP1_TOLERANCE = 0.005
@@ -63,13 +61,14 @@ def accuracy(found: Metrics, classes: int, policy: Policy) -> list[Check]:
 
 def worst_class(scored: Scored, names: Sequence[str], policy: Policy) -> Check:
     limit = f"{policy.worst_class:.4f} or more"
-    counted = [c for c in by_class(scored.confusion) if c.images >= _FEWEST_OF_A_CLASS]
+    images, correct = scored.confusion.sum(axis=1), scored.confusion.diagonal()
+    counted = np.flatnonzero(images >= _FEWEST_OF_A_CLASS).tolist()
     if not counted:
-        return Check("worst class", f"none has {_FEWEST_OF_A_CLASS} pictures", limit, True)
-    worst = min(counted, key=lambda found: found.correct / found.images)
-    share = worst.correct / worst.images
-    value = f"{share:.4f}, {names[worst.label]} ({worst.correct} of {worst.images})"
-    return Check("worst class", value, limit, share >= policy.worst_class)
+        return Check("worst class", f"none has {_FEWEST_OF_A_CLASS} images", limit, True)
+    worst = min(counted, key=lambda label: correct[label] / images[label])
+    share = correct[worst] / images[worst]
+    value = f"{share:.4f}, {names[worst]} ({correct[worst]} of {images[worst]})"
+    return Check("worst class", value, limit, bool(share >= policy.worst_class))
 
 
 def no_worse(candidate: Scored, champion: Scored, policy: Policy) -> tuple[Check, Paired]:

@@ -8,7 +8,7 @@ import numpy as np
 from mlflow.tracking import MlflowClient
 from numpy.typing import NDArray
 
-from training.evaluate import Metrics
+from training.accuracy import Metrics
 from training.registry.gate import Asked, data_of, scored_version
 from training.registry.mcnemar import Paired, compare
 from training.registry.versions import resolve, run_of

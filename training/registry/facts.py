@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipelines.shards import Manifest
-from training.evaluate import Interval, Metrics, wilson
+from training.accuracy import Interval, Metrics, wilson
 from training.registry.verdict import Check
 
 _WNID = re.compile(r"n\d{8}")

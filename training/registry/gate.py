@@ -14,13 +14,14 @@ from mlflow.tracking import MlflowClient
 from alexnet.errors import UserError
 from pipelines import shards, storage
 from training import tracking
+from training.accuracy import Scored
+from training.evaluate import score
 from training.network import LoadedModel, check_fits
 from training.registry import alias, card, checks, verdict
 from training.registry.alias import Refused, Tags
 from training.registry.policy import SHIPPED, read_policy
 from training.registry.verdict import Check, Verdict
 from training.registry.versions import NAME, Registered, aliases, load, resolve, run_of, verified
-from training.scoring import Scored, score, terminal_line
 
 CHAMPION = "champion"
 _PICTURES_USED = 8  # by the check in a fresh process
@@ -261,12 +262,13 @@ def measure(
     version: str, model: Registered, data: str, manifest: shards.Manifest, asked: Asked
 ) -> Scored:
     return score(
-        model,
+        model.network,
+        model.input_spec,
         data,
         manifest,
         workers=asked.workers,
         shared_fs=asked.shared_fs,
-        tell=terminal_line(f"version {version}"),
+        label=f"version {version}",
     )
 
 

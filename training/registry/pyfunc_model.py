@@ -20,9 +20,8 @@ import torch
 from torch import Tensor
 
 from alexnet import NETWORK_SIDE
-from alexnet.classifier import Classifier, load_network, read_description
+from alexnet.classifier import BATCH_SIZE, Classifier, decode, load_network, read_description
 from alexnet.errors import UserError
-from alexnet.predict import BATCH_SIZE, decode
 from alexnet.preprocess import InputSpec, resize_and_crop
 
 IMAGE = "image"

@@ -4,7 +4,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from training.evaluate import Metrics
+from training.accuracy import Metrics
 from training.registry.mcnemar import Paired
 
 _LONGEST_REASON = 500  # characters of the tag

@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 from torch import nn
 
+from alexnet.classifier import decode, top_k
 from alexnet.errors import UserError
 from alexnet.model import AlexNet
-from alexnet.predict import decode, top_k
 from alexnet.preprocess import InputSpec, centre_view
 
 SPEC = InputSpec(
@@ -166,7 +166,7 @@ def test_top_k_is_the_softmax_of_the_network_without_dropout():
 
 
 def test_many_pictures_are_taken_in_batches_and_stay_in_order(monkeypatch):
-    monkeypatch.setattr("alexnet.predict.BATCH_SIZE", 2)
+    monkeypatch.setattr("alexnet.classifier.BATCH_SIZE", 2)
     images = torch.zeros(5, 3, 240, 240, dtype=torch.uint8)
     images += torch.tensor([0, 50, 100, 150, 200], dtype=torch.uint8)[:, None, None, None]
 
