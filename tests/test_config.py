@@ -16,7 +16,7 @@ from training.config import (
     science_digest,
     to_dict,
 )
-from training.dry_run import resolve
+from training.preflight import estimate, resolve
 
 pytestmark = pytest.mark.usefixtures("home")
 
@@ -178,6 +178,6 @@ def test_name_that_is_no_plain_word_is_refused(uri, name):
 
 def test_a_network_that_cannot_be_built_is_refused_before_anything_starts(uri):
     with pytest.raises(UserError, match=r"width 99.0 must lie between"):
-        resolve(small_config(data=uri, model_width=99.0))
+        estimate(*resolve(small_config(data=uri, model_width=99.0)))
     with pytest.raises(UserError, match="batch_norm does not go with variant 'paper'"):
-        resolve(small_config(data=uri, model_variant="paper", model_batch_norm=True))
+        estimate(*resolve(small_config(data=uri, model_variant="paper", model_batch_norm=True)))

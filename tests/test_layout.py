@@ -21,7 +21,6 @@ ALLOWED = {
         "pipelines/build.py",
         "pipelines/cluster.py",
         "pipelines/metrics.py",
-        "training/metrics.py",
         "training/run.py",
         "training/worker.py",
         "training/evaluate.py",

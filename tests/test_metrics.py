@@ -31,7 +31,7 @@ from shard_sets import write_shard_set
 from small_training import small_config
 
 from pipelines import journal, metrics, shards, storage
-from training import metrics as training_metrics
+from training import worker
 from training.config import to_dict
 
 pytestmark = [pytest.mark.filterwarnings(line) for line in MLFLOW_WARNINGS]
@@ -208,12 +208,12 @@ def test_gauges_of_a_training_are_the_figures_of_its_log_lines(node, tmp_path):
 
 def test_counting_without_ray_or_a_scrape_does_nothing():
     code = (
-        "from pipelines import metrics as build; from training import metrics as train\n"
+        "from pipelines import metrics as build; from training import worker as train\n"
         "import ray\n"
         "row = {'samples': 1, 'rejected': [{'reason': 'cut'}], 'read_bytes': 0}\n"
         "row |= {'stored_bytes': 1, 'wait_seconds': 0.0, 'work_seconds': 0.1}\n"
         "build.count('out', row)\n"
-        "train.show('run', {'loss': float('nan'), 'other': 1}, 1); train.count_restart('run')\n"
+        "train.show('run', {'loss': float('nan'), 'other': 1}); train.count_restart('run')\n"
         "assert not ray.is_initialized()\n"
     )
     subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=ROOT, check=True)
@@ -248,7 +248,7 @@ def test_figures_that_ray_refuses_are_one_warning_and_end_nothing(error, monkeyp
     row |= {"stored_bytes": 1, "wait_seconds": 0.1, "work_seconds": 0.1}
     for _ in range(3):
         metrics.count("out", row)
-    training_metrics.count_restart("run")
+    worker.count_restart("run")
     assert [record.message for record in caplog.records] == [
         f"no figures for Prometheus: {error!r}"
     ]

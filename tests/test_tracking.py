@@ -98,20 +98,19 @@ def test_same_name_continues_its_run_with_other_workers_and_log_steps(client, ma
     config = small_config(name="twice")
     first = tracking.open_run(client, config, manifest, data)
     again = small_config(name="twice", workers=2, log_steps=7, register=False)
-    assert tracking.open_run(client, again, manifest, data).info.run_id == first.info.run_id
-    other = tracking.open_run(client, small_config(name="thrice"), manifest, data)
-    assert other.info.run_id != first.info.run_id
+    assert tracking.find_run(client, again, manifest).info.run_id == first.info.run_id
+    assert tracking.find_run(client, small_config(name="thrice"), manifest) is None
 
 
 def test_name_of_a_run_that_learned_something_else_is_refused(client, manifest, data, tmp_path):
     tracking.open_run(client, small_config(name="taken"), manifest, data)
     with pytest.raises(UserError) as told:
-        tracking.open_run(client, small_config(name="taken", optim_lr=0.5), manifest, data)
+        tracking.find_run(client, small_config(name="taken", optim_lr=0.5), manifest)
     assert "run taken exists with other settings (optim.lr 0.01 → 0.5)" in str(told.value)
     assert "choose another --name" in str(told.value)
     other = load_manifest(write_shard_set(tmp_path / "other", train=(5,), val=(2,)))
     with pytest.raises(UserError, match=f"manifest {manifest.digest[:16]} → {other.digest[:16]}"):
-        tracking.open_run(client, small_config(name="taken"), other, data)
+        tracking.find_run(client, small_config(name="taken"), other)
 
 
 def test_run_that_was_begun_under_the_former_names_is_continued(client, manifest):

@@ -29,12 +29,12 @@ import ray.train
 from ray.train.torch import TorchTrainer
 
 from alexnet.errors import UserError
-from pipelines import cluster, command, shards, storage
+from pipelines import cluster, command, storage
 from pipelines.metrics import label
 from training import checkpoint, lease, stop, store, tracking
 from training.command_line import again, parse
 from training.config import TrainConfig, to_dict
-from training.dry_run import Ready, dry_run, estimate, placed, preflight
+from training.preflight import Job, dry_run, placed, preflight, workers_of
 from training.registry.package import register
 from training.worker import FinalErrors, said, train_worker
 
@@ -64,27 +64,27 @@ def main(argv: list[str] | None = None) -> int:
 
 def _asked(argv: list[str]) -> int:
     asked = parse(argv)
+    if asked.action == "train":
+        return train(asked.config)
     if asked.action == "print":
         print(json.dumps(to_dict(asked.config), indent=1))
-        return 0
-    if asked.action == "dry-run":
+    else:
         print(dry_run(asked.config, _on_cluster if cluster.is_known() else None))
-        return 0
-    return train(asked.config)
+    return 0
 
 
 def train(config: TrainConfig) -> int:
     """From a checked config to a registered version."""
-    ready = preflight(config, alone=not cluster.is_known())
-    config = ready.config
-    if ready.run and ready.run.info.status == "FINISHED":
+    job, client = preflight(config, alone=not cluster.is_known())
+    config = job.config
+    if job.status == "FINISHED":
         logger.info(f"run {config.name} is finished; train again under another --name")
         return 0
-    run = storage.join(str(config.storage), str(config.name))
     try:
-        # Left before anything is told, so that the last line is ours, after all that workers say.
-        with lease.held(run) as writer, cluster.connected(dashboard=True):
-            version = _trained(ready, writer)
+        # Left before anything is reported, so that the last line is ours, after all that workers
+        # say.
+        with lease.held(job.folder) as writer, cluster.connected(dashboard=True):
+            version = _trained(job, client, writer)
     except lease.Superseded as error:
         logger.error(f"error: {error}")
         return 1
@@ -93,7 +93,7 @@ def train(config: TrainConfig) -> int:
         return 1
     except tracking.FAILURES as error:
         logger.error(
-            f"error: the run could not be recorded ({store.remedy(ready.uri, error)}; its "
+            f"error: the run could not be recorded ({store.remedy(job.tracking_uri, error)}; its "
             f"checkpoints are safe: once that is mended, continue with: {again(config)}"
         )
         return 1
@@ -107,91 +107,85 @@ def train(config: TrainConfig) -> int:
     return 0
 
 
-def _trained(ready: Ready, writer: lease.Lease) -> str | None:
+def _trained(job: Job, client: Any, writer: lease.Lease) -> str | None:
     """Trains on the cluster that was joined; the number of the version it registers, if any."""
-    config, manifest, client, uri = ready.config, ready.manifest, ready.client, ready.uri
-    scaling, cpus = _checked(config, uri)
-    data = str(config.data)
-    run_id = (ready.run or tracking.open_run(client, config, manifest, data)).info.run_id
-    job = {"config": config, "data": data, "manifest": manifest.digest, "cpus": cpus}
-    job |= {"checkpoint": estimate(config, manifest).checkpoint}
-    job |= {"tracking_uri": uri, "run_id": run_id, "terminal": sys.stderr.isatty()}
-    job |= {"lease": (writer.number, writer.token)}
-    _announce(config, manifest, cpus, scaling.use_gpu)
+    config, manifest = job.config, job.manifest
+    cpus, use_gpu = _places(config, job.tracking_uri)
+    run_id = job.run_id or tracking.open_run(client, config, manifest, job.data).info.run_id
+    job = dataclasses.replace(
+        job,
+        run_id=run_id,
+        cpus=cpus,
+        terminal=sys.stderr.isatty(),
+        lease=(writer.number, writer.token),
+    )
+    _announce(job, use_gpu)
     # Ray Train's own print would put an empty line after each state of the progress bar.
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
     with command.raised(), tracking.run_status(client, run_id):
-        stop.fit(_trainer(config, scaling, job).fit, writer)
+        stop.fit(_trainer(job, use_gpu).fit, writer)
         writer.check()
-        return _register(client, run_id, manifest, config)
+        with checkpoint.newest_good(job.folder) as last:
+            if last is None:
+                raise UserError(
+                    f"the checkpoints of run {config.name} are gone from {config.storage}; put "
+                    "them back, or train anew under another --name"
+                )
+            wanted = config.register and not config.synthetic  # random images: never
+            final = dataclasses.replace(config, register=wanted)
+            return register(client, run_id, last, manifest, final)
 
 
 def _on_cluster(config: TrainConfig) -> str:
-    """What the cluster would give to this training, for the dry run. Raises UserError where it
-    could not start there."""
+    """What the cluster would give to this run, for the dry run. Raises UserError where it could
+    not start there."""
     with cluster.connected():
-        scaling, cpus = _checked(config, tracking.tracking_uri())
+        cpus, use_gpu = _places(config, tracking.tracking_uri())
         nodes = sum(node["Alive"] for node in ray.nodes())
-    return f"a cluster of {nodes} nodes: {_workers(config, cpus, scaling.use_gpu)}"
+    return f"a cluster of {nodes} nodes: {_workers(config, cpus, use_gpu)}"
 
 
-def _checked(config: TrainConfig, uri: str) -> tuple[ray.train.ScalingConfig, int]:
-    """`_scaling` where the joined cluster can run this training at all."""
+def _places(config: TrainConfig, uri: str) -> tuple[int, bool]:
+    """CPUs of each worker on the joined cluster, and whether it has a GPU. Raises UserError where
+    the cluster cannot run this at all."""
     paths = [str(config.data), str(config.storage)]
     cluster.refuse_local_paths(paths, shared_fs=config.shared_fs)
-    _refuse_embedded_mlflow(uri)
-    return _scaling(config)
-
-
-def _refuse_embedded_mlflow(uri: str) -> None:
-    """Rank 0 may run on another node, where the store's file would be another, empty one."""
-    nodes = sum(node["Alive"] for node in ray.nodes())
-    if uri.startswith("sqlite:") and nodes > 1:
-        raise UserError(
-            f"{uri} is a file of this node and the cluster has {nodes}; start `mlflow server` and "
-            "set MLFLOW_TRACKING_URI to it"
-        )
-
-
-def _scaling(config: TrainConfig) -> tuple[ray.train.ScalingConfig, int]:
-    """Ray's resources for the workers, and the CPUs of each."""
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    cpus, use_gpu = placed(config, nodes)
-    if config.min_workers:
+    # Rank 0 may run on another node, where the store's file would be another, empty one.
+    if uri.startswith("sqlite:") and len(nodes) > 1:
+        raise UserError(
+            f"{uri} is a file of this node and the cluster has {len(nodes)}; start `mlflow server` "
+            "and set MLFLOW_TRACKING_URI to it"
+        )
+    return placed(config, nodes)
+
+
+def _trainer(job: Job, use_gpu: bool) -> TorchTrainer:
+    config, least = job.config, job.config.min_workers
+    if least:
         # A node that just died still counts for a while, and a worker that waits for a place on it
         # keeps the others waiting; with a fixed number there is nothing to do but wait.
         os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "20")
-    least = config.min_workers
-    scaling = ray.train.ScalingConfig(
-        num_workers=(least, config.workers) if least else config.workers,
-        use_gpu=use_gpu,
-        resources_per_worker={"CPU": cpus, **({"GPU": 1} if use_gpu else {})},
-    )
-    return scaling, cpus
-
-
-def _trainer(
-    config: TrainConfig, scaling: ray.train.ScalingConfig, job: dict[str, Any]
-) -> TorchTrainer:
+    settings = worker_settings(use_gpu)
+    if "TMPDIR" in os.environ and not cluster.is_known():
+        # Checkpoints wait in the user's TMPDIR, also where a Ray of our own has a shorter one.
+        settings["TMPDIR"] = os.environ["TMPDIR"]
     return TorchTrainer(
         train_worker,
-        train_loop_config=job,
-        scaling_config=scaling,
+        train_loop_config={"job": job},
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=(least, config.workers) if least else config.workers,
+            use_gpu=use_gpu,
+            resources_per_worker={"CPU": job.cpus, **({"GPU": 1} if use_gpu else {})},
+        ),
         run_config=ray.train.RunConfig(
             name=label(str(config.name)),  # Ray makes a label of its metrics of it
             storage_path=str(storage.home() / "ray"),  # Ray's own notes; see training/uploads.py
             failure_config=ray.train.FailureConfig(max_failures=config.max_failures),
             callbacks=[FinalErrors()],
-            worker_runtime_env={"env_vars": worker_settings(scaling.use_gpu) | _temporary()},
+            worker_runtime_env={"env_vars": settings},
         ),
     )
-
-
-def _temporary() -> dict[str, str]:
-    """Checkpoints wait in the user's TMPDIR, also where a Ray of our own has a shorter one."""
-    if cluster.is_known() or "TMPDIR" not in os.environ:
-        return {}
-    return {"TMPDIR": os.environ["TMPDIR"]}
 
 
 def worker_settings(use_gpu: bool) -> dict[str, str]:
@@ -207,38 +201,24 @@ def worker_settings(use_gpu: bool) -> dict[str, str]:
     return {} if use_gpu else {name: os.environ.get(name, str(keep[name])) for name in keep}
 
 
-def _register(
-    client: Any, run_id: str, manifest: shards.Manifest, config: TrainConfig
-) -> str | None:
-    """The new version's number; None where the flags want none or the pictures were none."""
-    config = dataclasses.replace(config, register=config.register and not config.synthetic)
-    with checkpoint.newest_good(storage.join(str(config.storage), str(config.name))) as last:
-        if last is None:
-            raise UserError(
-                f"the checkpoints of run {config.name} are gone from {config.storage}; put them "
-                "back, or train anew under another --name"
-            )
-        return register(client, run_id, last, manifest, config)
-
-
-def _announce(config: TrainConfig, manifest: shards.Manifest, cpus: int, use_gpu: bool) -> None:
-    totals = {split: manifest.num_samples(split) for split in ("train", "val")}
+def _announce(job: Job, use_gpu: bool) -> None:
+    config, manifest = job.config, job.manifest
+    train, val = (manifest.num_samples(split) for split in ("train", "val"))
     logger.info(
         f"run {config.name}: recipe {config.recipe} ({config.model.variant} network, width "
-        f"{config.model.width}), {totals['train']} train and {totals['val']} val samples of "
-        f"{manifest.num_classes} classes from {config.data}"
+        f"{config.model.width}), {train} train and {val} val samples of {manifest.num_classes} "
+        f"classes from {job.data}"
     )
-    workers = _workers(config, cpus, use_gpu)
-    logger.info(f"{workers}; checkpoints in {config.storage}/{config.name}")
+    logger.info(f"{_workers(config, job.cpus, use_gpu)}; checkpoints in {job.folder}")
 
 
 def _workers(config: TrainConfig, cpus: int, use_gpu: bool) -> str:
-    count = f"{config.min_workers} to {config.workers}" if config.min_workers else config.workers
-    return f"{count} worker(s) with {cpus} CPU(s){' and a GPU' if use_gpu else ''} each"
+    has_gpu = " and a GPU" if use_gpu else ""
+    return f"{workers_of(config)} worker(s) with {cpus} CPU(s){has_gpu} each"
 
 
 def _cause(error: ray.train.TrainingFailedError, config: TrainConfig) -> str:
-    """What failed, in a worker's own words where it told; the traceback is in the log above."""
+    """What failed, in a worker's own words where it has any; the traceback is in the log above."""
     if (cause := said(error)) is not None:
         return str(cause)
     last = (str(error).strip() or type(error).__name__).splitlines()[-1]

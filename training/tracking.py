@@ -142,9 +142,7 @@ def run_or_none(client: MlflowClient, run_id: str) -> Run | None:
 
 
 def open_run(client: MlflowClient, config: TrainConfig, manifest: Manifest, data: str) -> Run:
-    """The run of this name, or a new one with config, lineage and data set. Raises as find_run."""
-    if found := find_run(client, config, manifest):
-        return found
+    """A new run with config, lineage and data set."""
     experiment = client.get_experiment_by_name(EXPERIMENT).experiment_id
     run = client.create_run(experiment, run_name=config.name)
     run_id = run.info.run_id

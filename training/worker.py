@@ -1,12 +1,18 @@
 """What Ray runs of ours: on each worker a thin adapter from Ray Train's context to `loop.fit`, and
-in its controller the judgement which failures are final."""
+in its controller the judgement which failures are final.
+
+Rank 0 gives the figures of each log line to Prometheus too, through Ray: the metrics port of its
+node has them as ray_alexnet_train_NAME, restarts as a counter. They vanish about 20 s after its
+process has ended, so that a finished run shows no rate.
+"""
 
 import contextlib
 import functools
+import hashlib
 import logging
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -16,59 +22,56 @@ import ray.train.collective
 import ray.train.torch
 import torch
 from ray.experimental import internal_kv, tqdm_ray
+from ray.util.metrics import Counter, Gauge
 
 from alexnet.errors import UserError
-from pipelines import shards, storage
-from training import checkpoint, lease, loop, meter, metrics
-from training.config import TrainConfig
+from pipelines import storage
+from pipelines.metrics import label, never_fatal
+from training import checkpoint, lease, loop, meter
 from training.meter import log_line
-from training.room import check_node
+from training.preflight import Job, check_node
 from training.tracking import STORED, Tracker
 from training.uploads import Uploader
 
 logger = logging.getLogger("training")
 
 
-def train_worker(job: dict[str, Any]) -> dict[str, float]:
-    """Trains this worker's share. `job` holds config (TrainConfig), data, manifest (its digest),
-    checkpoint (bytes of one), tracking_uri, run_id, cpus, terminal (whether the driver has one),
-    lease (number and token): plain values, since Ray shows them in its dashboard.
+def train_worker(settings: dict[str, Job]) -> dict[str, float]:
+    """Trains this worker's share of settings["job"].
 
     Goes on from the newest whole checkpoint of the run, whoever wrote it: a worker group before
     this one that lost a node, another number of workers, or an earlier job.
     """
-    config: TrainConfig = job["config"]
-    rank = ray.train.get_context().get_world_rank()
+    job = settings["job"]
+    config, rank = job.config, ray.train.get_context().get_world_rank()
     _say(rank)
-    torch.set_num_threads(job["cpus"])
-    manifest = _unchanged(job["data"], job["manifest"])
-    check_node(config, manifest, job["checkpoint"])
-    tracker = Tracker(job["tracking_uri"], job["run_id"])
-    run = storage.join(str(config.storage), str(config.name))
+    torch.set_num_threads(job.cpus)
+    _refuse_changed(job)
+    check_node(job)
+    tracker = Tracker(job.tracking_uri, str(job.run_id))
     with contextlib.ExitStack() as stack:
-        resume = stack.enter_context(checkpoint.newest_good(run))
+        resume = stack.enter_context(checkpoint.newest_good(job.folder))
         step = _agreed(0 if resume is None else checkpoint.load_state(resume)["step"])
         uploads, profile = None, None
         if rank == 0:
             tracker.tag("hardware", meter.device_name(ray.train.torch.get_device()))
             _tell_start(str(config.name), tracker, step)
-            check = functools.partial(lease.refuse_superseded, run, *job["lease"])
-            uploads = stack.enter_context(_uploader(run, config, tracker, check))
+            uploads = stack.enter_context(_uploader(job, tracker))
             if resume is not None:
                 uploads.tidy(resume.name)
             if config.profile:
                 profile = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="profile-")))
-        bar = stack.enter_context(_bar()) if rank == 0 and job["terminal"] else None
-        stopping = stack.enter_context(_stopping(job["lease"][1]))
+        bar = stack.enter_context(_bar()) if rank == 0 and job.terminal else None
+        stopping = stack.enter_context(_stopping(job.lease[1]))
         last = loop.fit(
             config,
-            job["data"],
-            manifest,
-            _place(job["cpus"]),
+            job.data,
+            job.manifest,
+            _place(job.cpus),
             log=_logging(str(config.name), tracker, bar),
             report=_reporting(uploads),
             resume=resume,
-            run_id=job["run_id"],
+            run_id=str(job.run_id),
             preempted=_preemption(),
             stopping=stopping,
             profile_to=profile,
@@ -78,18 +81,6 @@ def train_worker(job: dict[str, Any]) -> dict[str, float]:
     if rank == 0:
         tracker.finish(patience=0 if stopping() else 60)
     return last
-
-
-def ask_to_stop(token: str) -> bool:
-    """Of the driver that holds the lease of this token: its workers save and end. False where none
-    has begun to train, or the cluster's head does not answer."""
-    try:
-        if internal_kv._internal_kv_get(_stop_key(token)) is None:
-            return False
-        internal_kv._internal_kv_put(_stop_key(token), _STOP)
-    except ray.exceptions.RayError:
-        return False
-    return True
 
 
 class FinalErrors(ray.train.UserCallback):  # type: ignore[misc]
@@ -104,7 +95,7 @@ class FinalErrors(ray.train.UserCallback):  # type: ignore[misc]
 
 
 def said(error: BaseException) -> UserError | loop.TrainingStopped | lease.Superseded | None:
-    """What our own code told in an error of Ray's, at whatever depth; None where it was not ours.
+    """What our own code said in an error of Ray's, at whatever depth; None where it was not ours.
 
     Ray keeps the cause in controller_failure, in worker_failures (by rank) or in _base_exc.
     """
@@ -123,15 +114,15 @@ def _say(rank: int) -> None:
     logging.getLogger("ray.train").setLevel(logging.WARNING)
 
 
-def _unchanged(data: str, digest: str) -> shards.Manifest:
+def _refuse_changed(job: Job) -> None:
     """A worker of a later attempt must not train on other shards than those before it."""
-    manifest = shards.load_manifest(data)
-    if manifest.digest != digest:
+    found = hashlib.sha256(storage.read(storage.join(job.data, "manifest.json"))).hexdigest()
+    if found != job.manifest.digest:
         raise UserError(
-            f"{data} changed under the run: its manifest is {manifest.digest[:16]}, was "
-            f"{digest[:16]}; put the old shards back, or train the new ones under another --name"
+            f"{job.data} changed under the run: its manifest is {found[:16]}, was "
+            f"{job.manifest.digest[:16]}; put the old shards back, or train the new ones under "
+            "another --name"
         )
-    return manifest
 
 
 def _agreed(step: int) -> int:
@@ -147,11 +138,11 @@ def _tell_start(run: str, tracker: Tracker, step: int) -> None:
     """One line when this is not the beginning of the run: what was lost and how long it took."""
     workers = ray.train.get_context().get_world_size()
     tracker.log({"workers": workers}, step)
-    metrics.show_workers(run, workers)
+    show(run, {"workers": workers})
     last = tracker.last_logged()
     if step == 0 and last is None:
         return
-    metrics.count_restart(run)
+    count_restart(run)
     lost = ""
     if last is not None:
         last_step, seconds = last
@@ -183,7 +174,7 @@ def _bar() -> Iterator[tqdm_ray.tqdm]:
 def _logging(run: str, tracker: Tracker, bar: tqdm_ray.tqdm | None) -> loop.Log:
     def log(line: dict[str, float], step: int) -> None:
         logger.info(log_line(line, step))
-        metrics.show(run, line, step)
+        show(run, {**line, "step": step})
         tracker.log(line, step)
         if bar is not None and "progress" in line:
             bar.n, bar.total = step, round(step / line["progress"])
@@ -193,16 +184,14 @@ def _logging(run: str, tracker: Tracker, bar: tqdm_ray.tqdm | None) -> loop.Log:
     return log
 
 
-def _uploader(
-    run: str, config: TrainConfig, tracker: Tracker, check: Callable[[], None]
-) -> Uploader:
+def _uploader(job: Job, tracker: Tracker) -> Uploader:
     """MLflow is told of each checkpoint that is stored: should they all vanish, the run must not
     begin again under what it has logged."""
     return Uploader(
-        run,
-        keep_last=config.keep_last,
-        keep_best=config.keep_best,
-        check=check,
+        job.folder,
+        keep_last=job.config.keep_last,
+        keep_best=job.config.keep_best,
+        check=functools.partial(lease.refuse_superseded, job.folder, *job.lease),
         stored=lambda step: tracker.tag(STORED, str(step)),
     )
 
@@ -235,17 +224,27 @@ def _preemption() -> Callable[[], bool]:
     return preempted
 
 
+# Ctrl-C, through a table that Ray's head keeps
+
 _STOP = b"stop"
 
 
-def _stop_key(token: str) -> str:
-    return f"alexnet-stop-{token}"
+def ask_to_stop(token: str) -> bool:
+    """Of the driver that holds the lease of this token: its workers save and end. False where none
+    has begun to train, or the cluster's head does not answer."""
+    try:
+        if internal_kv._internal_kv_get(_stop_key(token)) is None:
+            return False
+        internal_kv._internal_kv_put(_stop_key(token), _STOP)
+    except ray.exceptions.RayError:
+        return False
+    return True
 
 
 @contextlib.contextmanager
 def _stopping(token: str) -> Iterator[Callable[[], bool]]:
-    """Tells the driver that a training can be stopped from here on, and gives whether it asked for
-    that: Ray's own table is looked at once a second, in a thread, so that no step waits for it."""
+    """Lets the driver know that a training can be stopped from here on, and gives whether it asked
+    for that: the table is read once a second, in a thread, so that no step waits for it."""
     internal_kv._internal_kv_put(_stop_key(token), b"training", overwrite=False)
     asked, done = threading.Event(), threading.Event()
 
@@ -260,3 +259,50 @@ def _stopping(token: str) -> Iterator[Callable[[], bool]]:
         yield asked.is_set
     finally:
         done.set()
+
+
+def _stop_key(token: str) -> str:
+    return f"alexnet-stop-{token}"
+
+
+# Figures for Prometheus, by the names of the log line
+
+GAUGES = {
+    "images_per_second": "Of all workers, since the line before.",
+    "data_wait": "Share of the steps' time spent waiting for data.",
+    "utilization": "Share of the steps' time spent computing.",
+    "loss": "Of the train split, since the line before.",
+    "val_top1": "Accuracy on the val split, after the last epoch.",
+    "epoch": "Epochs done, with their fraction.",
+    "step": "Steps done.",
+    "workers": "Workers of the present group.",
+    "eta_seconds": "Seconds to the end, evaluations included.",
+}
+
+
+@never_fatal
+def show(run: str, figures: Mapping[str, float]) -> None:
+    """Those that have a gauge; the others are left out."""
+    for name in figures.keys() & GAUGES.keys():
+        _gauge(name).set(float(figures[name]), {"run": label(run)})
+
+
+@never_fatal
+def count_restart(run: str) -> None:
+    """A worker group that goes on with what another one began."""
+    _restarts().inc(1, {"run": label(run)})
+
+
+@functools.cache
+def _gauge(name: str) -> Gauge:
+    """Made at the first use, since importing does nothing."""
+    return Gauge(f"alexnet_train_{name}", GAUGES[name], ("run",))
+
+
+@functools.cache
+def _restarts() -> Counter:
+    return Counter(
+        "alexnet_train_restarts",
+        "Worker groups that continued the run: after a loss, a new size, or as another job.",
+        ("run",),
+    )

@@ -20,7 +20,7 @@ from alexnet.errors import UserError
 from pipelines.shards import Manifest, load_manifest
 from training import checkpoint, tracking
 from training.config import TrainConfig, to_dict
-from training.memories import agreed
+from training.preflight import agreed
 
 pytestmark = [pytest.mark.filterwarnings(line) for line in MLFLOW_WARNINGS]
 

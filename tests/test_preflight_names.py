@@ -8,7 +8,7 @@ import pytest
 
 from alexnet.errors import UserError
 from pipelines import storage
-from training.names import LONGEST_NAME, checked_name, checked_place, refuse_unwritable_path
+from training.preflight import LONGEST_NAME, checked_name, checked_place, refuse_unwritable_path
 
 
 @pytest.mark.parametrize("name", ["a", "fast-2.1_b", "Größe", "训练一", "प्रशिक्षण", "ชื่อ", "0"])

@@ -16,8 +16,8 @@ from pipelines import storage
 from pipelines.shards import load_manifest
 from training import lease, tracking
 from training.config import TrainConfig
-from training.dry_run import check_disks, dry_run, estimate, resolve
 from training.network import build_model
+from training.preflight import dry_run, estimate, resolve
 
 pytestmark = [pytest.mark.filterwarnings(line) for line in MLFLOW_WARNINGS]
 
@@ -92,9 +92,12 @@ def test_activations_are_the_tensors_that_the_layers_keep(data):
     places = 96 * 27 * 27 + 256 * 13 * 13 + 256 * 6 * 6
     config = config_of(data, model_width=1.0, model_variant="ungrouped")
     found = estimate(config, load_manifest(data))
-    assert found.activations == 8 * (4 * sum(floats.values()) + 8 * places + 4 * floats["relu1"])
+    images = 3 * 227 * 227 * (4 + 2 * 4)  # four as uint8, two as float32
+    kept = 4 * sum(floats.values()) + 8 * places + 4 * floats["relu1"]
+    assert (found.image, found.batch) == (kept + images, 8)
     half = estimate(config_of(data, model_width=1.0, precision="bf16"), load_manifest(data))
-    assert half.activations == 8 * (2 * sum(floats.values()) + 8 * places + 2 * floats["relu1"])
+    kept = 2 * sum(floats.values()) + 8 * places + 2 * floats["relu1"]
+    assert half.image == kept + images
 
 
 def test_weights_count_with_gradient_velocity_and_average(data):
@@ -109,9 +112,10 @@ def test_weights_count_with_gradient_velocity_and_average(data):
 
 def test_memory_is_that_of_the_fewest_workers(data):
     manifest = load_manifest(data)
-    alone = estimate(config_of(data), manifest).activations
-    assert estimate(config_of(data, workers=4), manifest).activations == alone / 4
-    assert estimate(config_of(data, workers=4, min_workers=2), manifest).activations == alone / 2
+    alone = estimate(config_of(data), manifest)
+    assert estimate(config_of(data, workers=4), manifest).batch == alone.batch / 4
+    few = estimate(config_of(data, workers=4, min_workers=2), manifest)
+    assert few.batch == alone.batch / 2 and few.total == few.weights + few.batch * few.image
 
 
 def test_batch_beyond_the_memory_is_refused_with_one_that_fits(data):
@@ -138,7 +142,7 @@ def test_storage_that_deletes_nothing_is_told_and_trained_on(data, monkeypatch, 
         raise UserError(f"{uri}: Access Denied")
 
     monkeypatch.setattr(storage, "delete", refused)
-    check_disks(*resolve(config_of(data)))
+    dry_run(config_of(data))
     assert "old checkpoints will stay" in caplog.text and "Access Denied" in caplog.text
 
 
