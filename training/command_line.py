@@ -3,6 +3,7 @@
 python training/run.py [RECIPE] [--config FILE] [flags]
 """
 
+import argparse
 import contextlib
 import dataclasses
 import inspect
@@ -15,17 +16,16 @@ import shlex
 import shutil
 import sys
 from dataclasses import dataclass
-from itertools import zip_longest
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal
 
 import tyro
+from pydantic import TypeAdapter, ValidationError
 
 from alexnet import FORMER_RECIPES, renamed
 from alexnet.errors import UserError
 from pipelines import storage
-from training.config import RETIRED, WHERE_AND_HOW_MANY, TrainConfig
+from training.config import RETIRED, WHERE_AND_HOW_MANY, TrainConfig, to_dict
 from training.lease import job_id
 from training.recipes import RECIPES
 
@@ -52,14 +52,15 @@ def parse(argv: list[str]) -> Command:
     if named is not None:
         _refuse_unknown(named)
     _refuse_retired(flags)
-    base = _base(named, _file_of(flags))
+    file, flags = _read_first(flags)
+    base = _base(named, file)
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
             line = tyro.cli(
                 _Line,
                 default=_Line(training=base),
-                args=_with_workers(flags),
+                args=flags,
                 prog=f"training/run.py {base.recipe}",
                 description=_description(base.recipe),
             )
@@ -137,35 +138,25 @@ def _base(named: str | None, file: str | None) -> TrainConfig:
     return dataclasses.replace(RECIPES[named](), **kept)
 
 
-def _file_of(flags: list[str]) -> str | None:
-    """FILE of the last --config; without its value, tyro will complain."""
-    found = None
-    for flag, following in zip_longest(flags, flags[1:]):
-        if flag == "--config" and following is not None:
-            found = following
-        elif flag.startswith("--config="):
-            found = flag.removeprefix("--config=")
-    return found
-
-
-def _with_workers(flags: list[str]) -> list[str]:
-    """`--workers 2:8` as the two fields that it means; `--workers 8` is exactly 8, also where a
-    saved config had fewer as its least."""
-    least_given = any(flag.replace("_", "-").startswith("--min-workers") for flag in flags)
-    spread: list[str] = []
-    words = list(flags)
-    while words:
-        word = words.pop(0)
-        if word == "--workers" and words and not words[0].startswith("--"):
-            word += f"={words.pop(0)}"
-        if found := re.fullmatch(r"--workers=(?:(\d+):)?(\d+)", word):
-            if found[1] and least_given:
-                raise UserError(f"{word} and --min-workers say the same; pass one of them")
-            least = [] if least_given else [f"--min-workers={found[1]}"]
-            spread += [f"--workers={found[2]}", *least]
-        else:
-            spread.append(word)
-    return spread
+def _read_first(flags: list[str]) -> tuple[str | None, list[str]]:
+    """FILE of --config, and the other flags, with `--workers 2:8` as the two fields that it means;
+    `--workers 8` is exactly 8, also where a saved config had a lower minimum."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config", nargs="?", const="")
+    parser.add_argument("--workers", nargs="?")
+    found, rest = parser.parse_known_args(flags)
+    if found.config == "":
+        raise UserError("--config has no value; pass a config.json of a run")
+    least, _, most = (found.workers or "").rpartition(":")
+    if not re.fullmatch(r"(\d+:)?\d+", found.workers or ""):
+        return found.config, flags  # tyro complains, where there is one
+    least_given = any(flag.replace("_", "-").startswith("--min-workers") for flag in rest)
+    if least and least_given:
+        raise UserError(
+            f"--workers={found.workers} and --min-workers say the same; pass one of them"
+        )
+    minimum = [] if least_given else [f"--min-workers={least or None}"]
+    return found.config, [*rest, f"--workers={most}", *minimum]
 
 
 def _description(recipe: str) -> str:
@@ -180,14 +171,17 @@ def _one_line(complaint: str, given: list[str]) -> str:
     """The message in tyro's complaint and the flags it suggests. The message stands between the
     first two rules: the first is the title's frame, or lies under it where there is only ASCII.
 
-    Of a value that cannot be read it says what Python does; told is what was given and expected.
+    Of a value that cannot be read it says what Python does; reported is what was given and which
+    kind is expected.
     """
     lines = [line.strip("│| ") for line in complaint.splitlines()]
     rules = [number for number, line in enumerate(lines) if line.startswith(("╭", "─", "---"))]
     message = " ".join(lines[rules[0] + 1 : rules[1]] if len(rules) > 1 else lines).strip(" .")
     if unread := re.match(r"Error parsing (--[\w.-]+)", message):
         kind = next(line for line in lines if re.match(rf"{unread[1]}\s", line))
-        message = f"{unread[1]} {_value_of(unread[1], given)!r}: expected {_expected(kind)}"
+        message = (
+            f"{unread[1]} {_value_of(unread[1], given)!r}: expected {kind.split(maxsplit=1)[1]}"
+        )
     _, _, meant = complaint.partition("Perhaps you meant")
     flags = re.findall(r"^\W*(--[a-z][\w.-]*)", meant, re.MULTILINE)
     hint = f"; perhaps you meant {' or '.join(flags)}" if flags else ""
@@ -208,17 +202,6 @@ def _value_of(flag: str, given: list[str]) -> str:
     return " ".join(texts.get(flag, []))[:80]
 
 
-def _expected(kind: str) -> str:
-    """From tyro's `--flag {None}|INT`, or `--flag [INT [INT ...]]`."""
-    metavar = kind.split(maxsplit=1)[1]
-    names = {"INT": "a whole number", "FLOAT": "a number", "{None}": "None"}
-    if "..." in metavar:
-        return "whole numbers" if "INT" in metavar else "values"
-    words = sorted((names.get(part, part) for part in metavar.split("|")), key="None".__eq__)
-    spread = ", or the least and the most as in 2:8" if kind.startswith("--workers ") else ""
-    return " or ".join(words) + spread
-
-
 def read_config(uri: str) -> TrainConfig:
     """The config in a JSON file, local or on S3, as config.to_dict makes it.
 
@@ -227,17 +210,42 @@ def read_config(uri: str) -> TrainConfig:
     """
     try:
         document = json.loads(storage.read(uri))
-        document = renamed(document) if isinstance(document, dict) else document
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{uri} is not JSON ({error}); pass a config.json of a run") from None
-    if isinstance(document, dict):
-        document = {name: value for name, value in document.items() if name not in RETIRED}
+        raise UserError(f"{uri} is not valid JSON ({error}); pass a config.json of a run") from None
     try:
-        config: TrainConfig = _record(TrainConfig, document, "")
+        config = _config_of(document)
         _refuse_unknown(config.recipe)
     except UserError as error:
         raise UserError(f"{uri}: {error}") from None
     return config
+
+
+def _config_of(document: Any) -> TrainConfig:
+    if not isinstance(document, dict):
+        raise UserError(f"it is not an object of fields; {_SHOWN}")
+    document = renamed({name: value for name, value in document.items() if name not in RETIRED})
+    given, known = _names(document), _names(to_dict(TrainConfig()))
+    for names, problem in [(given - known, "unknown"), (known - given, "missing")]:
+        if names:
+            listed = ", ".join(name[:60] for name in sorted(names)[:4])
+            raise UserError(f"{len(names)} {problem} field(s): {listed}; {_SHOWN}")
+    try:
+        # Of JSON, where lists are tuples; strict, so that "0.01" is not a number.
+        return TypeAdapter(TrainConfig).validate_json(json.dumps(document), strict=True)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name, value = ".".join(map(str, first["loc"])), f"{first['input']!r:.80}"
+        kind = first["msg"].replace("Input should", "it should")
+        raise UserError(f"{name} is {value}: {kind}; {_SHOWN}") from None
+
+
+def _names(document: dict[str, Any]) -> set[str]:
+    """Of fields, dotted where they are in groups."""
+    return {
+        f"{name}.{inner}".rstrip(".")
+        for name, value in document.items()
+        for inner in (value if isinstance(value, dict) and value else [""])
+    }
 
 
 def _refuse_unknown(recipe: str) -> None:
@@ -252,58 +260,6 @@ def _refuse_retired(flags: list[str]) -> None:
                 f"{name} is no flag any more; leave it away: images are decoded on CPUs, in every "
                 "epoch (more --cpus-per-worker decode faster)"
             )
-
-
-def _record(kind: Any, document: Any, prefix: str) -> Any:
-    """A dataclass from a dict that has its fields and no other."""
-    hints = get_type_hints(kind)
-    if not isinstance(document, dict):
-        raise UserError(f"{prefix[:-1] or 'the whole'} is no object of fields; {_SHOWN}")
-    for names, problem in [
-        (document.keys() - hints.keys(), "unknown"),
-        (hints.keys() - document.keys(), "missing"),
-    ]:
-        if names:
-            listed = ", ".join(f"{prefix}{name}"[:60] for name in sorted(names)[:4])
-            raise UserError(f"{len(names)} {problem} field(s): {listed}; {_SHOWN}")
-    values = {name: _value(hint, document[name], prefix + name) for name, hint in hints.items()}
-    return kind(**values)
-
-
-def _value(hint: Any, value: Any, name: str) -> Any:
-    if dataclasses.is_dataclass(hint):
-        return _record(hint, value, f"{name}.")
-    if type(value) is int and float in (hint, *get_args(hint)):  # as people write it
-        with contextlib.suppress(OverflowError):  # beyond every float: refused below
-            return float(value)
-    if get_origin(hint) is tuple and isinstance(value, list):
-        value = tuple(value)
-    if not _fits(hint, value):
-        wanted = hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
-        raise UserError(f"{name} is {_shown(value)}, not {wanted}; {_SHOWN}")
-    return value
-
-
-def _shown(value: Any) -> str:
-    """At most 80 characters; Python writes no number of thousands of digits."""
-    try:
-        text = repr(value)
-    except ValueError:
-        text = "a number of thousands of digits"
-    return text if len(text) <= 80 else f"{text[:77]}..."
-
-
-def _fits(hint: Any, value: Any) -> bool:
-    origin, args = get_origin(hint), get_args(hint)
-    if origin in (Union, UnionType):
-        return any(_fits(kind, value) for kind in args)
-    if origin is Literal:
-        return value in args
-    if origin is tuple:  # of any length, of one kind
-        return isinstance(value, tuple) and all(_fits(args[0], item) for item in value)
-    if hint is NoneType:
-        return value is None
-    return type(value) is hint
 
 
 _SHOWN = "`python training/run.py RECIPE --print-config` shows a whole one"

@@ -98,9 +98,9 @@ def preflight(config: TrainConfig, *, alone: bool) -> tuple[Job, Any]:
     client = tracking.connect(job.tracking_uri, write=True)
     if run := agreed(client, config, manifest):
         job = dataclasses.replace(job, run_id=run.info.run_id, status=run.info.status)
-    if job.status == "RUNNING":  # perhaps with its checkpoints elsewhere
-        before = run.data.params.get("storage", str(config.storage))
-        lease.holder(storage.join(before, str(config.name)))
+        if job.status == "RUNNING":  # perhaps with its checkpoints elsewhere
+            before = run.data.params.get("storage", str(config.storage))
+            lease.holder(storage.join(before, str(config.name)))
     if alone:
         _refuse_too_large(config, memory, *_device_memory(config))
         here = {"CPU": os.cpu_count() or 1, "GPU": torch.cuda.device_count()}
