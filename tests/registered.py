@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 import json
-import logging
 import shutil
 import subprocess
 from pathlib import Path
@@ -55,13 +54,7 @@ def build(folder: Path) -> Built:
         patch.setenv("ALEXNET_HOME", str(folder / "home"))
         # MLflow sets this itself, for its child processes; here it must not outlive the block.
         patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder / 'home' / 'mlflow.db'}")
-        quiet_export(patch)
         return _register_all(folder, data)
-
-
-def quiet_export(patch: pytest.MonkeyPatch) -> None:
-    """torch.export traces at length for whoever listens, and pytest does: 20 s of it."""
-    patch.setattr(logging.getLogger("torch.__trace"), "propagate", False)
 
 
 def _register_all(folder: Path, data: str) -> Built:

@@ -285,7 +285,7 @@ def test_importing_the_door_imports_nothing_heavy():
         ("training.evaluate", ["--dta", "x"], "--data"),
         ("training.figures", ["--oot", "x"], "--out"),
         ("training.predict", ["--modle", "3"], "--model"),
-        ("training.registry.__main__", ["show", "--smple", "x"], "--sample"),
+        ("training.registry.__main__", ["show", "--dta", "x"], "--data"),
         ("training.registry.__main__", ["promote", "--dry-rum"], "--dry-run"),
         ("benchmarks.scaling", ["--core", "2", "--bach", "2"], "--batch"),
         ("benchmarks.cost_estimate", ["--epochen", "2"], "--epochs"),

@@ -19,7 +19,7 @@ import torch
 from drawn import ROOT
 from mlflow.tracking import MlflowClient
 from ports import free_ports
-from registered import MLFLOW_WARNINGS, quiet_export
+from registered import MLFLOW_WARNINGS
 from shard_sets import write_shard_set
 from small_training import fit, small_config
 
@@ -188,7 +188,6 @@ def test_champion_answers_the_same_after_database_and_bucket_were_lost(
 
 def champion(client: MlflowClient, data: str, folder: Path, patch: pytest.MonkeyPatch) -> str:
     """The number of a version that was trained for one epoch and is the champion."""
-    quiet_export(patch)
     config, manifest = small_config(name="kept", optim_epochs=1), load_manifest(data)
     with torch.inference_mode(False):
         done = fit(config, data, folder)

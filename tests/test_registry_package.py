@@ -14,9 +14,8 @@ from safetensors.numpy import load_file
 
 from pipelines.shards import load_manifest
 from training.network import input_spec
-from training.registry import exports
 from training.registry.package import register
-from training.registry.versions import aliases, load, verify, versions
+from training.registry.versions import aliases, load, versions
 
 # Endings of what Python or torch writes with pickle.
 PICKLES = {".pkl", ".pickle", ".pt", ".pth", ".bin", ".joblib"}
@@ -35,7 +34,6 @@ def test_newest_registration_is_the_candidate_with_what_vouches_for_it(
     version = client.get_model_version("alexnet", GOOD)
     tags = version.tags
     assert (tags["recipe"], tags["variant"]) == ("baseline", "ungrouped")
-    assert (tags["export_pt2"], tags["export_onnx"]) == ("ok", "ok")
     assert version.description.startswith("# ")
     run = client.get_run(version.run_id)
     (model,) = run.outputs.model_outputs
@@ -94,28 +92,15 @@ def test_description_has_classes_geometry_and_where_it_comes_from(registry, regi
     }
 
 
-def test_run_holds_figures_exports_and_card(registry, tmp_path):
+def test_run_holds_figures_and_card(registry, tmp_path):
     run_id = registry.get_model_version("alexnet", GOOD).run_id
-    for name in ("curves", "conv1_kernels"):
+    for name in ("curves", "conv1_kernels", "top5"):
         path = registry.download_artifacts(run_id, f"figures/{name}.png", str(tmp_path))
         assert Path(path).read_bytes().startswith(b"\x89PNG")
-    names = {file.path for file in registry.list_artifacts(run_id, "exports")}
-    assert names == {f"exports/{name}" for name in ("alexnet.json", "model.onnx", "model.pt2")}
-    assert "card/card.html" in {file.path for file in registry.list_artifacts(run_id, "card")}
+    assert [file.path for file in registry.list_artifacts(run_id, "card")] == ["card/card.md"]
 
 
 # A registration that does not go well
-
-
-@pytest.fixture
-def without_exports(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both exporters fail, as they do where a library is missing; it also saves their time."""
-
-    def missing(*_: object) -> None:
-        raise ModuleNotFoundError("No module named 'onnxscript'")
-
-    for name in ("_to_pt2", "_to_onnx"):
-        monkeypatch.setattr(exports, name, missing)
 
 
 def register_again(client: MlflowClient, built: Built, **changes: object) -> str | None:
@@ -129,22 +114,8 @@ def register_again(client: MlflowClient, built: Built, **changes: object) -> str
     return register(client, run_id, built.checkpoint, load_manifest(built.data), config)
 
 
-def test_failing_exports_are_told_and_the_rest_stays(
-    registry, registered_models, without_exports, caplog
-):
-    version = registry.get_model_version("alexnet", register_again(registry, registered_models))
-    reason = "failed: ModuleNotFoundError: No module named 'onnxscript'"
-    assert (version.tags["export_pt2"], version.tags["export_onnx"]) == (reason, reason)
-    assert "model.onnx failed and is left out" in caplog.text
-    names = [file.path for file in registry.list_artifacts(version.run_id, "exports")]
-    assert names == ["exports/alexnet.json"]
-    assert verify(registry, version) == []
-
-
 @pytest.mark.parametrize("step", ["log_model_artifacts", "log_outputs", "create_model_version"])
-def test_fault_while_registering_leaves_no_version(
-    registry, registered_models, without_exports, monkeypatch, step
-):
+def test_fault_while_registering_leaves_no_version(registry, registered_models, monkeypatch, step):
     def fault(*_: object, **__: object) -> None:
         raise MlflowException("the server is gone")
 
@@ -164,7 +135,7 @@ def test_a_run_that_is_registered_again_keeps_its_version(registry, registered_m
 
 
 def test_last_figures_that_never_reached_the_run_come_from_the_checkpoint(
-    registry, registered_models, without_exports
+    registry, registered_models
 ):
     """As when MLflow was away at the end and what waited for it was lost."""
     good = registry.get_run(registry.get_model_version("alexnet", GOOD).run_id).data

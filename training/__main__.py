@@ -3,6 +3,7 @@
 python -m training evaluate MODEL --data OUT      accuracy, by class, with its errors
 python -m training predict IMAGE|FOLDER…          names the classes of images
 python -m training figures MODEL --data OUT       conv1's kernels, likeliest classes of images
+python -m training export MODEL                   as ONNX or torch.export, for other programs
 python -m training registry list|show|promote|…   versions, and the gate before the champion
 """
 
@@ -18,6 +19,7 @@ COMMANDS = {
     "evaluate": "training.evaluate",
     "predict": "training.predict",
     "figures": "training.figures",
+    "export": "training.export",
     "registry": "training.registry.__main__",
 }
 

@@ -1,12 +1,12 @@
 """Commands of the registry.
 
     python -m training.registry list
-    python -m training.registry show V [--sample KEY]
+    python -m training.registry show V
     python -m training.registry promote [V] [--dry-run] [--force --reason "…"]
     python -m training.registry rollback [--dry-run]
-    python -m training.registry compare A B
 
-V, A and B are numbers of versions or aliases such as candidate. With --json each prints JSON.
+V is the number of a version or an alias such as candidate. `promote --dry-run` compares a version
+with the champion and changes nothing. With --json each prints JSON.
 
 Exit codes: 0 done, 1 the gate refused, 2 wrong usage or input, or MLflow failed, 130 interrupted.
 """
@@ -30,7 +30,7 @@ from pipelines import command
 from training import store, tracking
 from training.registry import alias, listing
 from training.registry.alias import Refused
-from training.registry.versions import NAME, aliases, resolve
+from training.registry.versions import NAME, aliases, resolve, run_of
 
 # Exit code, the document for --json, the text otherwise.
 Answer = tuple[int, Any, str]
@@ -78,26 +78,16 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     listed.set_defaults(run=_list)
     show = commands.add_parser("show", help="a version, back to the data that it learned from")
     show.add_argument("version", metavar="V")
-    show.add_argument("--sample", metavar="KEY", help="show where this picture comes from")
     show.set_defaults(run=_show)
     gate = commands.add_parser("promote", help="judge a version and make it the champion")
     _add_promote_flags(gate)
     back = commands.add_parser("rollback", help="give the alias back to the champion before")
     back.set_defaults(run=_rollback)
-    two = commands.add_parser("compare", help="two versions on the same pictures")
-    two.add_argument("first", metavar="A")
-    two.add_argument("second", metavar="B")
-    two.set_defaults(run=_compare)
-    for each in (show, gate, two):
+    for each in (show, gate):
         each.add_argument("--data", metavar="OUT", help="the shards, if they were moved")
-    for each in (gate, two):
-        each.add_argument("--workers", type=int, metavar="N", help="score on Ray, N at a time")
-        each.add_argument(
-            "--shared-fs", action="store_true", help="every node of the cluster sees local shards"
-        )
     for each in (gate, back):
         each.add_argument("--dry-run", action="store_true", help="change nothing in MLflow")
-    for each in (listed, show, gate, back, two):
+    for each in (listed, show, gate, back):
         each.add_argument("--json", action="store_true", help="print JSON")
     return parser.parse_args(argv)
 
@@ -106,6 +96,10 @@ def _add_promote_flags(gate: argparse.ArgumentParser) -> None:
     version = gate.add_mutually_exclusive_group()
     version.add_argument("version", metavar="V", nargs="?", help="candidate by default")
     version.add_argument("--version", dest="flag", metavar="V", help="the same as a flag")
+    gate.add_argument("--workers", type=int, metavar="N", help="score on Ray, N at a time")
+    gate.add_argument(
+        "--shared-fs", action="store_true", help="every node of the cluster sees local shards"
+    )
     gate.add_argument("--policy", metavar="FILE", help="instead of training/registry/policy.toml")
     gate.add_argument("--force", action="store_true", help="promote whatever the checks say")
     gate.add_argument("--reason", help="why; recorded, and needed with --force")
@@ -121,15 +115,63 @@ def _list(client: MlflowClient, args: argparse.Namespace) -> Answer:
 
 
 def _show(client: MlflowClient, args: argparse.Namespace) -> Answer:
-    from training.registry import lineage
+    """From a version back to its run, config, code and shards. What is not known is None."""
+    version = resolve(client, args.version)
+    run, number = run_of(client, version), str(version.version)
+    tags = run.data.tags if run else {}
+    uri, digest = args.data or tags.get("data"), tags.get("manifest_sha256")
+    manifest, gone = _manifest(uri, digest)
+    infos = manifest.shards if manifest else ()
+    document: dict[str, Any] = {
+        "version": number,
+        "aliases": sorted(name for name, at in aliases(client).items() if at == number),
+        "tags": dict(sorted(version.tags.items())),
+        "run": run
+        and {"id": run.info.run_id, "name": run.info.run_name, "status": run.info.status},
+        "config": run and dict(sorted(run.data.params.items())),
+        "commit": tags.get("mlflow.source.git.commit"),
+        "code_sha256": tags.get("code_sha256"),
+        "data": {
+            "uri": uri,
+            "manifest_sha256": digest,
+            "plan_id": tags.get("plan_id"),
+            "gone": gone,
+        },
+        "shards": manifest
+        and [
+            {key: getattr(i, key) for key in ("name", "split", "samples", "sha256")} for i in infos
+        ],
+    }
+    rows = {
+        "version": number,
+        "aliases": ", ".join(document["aliases"]) or "none",
+        "run": run and f"{run.info.run_name} ({run.info.status}), {run.info.run_id}",
+        **{key: document[key] for key in ("commit", "code_sha256")},
+        "data": uri,
+        "manifest_sha256": digest,
+        "plan_id": tags.get("plan_id"),
+        "shards": gone or f"{len(infos)} with {sum(i.samples for i in infos):,} images",
+        "an image": uri and f"python -m pipelines inspect KEY --out {shlex.quote(uri)}",
+        **document["tags"],
+    }
+    text = "\n".join(f"{name:<18}{value or 'not recorded'}" for name, value in rows.items())
+    return 0, document, text
 
-    found = lineage.lineage(client, args.version, sample=args.sample, data=args.data)
-    version = resolve(client, found["version"])
-    held = sorted(name for name, at in aliases(client).items() if at == found["version"])
-    document = found | {"aliases": held, "tags": dict(sorted(version.tags.items()))}
-    rows = [("aliases", ", ".join(held) or "none"), *document["tags"].items()]
-    told = "\n".join(f"{name:<18}{value}" for name, value in rows)
-    return 0, document, f"{lineage.text(found)}\n{told}"
+
+def _manifest(uri: str | None, digest: str | None) -> tuple[Any, str | None]:
+    """The manifest that a run learned from; or None, and why there is none to read."""
+    from pipelines import shards
+
+    if uri is None:
+        return None, "no run says which shards there were"
+    try:
+        manifest = shards.load_manifest(uri)
+    except UserError as error:
+        return None, f"{error}; if they were moved, pass --data"
+    if manifest.digest != digest:
+        was = str(digest)[:12]
+        return None, f"{uri} is another set now (manifest {manifest.digest[:12]}, trained on {was})"
+    return manifest, None
 
 
 def _promote(client: MlflowClient, args: argparse.Namespace) -> Answer:
@@ -174,15 +216,6 @@ def _rollback(client: MlflowClient, args: argparse.Namespace) -> Answer:
     if args.dry_run:
         return 0, document, f"version {now} would be the champion again, {before} would not"
     return 0, document, f"version {now} is the champion again, {before} is not"
-
-
-def _compare(client: MlflowClient, args: argparse.Namespace) -> Answer:
-    from training.registry import compare
-    from training.registry.gate import Asked
-
-    asked = Asked(data=args.data, workers=args.workers, shared_fs=args.shared_fs)
-    found = compare.compare_versions(client, args.first, args.second, asked)
-    return 0, compare.document(found), compare.text(found)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from training import tracking
 from training.accuracy import Scored
 from training.evaluate import score
 from training.network import LoadedModel, check_fits
-from training.registry import alias, card, checks, verdict
+from training.registry import alias, checks, verdict
 from training.registry.alias import Refused, Tags
 from training.registry.policy import SHIPPED, read_policy
 from training.registry.verdict import Check, Verdict
@@ -46,9 +46,9 @@ def promote(client: MlflowClient, version: str | None, asked: Asked) -> Verdict 
     """Judges a version (number or alias, None: the candidate) and, where the verdict is not
     "refused", makes it the champion. None: it is the champion already.
 
-    The verdict becomes artifacts of the run under gate/, tags, and part of the model card. A dry
-    run changes nothing. Raises UserError for what cannot be judged, such as shards that are gone,
-    and Refused where the champion changed meanwhile.
+    The verdict becomes artifacts of the run under gate/ and tags. A dry run changes nothing. Raises
+    UserError for what cannot be judged, such as shards that are gone, and Refused where the
+    champion changed meanwhile.
     """
     if not asked.dry_run:
         alias.settle(client, CHAMPION)
@@ -63,12 +63,10 @@ def promote(client: MlflowClient, version: str | None, asked: Asked) -> Verdict 
             f"the run {run.info.run_name} of version {number} "
             f"{tracking.deleted(client, run.info.run_id)}, for the verdict is kept with it"
         )
-    found, scored = _judge(client, candidate, champion, asked)
+    found = _judge(client, candidate, champion, asked)
     if asked.dry_run:
         return found
     _log(client, candidate, found)
-    if scored is not None:
-        card.update(client, candidate, scored, verdict.document(found))
     tags = verdict.tags(found)
     if found.outcome == "refused":
         alias.write_tags(client, number, tags)
@@ -130,7 +128,7 @@ def _now() -> str:
 
 def _judge(
     client: MlflowClient, candidate: ModelVersion, champion: str | None, asked: Asked
-) -> tuple[Verdict, Scored | None]:
+) -> Verdict:
     number, run = str(candidate.version), run_of(client, candidate)
     data, manifest = data_of(number, run, asked.data)
     model, first = _identity(candidate, run, data, manifest)
@@ -144,7 +142,7 @@ def _judge(
         force_reason=asked.force,
     )
     if model is None or run is None or not found.passed:
-        return found, None
+        return found
     return _measured(found, model, run, manifest, asked)
 
 
@@ -216,7 +214,7 @@ def _refuse_misfit(uri: str, model: Registered, manifest: shards.Manifest, data:
 
 def _measured(
     found: Verdict, model: Registered, run: Run, manifest: shards.Manifest, asked: Asked
-) -> tuple[Verdict, Scored]:
+) -> Verdict:
     policy = read_policy(asked.policy or SHIPPED, str(model.description.get("recipe")))
     scored = measure(found.version, model, found.data, manifest, asked)
     metrics, classes = scored.metrics, manifest.num_classes
@@ -247,7 +245,7 @@ def _measured(
         metrics=metrics,
         champion_metrics=None if champion is None else champion.metrics,
         paired=paired,
-    ), scored
+    )
 
 
 def scored_version(version: str, data: str, manifest: shards.Manifest, asked: Asked) -> Scored:

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 import os
 import tempfile
 import time
@@ -22,7 +23,7 @@ from safetensors.torch import save_file
 
 import alexnet
 from alexnet import NETWORK_SIDE
-from alexnet.classifier import LAYOUT, Classifier, ModelFields
+from alexnet.classifier import LAYOUT, ModelFields
 from alexnet.errors import UserError
 from alexnet.model import AlexNet
 from alexnet.preprocess import InputSpec
@@ -30,8 +31,10 @@ from pipelines import shards
 from training import checkpoint, figures, tracking
 from training.config import TrainConfig
 from training.network import build_model
-from training.registry import card, exports
+from training.registry import card
 from training.registry.versions import DESCRIPTION, NAME, SUMS, WEIGHTS, file_sums, sha256
+
+logger = logging.getLogger("training")
 
 _REQUIRED = ("mlflow", "numpy", "pandas", "pillow", "safetensors", "torch")
 
@@ -39,13 +42,13 @@ _REQUIRED = ("mlflow", "numpy", "pandas", "pillow", "safetensors", "torch")
 def register(
     client: MlflowClient, run_id: str, folder: Path, manifest: shards.Manifest, config: TrainConfig
 ) -> str | None:
-    """Logs a finished training's pictures, exports and model; returns the new version's number.
+    """Logs a finished run's figures, card and model; returns the new version's number.
 
-    folder: the last checkpoint. The run gets `figures/` and `exports/` (see exports.write), the
-    version what pyfunc_model.py needs: weights, alexnet.json and the package `alexnet`, without
-    pickle. The version comes last, with all of its tags, so that there is never half of one; then
-    alias `candidate` moves to it. None when config.register is off. A run that was registered, and
-    killed before it could say so, is not registered a second time.
+    folder: the last checkpoint. The run gets `figures/` and `card/card.md`, the version what
+    pyfunc_model.py needs: weights, alexnet.json and the package `alexnet`, without pickle. The
+    version comes last, with all of its tags, so that there is never half of one; then alias
+    `candidate` moves to it. None when config.register is off. A run that was registered, and killed
+    before it could say so, is not registered a second time.
     """
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     if config.register and (before := _registered_before(client, run_id, folder)) is not None:
@@ -56,16 +59,14 @@ def register(
     network = build_model(config, manifest.num_classes).eval()
     checkpoint.load_model(folder, network)
     spec = InputSpec.from_json(state["input_spec"])
-    _log_figures(client, run_id, network, config)
-    text = card.write(client, run_id, network, spec, manifest, config)
+    _log_figures(client, run_id, network, spec, manifest, config)
+    text = card.write(client, run_id, network, manifest, config)
     if not config.register:
         return None
     description = _description(spec, manifest, config)
     with tempfile.TemporaryDirectory(prefix="register-") as temporary:
-        classifier = Classifier(network, spec).eval()
-        told = _log_exports(client, run_id, classifier, description, Path(temporary) / "exports")
         model_id, sums = _log_model(client, run_id, network, description, Path(temporary))
-    tags = {"recipe": config.recipe, "variant": config.model.variant, **told, **sums}
+    tags = {"recipe": config.recipe, "variant": config.model.variant, **sums}
     _make_sure_of_name(client)
     source = f"models:/{model_id}"
     version = client.create_model_version(
@@ -100,13 +101,26 @@ def _complete(client: MlflowClient, run_id: str, state: dict[str, Any]) -> None:
         client.log_batch(run_id, [Metric(key, lost[key], now, step) for key in lost])
 
 
-def _log_figures(client: MlflowClient, run_id: str, network: AlexNet, config: TrainConfig) -> None:
+def _log_figures(
+    client: MlflowClient,
+    run_id: str,
+    network: AlexNet,
+    spec: InputSpec,
+    manifest: shards.Manifest,
+    config: TrainConfig,
+) -> None:
     keys = ("loss", "top1", "val_loss", "val_top1")
     history = {key: tracking.metric_history(client, run_id, key) for key in keys}
     curves = figures.curves(history, str(config.name))
     client.log_figure(run_id, curves, "figures/curves.png")
     kernels = figures.conv1_kernels(network.conv1.weight)
     client.log_figure(run_id, kernels, "figures/conv1_kernels.png")
+    try:
+        found = figures.panels(network, spec, manifest, client.get_run(run_id).data.tags["data"])
+    except UserError as error:
+        logger.warning(f"figures/top5.png is left out: {error}")
+    else:
+        client.log_figure(run_id, figures.top5_panels(found, ""), "figures/top5.png")
 
 
 def _description(spec: InputSpec, manifest: shards.Manifest, config: TrainConfig) -> dict[str, Any]:
@@ -119,31 +133,16 @@ def _description(spec: InputSpec, manifest: shards.Manifest, config: TrainConfig
         "variant": config.model.variant,
         "recipe": config.recipe,
         "preprocessing": (
-            f"a picture as 8-bit RGB; its shorter side resized to {spec.resize} by antialiased "
+            f"an image as 8-bit RGB; its shorter side resized to {spec.resize} by antialiased "
             f"Lanczos; the middle {spec.crop}×{spec.crop}, of that the middle "
-            f"{NETWORK_SIDE}×{NETWORK_SIDE}; per channel (pixel − mean) / std of input_spec. The "
-            "files of exports/ begin with that last step: uint8 (N, 3, 227, 227) in, logits out"
+            f"{NETWORK_SIDE}×{NETWORK_SIDE}; per channel (pixel − mean) / std of input_spec. An "
+            "exported file begins with that last step: uint8 (N, 3, 227, 227) in, logits out"
         ),
         "input_spec": spec.to_json(),
         "class_names": list(manifest.class_names),
         "wnids": list(manifest.wnids),
         "manifest_sha256": manifest.digest,
     }
-
-
-def _log_exports(
-    client: MlflowClient,
-    run_id: str,
-    classifier: Classifier,
-    description: dict[str, Any],
-    folder: Path,
-) -> dict[str, str]:
-    """Returns the version's tags that say how each export went."""
-    folder.mkdir()
-    told = exports.write(classifier, folder)
-    _write_description(description, folder / Path(DESCRIPTION).name)
-    client.log_artifacts(run_id, str(folder), "exports")
-    return {f"export_{kind}": outcome for kind, outcome in told.items()}
 
 
 def _log_model(
