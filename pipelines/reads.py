@@ -1,7 +1,7 @@
-"""Raw pictures of one shard, fetched by threads ahead of whoever decodes them.
+"""Raw images of one shard, fetched by threads ahead of whoever decodes them.
 
-Pictures that are neighbours in a container come with one range read. Pictures in a parquet file
-come row group by row group, each streamed page by page up to its last wanted row.
+Images that are neighbours in a container come with one range read. Images in a parquet file come
+row group by row group, each streamed page by page up to its last wanted row.
 """
 
 from __future__ import annotations
@@ -11,10 +11,9 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import chain, pairwise
-from types import TracebackType
+from itertools import chain, groupby, pairwise
 from typing import Any
 
 import numpy as np
@@ -24,159 +23,152 @@ import pyarrow.parquet as pq
 
 from alexnet.errors import UserError
 from pipelines import storage, tars
-from pipelines.ahead import Ahead, Room
 
 PARQUET = ".parquet"
-_MAX_GAP = 16 << 10  # bytes between two pictures that are cheaper to read than to skip
-_MAX_READ = 8 << 20  # bytes per request, unless one picture is larger
-_MAX_AHEAD = 64 << 20  # bytes that are being read or wait to be taken
+_MAX_GAP = 16 << 10  # bytes between two images that are cheaper to read than to skip
+_MAX_READ = 8 << 20  # bytes per request, unless one image is larger
+_MAX_AHEAD = 64 << 20  # bytes that are being read or wait to be taken, unless one read is larger
 _THREADS_S3, _THREADS_LOCAL = 16, 4
 _PLACE_BITS = 42  # enough for a container of 4 TiB, and for two million containers
 
 _Numbers = np.ndarray[Any, np.dtype[np.int64]]
 _Flags = np.ndarray[Any, np.dtype[np.bool_]]
-_Picture = tuple[int, bytes]
-
-
-@dataclass(frozen=True)
-class _RowGroup:
-    footer: pq.FileMetaData
-    file_bytes: int
-    number: int
-    first_row: int
+_Images = list[tuple[int, bytes]]  # with their positions
 
 
 @dataclass(frozen=True)
 class _Fetch:
-    """What one thread fetches at a time."""
-
-    source: str
-    positions: list[int]  # of its pictures, in the order of their offsets
-    group: _RowGroup | None = None  # of a parquet file; else all come with one range read
+    num_bytes: int  # that it holds at most, from its start until its last image was taken
+    parts: Iterator[_Images]  # a request each, or more
+    one: bool  # part, so that nobody need ask for the next
 
 
 class Reader:
-    """Iterating gives (position in `rows`, bytes) of every picture, in the source's order.
+    """Iterating, once, gives (position in `rows`, bytes) of every image, in the source's order.
 
-    Raises UserError while iterating when a container can't be read or has changed. `with` ends
-    the threads at once when the loop is left early; else they end with the iterator.
+    Raises UserError while iterating when a container can't be read or has changed. The threads end
+    with the iterator, or with `with` where the loop is left early.
     """
 
     def __init__(self, raw: str, rows: Sequence[dict[str, Any]]) -> None:
         self.requests = 0
-        self.read_bytes = 0  # with the gaps between pictures
+        self.read_bytes = 0  # with the gaps between images
+        self.wait_seconds = 0.0  # that the consumer waited for bytes, those of footers included
         self._raw = raw
         self._rows = rows
-        self._threads = _THREADS_S3 if storage.is_s3(raw) else _THREADS_LOCAL
+        threads = _THREADS_S3 if storage.is_s3(raw) else _THREADS_LOCAL
+        self._pool = ThreadPoolExecutor(threads, "ahead")
         self._counting = threading.Lock()
-        self._footer_seconds = 0.0
-        self._ahead: Ahead[_Fetch, _Picture] | None = None
-
-    @property
-    def wait_seconds(self) -> float:
-        """That the consumer spent waiting for bytes, so far, those of footers included."""
-        return self._footer_seconds + (self._ahead.wait_seconds if self._ahead else 0.0)
-
-    def __iter__(self) -> Iterator[_Picture]:
-        self._ahead = Ahead(self._fetches(), self._fetch, self._threads, _MAX_AHEAD)
-        return iter(self._ahead)
 
     def __enter__(self) -> Reader:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        if self._ahead:
-            self._ahead.close()
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown(wait=False, cancel_futures=True)
 
-    def _fetches(self) -> list[_Fetch]:
+    def __iter__(self) -> Iterator[tuple[int, bytes]]:
+        with self:
+            fetches = deque(self._fetches())
+            begun: deque[tuple[_Fetch, Future[_Images | None]]] = deque()
+            held = 0
+            while fetches or begun:
+                while fetches and (not begun or held + fetches[0].num_bytes <= _MAX_AHEAD):
+                    fetch = fetches.popleft()
+                    held += fetch.num_bytes
+                    begun.append((fetch, self._pool.submit(next, fetch.parts, None)))
+                fetch, part = begun.popleft()
+                with self._waiting():
+                    images = part.result()
+                if images is None or fetch.one:
+                    held -= fetch.num_bytes
+                else:
+                    begun.appendleft((fetch, self._pool.submit(next, fetch.parts, None)))
+                yield from images or ()
+
+    @contextlib.contextmanager
+    def _waiting(self) -> Iterator[None]:
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.wait_seconds += time.perf_counter() - started
+
+    def _fetches(self) -> Iterator[_Fetch]:
+        if not self._rows:
+            return
         order, starts = _runs(pa.Table.from_pylist(list(self._rows), schema=_PLACES))
         runs = [run.tolist() for run in np.split(order, np.flatnonzero(starts)[1:])]
-        by_source: dict[str, list[list[int]]] = {}
-        for run in runs if self._rows else []:
-            by_source.setdefault(self._rows[run[0]]["source"], []).append(run)
+        by_source = {
+            source: list(of_source)
+            for source, of_source in groupby(runs, lambda run: self._rows[run[0]]["source"])
+        }
         in_parquet = [source for source in by_source if source.endswith(PARQUET)]
-        footers = dict(zip(in_parquet, self._footers(in_parquet), strict=True))
-        fetches: list[_Fetch] = []
-        for source, parts in by_source.items():
+        with self._waiting():
+            footers = dict(zip(in_parquet, self._pool.map(self._footer, in_parquet), strict=True))
+        for source, of_source in by_source.items():
+            uri = storage.join(self._raw, source)
             if source in footers:
-                fetches += self._by_row_group(source, *footers[source], list(chain(*parts)))
-            else:
-                fetches += [_Fetch(source, run) for run in parts]
-        return fetches
+                footer, file_bytes = footers[source]
+                yield from self._row_groups(uri, footer, file_bytes, list(chain(*of_source)))
+                continue
+            for positions in of_source:
+                rows = [self._rows[position] for position in positions]
+                length = max(row["offset"] + row["size"] for row in rows) - rows[0]["offset"]
+                yield _Fetch(length, self._range(uri, positions, length), one=True)
 
-    def _footers(self, sources: list[str]) -> list[tuple[pq.FileMetaData, int]]:
-        def read(source: str) -> tuple[pq.FileMetaData, int]:
-            with _told(uri := storage.join(self._raw, source)):
-                size = storage.size(uri)
-                return pq.read_metadata(_Counted(uri, size, self._count)), size
+    def _range(self, uri: str, positions: list[int], length: int) -> Iterator[_Images]:
+        start = self._rows[positions[0]]["offset"]
+        data = _read(uri, start, length)
+        self._count(len(data))
+        rows = [(position, self._rows[position]) for position in positions]
+        places = [(position, row["offset"] - start, row["size"]) for position, row in rows]
+        yield [(position, data[first : first + size]) for position, first, size in places]
 
-        started = time.perf_counter()
-        with ThreadPoolExecutor(self._threads) as pool:
-            found = list(pool.map(read, sources))
-        self._footer_seconds += time.perf_counter() - started
-        return found
+    def _footer(self, source: str) -> tuple[pq.FileMetaData, int]:
+        """With the bytes of the file."""
+        with _reported(uri := storage.join(self._raw, source)):
+            size = storage.size(uri)
+            return pq.read_metadata(_Counted(uri, size, self._count)), size
 
-    def _by_row_group(
-        self, source: str, footer: pq.FileMetaData, file_bytes: int, positions: list[int]
-    ) -> list[_Fetch]:
+    def _row_groups(
+        self, uri: str, footer: pq.FileMetaData, file_bytes: int, positions: list[int]
+    ) -> Iterator[_Fetch]:
         counts = [footer.row_group(number).num_rows for number in range(footer.num_row_groups)]
         ends = np.cumsum(counts, dtype=np.int64)
         wanted = np.array([self._rows[position]["offset"] for position in positions], np.int64)
         if wanted[-1] >= footer.num_rows:
             raise UserError(
-                f"{storage.join(self._raw, source)} has changed: row {wanted[-1]:,} is gone, it "
-                f"has {footer.num_rows:,} rows now; build anew"
+                f"{uri} has changed: row {wanted[-1]:,} is gone, it has {footer.num_rows:,} rows "
+                "now; build anew"
             )
         groups = np.searchsorted(ends, wanted, "right")
-        fetches = []
         for number in np.unique(groups).tolist():
-            group = _RowGroup(footer, file_bytes, number, int(ends[number]) - counts[number])
             here = [positions[i] for i in np.flatnonzero(groups == number)]
-            fetches.append(_Fetch(source, here, group))
-        return fetches
+            file = _Counted(uri, file_bytes, self._count)
+            first_row = int(ends[number]) - counts[number]
+            # A page, and with it a batch, may be as large as its row group.
+            num_bytes = min(footer.row_group(number).total_byte_size, _MAX_AHEAD)
+            parts = self._row_group(uri, _batches(file, footer, number), here, first_row)
+            yield _Fetch(num_bytes, parts, one=False)
 
-    def _fetch(self, fetch: _Fetch, room: Room) -> Iterator[list[_Picture]]:
-        if fetch.group is not None:
-            yield from self._row_group(fetch, fetch.group, room)
-            return
-        rows = [self._rows[position] for position in fetch.positions]
-        start = rows[0]["offset"]
-        length = max(row["offset"] + row["size"] for row in rows) - start
-        if room(length):
-            data = _read(storage.join(self._raw, fetch.source), start, length)
-            self._count(len(data))
-            starts = [row["offset"] - start for row in rows]
-            ends = [first + row["size"] for first, row in zip(starts, rows, strict=True)]
-            pictures = [data[first:end] for first, end in zip(starts, ends, strict=True)]
-            yield list(zip(fetch.positions, pictures, strict=True))
-
-    def _row_group(self, fetch: _Fetch, group: _RowGroup, room: Room) -> Iterator[list[_Picture]]:
-        uri = storage.join(self._raw, fetch.source)
-        num_bytes = group.footer.row_group(group.number).total_byte_size
-        wanted = deque(fetch.positions)
-        row = group.first_row
-        with _told(uri):
-            batches = _batches(_Counted(uri, group.file_bytes, self._count), group)
-            held = min(num_bytes, _MAX_AHEAD)  # a page may be as large as its row group
-            while wanted and room(held):
+    def _row_group(
+        self, uri: str, batches: Iterator[pa.StructArray], positions: list[int], row: int
+    ) -> Iterator[_Images]:
+        wanted = deque(positions)
+        while wanted:
+            with _reported(uri):
                 images = next(batches, None)
-                if images is None:
-                    raise UserError(f"{uri} is damaged: row {row:,} is not there; fetch it again")
-                pictures = []
-                while wanted and (place := self._rows[wanted[0]]["offset"] - row) < len(images):
-                    position = wanted.popleft()
-                    pictures.append((position, self._checked(uri, position, images[place])))
-                row += len(images)
-                held = _MAX_READ
-                yield pictures
+            if images is None:
+                raise UserError(f"{uri} is damaged: row {row:,} is not there; fetch it again")
+            found = []
+            while wanted and (place := self._rows[wanted[0]]["offset"] - row) < len(images):
+                position = wanted.popleft()
+                found.append((position, self._checked(uri, position, images[place])))
+            row += len(images)
+            yield found
 
     def _checked(self, uri: str, position: int, image: pa.StructScalar) -> bytes:
-        """Its bytes; b"" where the file has none, to be rejected like any empty picture."""
+        """Its bytes; b"" where the file has none, to be rejected like any empty image."""
         row = self._rows[position]
         path = image["path"].as_py() if "path" in image else None
         number = pa.array([row["offset"]], pa.int64())
@@ -234,7 +226,7 @@ def _runs(rows: pa.Table) -> tuple[_Numbers, _Flags]:
     source = _numbers(rows["source"].combine_chunks().dictionary_encode().indices)
     offset = (source << _PLACE_BITS) + _numbers(rows["offset"])  # one line of all containers
     size = np.where(in_parquet, 1, _numbers(rows["size"]))
-    end = np.maximum.accumulate(offset + size)  # of the pictures so far: they may overlap
+    end = np.maximum.accumulate(offset + size)  # of the images so far: they may overlap
     starts = np.ones(len(order), np.bool_)
     starts[1:] = offset[1:] - end[:-1] > np.where(in_parquet, 0, _MAX_GAP)[1:]
     bounds = np.append(np.flatnonzero(starts), len(order)).tolist()
@@ -261,22 +253,22 @@ def _numbers(column: Any) -> _Numbers:
 class _Counted(tars.RangeFile):
     def __init__(self, uri: str, size: int, count: Callable[[int], None]) -> None:
         super().__init__(uri, 0, size)
-        self._tell_count = count
+        self._count = count
 
     def readinto(self, buffer: Any) -> int:
         num_bytes = super().readinto(buffer)
-        self._tell_count(num_bytes)
+        self._count(num_bytes)
         return num_bytes
 
 
-def _batches(file: tars.RangeFile, group: _RowGroup) -> Iterator[pa.StructArray]:
+def _batches(file: tars.RangeFile, footer: pq.FileMetaData, number: int) -> Iterator[Any]:
     """The images of a row group, some MiB at a time, without Arrow's threads."""
-    about = group.footer.row_group(group.number)
+    about = footer.row_group(number)
     rows = _MAX_READ * about.num_rows // max(1, about.total_byte_size)
-    parquet = pq.ParquetFile(file, metadata=group.footer, pre_buffer=False, buffer_size=_MAX_READ)
+    parquet = pq.ParquetFile(file, metadata=footer, pre_buffer=False, buffer_size=_MAX_READ)
     batches = parquet.iter_batches(
         batch_size=max(1, min(rows, about.num_rows)),
-        row_groups=[group.number],
+        row_groups=[number],
         columns=["image"],
         use_threads=False,
     )
@@ -285,7 +277,7 @@ def _batches(file: tars.RangeFile, group: _RowGroup) -> Iterator[pa.StructArray]
 
 
 def _read(uri: str, start: int, length: int) -> bytes:
-    with _told(uri):
+    with _reported(uri):
         whole = start == 0 < length and not uri.endswith(".tar")  # a file of its own: it may grow
         data = storage.read(uri, start, length + whole)
     if len(data) > length:
@@ -299,7 +291,7 @@ def _read(uri: str, start: int, length: int) -> bytes:
 
 
 @contextlib.contextmanager
-def _told(uri: str) -> Iterator[None]:
+def _reported(uri: str) -> Iterator[None]:
     """A container that was there when the build was planned and is not now, or is damaged."""
     try:
         yield

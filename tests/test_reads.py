@@ -1,17 +1,21 @@
-"""pipelines/reads.py: the raw pictures of a shard, fetched ahead."""
+"""pipelines/reads.py: the raw images of a shard, fetched ahead; and how its threads end."""
 
 import csv
 import hashlib
+import http.server
 import random
 import threading
+import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
 import pytest
 from drawn import A, imagefolder
 from drawn_layouts import hugging_face, parquet, train_row
+from waiting import wait_until
 
 from alexnet.errors import UserError
 from pipelines import reads, sources, storage
@@ -27,10 +31,6 @@ def row(source: str, offset: int, size: int | None, name: str = "") -> Row:
 def table(rows: list[Row]) -> pa.Table:
     columns = [("source", pa.string()), ("offset", pa.int64()), ("size", pa.int64())]
     return pa.Table.from_pylist(rows, schema=pa.schema(columns))
-
-
-def threads() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name.startswith("ahead")]
 
 
 @pytest.fixture
@@ -60,7 +60,6 @@ def test_pictures_come_in_the_order_of_the_source_with_their_positions(
         assert data == container[start : start + rows[position]["size"]]
     assert (reader.requests, reader.read_bytes) == reads.cost(table(rows))
     assert 0 < reader.requests < len(rows) / 2
-    assert not threads()
 
 
 @pytest.mark.parametrize(
@@ -157,7 +156,6 @@ def test_short_and_vanished_files_are_told_with_their_bytes(
     (tmp_path / "c.tar").unlink()
     with pytest.raises(UserError, match=r"c\.tar has changed: it is gone"):
         list(reads.Reader(str(tmp_path), rows))
-    assert not threads()
 
 
 # Every layout
@@ -193,3 +191,117 @@ def test_an_empty_shard_and_an_empty_folder_cost_nothing(tmp_path: Path) -> None
     assert list(reads.Reader(str(tmp_path), [])) == []
     imagefolder(tmp_path, {"a.jpg": b""})
     assert list(reads.Reader(str(tmp_path), [row("a.jpg", 0, 0)])) == [(0, b"")]
+
+
+# Ahead of the consumer
+
+
+class Slow(http.server.BaseHTTPRequestHandler):
+    """An object store whose every answer takes a while. Any key holds FILE, or else its own last
+    letter, without end."""
+
+    DELAY = 0.05  # seconds
+    FILE: ClassVar[bytes] = b""
+    lock: ClassVar = threading.Lock()
+    answers: ClassVar[int] = 0
+    under_way: ClassVar[int] = 0
+    most: ClassVar[int] = 0
+    spent: ClassVar[float] = 0.0  # seconds, summed over the answers
+    protocol_version = "HTTP/1.1"
+
+    def do_HEAD(self) -> None:
+        time.sleep(self.DELAY)
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(self.FILE)))
+        self.end_headers()
+
+    def do_GET(self) -> None:
+        started = time.monotonic()
+        with Slow.lock:
+            Slow.answers += 1
+            Slow.under_way += 1
+            Slow.most = max(Slow.most, Slow.under_way)
+        time.sleep(self.DELAY)
+        first, last = map(int, self.headers["Range"].removeprefix("bytes=").split("-"))
+        body = self.FILE[first : last + 1] or self.path[-1:].encode() * (last - first + 1)
+        with Slow.lock:
+            Slow.under_way -= 1
+            Slow.spent += time.monotonic() - started
+        self.send_response(206)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *arguments: object) -> None:
+        pass
+
+
+@pytest.fixture
+def slow_store(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Slow)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
+    storage.read("s3://bucket/raw/x", 0, 1)  # makes the client, which takes a second
+    Slow.answers = Slow.under_way = Slow.most = 0
+    Slow.spent = 0.0
+    yield "s3://bucket/raw"
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_many_requests_are_under_way_so_that_waits_do_not_add_up(slow_store: str) -> None:
+    rows = [row(f"{number:03d}", 512, KIB) for number in range(160)]
+    reader = reads.Reader(slow_store, rows)
+    assert [data[:1].decode() for _, data in reader] == [f"{n:03d}"[-1] for n in range(160)]
+    assert reader.requests == Slow.answers == 160
+    assert 8 <= Slow.most <= 16
+    assert reader.wait_seconds < Slow.spent / 3
+
+
+def test_a_slow_consumer_waits_for_the_first_answer_only(slow_store: str) -> None:
+    rows = [row(f"{number:03d}", 512, KIB) for number in range(16)]
+    with reads.Reader(slow_store, rows) as reader:
+        stream = iter(reader)
+        next(stream)
+        first = reader.wait_seconds
+        wait_until(lambda: Slow.answers == 16)
+        time.sleep(4 * Slow.DELAY)  # as decoding would take long enough: all is there
+        assert len(list(stream)) == 15
+    assert first > 0
+    assert reader.wait_seconds - first < 15 * Slow.DELAY / 3
+
+
+def test_waiting_for_the_footers_of_parquet_files_is_waiting(
+    slow_store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parquet(tmp_path / "x.parquet", [train_row(A, number, number) for number in range(4)])
+    monkeypatch.setattr(Slow, "FILE", (tmp_path / "x.parquet").read_bytes())
+    reader = reads.Reader(slow_store, [row("x.parquet", 0, KIB)])
+    next(reader._fetches())  # asks for the size and the footer
+    assert reader.wait_seconds >= 2 * Slow.DELAY
+
+
+def test_no_more_than_64_mib_are_read_ahead_and_leaving_the_loop_ends_the_threads(
+    slow_store: str,
+) -> None:
+    rows = [row(f"{number:04d}", 512, MIB) for number in range(1000)]
+    with pytest.raises(KeyboardInterrupt), reads.Reader(slow_store, rows) as reader:
+        for position, _ in reader:
+            if position == 3:
+                wait_until(lambda: Slow.answers >= 3 + 64)
+                time.sleep(5 * Slow.DELAY)
+                raise KeyboardInterrupt
+    assert Slow.answers == 3 + 64
+    wait_until(lambda: not any(thread.name.startswith("ahead") for thread in threading.enumerate()))
+
+
+def test_one_image_larger_than_that_is_read_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reads, "_MAX_AHEAD", 100)
+    monkeypatch.setattr(reads, "_MAX_READ", 10)
+    (tmp_path / "c.tar").write_bytes(bytes(range(250)) * 4)
+    rows = [row("c.tar", 0, 90), row("c.tar", 90, 500), row("c.tar", 590, 10)]
+    assert [len(data) for _, data in reads.Reader(str(tmp_path), rows)] == [90, 500, 10]
