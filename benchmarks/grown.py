@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pipelines import claim, finish, plan, shards, sources, storage
+from pipelines import finish, plan, plan_files, shards, sources, storage
 from pipelines.plan import Recipe, ShardPlan
 from pipelines.sources.table import Source, labelled, part
 from pipelines.verify import verify
@@ -53,7 +53,7 @@ def _plan(request: dict[str, Any]) -> Callable[[], None]:
     """The plan and its claim, from a table of the pictures."""
     Path(request["out"]).mkdir()
     source = _source(request)
-    return lambda: claim.begin(request["out"], _RAW, _planned(source, request))
+    return lambda: plan_files.begin(request["out"], _RAW, _planned(source, request))
 
 
 def _tasks(request: dict[str, Any]) -> Callable[[], None]:
@@ -66,7 +66,7 @@ def _finish(request: dict[str, Any]) -> Callable[[], None]:
     (Path(request["out"]) / "manifest.json").unlink(missing_ok=True)
 
     def finished() -> None:
-        made = claim.load(request["out"])
+        made = plan_files.load(request["out"])
         done, missing = finish.finished_shards(request["out"], made)
         assert not missing, missing
         finish.finish(request["out"], made, done)

@@ -16,7 +16,7 @@ from benchmarks.parts import pack
 from benchmarks.pictures import QUALITY, RESIZE, Raw, class_folders
 from benchmarks.table import Bars, Table, spread
 from benchmarks.turns import ratios
-from pipelines import claim, plan, sources
+from pipelines import plan, plan_files, sources
 from pipelines.build import job_for
 from pipelines.write_shard import write_shard
 
@@ -74,7 +74,7 @@ def _timed(
         raw = str(folder / "raw")
         recipe = plan.Recipe(samples_per_shard=pictures, splits=("train",))
         made = plan.make(sources.scan(raw, recipe.splits), recipe)
-        claim.begin(str(out), raw, made)
+        plan_files.begin(str(out), raw, made)
         job = job_for(made, raw, str(out))
         start = time.process_time(), time.perf_counter()
         write_shard(job, 0, made.shards[0].name, made.shards[0].id)

@@ -15,7 +15,7 @@ import ray
 import ray.data
 
 from alexnet.errors import UserError
-from pipelines import claim, cluster, command, finish, metrics, plan, shards
+from pipelines import cluster, command, finish, metrics, plan, plan_files, shards
 from pipelines.plan import Plan
 from pipelines.progress import BuildFailed, MaxRejected, Progress
 from pipelines.sources import StoredAs
@@ -54,7 +54,7 @@ def build(
     if numbers:
         if done and not as_json:
             command.say(f"{len(done)} of {len(made_plan.shards)} shards are already there")
-        claim.refuse_full(out, made_plan, numbers)
+        plan_files.refuse_full(out, made_plan, numbers)
         _remove_faulty(out, made_plan, {number: missing[number] for number in numbers})
         with cluster.connected(address):
             cluster.refuse_local_paths([raw, out], shared_fs=shared_fs)

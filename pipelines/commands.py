@@ -18,7 +18,7 @@ from pipelines.sources import Source
 
 
 def build(arguments: argparse.Namespace) -> int:
-    from pipelines import claim, repair
+    from pipelines import plan_files, repair
 
     MaxRejected.parse(arguments.max_rejected)  # before the long reading of RAW
     if arguments.workers is not None and arguments.workers < 1:
@@ -30,7 +30,7 @@ def build(arguments: argparse.Namespace) -> int:
     if arguments.retry_quarantined:
         again = repair.retry_quarantined(out, source.raw, plan)
         _say(arguments, f"made again: {', '.join(again) or 'nothing, no picture is quarantined'}")
-    plan = claim.begin(out, source.raw, plan)
+    plan = plan_files.begin(out, source.raw, plan)
     if storage.exists(storage.join(out, "manifest.json")):
         _say(arguments, f"{out} is finished already (plan {plan.plan_id[:12]}); nothing to do")
         _say(arguments, _next_command(arguments, plan, out))
@@ -181,11 +181,11 @@ def _in_words(source: Source, plan: Plan, out: str) -> str:
 
 def _refuse_unusable(out: str, plan: Plan) -> None:
     """A store that does not answer or refuses, and a disk that is too small, are told now."""
-    from pipelines import claim
+    from pipelines import plan_files
 
     there = {name for name, _ in storage.list_files(out)}
     missing = [n for n, shard in enumerate(plan.shards) if f"{shard.name}.tar" not in there]
-    claim.refuse_full(out, plan, missing)
+    plan_files.refuse_full(out, plan, missing)
 
 
 def _plan_document(source: Source, plan: Plan, out: str) -> dict[str, Any]:

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from alexnet.errors import UserError
-from pipelines import claim, shards, storage
+from pipelines import plan_files, shards, storage
 from pipelines.plan import Plan, ShardPlan
 from pipelines.write_shard import codec_versions, quarantine_uri
 
@@ -99,7 +99,7 @@ def lost_classes(out: str, done: list[Done]) -> dict[str, int]:
     for _, status in done:
         keys = [str(entry["key"]) for entry in status["rejected"]]
         rejected[status["split"]] = rejected.get(status["split"], []) + keys
-    return claim.lost_classes(out, rejected)
+    return plan_files.lost_classes(out, rejected)
 
 
 def finish(out: str, plan: Plan, done: list[Done]) -> shards.Manifest:

@@ -7,7 +7,7 @@ from collections.abc import Collection
 from typing import Any
 
 from alexnet.errors import UserError
-from pipelines import claim, finish, shards, storage
+from pipelines import finish, plan_files, shards, storage
 from pipelines.plan import Plan
 from pipelines.progress import BuildFailed, MaxRejected
 from pipelines.write_shard import codec_versions, quarantine_uri
@@ -34,8 +34,8 @@ def repair(
             f"{out}/{lost[0]} is damaged; delete it and start the build command of this set "
             "again: it writes the plan anew and keeps every good shard"
         )
-    plan = claim.load(out)
-    raw = raw or claim.raw_of(out)
+    plan = plan_files.load(out)
+    raw = raw or plan_files.raw_of(out)
     if raw is None:
         raise UserError(f"{out}: where it was built from is not known; pass --raw RAW")
     expected = _digests(out)
@@ -71,7 +71,7 @@ def left_undone(out: str) -> list[str] | None:
     files = {name for name, _ in storage.list_files(out)}
     if "manifest.json" in files or not {"SHA256SUMS", "_meta/plan.json"} <= files:
         return None
-    names = [shard.name for shard in claim.load(out).shards]
+    names = [shard.name for shard in plan_files.load(out).shards]
     return [f"{name}.tar" for name in names if f"_meta/{name}.parquet" not in files]
 
 
@@ -80,18 +80,18 @@ def retry_quarantined(out: str, raw: str, plan: Plan) -> list[str]:
 
     Returns their names. Raises UserError when more has changed in RAW than those pictures.
     """
-    before = claim.load(out)
+    before = plan_files.load(out)
     done, missing = finish.finished_shards(out, before)
     rejected = [(shard, status) for shard, status in done if status["rejected"]]
     again = [before.shards[number].name for number in missing]
     again += [shard.name for shard, _ in rejected]
-    claim.check_replaceable(out, plan, set(again))
+    plan_files.check_replaceable(out, plan, set(again))
     storage.delete(storage.join(out, "manifest.json"))
     for shard, status in rejected:
         finish.remove(out, shard.name)
         for entry in status["rejected"]:
             storage.delete(quarantine_uri(out, shard.split, entry["key"]))
-    claim.replace(out, raw, plan)
+    plan_files.replace(out, raw, plan)
     return sorted(again)
 
 

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from alexnet.errors import UserError
-from pipelines import claim, journal, shards, storage, tars
+from pipelines import journal, plan_files, shards, storage, tars
 from pipelines.damage import DAMAGE
 from pipelines.journal import Journal
 from pipelines.plan import Plan
@@ -40,7 +40,7 @@ def status(out: str) -> dict[str, Any]:
             f"{out}: no build was begun here (no _meta/plan.json); start one with "
             f"`python -m pipelines build --raw RAW --out {shlex.quote(out)}`"
         )
-    plan = claim.load(out)
+    plan = plan_files.load(out)
     complete = "manifest.json" in files
     facts = _from_manifest(out) if complete else _from_sidecars(out, plan, files)
     rows = facts.pop("shards")

@@ -17,7 +17,7 @@ import numpy as np
 from PIL import features
 
 from alexnet.errors import UserError
-from pipelines import claim, reads, shards, storage
+from pipelines import plan_files, reads, shards, storage
 from pipelines.plan import Orientation
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def write_shard(job: Job, number: int, name: str, shard_id: str) -> Made:
     started = time.perf_counter()
     torch.set_num_threads(1)  # parallelism is by tasks; more threads would only fight
     _refuse_other_versions(job)
-    rows = claim.read_rows(job.out, job.plan_id, number)
+    rows = plan_files.read_rows(job.out, job.plan_id, number)
     samples: list[shards.Sample | None] = [None] * len(rows)
     rejected: list[dict[str, Any]] = []
     pixels = _PixelSums()

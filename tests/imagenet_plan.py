@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from drawn import devkit
 
-from pipelines import claim, plan, sources
+from pipelines import plan, plan_files, sources
 from pipelines.sources import index, official
 from pipelines.sources.devkit import NAME
 
@@ -62,7 +62,7 @@ def main(folder: Path) -> None:
     started = time.process_time()
     source = sources.scan(str(raw), ["train", "val"])
     made = plan.make(source, plan.Recipe())
-    claim.begin(str(folder / "out"), str(raw), made)
+    plan_files.begin(str(folder / "out"), str(raw), made)
     shards = [shard for shard in made.shards if shard.split == "train"]
     print(
         sum(shard.samples for shard in shards),

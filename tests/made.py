@@ -7,7 +7,7 @@ from pathlib import Path
 
 from drawn import ROOT
 
-from pipelines import claim, finish, plan, shards, sources, storage
+from pipelines import finish, plan, plan_files, shards, sources, storage
 from pipelines.build import job_for
 from pipelines.sources import subset
 from pipelines.write_shard import write_shard
@@ -23,7 +23,7 @@ def made_shards(
     source = sources.scan(raw, recipe.splits, recipe.partial if partial is None else partial)
     source = subset.select(source, recipe.subset, recipe.per_class)
     made = plan.make(source, recipe)
-    claim.begin(out, raw, made)
+    plan_files.begin(out, raw, made)
     job = job_for(made, raw, out)
     for number, shard in enumerate(made.shards):
         write_shard(job, number, shard.name, shard.id)

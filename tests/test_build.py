@@ -9,7 +9,7 @@ from drawn import A, B, C, archives, imagefolder, jpeg, tar
 from made import contents
 
 from alexnet.errors import UserError
-from pipelines import build, claim, plan, shards, sources, storage
+from pipelines import build, plan, plan_files, shards, sources, storage
 from pipelines.progress import BuildFailed, MaxRejected
 from pipelines.transform import Stored, to_stored
 from pipelines.write_shard import _PixelSums, write_shard
@@ -28,7 +28,7 @@ def built(
     only: set[int] | None = None,
 ) -> shards.Manifest | None:
     made = plan.make(sources.scan(raw, recipe.splits, recipe.partial), recipe)
-    claim.begin(out, raw, made)
+    plan_files.begin(out, raw, made)
     return build.build(made, raw, out, max_rejected=limit, workers=workers, only=only)
 
 
@@ -79,7 +79,7 @@ def test_a_failing_task_fails_the_build_with_its_shard_and_the_rest_resumes(
     raw, out = archives(tmp_path / "raw"), str(tmp_path / "out")
     recipe = plan.Recipe(samples_per_shard=3, splits=("train",))
     made = plan.make(sources.scan(str(raw), recipe.splits), recipe)
-    claim.begin(out, str(raw), made)
+    plan_files.begin(out, str(raw), made)
     whole = (raw / "ILSVRC2012_img_train.tar").read_bytes()
     (raw / "ILSVRC2012_img_train.tar").write_bytes(whole[:3000])  # cut behind the plan's back
     with pytest.raises(BuildFailed, match=r"^shard train-00000[01]: .* has changed: .* continues"):
@@ -128,7 +128,7 @@ def test_a_class_of_which_nothing_can_be_read_is_refused_or_recorded(tmp_path: P
             plan.Recipe(splits=("train",), partial=partial),
         )
         made = plan.make(sources.scan(raw, recipe.splits, partial), recipe)
-        made = claim.begin(out, raw, made)
+        made = plan_files.begin(out, raw, made)
         write_shard(build.job_for(made, raw, out), 0, "train-000000", made.shards[0].id)
         if not partial:
             named = r"of 1 class no image can be read: train/b \(3 images\); mend .* --partial"

@@ -17,7 +17,7 @@ from registered import MLFLOW_WARNINGS
 from small_training import fit, small_config
 
 from alexnet.errors import UserError
-from pipelines import claim, report, shards, storage
+from pipelines import plan_files, report, shards, storage
 from pipelines.plan import Recipe
 from training.config import flatten
 from training.registry.versions import load
@@ -106,7 +106,10 @@ def test_registered_model_loads_with_every_unpickler_taken_away(
 
 @pytest.mark.parametrize("name", ["train-../../escaped", "../train-000000", "/tmp/train-000000"])
 def test_shard_named_as_a_path_is_refused(copy: Path, name: str) -> None:
-    for file, read in (("manifest.json", shards.load_manifest), ("_meta/plan.json", claim.load)):
+    for file, read in (
+        ("manifest.json", shards.load_manifest),
+        ("_meta/plan.json", plan_files.load),
+    ):
         document = (copy / file).read_text()
         (copy / file).write_text(document.replace('"train-000000"', f'"{name}"'))
         with pytest.raises(UserError, match="is damaged"):
@@ -126,7 +129,7 @@ def test_shard_named_as_a_path_is_refused(copy: Path, name: str) -> None:
 def test_planned_picture_that_leads_out_of_its_folder_is_refused(
     copy: Path, column: str, value: str
 ) -> None:
-    plan = claim.load(str(copy))
+    plan = plan_files.load(str(copy))
     file = pq.ParquetFile(copy / "_meta" / "plan.parquet")
     with pq.ParquetWriter(copy / "_meta" / "new", file.schema_arrow) as writer:
         for number in range(file.num_row_groups):
@@ -136,7 +139,7 @@ def test_planned_picture_that_leads_out_of_its_folder_is_refused(
             writer.write_table(table.set_column(where, column, pa.array(values)))
     (copy / "_meta" / "new").replace(copy / "_meta" / "plan.parquet")
     with pytest.raises(UserError):
-        claim.read_rows(str(copy), plan.plan_id, 0)
+        plan_files.read_rows(str(copy), plan.plan_id, 0)
 
 
 @pytest.mark.parametrize("there", [True, False], ids=["file", "nothing"])

@@ -197,9 +197,9 @@ class _InTurn:
 
 def _fill_later(file: str, left: int) -> None:
     """Somebody else fills the disk, but for `left` bytes, after the build has looked."""
-    from pipelines import claim
+    from pipelines import plan_files
 
-    look = claim.refuse_full
+    look = plan_files.refuse_full
 
     def refuse_full(*arguments: Any) -> None:
         look(*arguments)
@@ -207,7 +207,7 @@ def _fill_later(file: str, left: int) -> None:
         with Path(file).open("wb") as ballast:
             ballast.write(b"\0" * max(0, disk.f_bavail * disk.f_bsize - left))
 
-    claim.refuse_full = refuse_full
+    plan_files.refuse_full = refuse_full
 
 
 def _jumping(jumps: list[tuple[int, float]]) -> None:

@@ -13,7 +13,7 @@ from build_set import Undisturbed, check_fates, one_line
 from drawn import A, B, archives, imagefolder, jpeg
 
 from alexnet.errors import UserError
-from pipelines import claim, finish, plan, sources
+from pipelines import finish, plan, plan_files, sources
 from pipelines.build import job_for
 from pipelines.write_shard import write_shard
 
@@ -105,7 +105,7 @@ def test_archive_that_changed_behind_the_plan_gives_no_shard(tmp_path: Path) -> 
     """Its size is the same: at the planned places now lie other pictures, or none."""
     raw, out = archives(tmp_path / "raw"), tmp_path / "out"
     made = plan.make(sources.scan(str(raw), ("train", "val")), plan.Recipe(samples_per_shard=2))
-    claim.begin(str(out), str(raw), made)
+    plan_files.begin(str(out), str(raw), made)
     train = raw / "ILSVRC2012_img_train.tar"
     train.write_bytes(train.read_bytes()[512:] + bytes(512))
     job = job_for(made, str(raw), str(out))
@@ -121,7 +121,7 @@ def test_picture_that_grew_behind_the_plan_gives_no_shard(tmp_path: Path) -> Non
     files = {f"train/{wnid}/{wnid}_{n}.JPEG": jpeg(n) for wnid in (A, B) for n in range(2)}
     raw, out = imagefolder(tmp_path / "raw", files), str(tmp_path / "out")
     made = plan.make(sources.scan(str(raw), ("train",)), plan.Recipe(splits=("train",)))
-    claim.begin(out, str(raw), made)
+    plan_files.begin(out, str(raw), made)
     imagefolder(raw, {f"train/{A}/{A}_0.JPEG": jpeg(0) + b"more"})
     with pytest.raises(UserError, match=r"0\.JPEG has changed: it is longer than"):
         write_shard(job_for(made, str(raw), out), 0, made.shards[0].name, made.shards[0].id)
@@ -133,7 +133,7 @@ def test_out_that_was_taken_away_does_not_come_back_with_a_part_of_the_set(
     out, away = tmp_path / "out", tmp_path / "away"
     source = sources.scan(str(folders.raw), ("train", "val"))
     made = plan.make(source, plan.Recipe(samples_per_shard=4))
-    claim.begin(str(out), str(folders.raw), made)
+    plan_files.begin(str(out), str(folders.raw), made)
     job = job_for(made, str(folders.raw), str(out))
     for number, shard in enumerate(made.shards):
         write_shard(job, number, shard.name, shard.id)

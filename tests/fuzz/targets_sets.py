@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from refused import Refused
 
-from pipelines import claim, finish, shards, status, storage
+from pipelines import finish, plan_files, shards, status, storage
 from training.loader import Samples
 from training.shard_files import ShardFiles
 
@@ -64,7 +64,7 @@ def sidecar(data: bytes, folder: Path) -> None:
     """A shard is done with the very rows and facts that its maker wrote, or is made again."""
     name = "_meta/train-000000.parquet"
     out = _set_with(folder, name, data)
-    done, missing = finish.finished_shards(out, claim.load(out))
+    done, missing = finish.finished_shards(out, plan_files.load(out))
     status.text(status.status(out))
     if 0 in missing:
         raise Refused(missing[0])
@@ -77,7 +77,7 @@ def sidecar(data: bytes, folder: Path) -> None:
 
 def plan_json(data: bytes, folder: Path) -> None:
     out = _set_with(folder, "_meta/plan.json", data, finished=False)
-    found = claim.load(out)
+    found = plan_files.load(out)
     assert found.recipe.resize >= found.recipe.crop >= 227
     for shard in found.shards:
         assert _NAME.fullmatch(shard.name) and shard.name.startswith(f"{shard.split}-"), shard
@@ -89,10 +89,10 @@ def plan_json(data: bytes, folder: Path) -> None:
 def plan_rows(data: bytes, folder: Path) -> None:
     """The very rows that were planned, or none."""
     out = _set_with(folder, "_meta/plan.parquet", data, finished=False)
-    made = claim.load(out)
+    made = plan_files.load(out)
     for number in range(len(made.shards)):
-        found = claim.read_rows(out, made.plan_id, number)
-        assert found == claim.read_rows(str(_good_set()), made.plan_id, number)
+        found = plan_files.read_rows(out, made.plan_id, number)
+        assert found == plan_files.read_rows(str(_good_set()), made.plan_id, number)
 
 
 def journal(data: bytes, folder: Path) -> None:

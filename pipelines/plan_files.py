@@ -1,12 +1,13 @@
-"""A plan in OUT: claimed once, so that two sets never mix, and read back by every task."""
+"""The plan kept in OUT: written once, so that two sets never mix, and read back by every task."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import io
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -16,25 +17,22 @@ import pyarrow.parquet as pq
 
 from alexnet.errors import UserError
 from pipelines import shards, storage, tars
-from pipelines.damage import DAMAGE, check_shard_name
+from pipelines.damage import DAMAGE, check_counts, check_shard_name
 from pipelines.plan import Plan, ShardPlan
 from pipelines.sources import SPLITS, TABLE
 from pipelines.sources.table import check
 
-_PLAN = ("_meta", "plan.json")
-_ROWS = ("_meta", "plan.parquet")
-_RAW = ("_meta", "raw.json")
-_NO_PLAN: tuple[type[Exception], ...] = (UserError, *DAMAGE)  # a recipe is checked as flags are
+_PLAN, _ROWS, _RAW = "_meta/plan.json", "_meta/plan.parquet", "_meta/raw.json"
 _PLAN_ID = b"alexnet.plan_id"
 
 
 def begin(out: str, raw: str, plan: Plan) -> Plan:
-    """Claim `out` for this plan, or join it there. The plan with what its first builder counted in
+    """Keep the plan in `out`, or join it there. The plan with what its first builder counted in
     RAW, which the manifest tells. Raises UserError when `out` is another's."""
     storage.sweep(out)  # what killed builders left, or the disk could fill up with it
-    location = storage.join(out, *_PLAN)
+    location = storage.join(out, _PLAN)
     if not storage.exists(location):
-        plan = _refuse_strangers(out, plan)
+        _refuse_strangers(out, plan)
         try:
             storage.write_new(location, _document(plan))
         except UserError:
@@ -47,14 +45,14 @@ def begin(out: str, raw: str, plan: Plan) -> Plan:
             f"({_differences(found, plan)}); choose another --out or the same source and flags"
         )
     if _rows_belong_to(out) != plan.plan_id:  # or somebody was killed while replacing a plan
-        storage.write(storage.join(out, *_ROWS), _rows_by_shard(plan))
+        storage.write(storage.join(out, _ROWS), _rows_by_shard(plan))
     if raw_of(out) != raw:
-        storage.write(storage.join(out, *_RAW), shards.canonical_json({"raw": raw}))
+        storage.write(storage.join(out, _RAW), shards.canonical_json({"raw": raw}))
     return dataclasses.replace(plan, entries=found.get("entries"))
 
 
 def refuse_full(out: str, plan: Plan, numbers: Collection[int]) -> None:
-    """Raises UserError where the disk of `out` has no room for these shards, as far as their sizes
+    """Raises UserError where the disk of `out` lacks space for these shards, as far as their sizes
     can be told before they are made. A store has no end that could be asked for."""
     free = storage.free_bytes(out)
     needed = sum(plan.shards[n].samples for n in numbers) * plan.recipe.bytes_per_sample
@@ -80,109 +78,46 @@ def check_replaceable(out: str, plan: Plan, again: set[str]) -> None:
 def replace(out: str, raw: str, plan: Plan) -> None:
     """Put `plan` in the place of the one in `out`.
 
-    What is interrupted is mended by doing it again: the rows name their plan, and no finished
+    What is interrupted is repaired by doing it again: the rows name their plan, and no finished
     shard names the plan it belonged to.
     """
-    storage.write(storage.join(out, *_ROWS), _rows_by_shard(plan))
-    storage.write(storage.join(out, *_PLAN), _document(plan))
-    storage.write(storage.join(out, *_RAW), shards.canonical_json({"raw": raw}))
+    storage.write(storage.join(out, _ROWS), _rows_by_shard(plan))
+    storage.write(storage.join(out, _PLAN), _document(plan))
+    storage.write(storage.join(out, _RAW), shards.canonical_json({"raw": raw}))
 
 
 def load(out: str) -> Plan:
     """The plan of a set, finished or not, without its table. Raises UserError if there is none."""
-    location = storage.join(out, *_PLAN)
+    location = storage.join(out, _PLAN)
     if not storage.exists(location):
-        raise UserError(f"{out}: no shard set was begun here (no _meta/plan.json)")
+        raise UserError(f"{out}: no shard set was begun here (no {_PLAN})")
     document = _read_plan(location)
-    try:
-        return _parsed(document)
-    except _NO_PLAN as error:
-        raise _damaged(location) from error
-
-
-def _parsed(document: dict[str, Any]) -> Plan:
-    """Raises whatever Python does, and ValueError for a plan that is not the one of its name."""
-    if (
-        hashlib.sha256(shards.canonical_json(document["identity"])).hexdigest()
-        != document["plan_id"]
-    ):
-        raise ValueError("its identity is not that of its plan_id")
-    fields = {name: document[name] for name in ("labels_from", "announced", "official")}
-    fields["entries"] = document.get("entries")
-    plan = Plan(
-        plan_id=document["plan_id"],
-        identity=document["identity"],
-        shards=tuple(ShardPlan(**shard) for shard in document["shards"]),
-        wnids=tuple(document["classes"]["wnids"]),
-        class_names=tuple(document["classes"]["names"]),
-        archives={},
-        table=None,
-        **fields,
-    )
-    for shard in plan.shards:
-        check_shard_name(shard.name, shard.split)  # the name of a file that will be written
-        if type(shard.samples) is not int or shard.samples < 0:
-            raise ValueError(f"{shard.samples!r} samples")
+    with _damage_reported(location):
+        identity = shards.canonical_json(document["identity"])
+        if hashlib.sha256(identity).hexdigest() != document["plan_id"]:
+            raise ValueError("its identity is not that of its plan_id")
+        plan = Plan(
+            plan_id=document["plan_id"],
+            identity=document["identity"],
+            shards=tuple(ShardPlan(**shard) for shard in document["shards"]),
+            wnids=tuple(document["classes"]["wnids"]),
+            class_names=tuple(document["classes"]["names"]),
+            labels_from=document["labels_from"],
+            announced=document["announced"],
+            official=document["official"],
+            archives={},
+            entries=document.get("entries"),
+            table=None,
+        )
+        for shard in plan.shards:
+            check_shard_name(shard.name, shard.split)  # the name of a file that will be written
+            check_counts(shard.samples)
     return plan
-
-
-def _refuse_strangers(out: str, plan: Plan) -> Plan:
-    """A folder without a plan must be empty, or a set of this very plan that lost it: the plan,
-    with the entries of that set."""
-    files = {name for name, _ in storage.list_files(out)}
-    if "/".join(_PLAN) in files:  # another builder was faster: whose plan it is, is asked next
-        return plan
-    if "manifest.json" in files:
-        manifest = shards.read_json(storage.join(out, "manifest.json"))
-        if manifest.get("plan_id") == plan.plan_id:
-            return dataclasses.replace(plan, entries=manifest.get("entries"))
-    if other := sorted(files - _own_parts(out, plan, files)):
-        raise UserError(f"{out} is not empty ({other[0]}, …) and no shard set; choose --out")
-    return plan
-
-
-def _own_parts(out: str, plan: Plan, files: set[str]) -> set[str]:
-    """What a build of `plan` left in an OUT that lost its plan, or was taken away and made again
-    by tasks under way. A sidecar of a planned shard or a builder's journal must vouch for the rest:
-    anybody may have a train-000000.tar."""
-    sidecars = {f"_meta/{shard.name}.parquet": shard.id for shard in plan.shards}
-    uris = {name: storage.join(out, name) for name in sidecars.keys() & files}
-    own = {name for name, uri in uris.items() if _shard_id(uri) == sidecars[name]}
-    journals = {name for name in files if name.startswith("_meta/progress/")}
-    if own or journals:
-        own |= journals | {f"{shard.name}.{end}" for shard in plan.shards for end in ("tar", "idx")}
-        own |= {"SHA256SUMS", "/".join(_ROWS), "/".join(_RAW)}
-        own |= {name for name in files if name.startswith(("index/", "quarantine/", "shardindex-"))}
-    return own
-
-
-def _shard_id(sidecar: str) -> Any:
-    try:
-        return shards.unpack_sidecar(storage.read(sidecar))[1].get("shard_id")
-    except DAMAGE:
-        return None
-
-
-def _read_plan(location: str) -> Any:
-    try:
-        document = json.loads(storage.read(location))
-        if {"plan_id", "identity", "shards", "classes"} <= document.keys():
-            return document
-    except (ValueError, AttributeError, RecursionError):
-        pass
-    raise _damaged(location)
-
-
-def _damaged(location: str) -> UserError:
-    return UserError(
-        f"{location} is damaged; delete it and start the build command of this set again: it "
-        "writes the plan anew and keeps every good shard"
-    )
 
 
 def raw_of(out: str) -> str | None:
     """Where RAW was when somebody built last; None if that is not known."""
-    location = storage.join(out, *_RAW)
+    location = storage.join(out, _RAW)
     return str(shards.read_json(location)["raw"]) if storage.exists(location) else None
 
 
@@ -191,17 +126,12 @@ def read_rows(out: str, plan_id: str, number: int) -> list[dict[str, Any]]:
 
     Raises UserError when the rows in `out` are those of another plan.
     """
-    try:
-        with _open_rows(out) as parquet:
-            if _plan_id(parquet) != plan_id:
-                raise UserError(
-                    f"{out} was given another plan meanwhile; start the same command again"
-                )
-            table = parquet.read_row_group(number, use_threads=False)
-            _check_rows(table)
-            rows: list[dict[str, Any]] = table.to_pylist()
-    except DAMAGE as error:
-        raise _damaged(storage.join(out, *_ROWS)) from error
+    with _damage_reported(storage.join(out, _ROWS)), _open_rows(out) as parquet:
+        if _plan_id(parquet) != plan_id:
+            raise UserError(f"{out} was given another plan meanwhile; start the same command again")
+        table = parquet.read_row_group(number, use_threads=False)
+        _check_rows(table)
+        rows: list[dict[str, Any]] = table.to_pylist()
     return rows
 
 
@@ -210,11 +140,8 @@ def lost_classes(out: str, rejected: Mapping[str, Sequence[str]]) -> dict[str, i
     rejected keys by split. Unlabelled images count for no class."""
     if not any(rejected.values()):
         return {}
-    try:
-        with _open_rows(out) as parquet:
-            rows = parquet.read(["split", "key", "wnid"], use_threads=False)
-    except DAMAGE as error:
-        raise _damaged(storage.join(out, *_ROWS)) from error
+    with _damage_reported(storage.join(out, _ROWS)), _open_rows(out) as parquet:
+        rows = parquet.read(["split", "key", "wnid"], use_threads=False)
     lost: dict[str, int] = {}
     for split, keys in rejected.items():
         of_split = rows.filter(pc.equal(rows["split"], split))
@@ -229,14 +156,52 @@ def _counts(values: Any) -> dict[str, int]:
     return {row["values"]: row["counts"] for row in pc.value_counts(values).to_pylist()}
 
 
+def _refuse_strangers(out: str, plan: Plan) -> None:
+    """A folder without a plan must be empty, or a set of this very plan that lost it: the sidecar
+    of a shard says so. Anybody may have a train-000000.tar."""
+    files = {name for name, _ in storage.list_files(out)}
+    ids = {f"_meta/{shard.name}.parquet": shard.id for shard in plan.shards}
+    sidecars = ((storage.join(out, name), ids[name]) for name in sorted(ids.keys() & files))
+    others = sorted(name for name in files if not name.startswith("_meta/"))
+    if others and not any(_shard_id(uri) == shard_id for uri, shard_id in sidecars):
+        raise UserError(f"{out} is not empty ({others[0]}, …) and no shard set; choose --out")
+
+
+def _shard_id(sidecar: str) -> Any:
+    try:
+        return shards.unpack_sidecar(storage.read(sidecar))[1].get("shard_id")
+    except DAMAGE:
+        return None
+
+
+def _read_plan(location: str) -> Any:
+    data = storage.read(location)
+    with _damage_reported(location):
+        document = json.loads(data)
+        if not {"plan_id", "identity", "shards", "classes"} <= document.keys():
+            raise ValueError("no plan")
+    return document
+
+
+@contextlib.contextmanager
+def _damage_reported(location: str) -> Iterator[None]:
+    try:
+        yield
+    except DAMAGE as error:
+        raise UserError(
+            f"{location} is damaged; delete it and start the build command of this set again: it "
+            "writes the plan anew and keeps every good shard"
+        ) from error
+
+
 def _check_rows(table: pa.Table) -> None:
-    """Keys and sources become names of files: in OUT those of quarantined pictures, in RAW those of
+    """Keys and sources become names of files: in OUT those of quarantined images, in RAW those of
     archives. Raises UserError or ValueError for any that leads elsewhere."""
     table = table.replace_schema_metadata(None)
     if not table.schema.equals(TABLE):
         raise ValueError(f"columns {table.schema.names}")
     table.validate(full=True)
-    check(_ROWS[1], table)
+    check("plan.parquet", table)
     outside = pc.match_substring_regex(table["source"], r"(^|/)\.\.(/|$)|^/|^s3:")
     known = pc.is_in(table["split"], value_set=pa.array(SPLITS))
     if pc.any(outside).as_py() or not pc.all(known).as_py():
@@ -244,7 +209,7 @@ def _check_rows(table: pa.Table) -> None:
 
 
 def _open_rows(out: str) -> pq.ParquetFile:
-    uri = storage.join(out, *_ROWS)
+    uri = storage.join(out, _ROWS)
     file = io.BufferedReader(tars.RangeFile(uri, 0, storage.size(uri)), 1 << 16)
     return pq.ParquetFile(file, page_checksum_verification=True)
 
@@ -254,12 +219,10 @@ def _plan_id(parquet: pq.ParquetFile) -> str:
 
 
 def _rows_belong_to(out: str) -> str | None:
-    if not storage.exists(storage.join(out, *_ROWS)):
-        return None
     try:
         with _open_rows(out) as parquet:
             return _plan_id(parquet)
-    except DAMAGE:
+    except (UserError, *DAMAGE):  # not there, or nothing to rely on: it is written anew
         return None
 
 
@@ -293,7 +256,7 @@ def _rows_by_shard(plan: Plan) -> bytes:
 
 
 def _differences(found: dict[str, Any], plan: Plan) -> str:
-    theirs, ours = flat(found["identity"]), flat(plan.identity)
+    theirs, ours = _flat(found["identity"]), _flat(plan.identity)
     return "; ".join(
         f"{name} {theirs.get(name)} → {ours.get(name)}"
         for name in sorted(theirs | ours)
@@ -301,12 +264,12 @@ def _differences(found: dict[str, Any], plan: Plan) -> str:
     )
 
 
-def flat(value: dict[str, Any], prefix: str = "") -> dict[str, str]:
+def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, str]:
     """Nested names joined by dots, each with its value in at most 40 characters."""
     found: dict[str, str] = {}
     for name, item in value.items():
         if isinstance(item, dict):
-            found |= flat(item, f"{prefix}{name}.")
+            found |= _flat(item, f"{prefix}{name}.")
         else:
             found[prefix + name] = str(item)[:40]
     return found
