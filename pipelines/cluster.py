@@ -44,30 +44,16 @@ def connect(address: str | None = None, *, dashboard: bool = False) -> Path | No
         return None
     _refuse_bytes()
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    settings: dict[str, Any] = {"logging_level": logging.WARNING}
+    given = f"--address {address}"
+    if not address:
+        address = os.environ.get("RAY_ADDRESS")
+        given = f"RAY_ADDRESS={address}"
     if address:
-        _check(address, f"--address {address}")
-    elif address := os.environ.get("RAY_ADDRESS"):
-        _check(address, f"RAY_ADDRESS={address}")
+        _check(address, given)
     elif not _started_here():
-        _own_token()
-        if (folder := _own_folder()) is not None:
-            settings["_temp_dir"] = str(folder)
-        # Of the command that starts a worker, Ray quotes every word but this one.
-        if (python := shlex.quote(sys.executable)) != sys.executable:
-            settings["runtime_env"] = {"py_executable": python}
-        with _environment(_for_own_ray() | _short_temporary(folder)):
-            try:
-                ray.init(address="local", include_dashboard=dashboard, **settings)
-            except Exception as error:  # Ray's own is a bare one
-                raise UserError(
-                    f"Ray cannot be started on this machine ({reason(error)}); its logs are under "
-                    f"{folder or _rays_folder()}: look there for what it lacks, such as memory, "
-                    "processes (`ulimit -u`) or open files (`ulimit -n`)"
-                ) from error
-        return folder
+        return _own(dashboard)
     try:
-        ray.init(address=address, runtime_env=_for_workers(), **settings)
+        ray.init(address=address, runtime_env=_for_workers(), logging_level=logging.WARNING)
     except AuthenticationError as error:
         raise UserError(
             "the Ray cluster asks for a token; set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH "
@@ -76,15 +62,33 @@ def connect(address: str | None = None, *, dashboard: bool = False) -> Path | No
     return None
 
 
+def _own(dashboard: bool) -> Path | None:
+    _own_token()
+    settings: dict[str, Any] = {}
+    if (folder := _own_folder()) is not None:
+        settings["_temp_dir"] = str(folder)
+    # Of the command that starts a worker, Ray quotes every word but this one.
+    if (python := shlex.quote(sys.executable)) != sys.executable:
+        settings["runtime_env"] = {"py_executable": python}
+    settings |= {"include_dashboard": dashboard, "logging_level": logging.WARNING}
+    with _environment(_for_own_ray() | _short_temporary(folder)):
+        try:
+            ray.init(address="local", **settings)
+        except Exception as error:  # Ray's own is a bare one
+            raise UserError(
+                f"Ray cannot be started on this machine ({reason(error)}); its logs are under "
+                f"{folder or _rays_folder()}: look there for what it lacks, such as memory, "
+                "processes (`ulimit -u`) or open files (`ulimit -n`)"
+            ) from error
+    return folder
+
+
 def _refuse_bytes() -> None:
     """Raises UserError for a command line that is no text, which Ray would keep with the job."""
-    for word in sys.argv:
-        try:
-            word.encode()
-        except UnicodeEncodeError as error:
-            raise UserError(
-                f"{word}: Ray takes no name that is not UTF-8 here; rename it, or set PYTHONUTF8=1"
-            ) from error
+    if bad := [word for word in sys.argv if word.encode(errors="replace").decode() != word]:
+        raise UserError(
+            f"{bad[0]}: Ray takes no name that is not UTF-8 here; rename it, or set PYTHONUTF8=1"
+        )
 
 
 def is_known() -> bool:
@@ -107,8 +111,8 @@ def connected(address: str | None = None, *, dashboard: bool = False) -> Iterato
     try:
         yield
     finally:
-        # After Ctrl-C the scheduler of Ray Data still runs for a moment, and Ray's C++ ends the
-        # whole process with a code of its own when the cluster goes away under it.
+        # After Ctrl-C Ray Data's scheduler still runs for a moment, and Ray's C++ ends the whole
+        # process with a code of its own when the cluster goes away under it.
         for thread in threading.enumerate():
             if thread.name.startswith("StreamingExecutor"):
                 thread.join(_SCHEDULER_SECONDS)
@@ -131,8 +135,7 @@ def refuse_local_paths(paths: list[str], *, shared_fs: bool) -> None:
 
 
 def _check(address: str, given: str) -> None:
-    """Ray itself would wait for minutes for a cluster that is not there. given: how the user said
-    it."""
+    """Ray would wait for minutes for a cluster that is not there. given: how the user said it."""
     if address.startswith("http"):
         raise UserError(
             f"{given} is a job server, which only `ray job submit` can use; give the cluster's "
@@ -194,11 +197,8 @@ def _answers(address: str) -> bool:
 
 
 def _own_token() -> None:
-    """A Ray of our own is guarded by a token that dies with it.
-
-    Without one at hand, Ray would leave a new token in ~/.ray, and every later `ray start` would
-    then refuse each client that does not set RAY_AUTH_MODE.
-    """
+    """A Ray of our own is guarded by a token that dies with it. Without one at hand, Ray would
+    leave one in ~/.ray, and every later `ray start` would refuse clients without RAY_AUTH_MODE."""
     saved = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
     if "RAY_AUTH_MODE" not in os.environ and not saved.exists():
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
@@ -208,12 +208,9 @@ def _own_token() -> None:
 
 
 def _for_own_ray() -> dict[str, str]:
-    """Environment for the processes of a Ray of our own, which is this host: all of them see this
-    checkout, and gloo needs no network.
-
-    No runtime environment, and no second set of workers for Ray's first driver, which would start
-    beside the first: that saves seconds before the first task (benchmarks/LOG.md).
-    """
+    """Environment for a Ray of our own, which is this host: its processes see this checkout, and
+    gloo needs no network. No runtime environment, and no second set of workers for Ray's first
+    driver: that saves seconds before the first task (benchmarks/LOG.md)."""
     paths = [str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     found = {"PYTHONPATH": os.pathsep.join(paths), "RAY_prestart_worker_first_driver": "0"}
     return found | _gloo_on("127.0.0.1")
@@ -247,10 +244,8 @@ def _for_workers() -> dict[str, Any]:
 
 def use_the_nodes_network() -> None:
     """In each worker before its work: lets gloo listen on the interface by which the cluster knows
-    this node, unless $GLOO_SOCKET_IFNAME says which.
-
-    By itself gloo takes the address that the host's name leads to: 127.0.1.1 on a plain Debian,
-    where ranks on other hosts cannot reach it. NCCL looks at the interfaces and needs no help.
+    this node, unless $GLOO_SOCKET_IFNAME says which. By itself gloo takes the address of the host's
+    name: 127.0.1.1 on a plain Debian, which ranks on other hosts cannot reach. NCCL needs no help.
     """
     os.environ.update(_gloo_on(ray.util.get_node_ip_address()))
 

@@ -33,6 +33,8 @@ UNREAD = 141  # as a shell says of a program that died of a closed pipe
 # What Ctrl-C and SIGTERM raise: since it was joined, Ray answers SIGTERM in its own way.
 KINDS = (KeyboardInterrupt, SystemExit)
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_noted: set[str] = set()
+_noting = threading.Lock()
 
 
 class Parser(argparse.ArgumentParser):
@@ -83,15 +85,15 @@ def begin(stopped: str = "interrupted") -> None:
     for number in _SIGNALS:
         signal.signal(number, end)
     _open_missing()
-    sys.stdout = _text(sys.stdout, _Stdout(1, "w", closefd=False))
-    sys.stderr = _text(sys.stderr, _Stderr(2, "w", closefd=False))
+    sys.stdout = _text(sys.stdout, _Output(1, "w", closefd=False))
+    sys.stderr = _text(sys.stderr, _Output(2, "w", closefd=False))
     _find_home()
     # A class name in letters that matplotlib's font has not is drawn as boxes, and that is all.
     warnings.filterwarnings("ignore", r"Glyph \d+", UserWarning)
     try:
         Path.cwd()
     except OSError as error:
-        _tell(f"error: the current folder: {error.strerror}; change into one that exists")
+        _report(f"error: the current folder: {error.strerror}; change into one that exists")
         os._exit(WRONG)
 
 
@@ -107,27 +109,26 @@ def answered(
     machine are told as well; whatever else is raised is a defect and keeps its traceback. --help's
     SystemExit and Unread pass, for `leave`.
     """
-    words = failed or {}
     try:
         with raised():
             return work()
     except UserError as error:
-        _tell(f"error: {error}")
-        return WRONG
-    except tuple(words) as error:
-        word = next(word for kind, word in words.items() if isinstance(error, kind))
-        _tell(f"{word}: {UserError(error)}")
-        return FAILED
-    except (MemoryError, OSError, RuntimeError) as error:
-        if (limit := _limit(error)) is None:
-            raise
-        _tell(f"error: {UserError(limit)}")
+        _report(f"error: {error}")
         return WRONG
     except KINDS as left:
         if isinstance(left, SystemExit) and left.code in (None, 0):
             raise
-        _tell(stopped)
+        _report(stopped)
         return INTERRUPTED
+    except Exception as error:
+        for kind, word in (failed or {}).items():
+            if isinstance(error, kind):
+                _report(f"{word}: {UserError(error)}")
+                return FAILED
+        if (limit := _limit(error)) is None:
+            raise
+        _report(f"error: {UserError(limit)}")
+        return WRONG
 
 
 def leave(main: Callable[[], int]) -> NoReturn:
@@ -135,10 +136,8 @@ def leave(main: Callable[[], int]) -> NoReturn:
     answer found no reader (141) or no room (1), in silence; who works tells by `say`."""
     code = 0
     try:
-        try:
+        with contextlib.suppress(SystemExit):  # of --help
             code = answered(main)
-        except SystemExit:  # of --help
-            code = 0
         sys.stdout.flush()
     except Unread as error:
         _mute()
@@ -160,6 +159,17 @@ def say(text: str, end: str = "\n") -> None:
         _mute()
 
 
+def note(text: str, about: str) -> None:
+    """A line on stderr of what goes on without something that a file system or a store does not
+    offer: the first time that this process has one about `about`."""
+    with _noting:
+        if about in _noted:
+            return
+        _noted.add(about)
+    with contextlib.suppress(OSError):  # a stderr that is closed or full ends no work
+        print(f"note: {text}", file=sys.stderr, flush=True)
+
+
 @contextlib.contextmanager
 def raised() -> Iterator[None]:
     """Ctrl-C and SIGTERM raise KeyboardInterrupt inside. Only in the main thread."""
@@ -174,29 +184,21 @@ def raised() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-class _Stdout(io.FileIO):
-    """File descriptor 1. Only the main thread learns that it takes nothing more: what libraries
-    print in threads of their own is no reason to end anything."""
+class _Output(io.FileIO):
+    """File descriptor 1 or 2. That it takes nothing more is an error for stdout and its main thread
+    alone: what libraries print in threads of their own is no reason to end anything, and if it is
+    stderr, there is nobody left to tell."""
 
     muted = False
 
     def write(self, data: Any) -> int:
         try:
-            return super().write(data) if not self.muted else len(data)
+            return len(data) if self.muted else super().write(data)
         except OSError as error:
-            if threading.current_thread() is not threading.main_thread():
+            main = threading.current_thread() is threading.main_thread()
+            if self.fileno() == 2 or not main:
                 return len(data)
             raise Unread(error.errno, error.strerror) from error
-
-
-class _Stderr(io.FileIO):
-    """File descriptor 2: there is nobody left to tell that it takes nothing more."""
-
-    def write(self, data: Any) -> int:
-        try:
-            return super().write(data)
-        except OSError:
-            return len(data)
 
 
 def _text(before: Any, raw: io.FileIO) -> io.TextIOWrapper:
@@ -250,12 +252,12 @@ def _limit(error: BaseException) -> str | None:
     return None
 
 
-def _tell(line: str) -> None:
+def _report(line: str) -> None:
     if sys.stderr is not None:
         print(line, file=sys.stderr, flush=True)
 
 
 def _mute() -> None:
     raw = getattr(getattr(sys.stdout, "buffer", None), "raw", None)
-    if isinstance(raw, _Stdout):
+    if isinstance(raw, _Output):
         raw.muted = True

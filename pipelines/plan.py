@@ -162,11 +162,7 @@ def geometry(recipe: Recipe, stored: StoredAs | None) -> tuple[int, bool]:
     """
     if stored is None:
         return recipe.resize, False
-    same = (recipe.resize, recipe.crop, recipe.quality) == (
-        stored.resize,
-        stored.crop,
-        stored.quality,
-    )
+    same = StoredAs(recipe.resize, recipe.crop, recipe.quality, stored.digest) == stored
     return round(stored.crop * recipe.resize / stored.resize), same
 
 

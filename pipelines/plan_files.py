@@ -24,6 +24,7 @@ from pipelines.sources.table import check
 
 _PLAN, _ROWS, _RAW = "_meta/plan.json", "_meta/plan.parquet", "_meta/raw.json"
 _PLAN_ID = b"alexnet.plan_id"
+_UNREADABLE: tuple[type[Exception], ...] = (UserError, *DAMAGE)
 
 
 def begin(out: str, raw: str, plan: Plan) -> Plan:
@@ -222,7 +223,7 @@ def _rows_belong_to(out: str) -> str | None:
     try:
         with _open_rows(out) as parquet:
             return _plan_id(parquet)
-    except (UserError, *DAMAGE):  # not there, or nothing to rely on: it is written anew
+    except _UNREADABLE:  # not there, or nothing to rely on: it is written anew
         return None
 
 

@@ -16,50 +16,41 @@ from __future__ import annotations
 import base64
 import functools
 import hashlib
+import itertools
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
 
 from alexnet.errors import UserError
-from pipelines.notes import note
+from pipelines.command import note
 
 _Answer = TypeVar("_Answer")
 _TRIES = 5  # of one request by boto3, and of one whose answers arrive damaged
 _PATIENCE = 30.0  # seconds for which a store that has answered before is waited for
-_LONGEST_PAUSE = 3.0
 _SILENCE = 30.0  # seconds without a byte after which a request has failed
 _AWAY = {429, 500, 502, 503, 504}
 # What a store says of a body that is not what was announced, and of one that came to a halt.
-_GARBLED = {
-    "BadDigest",
-    "IncompleteBody",
-    "InvalidDigest",
-    "RequestTimeout",
-    "XAmzContentChecksumMismatch",
-    "XAmzContentSHA256Mismatch",
-}
+_GARBLED = {"BadDigest", "IncompleteBody", "InvalidDigest", "RequestTimeout"}
+_GARBLED |= {"XAmzContentChecksumMismatch", "XAmzContentSHA256Mismatch"}
 # What a store may refuse, and what is done instead.
 _CHECKSUMS, _CONDITIONS = "checksums", "conditional PUTs"
 _LISTS, _ENCODING = "ListObjectsV2", "encoding-type"
+_OF_CLIENTS = frozenset({_CHECKSUMS, _ENCODING})  # the others are of each request
 _INSTEAD = {
     _CHECKSUMS: "what is stored there is compared by its MD5, or read back",
     _CONDITIONS: "let one command at a time write to one place there",
     _LISTS: "it is asked for the older listings",
     _ENCODING: "it is asked for names as they are",
 }
-# Statuses with which a store tells of a header or parameter that it does not know, and codes that
-# have another cause for sure.
+# Statuses for a header or parameter that a store does not know, and codes of another cause.
 _UNKNOWN = {400, 405, 411, 501}
 _CLEAR = {"BadDigest", "ExpiredToken", "IncompleteBody", "InvalidToken", "RequestTimeout"}
 # A header that the store, or a gateway before it, leaves out of the signature. A HEAD has no code.
 _UNSIGNED = {"403", "SignatureDoesNotMatch"}
-# Forms of a request by what of _INSTEAD they have: the whole first, the bare one last.
-_Ways = Mapping[frozenset[str], Callable[[Any], _Answer]]
-_BARE: frozenset[str] = frozenset()
 _OF_REQUESTS, _OF_ANSWERS = "request_checksum_calculation", "response_checksum_validation"
 # Clients are made one at a time: threads that arrive first together would each spend a second on
 # one, and a session is not made for threads.
@@ -67,17 +58,34 @@ _making = threading.Lock()
 _MISSING = {"404", "NoSuchKey", "NotFound"}
 _ELSEWHERE = {"301", "400", "PermanentRedirect", "AuthorizationHeaderMalformed"}
 # What the store says of who asks, and what that person can do.
-_RIGHTS = (
-    "check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and that they may list, read and write there"
-)
 _REFUSED = dict.fromkeys(
     ("401", "403", "AccessDenied", "Forbidden", "InvalidAccessKeyId", "SignatureDoesNotMatch"),
-    _RIGHTS,
-) | {
-    "ExpiredToken": "renew the credentials, AWS_SESSION_TOKEN among them",
-    "InvalidToken": "renew the credentials, AWS_SESSION_TOKEN among them",
-    "RequestTimeTooSkewed": "set the clock of this machine",
-}
+    "check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and that they may list, read and write there",
+)
+_REFUSED |= dict.fromkeys(
+    ("ExpiredToken", "InvalidToken"), "renew the credentials, AWS_SESSION_TOKEN among them"
+)
+_REFUSED["RequestTimeTooSkewed"] = "set the clock of this machine"
+
+
+def patiently(
+    action: Callable[[], _Answer],
+    goes_on: Callable[[Exception, int, float], bool],
+    longest_pause: float = 3.0,
+) -> _Answer:
+    """What `action` returns, called until it succeeds. Where it fails, `goes_on` is asked with the
+    error, the tries so far and the seconds until the next would begin; if it says no, the error is
+    raised."""
+    began, pause = time.monotonic(), 0.1
+    for tries in itertools.count(1):
+        try:
+            return action()
+        except Exception as error:  # raised again, but for what a repetition may mend
+            if not goes_on(error, tries, time.monotonic() - began + pause):
+                raise
+        time.sleep(pause)
+        pause = min(2 * pause, longest_pause)
+    raise AssertionError("unreachable")
 
 
 @dataclass
@@ -85,69 +93,58 @@ class _Store:
     """State: what is known of the store so far."""
 
     session: Any
-    client: Any
-    has_answered: bool = False  # one that never did may have been misnamed: told at once
+    clients: dict[frozenset[str], Any] = field(default_factory=dict)  # by what they leave out
+    has_answered: bool = False  # one that never did may have been misnamed: reported at once
     has_granted: bool = False  # anything: the credentials are good
     refused: set[str] = field(default_factory=set)  # of _INSTEAD
     # Kinds of requests that were granted, each with what it had: no later refusal is about that.
     settled: set[tuple[str, frozenset[str]]] = field(default_factory=set)
 
-    @functools.cached_property
-    def plain(self) -> Any:
-        """A client without checksums."""
+    def client(self, without: frozenset[str] = frozenset()) -> Any:
         with _making:
-            return _client(self.session, checksums=False)
+            if without not in self.clients:
+                self.clients[without] = _client(self.session, without)
+            return self.clients[without]
 
-    @functools.cached_property
-    def unencoded(self) -> Any:
-        """A client that lists names as they are."""
-        from botocore.handlers import set_list_objects_encoding_type_url as encode
-
-        with _making:
-            client = _client(self.session)
-        for name in ("ListObjects", "ListObjectsV2"):
-            client.meta.events.unregister(f"before-parameter-build.s3.{name}", encode)
-        return client
-
-    def ask(self, request: Callable[[Any], _Answer], client: Any = None) -> _Answer:
+    def ask(
+        self, request: Callable[[Any], _Answer], without: frozenset[str] = frozenset()
+    ) -> _Answer:
         """What `request` makes of the client, repeated while that may help."""
         from botocore.exceptions import ClientError
 
-        deadline, tries, pause = time.monotonic() + _PATIENCE, 0, 0.1
-        while True:
-            try:
-                answer = request(client or self.client)
-                self.has_answered = self.has_granted = True
-                return answer
-            except Exception as error:  # raised again, but for what a repetition may mend
-                tries += 1
-                away = _is_away(error)
-                self.has_answered |= isinstance(error, ClientError) and not away
-                wait = away and self.has_answered and time.monotonic() < deadline
-                if not wait and not (_is_garbled(error) and tries < _TRIES):
-                    raise
-            time.sleep(pause)
-            pause = min(2 * pause, _LONGEST_PAUSE)
+        def goes_on(error: Exception, tries: int, seconds: float) -> bool:
+            away = _is_away(error)
+            self.has_answered |= isinstance(error, ClientError) and not away
+            wait = away and self.has_answered and seconds < _PATIENCE
+            return wait or (_is_garbled(error) and tries < _TRIES)
+
+        answer = patiently(lambda: request(self.client(without)), goes_on)
+        self.has_answered = self.has_granted = True
+        return answer
 
     def ask_any(
         self,
         kind: str,
-        ways: _Ways[_Answer],
+        options: tuple[str, ...],
+        request: Callable[[frozenset[str], Any], _Answer],
         is_known: Callable[[], bool] = lambda: True,
     ) -> _Answer:
-        """The answer to the first of `ways` that the store takes; requests of this kind are made in
-        no other from then on. Raises what it said of the first where it takes none.
+        """The answer to `request`, called with those of `options` that it has and the client: all,
+        or else the most that the store takes; requests of this kind are made in no other way from
+        then on. Raises what it said of the first where it takes none.
 
         is_known: whether the store grants such credentials anything, asked where that is the doubt.
         """
         from botocore.exceptions import ClientError
 
-        whole, refusal = next(iter(ways)), None
-        for parts, request in ways.items():
+        refusal = None
+        subsets = (itertools.combinations(options, count) for count in range(len(options) + 1))
+        for without in map(frozenset, itertools.chain(*subsets)):
+            parts = frozenset(options) - without
             if parts & self.refused:
                 continue
             try:
-                answer = self.ask(request, self.plain if _CHECKSUMS in whole - parts else None)
+                answer = self.ask(partial(request, parts), without & _OF_CLIENTS)
             except ClientError as error:
                 if (kind, parts) in self.settled or not _may_be_unknown(error):
                     raise
@@ -156,7 +153,7 @@ class _Store:
                     break
             else:
                 self.settled.add((kind, parts))
-                for part in sorted(whole - parts - self.refused):
+                for part in sorted(without - self.refused):
                     self._note(part, refusal)
                 return answer
         assert refusal is not None, "the last way has nothing that could be refused before"
@@ -164,7 +161,7 @@ class _Store:
 
     def _note(self, part: str, refusal: Any) -> None:
         self.refused.add(part)
-        store = self.client.meta.endpoint_url
+        store = self.client().meta.endpoint_url
         note(f"{store} refuses {part} ({_code(refusal)}); {_INSTEAD[part]}", f"{part} {store}")
 
 
@@ -200,25 +197,28 @@ def _may_be_unknown(error: Any) -> bool:
 def _store_for(*_: str | None) -> _Store:
     import boto3
 
-    session = boto3.session.Session()
-    return _Store(session, _client(session))
+    return _Store(boto3.session.Session())
 
 
-def _client(session: Any, checksums: bool = True) -> Any:
-    """checksums: those that the user's settings leave on."""
+def _client(session: Any, without: frozenset[str]) -> Any:
+    """With checksums where neither `without` nor the user's settings leave them out."""
     from botocore.config import Config
+    from botocore.handlers import set_list_objects_encoding_type_url as encode
 
     retries: Any = {"mode": "standard", "total_max_attempts": _TRIES}
     limits: Any = {"connect_timeout": 10, "read_timeout": _SILENCE, "max_pool_connections": 32}
-    off: Any = {} if checksums else dict.fromkeys((_OF_REQUESTS, _OF_ANSWERS), "when_required")
-    return session.client("s3", config=Config(retries=retries, **limits, **off))
+    if _CHECKSUMS in without:
+        limits |= dict.fromkeys((_OF_REQUESTS, _OF_ANSWERS), "when_required")
+    client = session.client("s3", config=Config(retries=retries, **limits))
+    for name in ("ListObjects", "ListObjectsV2") if _ENCODING in without else ():
+        client.meta.events.unregister(f"before-parameter-build.s3.{name}", encode)
+    return client
 
 
-def _sums(client: Any, of: str) -> frozenset[str]:
+def _sums(client: Any, of: str) -> tuple[str, ...]:
     """_CHECKSUMS where the client has them in its requests, or asks for them in answers.
     of: the name of botocore's setting."""
-    off = getattr(client.meta.config, of) == "when_required"
-    return _BARE if off else frozenset({_CHECKSUMS})
+    return () if getattr(client.meta.config, of) == "when_required" else (_CHECKSUMS,)
 
 
 def _store() -> _Store:
@@ -237,11 +237,15 @@ def bucket_and_key(uri: str) -> tuple[str, str]:
     return bucket, key
 
 
+def _place(uri: str) -> dict[str, str]:
+    bucket, key = bucket_and_key(uri)
+    return {"Bucket": bucket, "Key": key}
+
+
 def read(uri: str, offset: int, length: int | None) -> bytes:
     from botocore.exceptions import ClientError
 
-    bucket, key = bucket_and_key(uri)
-    request: dict[str, Any] = {"Bucket": bucket, "Key": key}
+    request: dict[str, Any] = _place(uri)
     if offset or length is not None:
         last = "" if length is None else offset + length - 1
         request["Range"] = f"bytes={offset}-{last}"
@@ -256,11 +260,9 @@ def read(uri: str, offset: int, length: int | None) -> bytes:
 def head(uri: str) -> Any:
     from botocore.exceptions import ClientError
 
-    bucket, key = bucket_and_key(uri)
-
     def request(client: Any) -> Any:
         mode = {"ChecksumMode": "ENABLED"} if _sums(client, _OF_ANSWERS) else {}
-        return client.head_object(Bucket=bucket, Key=key, **mode)
+        return client.head_object(**_place(uri), **mode)
 
     try:
         return _read(request)
@@ -272,70 +274,60 @@ def head(uri: str) -> Any:
 
 def _read(request: Callable[[Any], _Answer]) -> _Answer:
     store = _store()
-    return store.ask_any("read", {_sums(store.client, _OF_ANSWERS): request, _BARE: request})
+    sums = _sums(store.client(), _OF_ANSWERS)
+    return store.ask_any("read", sums, lambda parts, client: request(client))
 
 
 def list_objects(uri: str) -> list[tuple[str, int]]:
     bucket, key = bucket_and_key(uri)
     prefix = key.rstrip("/") + "/" if key else ""
 
-    def listed(name: str, client: Any) -> list[tuple[str, int]]:
+    def listed(parts: frozenset[str], client: Any) -> list[tuple[str, int]]:
         found: list[tuple[str, int]] = []
-        for page in client.get_paginator(name).paginate(Bucket=bucket, Prefix=prefix):
-            for item in page.get("Contents", []):
-                if item["Key"] != prefix:  # of the folder itself
-                    found.append((item["Key"].removeprefix(prefix), int(item["Size"])))
-        if page.get("IsTruncated") and name != older:  # a store that took it for the older one
-            return listed(older, client)
+        pages = client.get_paginator("list_objects_v2" if _LISTS in parts else "list_objects")
+        for page in pages.paginate(Bucket=bucket, Prefix=prefix):
+            found += [
+                (item["Key"].removeprefix(prefix), int(item["Size"]))
+                for item in page.get("Contents", [])
+                if item["Key"] != prefix  # of the folder itself
+            ]
+        if page.get("IsTruncated") and _LISTS in parts:  # a store that took it for the older one
+            return listed(parts - {_LISTS}, client)
         return found
 
-    store, newer, older = _store(), "list_objects_v2", "list_objects"
-    ways: _Ways[list[tuple[str, int]]] = {
-        frozenset({_LISTS, _ENCODING}): partial(listed, newer),
-        frozenset({_ENCODING}): partial(listed, older),
-        frozenset({_LISTS}): lambda _: listed(newer, store.unencoded),
-        _BARE: lambda _: listed(older, store.unencoded),
-    }
-    return store.ask_any("list", ways, is_known=lambda: False)
+    return _store().ask_any("list", (_LISTS, _ENCODING), listed, is_known=lambda: False)
 
 
 def delete(uri: str) -> None:
-    bucket, key = bucket_and_key(uri)
-    _store().ask(lambda client: client.delete_object(Bucket=bucket, Key=key))
+    _store().ask(lambda client: client.delete_object(**_place(uri)))
 
 
 def put(uri: str, data: bytes) -> None:
     store = _store()
+    sums = _sums(store.client(), _OF_REQUESTS)
     request = partial(_put, uri, data)
-    ways = {_sums(store.client, _OF_REQUESTS): request, _BARE: request}
-    store.ask_any("write", ways, partial(_is_known, uri))
+    store.ask_any("write", sums, lambda parts, client: request(client), partial(_is_known, uri))
 
 
 def put_new(uri: str, data: bytes) -> bool:
     """False where there is an object already: perhaps this one, stored by a request whose answer
     was lost."""
     store = _store()
-    sums = _sums(store.client, _OF_REQUESTS)
 
-    def look_and_put(client: Any) -> bool:
+    def put_unless_there(parts: frozenset[str], client: Any) -> bool:
+        if _CONDITIONS in parts:
+            return _put(uri, data, client, IfNoneMatch="*")
         return head(uri) is None and _put(uri, data, client)
 
-    only_new = partial(_put, uri, data, IfNoneMatch="*")
-    ways: _Ways[bool] = {
-        sums | {_CONDITIONS}: only_new,
-        frozenset({_CONDITIONS}): only_new,
-        sums: look_and_put,
-        _BARE: look_and_put,
-    }
-    return store.ask_any("write new", ways, partial(_is_known, uri))
+    options = (*_sums(store.client(), _OF_REQUESTS), _CONDITIONS)
+    return store.ask_any("write new", options, put_unless_there, partial(_is_known, uri))
 
 
 def _put(uri: str, data: bytes, client: Any, **condition: str) -> bool:
     """False where `condition` does not hold."""
     from botocore.exceptions import ClientError, FlexibleChecksumError
 
-    bucket, key = bucket_and_key(uri)
-    place, by_store = {"Bucket": bucket, "Key": key}, bool(_sums(client, _OF_REQUESTS))
+    place, by_store = _place(uri), bool(_sums(client, _OF_REQUESTS))
     md5 = b"" if by_store else hashlib.md5(data, usedforsecurity=False).digest()
     if by_store:
         sums = {"ChecksumSHA256": base64_sha256(data)}
@@ -352,7 +344,7 @@ def _put(uri: str, data: bytes, client: Any, **condition: str) -> bool:
     if client.get_object(**place)["Body"].read() != data:  # an encrypted one has another ETag
         if condition:
             client.delete_object(**place)  # it is ours, and in the way of the next try
-        raise FlexibleChecksumError(error_msg=f"{key} was stored with other bytes")
+        raise FlexibleChecksumError(error_msg=f"{uri} was stored with other bytes")
     return True
 
 
@@ -360,10 +352,9 @@ def _is_known(uri: str) -> bool:
     """Whether the store grants the simplest request."""
     from botocore.exceptions import ClientError
 
-    bucket, key = bucket_and_key(uri)
     store = _store()
     try:
-        store.ask(lambda client: client.head_object(Bucket=bucket, Key=key), store.plain)
+        store.ask(lambda client: client.head_object(**_place(uri)), _OF_CLIENTS)
     except ClientError as error:
         return _code(error) in _MISSING
     return True
@@ -373,34 +364,40 @@ def remedy(uri: str, error: Exception) -> str | None:
     from botocore import exceptions as s3
 
     store = os.environ.get("AWS_ENDPOINT_URL", "Amazon S3")
+    said = " ".join(str(error).split())
+    if isinstance(error, s3.ClientError):
+        return f"{uri}: {_answer_told(error, store)}".strip()
     if isinstance(error, s3.NoCredentialsError | s3.PartialCredentialsError):
         return f"{uri}: no S3 credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
     if isinstance(error, s3.ProfileNotFound | s3.CredentialRetrievalError):
-        return f"{uri}: no S3 credentials ({' '.join(str(error).split())}); check AWS_PROFILE"
+        return f"{uri}: no S3 credentials ({said}); check AWS_PROFILE"
     if isinstance(error, s3.ParamValidationError | s3.NoRegionError):
-        return f"{uri}: {' '.join(str(error).split())}"
+        return f"{uri}: {said}"
     if isinstance(error, s3.HTTPClientError | s3.ConnectionError):  # refused, timed out, TLS
         return f"{uri}: {store} cannot be reached; check AWS_ENDPOINT_URL and the network"
-    if _is_garbled(error) and not isinstance(error, s3.ClientError):
-        about = " ".join(str(error).split())[:200]
-        return f"{uri}: {store} sent a damaged answer ({about}); check the network and try again"
-    if isinstance(error, ValueError) and "endpoint" in str(error).lower():
+    if _is_garbled(error):
+        return (
+            f"{uri}: {store} sent a damaged answer ({said[:200]}); check the network and try again"
+        )
+    if isinstance(error, ValueError) and "endpoint" in said.lower():
         return f"{uri}: AWS_ENDPOINT_URL={store} is not a URL"
-    if not isinstance(error, s3.ClientError):
-        return None
-    code = _code(error)
+    return None
+
+
+def _answer_told(error: Any, store: str) -> str:
+    code, answer = _code(error), error.response["Error"]
     if code == "NoSuchBucket":
-        return f"{uri}: no such bucket at {store}; create it first"
+        return f"no such bucket at {store}; create it first"
     if code in _MISSING:
-        return f"{uri}: not there"
-    message = " ".join(str(error.response["Error"].get("Message", "")).split())
+        return "not there"
     headers = error.response.get("ResponseMetadata", {}).get("HTTPHeaders", {})
-    region = headers.get("x-amz-bucket-region") or error.response["Error"].get("Region")
+    region = headers.get("x-amz-bucket-region") or answer.get("Region")
     if code in _ELSEWHERE and region:
-        return f"{uri}: {store} has the bucket in another region; set AWS_DEFAULT_REGION={region}"
+        return f"{store} has the bucket in another region; set AWS_DEFAULT_REGION={region}"
+    message = " ".join(str(answer.get("Message", "")).split())
     if code in _REFUSED:
-        return f"{uri}: {store} refused the credentials ({code}: {message}); {_REFUSED[code]}"
-    return f"{uri}: {store} answered {code}: {message}".strip()
+        return f"{store} refused the credentials ({code}: {message}); {_REFUSED[code]}"
+    return f"{store} answered {code}: {message}"
 
 
 def base64_sha256(data: bytes) -> str:

@@ -16,21 +16,23 @@ import tempfile
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from functools import partial, wraps
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Concatenate, ParamSpec, TypeVar
 
 from alexnet.errors import UserError
 from pipelines import s3
-from pipelines.notes import note
+from pipelines.command import note
+from pipelines.s3 import patiently as patiently
 
+_Rest = ParamSpec("_Rest")
+_Result = TypeVar("_Result")
 _TEMPORARY = ".tmp"
 # With these a file system, or who mounted it, refuses what it does not offer. A disk that is full,
 # broken or write-protected has others.
-_NOT_OFFERED = {
-    *(errno.EACCES, errno.EBADF, errno.EINVAL, errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP),
-    *(errno.EOPNOTSUPP, errno.EPERM),
-}
+_NOT_OFFERED = {errno.EACCES, errno.EBADF, errno.EINVAL, errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP}
+_NOT_OFFERED |= {errno.EOPNOTSUPP, errno.EPERM}
 _POWER = "a power cut could lose the newest files"
 _HERE, _NO_REPLACE = -100, 1  # AT_FDCWD and RENAME_NOREPLACE of Linux
 _REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
@@ -54,60 +56,83 @@ def join(uri: str, *parts: str) -> str:
     return "/".join([uri.rstrip("/") or "/", *parts])
 
 
+def _mendable(
+    function: Callable[Concatenate[str, _Rest], _Result],
+) -> Callable[Concatenate[str, _Rest], _Result]:
+    """Raises UserError for what the user can mend at the URI: missing, forbidden, full, away."""
+
+    @wraps(function)
+    def wrapped(uri: str, /, *args: _Rest.args, **keywords: _Rest.kwargs) -> _Result:
+        try:
+            return function(uri, *args, **keywords)
+        except Exception as error:
+            line = s3.remedy(uri, error) if is_s3(uri) else _local_remedy(uri, error)
+            if line is None:
+                raise
+            raise UserError(line) from error
+
+    return wrapped
+
+
+@_mendable
 def exists(uri: str) -> bool:
     """True for a file or object; also for a local folder."""
-    if not is_s3(uri):
-        with _told(uri):
-            return Path(uri).exists()
-    return _head(uri) is not None
+    return s3.head(uri) is not None if is_s3(uri) else Path(uri).exists()
 
 
+@_mendable
 def size(uri: str) -> int:
     """Bytes. Raises UserError when it is not there."""
     if not is_s3(uri):
-        with _told(uri):
-            return Path(uri).stat().st_size
-    head = _head(uri)
-    if head is None:
+        return Path(uri).stat().st_size
+    if (head := s3.head(uri)) is None:
         raise UserError(f"{uri}: not there")
     return int(head["ContentLength"])
 
 
+@_mendable
+def version(uri: str) -> str:
+    """Changes when the bytes do: modification time of a local file, ETag of an object."""
+    if is_s3(uri):
+        return str((s3.head(uri) or {}).get("ETag"))
+    return str(Path(uri).stat().st_mtime_ns)
+
+
+@_mendable
 def read(uri: str, offset: int = 0, length: int | None = None) -> bytes:
     """`length` bytes from `offset` (all that follow when None); fewer only where the file ends."""
     if length == 0:
         return b""
-    with _told(uri):
-        if not is_s3(uri):
-            with Path(uri).open("rb", buffering=0) as file:
-                file.seek(offset)
-                return _read_fully(file, length)
+    if is_s3(uri):
         return s3.read(uri, offset, length)
+    with Path(uri).open("rb") as file:
+        file.seek(offset)
+        return file.read(-1 if length is None else length)
 
 
 def read_each(uris: Sequence[str], ahead: int = 16) -> Iterator[bytes]:
     """The whole of each file, in the order given, with at most `ahead` reads under way or waiting
     to be taken: on S3 thousands of small objects would otherwise cost a round trip each."""
-    pending = deque(uris)
+    pending = iter(uris)
     with ThreadPoolExecutor(ahead if any(map(is_s3, uris)) else 1) as pool:
-        reads = deque(pool.submit(read, pending.popleft()) for _ in range(min(ahead, len(uris))))
+        reads = deque(pool.submit(read, uri) for uri in islice(pending, ahead))
         while reads:
             data = reads.popleft().result()
-            if pending:
-                reads.append(pool.submit(read, pending.popleft()))
+            reads.extend(pool.submit(read, uri) for uri in islice(pending, 1))
             yield data
 
 
+@_mendable
 def list_files(uri: str, *, markers: bool = False) -> list[tuple[str, int]]:
     """(name relative to `uri`, bytes) of every file below it, sorted by name; [] if none.
 
     markers: with the objects whose names end with "/", by which web consoles keep empty folders.
     """
-    with _told(uri):
-        found = s3.list_objects(uri) if is_s3(uri) else _list_folder(Path(uri), "")
-        return sorted(entry for entry in found if markers or not entry[0].endswith("/"))
+    found = s3.list_objects(uri) if is_s3(uri) else _list_folder(Path(uri), "")
+    return sorted(entry for entry in found if markers or not entry[0].endswith("/"))
 
 
+@_mendable
 def write_new(uri: str, data: bytes, below: str | None = None) -> None:
     """Publish atomically under a name that must be free.
 
@@ -115,58 +140,59 @@ def write_new(uri: str, data: bytes, below: str | None = None) -> None:
     other bytes are there, when the store cannot be written, or when the local folder `below`, a
     parent that must exist already, was taken away.
     """
-    with _told(uri):
-        published = s3.put_new(uri, data) if is_s3(uri) else _link_new(Path(uri), data, below)
+    published = s3.put_new(uri, data) if is_s3(uri) else _link_new(Path(uri), data, below)
     if not published and not _same(uri, data):
-        raise UserError(f"{uri} exists with other bytes; delete it or choose another output")
+        raise UserError(
+            f"{uri} already exists with different contents; delete it or choose another output"
+        )
 
 
+@_mendable
 def write(uri: str, data: bytes, below: str | None = None) -> None:
     """Publish atomically, replacing what was there; `below` as for `write_new`."""
-    with _told(uri):
-        if is_s3(uri):
-            s3.put(uri, data)
-            return
-        path = Path(uri)
-        with _temporary_beside(path, data, below) as temporary:
-            temporary.replace(path)
-        _sync_folder(path.parent)
+    if is_s3(uri):
+        s3.put(uri, data)
+        return
+    path = Path(uri)
+    with _temporary_beside(path, data, below) as temporary:
+        temporary.replace(path)
+    _sync_folder(path.parent)
 
 
+@_mendable
 def delete(uri: str) -> None:
     """Remove one file or object; nothing happens when it is not there."""
-    with _told(uri):
-        if is_s3(uri):
-            s3.delete(uri)
-        else:
-            Path(uri).unlink(missing_ok=True)
+    if is_s3(uri):
+        s3.delete(uri)
+    else:
+        Path(uri).unlink(missing_ok=True)
 
 
+@_mendable
 def sweep(folder: str) -> None:
     """Remove the unfinished files that killed writers of this host left in a local folder."""
     if is_s3(folder):
         return  # an unfinished PUT leaves nothing
-    with _told(folder):
-        for path in Path(folder).rglob(f".*~*{_TEMPORARY}"):
-            host, _, rest = path.name[1:].partition("~")
-            pid = rest.partition("~")[0]
-            if host == socket.gethostname() and pid.isdecimal() and not is_alive(int(pid)):
-                _remove(path)
+    for path in Path(folder).rglob(f".*~*{_TEMPORARY}"):
+        host, _, rest = path.name[1:].partition("~")
+        pid = rest.partition("~")[0]
+        if host == socket.gethostname() and pid.isdecimal() and not is_alive(int(pid)):
+            _remove(path)
 
 
+@_mendable
 def free_bytes(uri: str) -> int | None:
     """What the disk of a local path, which need not exist yet, has left; None for S3 and where the
     file system does not tell."""
     if is_s3(uri):
         return None
     path = Path(uri)
-    with _told(uri):
-        while not path.exists() and path != path.parent:
-            path = path.parent
-        if not offers(path, "free space", lambda: shutil.disk_usage(path), "it is not checked"):
-            return None
-        usage = shutil.disk_usage(path)
-        return usage.free if usage.total else None  # some mounts of object stores tell of no blocks
+    while not path.exists() and path != path.parent:
+        path = path.parent
+    if not offers(path, "free space", lambda: shutil.disk_usage(path), "it is not checked"):
+        return None
+    usage = shutil.disk_usage(path)
+    return usage.free if usage.total else None  # some mounts of object stores tell of no blocks
 
 
 def offers(place: Path, what: str, action: Callable[[], object], without: str) -> bool:
@@ -197,14 +223,6 @@ def _expanded(path: str) -> Path:
         ) from error
 
 
-def version(uri: str) -> str:
-    """Changes when the bytes do: modification time of a local file, ETag of an object."""
-    if is_s3(uri):
-        return str((_head(uri) or {}).get("ETag"))
-    with _told(uri):
-        return str(Path(uri).stat().st_mtime_ns)
-
-
 def newest_shards(holding: str = "manifest.json") -> str | None:
     """The shard set under home()/shards whose file of this name is newest; None if none has one.
     By default: the newest finished one."""
@@ -215,16 +233,6 @@ def newest_shards(holding: str = "manifest.json") -> str | None:
 
 
 # Local files
-
-
-def _read_fully(file: Any, length: int | None) -> bytes:
-    if length is None:
-        return bytes(file.read())
-    parts = []
-    while length > 0 and (part := file.read(length)):  # one read() may return less than asked
-        parts.append(part)
-        length -= len(part)
-    return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
 def _list_folder(folder: Path, prefix: str) -> Iterator[tuple[str, int]]:
@@ -330,27 +338,10 @@ def _sync_folder(folder: Path) -> None:
     offers(folder, "fsync of folders", sync, _POWER)
 
 
-def _head(uri: str) -> Any:
-    with _told(uri):
-        return s3.head(uri)
-
-
 def _same(uri: str, data: bytes) -> bool:
-    if is_s3(uri) and (checksum := (_head(uri) or {}).get("ChecksumSHA256")):
+    if is_s3(uri) and (checksum := (s3.head(uri) or {}).get("ChecksumSHA256")):
         return bool(checksum == s3.base64_sha256(data))
     return size(uri) == len(data) and read(uri) == data
-
-
-@contextlib.contextmanager
-def _told(uri: str) -> Iterator[None]:
-    """Turns what the user can mend (missing, forbidden, full, unreachable) into a UserError."""
-    try:
-        yield
-    except Exception as error:
-        line = s3.remedy(uri, error) if is_s3(uri) else _local_remedy(uri, error)
-        if line is None:
-            raise
-        raise UserError(line) from error
 
 
 def _local_remedy(uri: str, error: Exception) -> str | None:

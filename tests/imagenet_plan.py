@@ -43,8 +43,8 @@ def draw(raw: Path) -> None:
     val = members(
         pa.repeat("", VAL), [f"ILSVRC2012_val_{number:08d}.JPEG" for number in range(1, VAL + 1)]
     )
-    index._once(str(raw / TRAIN_TAR), "nested", lambda _: train)
-    index._once(str(raw / VAL_TAR), "flat", lambda _: val)
+    index.once(str(raw / TRAIN_TAR), "nested", index._SCHEMA, lambda _: train)
+    index.once(str(raw / VAL_TAR), "flat", index._SCHEMA, lambda _: val)
 
 
 def members(outer: pa.Array, names: list[str]) -> pa.Table:

@@ -54,7 +54,7 @@ def test_of_two_drawings_that_begin_at_once_one_is_refused(tmp_path: Path, monke
     monkeypatch.setattr(
         storage, "list_files", lambda folder: []
     )  # it looked before the other began
-    with pytest.raises(UserError, match="exists with other bytes"):
+    with pytest.raises(UserError, match="already exists with different contents"):
         draw(str(tmp_path), SMALL, 1)
     assert files(tmp_path) == before
 

@@ -20,7 +20,7 @@ from s3_shards import cached, info_of, uploaded
 from test_loader import assert_equal_to_tars, open_loader
 
 from alexnet.errors import UserError
-from pipelines import notes, storage
+from pipelines import command, storage
 from training.loader import Loader
 
 pytestmark = pytest.mark.usefixtures("home")
@@ -229,7 +229,7 @@ def test_a_home_without_locks_is_noted_and_the_nodes_own_disk_holds_the_shards(
     error, s3_set, downloads, home, tmp_path, monkeypatch, capsys
 ):
     folder, uri, manifest = s3_set
-    monkeypatch.setattr(notes, "_made", set())
+    monkeypatch.setattr(command, "_noted", set())
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     lock = fcntl.flock
 

@@ -45,7 +45,7 @@ def test_the_same_bytes_again_are_fine_and_others_are_refused(seaweed_bucket: st
     uri = f"{seaweed_bucket}/set/train-000000.tar"
     storage.write_new(uri, noise(5 * MIB))
     storage.write_new(uri, noise(5 * MIB))  # a retry
-    with pytest.raises(UserError, match="exists with other bytes"):
+    with pytest.raises(UserError, match="already exists with different contents"):
         storage.write_new(uri, noise(5 * MIB, seed=1))
     assert storage.read(uri) == noise(5 * MIB)
     storage.write(uri, b"other")
@@ -72,7 +72,7 @@ def test_of_eight_writers_of_one_name_one_wins_and_seven_are_told(seaweed_bucket
     (winner,) = [number for number, answer in enumerate(answers) if not answer]
     assert storage.read(uri) == noise(MIB, seed=winner)
     for answer in answers[:winner] + answers[winner + 1 :]:
-        assert "exists with other bytes" in answer
+        assert "already exists with different contents" in answer
 
 
 def test_an_object_is_stored_with_the_sha256_of_its_bytes(

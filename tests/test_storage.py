@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from alexnet.errors import UserError
-from pipelines import notes, storage
+from pipelines import command, storage
 
 
 @pytest.fixture(params=["disk", "s3"])
@@ -41,7 +41,7 @@ def test_a_new_name_is_never_given_other_bytes(place: str) -> None:
     uri = storage.join(place, "file")
     storage.write_new(uri, b"first")
     storage.write_new(uri, b"first")  # a retry
-    with pytest.raises(UserError, match="exists with other bytes"):
+    with pytest.raises(UserError, match="already exists with different contents"):
         storage.write_new(uri, b"other")
     assert storage.read(uri) == b"first"
     storage.write(uri, b"other")
@@ -212,7 +212,7 @@ def test_what_a_file_system_does_not_offer_is_noted_once_and_done_without(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(notes, "_made", set())
+    monkeypatch.setattr(command, "_noted", set())
     Refusing(monkeypatch, error).now(*OPTIONAL[what])
     for name in ("first", "second"):
         test_a_new_name_is_never_given_other_bytes(str(tmp_path / name))
@@ -250,7 +250,7 @@ def test_of_many_writers_one_wins_also_without_hard_links(
         (tmp_path / "file").write_bytes(b"theirs")
 
     monkeypatch.setattr(os, "fsync", faster)
-    with pytest.raises(UserError, match="exists with other bytes"):
+    with pytest.raises(UserError, match="already exists with different contents"):
         storage.write_new(str(tmp_path / "file"), b"ours")
     assert (tmp_path / "file").read_bytes() == b"theirs"
 

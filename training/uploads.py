@@ -11,7 +11,6 @@ import json
 import logging
 import secrets
 import shutil
-import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -129,16 +128,16 @@ class Uploader:
 
     def _patiently(self, write: Callable[[], None]) -> None:
         """Calls `write` until it succeeds. Raises UserError when patience ends."""
-        deadline, pause = time.monotonic() + self._patience, 1.0
-        while True:
-            try:
-                return write()
-            except (UserError, OSError) as error:
-                if time.monotonic() + pause > deadline:
-                    raise UserError(self._given_up(error)) from error
-                logger.warning(f"a checkpoint cannot be stored ({error}); trying again")
-            time.sleep(pause)
-            pause = min(2 * pause, _LONGEST_PAUSE)
+
+        def goes_on(error: Exception, tries: int, seconds: float) -> bool:
+            if not isinstance(error, UserError | OSError):
+                return False
+            if seconds > self._patience:
+                raise UserError(self._given_up(error)) from error
+            logger.warning(f"a checkpoint cannot be stored ({error}); trying again")
+            return True
+
+        storage.patiently(write, goes_on, _LONGEST_PAUSE)
 
     def _given_up(self, error: Exception) -> str:
         safe = "none is stored" if self._stored is None else f"step {self._stored} is stored"

@@ -184,7 +184,7 @@ def _strange(raw: str, source: pa.Array, folder: pa.Array) -> dict[str, str]:
     odd = pc.unique(folder.filter(pc.invert(pc.is_in(folder, value_set=usual)))).to_pylist()
     if not odd:
         return {}
-    from pipelines.transform.picture_files import form  # with its package's torch: seldom needed
+    from pipelines.transform.headers import form  # with its package's torch: seldom needed
 
     strange = {}
     for name in sorted({*odd} - {""}):

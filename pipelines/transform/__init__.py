@@ -25,6 +25,7 @@ import re
 import struct
 import warnings
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -33,9 +34,9 @@ import torch
 from PIL import Image
 
 from alexnet.preprocess import resize_and_crop
-from pipelines.transform import jpegs, picture_files
+from pipelines.transform import headers, jpegs
+from pipelines.transform.headers import MAX_PIXELS, Unusable
 from pipelines.transform.jpegs import Pixels
-from pipelines.transform.picture_files import MAX_PIXELS, Unusable
 
 __all__ = ["FIXES", "MAX_PIXELS", "REASONS", "Pixels", "Rejected", "Stored"]
 __all__ += ["decode", "keep_stored", "to_stored"]
@@ -142,13 +143,15 @@ def keep_stored(raw: bytes, crop: int) -> Stored | Rejected:
     It must be a clean RGB JPEG of crop × crop; `pixels` are its decoded ones.
     """
     try:
-        if not raw or picture_files.form(raw) != "JPEG":
+        if not raw or headers.form(raw) != "JPEG":
             raise Unusable("not_as_stored" if raw else "zero_bytes", _beginning(raw))
         frame = jpegs.read(raw)
         if (frame.width, frame.height, len(frame.components)) != (crop, crop, 3):
             found = f"{frame.width}×{frame.height} in {len(frame.components)} components"
             raise Unusable("not_as_stored", f"{found}, not {crop}×{crop} in 3")
-        pixels = jpegs.decode_strictly(raw, frame)
+        pixels, fixes = jpegs.decode(raw, frame)
+        if fixes:
+            raise Unusable("corrupt", f"JPEG needs {' and '.join(sorted(fixes))}")
     except Unusable as unusable:
         return _rejected(unusable)
     planes = np.ascontiguousarray(pixels[..., :3].transpose(2, 0, 1))
@@ -174,11 +177,11 @@ def decode(
 def _decoded(raw: bytes, exif_orientation: str) -> tuple[Pixels, set[str]]:
     """As `decode`, perhaps with a fourth channel without meaning."""
     fixes: set[str] = set()
-    form = picture_files.form(raw)
+    form = headers.form(raw)
     if form == "GZIP":
         fixes.add("gzip")
         raw = _unpacked(raw)
-        form = picture_files.form(raw)
+        form = headers.form(raw)
     if not raw:
         raise Unusable("zero_bytes", "file of 0 bytes")
     if form in ("", "GZIP"):
@@ -218,20 +221,19 @@ def _decode_jpeg(raw: bytes, _form: str) -> tuple[Pixels, set[str], int]:
     pixels, fixes = jpegs.decode(raw, frame)
     if frame.several:
         fixes.add("mpo_first_frame")
-    if not frame.exif:
-        return pixels, fixes, 1
-    exif = Image.Exif()
-    try:
-        exif.load(frame.exif)
-    except _BROKEN_EXIF:
-        return pixels, fixes, 1
-    return pixels, fixes, _orientation(exif)
+
+    def exif() -> Image.Exif:
+        found = Image.Exif()
+        found.load(frame.exif)
+        return found
+
+    return pixels, fixes, _orientation(exif) if frame.exif else 1
 
 
-def _orientation(exif: Image.Exif) -> int:
+def _orientation(exif: Callable[[], Image.Exif]) -> int:
     """1 to 8, or 1 for what cannot be read."""
     try:
-        value = exif.get(_EXIF_ORIENTATION, 1)
+        value = exif().get(_EXIF_ORIENTATION, 1)
     except _BROKEN_EXIF:
         return 1
     return value if isinstance(value, int) else 1
@@ -239,7 +241,7 @@ def _orientation(exif: Image.Exif) -> int:
 
 def _decode_other(raw: bytes, form: str) -> tuple[Pixels, set[str], int]:
     """PNG, GIF, WebP, BMP, TIFF or PPM, by Pillow once the file is known to be whole."""
-    header = picture_files.header(raw, form)
+    header = headers.header(raw, form)
     fixes = {form.lower()}
     if header.frames > 1:
         fixes.add("first_frame")
@@ -248,10 +250,7 @@ def _decode_other(raw: bytes, form: str) -> tuple[Pixels, set[str], int]:
     try:
         with Image.open(io.BytesIO(raw), formats=[form]) as picture:
             picture.load()
-            try:
-                orientation = _orientation(picture.getexif())
-            except _BROKEN_EXIF:
-                orientation = 1
+            orientation = _orientation(picture.getexif)
             if form == "TIFF":  # there it is no EXIF, and Pillow has turned the image
                 orientation = 1
             return _colours(picture, fixes), fixes, orientation

@@ -22,7 +22,7 @@ import numpy as np
 import simplejpeg
 from PIL import Image
 
-from pipelines.transform.picture_files import Unusable, check_size
+from pipelines.transform.headers import Unusable, check_size
 
 Pixels = np.ndarray[tuple[int, ...], np.dtype[np.uint8]]
 
@@ -107,14 +107,6 @@ def decode(raw: bytes, frame: Frame) -> tuple[Pixels, set[str]]:
     elif len(frame.components) == 1:
         fixes.add("grey")
     return pixels, fixes
-
-
-def decode_strictly(raw: bytes, frame: Frame) -> Pixels:
-    """As `decode`, for a JPEG that needs no fix at all. Raises Unusable."""
-    pixels, fixes = decode(raw, frame)
-    if fixes:
-        raise Unusable("corrupt", f"JPEG needs {' and '.join(sorted(fixes))}")
-    return pixels
 
 
 def _segments(raw: bytes) -> Iterator[tuple[int, int, int]]:

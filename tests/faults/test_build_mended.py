@@ -32,7 +32,7 @@ def test_repair_that_was_stopped_is_continued_and_no_build_takes_the_damage_for_
         (out / gone).unlink()
     life = lives.start(*folders.argv(out))
     assert life.end() == 1
-    assert "train-000002.tar exists with other bytes; delete it" in life.errors
+    assert "train-000002.tar already exists with different contents; delete it" in life.errors
     lives.run("verify", str(out), "--full", "--repair")
     folders.check_whole(out)
 

@@ -11,7 +11,7 @@ import pytest
 from store_proxy import Answer, Habit, Proxy, Request, Weather, error_of, proxied
 
 from alexnet.errors import UserError
-from pipelines import notes, s3, storage
+from pipelines import command, s3, storage
 
 pytest_plugins = ["bad_store"]
 
@@ -31,7 +31,7 @@ REFUSALS = [
 @pytest.fixture(autouse=True)
 def first_meeting(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """As in a new process, which knows no store and has noted nothing."""
-    monkeypatch.setattr(notes, "_made", set())
+    monkeypatch.setattr(command, "_noted", set())
     s3._store_for.cache_clear()
     yield
     s3._store_for.cache_clear()
@@ -66,7 +66,7 @@ def used(bucket: str) -> None:
     assert not storage.exists(uri)
     storage.write_new(uri, b"first")
     storage.write_new(uri, b"first")  # a retry
-    with pytest.raises(UserError, match="exists with other bytes"):
+    with pytest.raises(UserError, match="already exists with different contents"):
         storage.write_new(uri, b"other")
     assert storage.read(uri) == b"first"
     assert storage.size(uri) == 5

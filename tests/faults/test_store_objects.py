@@ -94,7 +94,7 @@ def test_an_own_write_whose_answer_was_lost_is_no_stranger(
     proxy.foul(Weather(0, 0.5, [fault]))
     for number in range(10):
         storage.write_new(f"{bucket}/{number}", content(number, 0))
-        with pytest.raises(UserError, match="exists with other bytes"):
+        with pytest.raises(UserError, match="already exists with different contents"):
             storage.write_new(f"{bucket}/{number}", content(number, 1))
     assert proxy.fair().faults[fault] > 3
     assert all(storage.read(f"{bucket}/{n}") == content(n, 0) for n in range(10))

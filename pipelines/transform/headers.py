@@ -18,21 +18,12 @@ from dataclasses import dataclass
 MAX_PIXELS = 89_478_485
 _PNG_CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # by colour type
 # First column and row, and the steps between them, of each pass of an interlaced PNG.
-_ADAM7 = (
-    (0, 0, 8, 8),
-    (4, 0, 8, 8),
-    (0, 4, 4, 8),
-    (2, 0, 4, 4),
-    (0, 2, 2, 4),
-    (1, 0, 2, 2),
-    (0, 1, 1, 2),
-)
+_ADAM7 = [(0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4)]
+_ADAM7 += [(0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2)]
 # INFOHEADER and its extensions, by size; and the old CORE header of OS/2.
 _BMP_HEADERS = (12, 40, 52, 56, 64, 108, 124)
 _BMP_DEPTHS = (1, 4, 8, 16, 24, 32)
 _BMP_PLAIN = (0, 3)  # rows as they are; the same with masks that say which bits are which colour
-
-
 _PPM = re.compile(  # magic number, width, height, and, but for bitmaps, the largest value
     rb"P(?:(?P<bits>4)|[56])(?:\s+|\s*#[^\n]*\n)+(\d+)(?:\s+|\s*#[^\n]*\n)+(\d+)"
     rb"(?(bits)|(?:\s+|\s*#[^\n]*\n)+(\d+))\s"
