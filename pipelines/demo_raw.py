@@ -1,7 +1,7 @@
 """A small, learnable stand-in for ImageNet, drawn as true ILSVRC2012 archives with a devkit.
 
 It takes the same road as the real set, with its known oddities: IDs in another order than sorted
-WNIDs, a val tar in no order, some grey pictures, one CMYK, one PNG named .JPEG, one cut file.
+WNIDs, a val tar in no order, some grey images, one CMYK, one PNG named .JPEG, one cut file.
 """
 
 from __future__ import annotations
@@ -24,62 +24,40 @@ from pipelines.sources.ilsvrc import TRAIN_TAR, VAL_TAR
 
 _NOTE = "demo-raw.json"  # what was drawn, so that a second run knows it again
 _Array = np.ndarray[Any, np.dtype[Any]]
-_Mask = Callable[[_Array, _Array], _Array]
 
 
 @dataclass(frozen=True)
 class _Class:
     wnid: str
-    words: str
+    words: str  # the second one is a key of _MASKS
     hue: float  # 0..1
-    mask: _Mask  # (x, y), the object within [-1, 1]², to bool
-
-
-def _square(x: _Array, y: _Array) -> _Array:
-    return np.maximum(np.abs(x), np.abs(y)) < 0.85
-
-
-def _radius(x: _Array, y: _Array) -> _Array:
-    return np.hypot(x, y)
 
 
 _CLASSES = (
-    _Class("n09106274", "red disc", 0.00, lambda x, y: _radius(x, y) < 0.9),
-    _Class("n09103871", "orange stripes", 0.08, lambda x, y: _square(x, y) & (np.sin(14 * x) > 0)),
-    _Class("n09104412", "yellow ring", 0.16, lambda x, y: abs(_radius(x, y) - 0.7) < 0.22),
-    _Class("n09101939", "green triangle", 0.33, lambda x, y: (y < 0.8) & (y > 2 * abs(x) - 0.9)),
-    _Class(
-        "n09107723",
-        "turquoise checkerboard, chequerboard",
-        0.47,
-        lambda x, y: _square(x, y) & (np.sin(9 * x) * np.sin(9 * y) > 0),
-    ),
-    _Class(
-        "n09102655",
-        "sky dots",
-        0.55,
-        lambda x, y: _square(x, y) & (np.cos(11 * x) + np.cos(11 * y) > 0.9),
-    ),
-    _Class("n09108190", "blue square", 0.65, _square),
-    _Class(
-        "n09105086",
-        "violet cross",
-        0.76,
-        lambda x, y: (np.minimum(abs(x), abs(y)) < 0.27) & (np.maximum(abs(x), abs(y)) < 0.95),
-    ),
-    _Class(
-        "n09109348",
-        "pink flower",
-        0.88,
-        lambda x, y: _radius(x, y) < 0.55 + 0.35 * np.cos(5 * np.arctan2(y, x)),
-    ),
-    _Class(
-        "n09100517",
-        "lime waves",
-        0.24,
-        lambda x, y: (_radius(x, y) < 0.95) & (np.sin(12 * y + 2 * np.sin(6 * x)) > 0),
-    ),
+    _Class("n09106274", "red disc", 0.00),
+    _Class("n09103871", "orange stripes", 0.08),
+    _Class("n09104412", "yellow ring", 0.16),
+    _Class("n09101939", "green triangle", 0.33),
+    _Class("n09107723", "turquoise checkerboard, chequerboard", 0.47),
+    _Class("n09102655", "sky dots", 0.55),
+    _Class("n09108190", "blue square", 0.65),
+    _Class("n09105086", "violet cross", 0.76),
+    _Class("n09109348", "pink flower", 0.88),
+    _Class("n09100517", "lime waves", 0.24),
 )
+# To bool from x and y, within [-1, 1]² for the object, r = |(x, y)| and m = max(|x|, |y|).
+_MASKS: dict[str, Callable[[_Array, _Array, _Array, _Array], _Array]] = {
+    "disc": lambda x, y, r, m: r < 0.9,
+    "stripes": lambda x, y, r, m: (m < 0.85) & (np.sin(14 * x) > 0),
+    "ring": lambda x, y, r, m: abs(r - 0.7) < 0.22,
+    "triangle": lambda x, y, r, m: (y < 0.8) & (y > 2 * abs(x) - 0.9),
+    "checkerboard": lambda x, y, r, m: (m < 0.85) & (np.sin(9 * x) * np.sin(9 * y) > 0),
+    "dots": lambda x, y, r, m: (m < 0.85) & (np.cos(11 * x) + np.cos(11 * y) > 0.9),
+    "square": lambda x, y, r, m: m < 0.85,
+    "cross": lambda x, y, r, m: (m < 0.95) & (np.minimum(abs(x), abs(y)) < 0.27),
+    "flower": lambda x, y, r, m: r < 0.55 + 0.35 * np.cos(5 * np.arctan2(y, x)),
+    "waves": lambda x, y, r, m: (r < 0.95) & (np.sin(12 * y + 2 * np.sin(6 * x)) > 0),
+}
 
 
 @dataclass(frozen=True)
@@ -114,7 +92,7 @@ def draw(folder: str, drawing: Drawing, seed: int) -> str:
         storage.write_new(note, shards.canonical_json(wanted | {"sizes": {}}))
     classes = _CLASSES[: drawing.classes]
     order = np.random.default_rng([seed, 0]).permutation(drawing.classes * drawing.val_per_class)
-    val_classes = order % drawing.classes  # of picture number k + 1
+    val_classes = order % drawing.classes  # of image number k + 1
     archives = {
         devkit.NAME: _devkit(classes, drawing, val_classes),
         VAL_TAR: _val_tar(classes, val_classes, seed),
@@ -125,18 +103,18 @@ def draw(folder: str, drawing: Drawing, seed: int) -> str:
     sizes = {name: len(data) for name, data in archives.items()}
     storage.write(note, shards.canonical_json(wanted | {"sizes": sizes}))
     train, val = drawing.classes * drawing.per_class, len(val_classes)
-    return f"{folder}: drew {train} train + {val} val pictures in {drawing.classes} classes"
+    return f"{folder}: drew {train} train + {val} val images in {drawing.classes} classes"
 
 
 def _train_tar(classes: tuple[_Class, ...], drawing: Drawing, seed: int) -> bytes:
     tars = []
     for number, kind in enumerate(classes):
-        pictures = []
+        images = []
         for index in range(drawing.per_class):
             rng = np.random.default_rng([seed, 1, number, index])
             data = _encode(_picture(kind, rng), _train_form(number, index))
-            pictures.append((f"{kind.wnid}_{number + 17 * index}.JPEG", data))
-        tars.append((f"{kind.wnid}.tar", _tar(pictures)))
+            images.append((f"{kind.wnid}_{number + 17 * index}.JPEG", data))
+        tars.append((f"{kind.wnid}.tar", _tar(images)))
     return _tar(tars)
 
 
@@ -147,13 +125,13 @@ def _train_form(number: int, index: int) -> str:
 
 
 def _val_tar(classes: tuple[_Class, ...], val_classes: _Array, seed: int) -> bytes:
-    pictures = []
+    images = []
     for index, number in enumerate(val_classes.tolist()):
         picture = _picture(classes[number], np.random.default_rng([seed, 2, index]))
         form = "grey" if index == 7 else "plain"
-        pictures.append((f"ILSVRC2012_val_{index + 1:08d}.JPEG", _encode(picture, form)))
-    order = np.random.default_rng([seed, 3]).permutation(len(pictures))
-    return _tar(pictures[index] for index in order)
+        images.append((f"ILSVRC2012_val_{index + 1:08d}.JPEG", _encode(picture, form)))
+    order = np.random.default_rng([seed, 3]).permutation(len(images))
+    return _tar(images[index] for index in order)
 
 
 def _picture(kind: _Class, rng: np.random.Generator) -> _Array:
@@ -169,7 +147,9 @@ def _picture(kind: _Class, rng: np.random.Generator) -> _Array:
     cos, sin = np.float32(np.cos(angle) / scale), np.float32(np.sin(angle) / scale)
     y = np.arange(height, dtype=np.float32)[:, None] - np.float32(centre_y)
     x = np.arange(width, dtype=np.float32)[None, :] - np.float32(centre_x)
-    mask = kind.mask(cos * x + sin * y, cos * y - sin * x)
+    x, y = cos * x + sin * y, cos * y - sin * x
+    shape = kind.words.split()[1].rstrip(",")
+    mask = _MASKS[shape](x, y, np.hypot(x, y), np.maximum(abs(x), abs(y)))
     hue, saturation = (kind.hue + rng.normal(0, 0.012)) % 1, rng.uniform(0.65, 1)
     colour = np.array(colorsys.hsv_to_rgb(hue, saturation, rng.uniform(0.7, 1))) * 225
     ground = np.full(3, rng.uniform(40, 170)) + rng.uniform(-14, 14, 3)
@@ -183,12 +163,9 @@ def _encode(pixels: _Array, form: str) -> bytes:
     if form in ("grey", "cmyk"):
         image = image.convert({"grey": "L", "cmyk": "CMYK"}[form])
     buffer = io.BytesIO()
-    image.save(buffer, "PNG" if form == "png" else "JPEG", **({} if form == "png" else _JPEG))
+    image.save(buffer, "PNG" if form == "png" else "JPEG", quality=85)  # which PNG ignores
     data = buffer.getvalue()
     return data[: len(data) * 3 // 5] if form == "truncated" else data
-
-
-_JPEG: dict[str, Any] = {"quality": 85}
 
 
 def _tar(members: Iterable[tuple[str, bytes]]) -> bytes:
@@ -206,13 +183,12 @@ def _devkit(classes: tuple[_Class, ...], drawing: Drawing, val_classes: _Array) 
     id_of_class = [len(classes) - number for number in range(len(classes))]
     truth = "".join(f"{id_of_class[number]}\n" for number in val_classes.tolist())
     folder = devkit.NAME.removesuffix(".tar.gz")
-    archive = _tar(
-        [
-            (f"{folder}/readme.txt", b"Drawn pictures in the form of the ILSVRC2012 devkit.\n"),
-            (f"{folder}/data/meta.mat", _meta(classes[::-1], drawing.per_class)),
-            (f"{folder}/data/ILSVRC2012_validation_ground_truth.txt", truth.encode()),
-        ]
-    )
+    members = {
+        "readme.txt": b"Drawn pictures in the form of the ILSVRC2012 devkit.\n",
+        "data/meta.mat": _meta(classes[::-1], drawing.per_class),
+        "data/ILSVRC2012_validation_ground_truth.txt": truth.encode(),
+    }
+    archive = _tar((f"{folder}/{name}", data) for name, data in members.items())
     return gzip.compress(archive, mtime=0)
 
 
@@ -225,16 +201,8 @@ def _meta(classes: tuple[_Class, ...], per_class: int) -> bytes:
         (number + 1, kind.wnid, kind.words, f"a drawn {kind.words}", 0, [], 0, per_class)
         for number, kind in enumerate(classes)
     ]
-    root = (
-        count + 1,
-        "n09100001",
-        "drawing",
-        "anything drawn",
-        count,
-        [*range(1, count + 1)],
-        1,
-        0,
-    )
+    children = [*range(1, count + 1)]
+    root = (count + 1, "n09100001", "drawing", "anything drawn", count, children, 1, 0)
     names = "ILSVRC2012_ID WNID words gloss num_children children wordnet_height num_train_images"
     table = np.empty((count + 1, 1), dtype=[(name, object) for name in names.split()])
     for row, values in enumerate([*leaves, root]):
