@@ -25,8 +25,9 @@ import urllib.error
 import urllib.request
 from collections import Counter
 from collections.abc import Iterator
+from io import BufferedRandom
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import NamedTuple
 
 from alexnet.errors import UserError
 from pipelines import command, shards, storage
@@ -107,7 +108,7 @@ def fetch(name: str, to: str, size: str, mirror: str | None = None) -> str:
     return f"{raw}: fetched {name} {size}, {counts} images"
 
 
-def _lock(part: IO[bytes], folder: Path) -> None:
+def _lock(part: BufferedRandom, folder: Path) -> None:
     """Until `part` is closed no other process may work on it."""
     lock = functools.partial(fcntl.flock, part, fcntl.LOCK_EX | fcntl.LOCK_NB)
     try:
@@ -116,7 +117,7 @@ def _lock(part: IO[bytes], folder: Path) -> None:
         raise UserError(f"{part.name}: another process fetches it; wait for that one") from error
 
 
-def _download(url: str, archive: Archive, part: IO[bytes]) -> None:
+def _download(url: str, archive: Archive, part: BufferedRandom) -> None:
     """Fill `part` with the published bytes; where the connection breaks off, go on from there."""
     before, needed = part.tell(), 2 * archive.num_bytes - part.tell()  # JPEGs hardly compress
     folder = Path(part.name).parent
@@ -166,7 +167,7 @@ def _download(url: str, archive: Archive, part: IO[bytes]) -> None:
         )
 
 
-def _body(url: str, archive: Archive, part: IO[bytes]) -> Iterator[bytes]:
+def _body(url: str, archive: Archive, part: BufferedRandom) -> Iterator[bytes]:
     """What `part` lacks, from one request, until the connection breaks off; `part` is emptied when
     the server sends the file from its start. Raises ConnectionError for what another try may mend.
     """
@@ -189,16 +190,15 @@ def _body(url: str, archive: Archive, part: IO[bytes]) -> Iterator[bytes]:
         line = f"cannot be reached ({getattr(reason, 'strerror', None) or reason})"
         raise ConnectionError(line) from error
     with answer:
-        match = re.match(r"bytes (\d+)-\d+/(\d+)", answer.headers.get("Content-Range", ""))
-        start, total = match.groups() if match else (0, answer.headers.get("Content-Length"))
-        if int(total or archive.num_bytes) != archive.num_bytes:
+        total = answer.headers.get("Content-Range", "").rpartition("/")[2]
+        total = total or answer.headers.get("Content-Length", "")
+        if total.isdecimal() and int(total) != archive.num_bytes:
             raise UserError(
                 f"{url} has {int(total):,} bytes, the published file {archive.num_bytes:,}; "
                 "choose another --mirror"
             )
-        if int(start) not in (0, part.tell()):
-            raise ConnectionError("sent another range than the one asked for")
-        part.truncate(part.seek(int(start)))
+        if answer.status != 206:
+            part.truncate(part.seek(0))
         with contextlib.suppress(OSError, http.client.HTTPException):  # it broke off
             while part.tell() <= archive.num_bytes and (block := answer.read1(_BLOCK)):
                 yield block

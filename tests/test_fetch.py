@@ -32,12 +32,13 @@ from pipelines import fetch, sources
 def test_the_pictures_and_no_litter_lie_in_class_folders_and_nothing_else_is_left(
     archives: Server, tmp_path: Path
 ) -> None:
-    raw = tmp_path / "new" / "raw"
-    line = run(archives, raw)
-    assert line == f"{raw}: fetched imagenette 160, 3 train + 2 val images"
-    assert pictures_in(raw) == PICTURES
-    assert [path.name for path in raw.parent.iterdir()] == ["raw"]
-    mapping = (raw / "LOC_synset_mapping.txt").read_text().splitlines()
+    new, empty = tmp_path / "new" / "raw", tmp_path / "empty" / "raw"
+    empty.mkdir(parents=True)
+    for raw in (new, empty):
+        assert run(archives, raw) == f"{raw}: fetched imagenette 160, 3 train + 2 val images"
+        assert pictures_in(raw) == PICTURES
+        assert [path.name for path in raw.parent.iterdir()] == ["raw"]
+    mapping = (new / "LOC_synset_mapping.txt").read_text().splitlines()
     assert (len(mapping), mapping[0]) == (10, "n01440764 tench, Tinca tinca")
 
 
@@ -52,11 +53,15 @@ def test_what_was_fetched_is_an_imagefolder_to_the_builder(
     assert source.notes == ()
 
 
-def test_a_second_run_asks_nobody_and_says_it_is_there(archives: Server, tmp_path: Path) -> None:
+def test_a_second_run_asks_nobody_and_another_size_is_not_mixed_in(
+    archives: Server, tmp_path: Path
+) -> None:
     raw = tmp_path / "raw"
     run(archives, raw)
     asked = len(archives.seen)
     assert run(archives, raw) == f"{raw} holds imagenette 160 already"
+    with pytest.raises(UserError, match=r"holds imagenette 160; choose another --to"):
+        fetch.fetch("imagenette", str(raw), "320", archives.url)
     assert len(archives.seen) == asked
 
 
@@ -133,19 +138,6 @@ def test_a_folder_with_anything_else_is_left_alone(archives: Server, tmp_path: P
     with pytest.raises(UserError, match="Not a directory"):
         run(archives, raw / "thesis.txt")
     assert archives.seen == []
-
-
-def test_another_size_is_not_mixed_into_a_fetched_folder(archives: Server, tmp_path: Path) -> None:
-    raw = tmp_path / "raw"
-    run(archives, raw)
-    with pytest.raises(UserError, match=r"holds imagenette 160; choose another --to"):
-        fetch.fetch("imagenette", str(raw), "320", archives.url)
-
-
-def test_an_empty_folder_is_filled(archives: Server, tmp_path: Path) -> None:
-    (tmp_path / "raw").mkdir()
-    run(archives, tmp_path / "raw")
-    assert pictures_in(tmp_path / "raw") == PICTURES
 
 
 def test_two_at_once_are_not_let_into_one_folder(archives: Server, tmp_path: Path) -> None:
@@ -248,28 +240,34 @@ def test_a_server_without_ranges_that_always_breaks_off_is_given_up(
     assert len(archives.seen) == 5
 
 
+@pytest.mark.parametrize("statuses", [[500, 503, 200], [429, 408, 200]])
+def test_an_error_of_the_server_is_tried_again(
+    archives: Server, tmp_path: Path, statuses: list[int]
+) -> None:
+    archives.statuses = statuses.copy()
+    run(archives, tmp_path / "raw")
+    assert [status for _, status in archives.seen] == statuses
+
+
 def test_a_range_that_no_longer_exists_starts_anew(archives: Server, tmp_path: Path) -> None:
     archives.cut_after, archives.statuses = [900], [200, 416]
     run(archives, tmp_path / "raw")
     assert archives.seen == [(None, 200), ("bytes=900-", 416), (None, 200)]
 
 
-def test_an_error_of_the_server_is_tried_again(archives: Server, tmp_path: Path) -> None:
-    archives.statuses = [500, 503]
-    run(archives, tmp_path / "raw")
-    assert [status for _, status in archives.seen] == [500, 503, 200]
-
-
-def test_a_server_that_only_has_errors_is_one_line(archives: Server, tmp_path: Path) -> None:
-    archives.statuses = [500] * 50
+@pytest.mark.parametrize(
+    ("statuses", "end"),
+    [
+        ([500] * 50, "answered 500 Internal Server Error, 5 times in a row; check the network"),
+        ([404], "answered 404 Not Found; check --mirror"),
+    ],
+)
+def test_a_server_that_only_has_errors_is_one_line(
+    archives: Server, tmp_path: Path, statuses: list[int], end: str
+) -> None:
+    archives.statuses = statuses
     line = refusal(archives, tmp_path / "raw")
-    assert line.startswith(f"{archives.url}/{FILE} answered 500 Internal Server Error, 5 times")
-
-
-def test_a_missing_file_is_one_line_at_once(archives: Server, tmp_path: Path) -> None:
-    archives.statuses = [404]
-    line = refusal(archives, tmp_path / "raw")
-    assert line == f"{archives.url}/{FILE} answered 404 Not Found; check --mirror"
+    assert line.startswith(f"{archives.url}/{FILE} {end}")
 
 
 def test_a_host_that_cannot_be_reached_is_one_line(archives: Server, tmp_path: Path) -> None:
