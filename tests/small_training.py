@@ -83,10 +83,10 @@ def fit(
     data: str,
     keep: Path | None = None,
     *,
-    resume: Path | None = None,
     place: loop.Place | None = None,
-    stopping: Callable[[], bool] | None = None,
+    **rest: Any,
 ) -> Record:
+    """`rest`: further arguments of loop.fit."""
     record = Record(keep)
     place = place or loop.Place(CPU, threads=2)
     threads = torch.get_num_threads()
@@ -99,9 +99,8 @@ def fit(
             place,
             log=record.log,
             report=record.report,
-            resume=resume,
             run_id="a-run",
-            stopping=stopping,
+            **rest,
         )
     finally:
         torch.set_num_threads(threads)

@@ -186,16 +186,18 @@ def test_auto_crop_takes_random_windows_where_the_shards_leave_room(
     assert seen == [loop.Augment(crop=crop, flip=False, colour_sigma=0.1)]
 
 
-def test_views_are_drawn_by_the_seed_of_the_run_and_the_epoch(uri, monkeypatch):
+def test_views_are_drawn_by_seed_and_epoch_and_colour_noise_ends_with_its_last(uri, monkeypatch):
     view, seen = loop.train_view, []
 
-    def recording(*args: Any, seed: int, epoch: int, **rest: Any) -> torch.Tensor:
-        seen.append((seed, epoch))
-        return view(*args, seed=seed, epoch=epoch, **rest)
+    def recording(
+        images: Any, spec: Any, augment: loop.Augment, *, seed: int, epoch: int, sample_ids: Any
+    ) -> torch.Tensor:
+        seen.append((seed, epoch, augment.colour_sigma))
+        return view(images, spec, augment, seed=seed, epoch=epoch, sample_ids=sample_ids)
 
     monkeypatch.setattr(loop, "train_view", recording)
-    fit(small_config(seed=6), uri)
-    assert seen == [(6, 0)] * 4 + [(6, 1)] * 4
+    fit(small_config(seed=6, augment_colour_epochs=1), uri)
+    assert seen == [(6, 0, 0.1)] * 4 + [(6, 1, 0.0)] * 4
 
 
 def test_paper_divides_its_rate_at_epochs_25_51_and_79_of_91():
@@ -217,18 +219,6 @@ def test_frozen_first_layer_stays_while_the_others_learn(uri, tmp_path):
     before, after = (load_file(folders[step] / "model.safetensors") for step in (4, 8))
     same = {name for name in before if np.array_equal(before[name], after[name])}
     assert same == {"features.conv1.weight", "features.conv1.bias"}
-
-
-def test_colour_noise_ends_with_its_last_epoch(uri, monkeypatch):
-    view, seen = loop.train_view, []
-
-    def recording(images: Any, spec: Any, augment: loop.Augment, **rest: Any) -> torch.Tensor:
-        seen.append(augment.colour_sigma)
-        return view(images, spec, augment, **rest)
-
-    monkeypatch.setattr(loop, "train_view", recording)
-    fit(small_config(augment_colour_epochs=1), uri)
-    assert seen == [0.1] * 4 + [0.0] * 4
 
 
 def test_inputs_are_divided_by_their_deviation_only_where_the_recipe_says(uri):
@@ -290,8 +280,3 @@ def test_flat_loss_stops_the_run_unless_told_to_wait(uri, patience):
     assert "in 4 steps, guessing gives 1.386 (last: batch of 7 samples" in str(stopped.value)
     assert "try --model.init he" in str(stopped.value)
     assert "--flat-loss-steps 8" in str(stopped.value)
-
-
-def test_falling_loss_is_not_called_flat(uri):
-    config = small_config(model_batch_norm=True, optim_lr=0.02, optim_epochs=4, flat_loss_steps=12)
-    assert fit(config, uri).result["epoch"] == 4.0

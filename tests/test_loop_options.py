@@ -31,23 +31,6 @@ def files_of(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
-def run(uri: str, keep: Path | None = None, **rest: Any) -> Record:
-    """`small_training.fit` with the arguments of loop.fit that it does not pass on."""
-    config = rest.pop("config")
-    record = Record(keep)
-    torch.set_num_threads(1)
-    record.result = loop.fit(
-        config,
-        uri,
-        load_manifest(uri),
-        loop.Place(CPU, threads=2),
-        log=record.log,
-        report=record.report,
-        **rest,
-    )
-    return record
-
-
 # Averaged weights
 
 
@@ -150,7 +133,7 @@ def test_notice_of_preemption_saves_at_once_and_goes_on(uri, tmp_path):
         return asked[-1]
 
     config = small_config(optim_batch_size=1, optim_epochs=2, log_steps=50)
-    record = run(uri, tmp_path / "kept", config=config, preempted=preempted)
+    record = fit(config, uri, tmp_path / "kept", preempted=preempted)
     assert asked == [False, True]
     assert sorted(record.folders) == [28, 40, 56]
     assert [step for step, metrics in record.logged if "loss" in metrics] == [28, 40, 50, 56]
@@ -239,7 +222,7 @@ def test_synthetic_pictures_have_the_shapes_of_the_real_and_belong_to_their_ids(
 
 def test_profile_is_a_trace_of_the_steps_after_the_warm_up(uri, tmp_path):
     plain = fit(small_config(), uri, tmp_path / "plain")
-    seen = run(uri, tmp_path / "seen", config=small_config(), profile_to=tmp_path / "profile")
+    seen = fit(small_config(), uri, tmp_path / "seen", profile_to=tmp_path / "profile")
     assert seen.result == plain.result
     events = json.loads((tmp_path / "profile" / "trace.json").read_text())["traceEvents"]
     steps = {e["name"] for e in events if str(e.get("name")).startswith("ProfilerStep#")}

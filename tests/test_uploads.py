@@ -1,7 +1,5 @@
 """Checkpoints that are uploaded: whole, one at a time, kept or deleted, through outages."""
 
-import itertools
-import json
 import random
 import threading
 from pathlib import Path
@@ -223,15 +221,3 @@ def test_checkpoint_that_cannot_be_read_now_is_not_taken_for_a_damaged_one(tmp_p
     with pytest.raises(UserError, match="cannot be reached"):
         prune(str(tmp_path), "checkpoint-3-a", keep_last=1, keep_best=0)
     assert steps_in(str(tmp_path)) == [1, 2, 3]
-
-
-def test_forty_uploads_leave_what_is_to_be_kept(tmp_path):
-    run = str(tmp_path / "run")
-    top1 = [((7 * step) % 40) / 40 for step in range(40)]
-    with uploader(run) as uploads:
-        for step in range(40):
-            uploads.send(made(tmp_path / f"here-{step}", step, top1[step]))
-    best = max(range(40), key=lambda step: top1[step])
-    assert steps_in(run) == sorted({best, 38, 39})
-    assert sum(1 for _ in itertools.chain(Path(run).rglob("*.json"))) == 2 * len(steps_in(run))
-    assert json.loads(next(Path(run).glob("checkpoint-*39-*/state.json")).read_text())["step"] == 39
