@@ -78,10 +78,10 @@ def members(
             contents.append(window.get(header.data, header.size) if wanted else None)
     names = [header.name for header in found]
     if not names:
-        raise UserError(f"{label} holds no file; fetch it again")
+        raise _unsound(f"{label} holds no file")
     if len(set(names)) != len(names):
         twice = next(name for name, count in Counter(names).items() if count > 1)
-        raise UserError(f"{label} holds {twice} twice; fetch it again")
+        raise _unsound(f"{label} holds {twice} twice")
     columns = [names, [start + header.data for header in found], [header.size for header in found]]
     table = pa.table([pa.array(c, f.type) for c, f in zip(columns, MEMBERS, strict=True)], MEMBERS)
     return table if read is None else table.append_column("data", pa.array(contents, pa.binary()))
@@ -119,7 +119,7 @@ def _walk(window: _Window, label: str, length: int, passed: _Passed) -> Iterator
 def _check_beginning(window: _Window, label: str) -> None:
     block = window.get(0, _BLOCK)
     if not block:
-        raise UserError(f"{label} is empty (0 bytes); fetch it again")
+        raise _unsound(f"{label} is empty (0 bytes)")
     for magic, (form, command) in _COMPRESSED.items():
         if block.startswith(magic):
             raise UserError(
@@ -128,25 +128,22 @@ def _check_beginning(window: _Window, label: str) -> None:
     if block.lstrip()[:1] == b"<" and b"\0" not in block:
         raise UserError(f"{label} is an HTML or XML page, not a tar; log in and fetch it again")
     if len(block) < _BLOCK:
-        raise UserError(f"{label} is cut: it has {len(block)} bytes; fetch it again")
+        raise _unsound(f"{label} is truncated: it has {len(block)} bytes")
     if not _sums_up(block) and block.count(0) != _BLOCK:
-        raise UserError(f"{label} is no uncompressed tar; fetch it again")
+        raise _unsound(f"{label} is not an uncompressed tar")
 
 
 def _parse(block: bytes, label: str, position: int, length: int) -> _Header:
     try:
         if len(block) < _BLOCK:
-            raise UserError(
-                f"{label} is cut: it ends at byte {length:,} without the end mark of a tar; "
-                "fetch it again"
-            )
+            raise _unsound(f"{label} is truncated: it ends at byte {length:,} without an end mark")
         if not _sums_up(block):
             raise ValueError("checksum")
         size = _number(block[124:136])
     except ValueError as error:
-        raise UserError(
+        raise _unsound(
             f"{label} is damaged: no valid member at byte {position:,} ({error}), but "
-            f"{length - position:,} bytes follow; fetch it again"
+            f"{length - position:,} bytes follow"
         ) from error
     if block[156:157] == _FOLDER:
         size = 0  # no data follows, whatever the field says (POSIX.1-2001, pax, typeflag 5)
@@ -184,9 +181,8 @@ def _number(field: bytes) -> int:
 def _extension(window: _Window, label: str, header: _Header, length: int) -> dict[str, str]:
     """What a long name or pax record says about the next member."""
     if header.size > _MAX_EXTENSION or header.data + header.size > length:
-        raise UserError(
-            f"{label} is damaged or cut: a name of {header.size:,} bytes at byte {header.data:,}; "
-            "fetch it again"
+        raise _unsound(
+            f"{label} is damaged or truncated: a name of {header.size:,} bytes at {header.data:,}"
         )
     data = window.get(header.data, header.size)
     if header.kind in (_LONG_NAME, _LONG_LINK):
@@ -200,10 +196,7 @@ def _extension(window: _Window, label: str, header: _Header, length: int) -> dic
         end = position + (int(digits) if digits.isdigit() else 0)
         key, equals, value = data[blank + 1 : end - 1].partition(b"=")
         if not equals or data[end - 1 : end] != b"\n":
-            raise UserError(
-                f"{label} is damaged: a pax record at byte {header.data:,} is unreadable; "
-                "fetch it again"
-            )
+            raise _unsound(f"{label} is damaged: a pax record at byte {header.data:,}")
         records[key.decode("utf-8", "replace")] = value.decode("utf-8", "replace")
         position = end
     return records
@@ -216,7 +209,7 @@ def _extended(header: _Header, said: dict[str, str], label: str) -> _Header:
     size = said.get("size", "")
     known = size.isascii() and size.isdecimal() and len(size) <= _MAX_DIGITS
     if size and not known:
-        raise UserError(f"{label} is damaged: a pax record says size {size[:40]}; fetch it again")
+        raise _unsound(f"{label} is damaged: a pax record says size {size[:40]}")
     return _Header(
         said.get("path", header.name),
         int(size) if known else header.size,
@@ -233,16 +226,12 @@ def _check(header: _Header, label: str, length: int) -> None:
     if header.kind not in (*_REGULAR, _FOLDER):
         raise UserError(f"{label}: {name} is a link or device, not a picture")
     if header.name.startswith("/") or ".." in header.name.split("/"):
-        raise UserError(
-            f"{label}: {name} is an absolute path or holds '..'; no published archive does: "
-            "fetch it again"
-        )
+        raise _unsound(f"{label}: {name} is an absolute path or holds '..'")
     if header.kind in _REGULAR and header.name.endswith("/") and header.size:
-        raise UserError(f"{label} is damaged: {name} is a folder with data; fetch it again")
+        raise _unsound(f"{label} is damaged: {name} is a folder with data")
     if end > length:
-        raise UserError(
-            f"{label} is cut: {name} ends at byte {end:,}, the archive at {length:,}; "
-            "fetch it again"
+        raise _unsound(
+            f"{label} is truncated: {name} ends at byte {end:,}, the archive at {length:,}"
         )
 
 
@@ -250,15 +239,16 @@ def _check_end(window: _Window, label: str, end: int, length: int) -> None:
     """After the last member there must be zeros, at least one block and little more."""
     rest = length - end
     if rest < _BLOCK:
-        raise UserError(
-            f"{label} is cut: it ends at byte {length:,} without the end mark of a tar; "
-            "fetch it again"
-        )
+        raise _unsound(f"{label} is truncated: it ends at byte {length:,} without an end mark")
     if rest > _MAX_PADDING or window.get(end, rest).count(0) != rest:
-        raise UserError(
-            f"{label} is damaged: no valid member at byte {end:,} but an end mark, and "
-            f"{rest:,} bytes follow; fetch it again"
+        raise _unsound(
+            f"{label} is damaged: no valid member at byte {end:,} but an end mark, and {rest:,} "
+            "bytes follow"
         )
+
+
+def _unsound(text: str) -> UserError:
+    return UserError(f"{text}; fetch it again")
 
 
 class _Window:

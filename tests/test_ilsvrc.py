@@ -132,7 +132,7 @@ def test_ground_truth_of_another_length_is_refused_with_both_numbers(tmp_path: P
 def test_a_cut_inner_tar_is_refused_by_its_name(tmp_path: Path) -> None:
     inner = tar([(f"{A}_1.JPEG", jpeg(1)), (f"{A}_2.JPEG", jpeg(2))])
     raw = archives(tmp_path, train=tar([(f"{A}.tar", inner[: len(inner) // 2])]))
-    with pytest.raises(UserError, match=rf"{A}\.tar is cut"):
+    with pytest.raises(UserError, match=rf"{A}\.tar is truncated"):
         sources.scan(str(raw), ["train"], partial=True)
 
 

@@ -69,7 +69,7 @@ def test_a_home_that_cannot_be_written_costs_the_index_not_the_build(
         ([("a/n1.tar", tar([("x", b"1")])), ("b/n1.tar", tar([("x", b"1")]))], r"n1\.tar twice"),
         ([("n1.tar", tar([("._x.JPEG", b"1")]))], r"n1\.tar holds no picture"),
         ([("n1.tar", b"")], r"n1\.tar is empty"),
-        ([("n1.tar", tar([("x", b"1")])[:700])], r"n1\.tar is cut"),
+        ([("n1.tar", tar([("x", b"1")])[:700])], r"n1\.tar is truncated"),
         ([("n1.tar", tar([("x", b"1")])), ("x.JPEG", b"1")], r"holds x\.JPEG; expected only nX"),
     ],
 )

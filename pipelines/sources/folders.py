@@ -81,7 +81,8 @@ def _scan(raw: str, listing: entries.Listing, splits: Sequence[str], partial: bo
             raise UserError(f"{raw}: folder {strangers[0]} is no class of the devkit")
         wnids, names = kit.wnids, tuple(kit.words[wnid] for wnid in kit.wnids)
     else:
-        names = _names(raw, files, wnids)
+        told = dict(synset_mapping(raw)) if SYNSET_MAPPING in files else {}
+        names = tuple(told.get(wnid) or wnid for wnid in wnids)
         if not partial:
             _check_classes(raw, classes)
     parts, labels_from = [], {}
@@ -202,11 +203,10 @@ def _is_file(name: str) -> bool:
 def _refuse_vacant(raw: str, vacant: dict[str, dict[str, str]], partial: bool) -> None:
     reasons = {f"{split}/{name}": why for split, of in vacant.items() for name, why in of.items()}
     if reasons and not partial:
-        shown = ", ".join(f"{name} ({why})" for name, why in [*reasons.items()][:5])
         raise UserError(
             f"{raw}: {len(reasons):,} class folder{'s' * (len(reasons) > 1)} without an image: "
-            f"{shown}{', …' * (len(reasons) > 5)}; add images or remove the folder, or pass "
-            "--partial to keep its label without images"
+            f"{entries.named(reasons)}; add images or remove the folder, or pass --partial to keep "
+            "its label without images"
         )
 
 
@@ -299,11 +299,6 @@ def _check_classes(raw: str, classes: dict[str, set[str]]) -> None:
             f"{raw}: train has {_FULL_SET} classes and val {len(val)}, without "
             f"{missing}; add what is missing or pass --partial"
         )
-
-
-def _names(raw: str, files: dict[str, int], wnids: Sequence[str]) -> tuple[str, ...]:
-    names = dict(synset_mapping(raw)) if SYNSET_MAPPING in files else {}
-    return tuple(names.get(wnid) or wnid for wnid in wnids)
 
 
 def synset_mapping(raw: str) -> list[tuple[str, str]]:

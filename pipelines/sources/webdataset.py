@@ -119,6 +119,10 @@ def _scan(raw: str, listing: entries.Listing, splits: Sequence[str], partial: bo
         part(split, index.base_names(rows["name"]), *rows.select(_PLACE).columns)
         for split, rows in by_split.items()
     ]
+    announced = {
+        split: sum(number for name, number in lengths.items() if _split_of(name) == split)
+        for split in splits
+    }
     return Source(
         raw=raw,
         layout="webdataset",
@@ -127,12 +131,7 @@ def _scan(raw: str, listing: entries.Listing, splits: Sequence[str], partial: bo
         class_names=class_names,
         labels_from={split: _origin(rows) for split, rows in by_split.items()},
         containers=tuple((name, files[name]) for name in split_of if split_of[name] in splits),
-        announced={
-            split: sum(length for name, length in lengths.items() if _split_of(name) == split)
-            for split in splits
-            if split in map(_split_of, lengths)
-        }
-        or None,
+        announced={split: number for split, number in announced.items() if number} or None,
         notes=(*notes, *told),
         shuffle=_shuffle(found),
         ignored_members=ignored,
@@ -217,6 +216,8 @@ def _samples(uri: str, passed: Callable[[int, int], None]) -> pa.Table:
     samples: dict[str, dict[str, int]] = {}  # number of the member by kind, by key
     other = []
     for number, name in enumerate(names):
+        if not name.isprintable():
+            raise UserError(f"{uri} holds {name!r}, which cannot name a sample; pack it again")
         match = None if foreign[number] else _MEMBER.fullmatch(name)
         if match is None:
             other.append(number)

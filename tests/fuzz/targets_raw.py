@@ -4,6 +4,7 @@ import contextlib
 import csv
 import gzip
 import io
+import json
 import re
 import tarfile
 from collections.abc import Callable, Iterator
@@ -134,6 +135,33 @@ def kaggle_list(data: bytes, folder: Path) -> None:
     assert listed == {r["key"] for r in source.table.to_pylist() if r["split"] == "val"}
 
 
+def webdataset_tar(data: bytes, folder: Path) -> None:
+    """Images and labels must be those that tarfile finds under the same key."""
+    raw = folder / "raw"
+    raw.mkdir()
+    (raw / "x-train.tar").write_bytes(data := _summed(data))
+    with mock.patch.dict("os.environ", ALEXNET_HOME=str(folder / "home")):
+        source = sources.scan(str(raw), ("train",), partial=True)
+    with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as archive:
+        infos = {info.offset_data: info for info in archive if info.isreg()}
+        said: dict[str, list[int]] = {}
+        for info in infos.values():
+            kind = info.name.rpartition("/")[2].partition(".")[2]
+            text = archive.extractfile(info).read()
+            if kind.lower() == "cls":
+                said.setdefault(info.name[: -len(kind)], []).append(int(text))
+            elif kind.lower() == "json" and isinstance(json.loads(text).get("label"), int):
+                said.setdefault(info.name[: -len(kind)], []).append(json.loads(text)["label"])
+    for row in source.table.to_pylist():
+        info = infos[row["offset"]]
+        assert info.size == row["size"] and info.name.endswith(row["name"])
+        stem = info.name.rpartition("/")[2].partition(".")[2]
+        labels = said[info.name[: -len(stem)]]
+        wnid = re.search(r"n\d{8}", info.name)
+        assert source.wnids[row["label"]] == row["wnid"]
+        assert wnid[0] == row["wnid"] if wnid else int(row["wnid"]) == labels[0], row
+
+
 def parquet(data: bytes, folder: Path) -> None:
     """Paths and labels must be those that Arrow reads as whole rows; pictures too."""
     raw = hugging_face(folder / "raw")
@@ -240,6 +268,7 @@ RAW: dict[str, Callable[[bytes, Path], None]] = {
     for function in (
         *(tar, tar_summed, tar_nested, kept_index, devkit_packed, devkit_tar, devkit_meta),
         *(devkit_truth, kaggle_solution, kaggle_mapping, kaggle_list, parquet, picture),
+        webdataset_tar,
         *(kept_picture, folders),
     )
 }

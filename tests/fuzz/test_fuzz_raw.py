@@ -34,6 +34,11 @@ def packed(form: int) -> bytes:
 TARS = [packed(form) for form in (tarfile.GNU_FORMAT, tarfile.PAX_FORMAT)]
 TARS += [tar([("a.JPEG", b"1"), ("b.JPEG", b"2" * 600)])]
 NESTED = [tar([(f"{w}.tar", tar([(f"{w}_1.JPEG", b"x" * 9)])) for w in (A, B)])]
+WEBDATASETS = [
+    tar([(f"{A}_1.jpg", b"x"), (f"{A}_1.cls", b"0"), (f"{B}_1.jpg", b"x"), (f"{B}_1.cls", b"1")]),
+    tar([("d/a.png", b"x" * 600), ("d/a.json", b'{"label": 0, "filename": "x.png"}')]),
+    tar([("a.jpg", b"x"), ("a.cls", b"0"), ("b.jpg", b"x"), ("b.cls", b"1"), ("b.txt", b"x")]),
+]
 METAS = [
     b"MATLAB 5.0 MAT-file without a date".ljust(116) + made[116:]
     for made in (synsets([C, A, B], 2, "ILSVRC2012_ID"), synsets([A], 1, "ILSVRC2012_ID"))
@@ -77,6 +82,7 @@ SEEDS = {
     "tar": TARS,
     "tar_summed": TARS,
     "tar_nested": NESTED,
+    "webdataset_tar": WEBDATASETS,
     "devkit_packed": [gzip.compress(KIT, mtime=0)],
     "devkit_tar": [KIT],
     "devkit_meta": METAS,
