@@ -62,7 +62,10 @@ def test_blank_pictures_are_not_taken_for_good_ones_without_the_patches(tmp_path
     ("members", "message"),
     [
         ([(f"patch_images/train/{A}_9.JPEG", b"x")], rf"replaces train/{A}_9\.JPEG, which the tr"),
-        ([(f"train/{A}_1.JPEG", b"x"), (f"p/train/{A}_1.JPEG", b"x")], "two pictures for the same"),
+        (
+            [(f"train/{A}_1.JPEG", b"x"), (f"p/train/{A}_1.JPEG", b"x")],
+            "two images of one name in train",
+        ),
         ([(f"patch_images/valid/{A}_1.JPEG", b"x")], r"expected train/, val/ or test/"),
         ([(f"{A}_1.JPEG", b"x")], r"expected train/, val/ or test/"),
     ],

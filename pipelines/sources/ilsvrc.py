@@ -295,32 +295,23 @@ def _patched(
     patched = {}
     for split, rows in parts.items():
         by = found.filter(pc.equal(found["split"], split)).combine_chunks()
-        by = by.filter(_known(uri, split, rows, by, partial)).combine_chunks()
-        patched[split] = _replaced(name, rows, by)
+        known = pc.is_in(by["name"], value_set=rows["name"].combine_chunks())
+        if (stranger := index.first_but(by["name"], known)) is not None and not partial:
+            raise UserError(
+                f"{uri} replaces {split}/{stranger}, which the {split} archive does not hold; take "
+                "all from the same release or pass --partial"
+            )
+        if len(pc.unique(by["name"])) != by.num_rows:
+            raise UserError(f"{uri} holds two images of one name in {split}; fetch it again")
+        by = by.filter(known).combine_chunks()
+        by = by.append_column("source", pa.repeat(pa.scalar(name), by.num_rows))
+        row = pc.index_in(rows["name"], value_set=by["name"].combine_chunks())
+        for column in ("source", "offset", "size"):
+            values = pc.coalesce(by[column].take(row), rows[column])
+            rows = rows.set_column(rows.schema.get_field_index(column), column, values)
+        patched[split] = rows
         notes.append(f"{name}: replaced {by.num_rows:,} pictures of {split}")
     return patched
-
-
-def _known(uri: str, split: str, rows: pa.Table, by: pa.Table, partial: bool) -> pa.Array:
-    """Which replacements are of a picture that is there."""
-    known = pc.is_in(by["name"], value_set=rows["name"].combine_chunks())
-    if (stranger := index.first_but(by["name"], known)) is not None and not partial:
-        raise UserError(
-            f"{uri} replaces {split}/{stranger}, which the {split} archive does not hold; take "
-            "all from the same release or pass --partial"
-        )
-    if len(pc.unique(by["name"])) != by.num_rows:
-        raise UserError(f"{uri} holds two pictures for the same name in {split}; fetch it again")
-    return known
-
-
-def _replaced(name: str, rows: pa.Table, by: pa.Table) -> pa.Table:
-    row = pc.index_in(rows["name"], value_set=by["name"].combine_chunks())
-    for column in ("offset", "size"):
-        values = pc.if_else(pc.is_valid(row), by[column].take(row), rows[column])
-        rows = rows.set_column(rows.schema.get_field_index(column), column, values)
-    source = pc.if_else(pc.is_valid(row), name, rows["source"])
-    return rows.set_column(rows.schema.get_field_index("source"), "source", source)
 
 
 LAYOUT = Layout(
