@@ -96,18 +96,10 @@ def part(split: str, names: Any, wnids: Any, source: Any, offset: Any, size: Any
 
     `names` are base names with extension; a picture without a label has the WNID "".
     """
-    names = _column(names, pa.string(), 0)
-    rows = len(names)
-    return pa.table(
-        {
-            "split": _column(split, pa.string(), rows),
-            "name": names,
-            "wnid": _column(wnids, pa.string(), rows),
-            "source": _column(source, pa.string(), rows),
-            "offset": _column(offset, pa.int64(), rows),
-            "size": _column(size, pa.int64(), rows),
-        }
-    )
+    given = {"split": split, "name": names, "wnid": wnids}
+    given |= {"source": source, "offset": offset, "size": size}
+    columns = {k: _column(value, TABLE.field(k).type, len(names)) for k, value in given.items()}
+    return pa.table(columns)
 
 
 def labelled(parts: Sequence[pa.Table], wnids: Sequence[str]) -> pa.Table:

@@ -411,20 +411,20 @@ def _scan_own(raw: str, listing: entries.Listing, splits: Sequence[str], partial
 def _own_part(raw: str, manifest: shards.Manifest, split: str) -> pa.Table:
     """Raises UserError when the index contradicts the manifest."""
     uri = storage.join(raw, "index", f"{split}.parquet")
-    index = _read_columns(uri)
-    wnid = index["wnid"].combine_chunks()
+    rows = _read_columns(uri)
+    wnid = rows["wnid"].combine_chunks()
     expected = pc.fill_null(pc.index_in(wnid, value_set=pa.array(manifest.wnids)), -1)
-    counts = {row["values"]: row["counts"] for row in pc.value_counts(index["shard"]).to_pylist()}
-    wrong = pc.not_equal(index["label"].combine_chunks(), expected.cast(pa.int64()))
+    counts = {row["values"]: row["counts"] for row in pc.value_counts(rows["shard"]).to_pylist()}
+    wrong = pc.not_equal(rows["label"].combine_chunks(), expected.cast(pa.int64()))
     if pc.any(wrong).as_py() or counts != {
         shard.name: shard.samples for shard in manifest.split_shards(split) if shard.samples
     }:
         raise UserError(
             f"{uri} contradicts manifest.json; run `python -m pipelines verify {shlex.quote(raw)}`"
         )
-    names = pc.binary_join_element_wise(index["key"], "jpg", ".")
-    source = pc.binary_join_element_wise(index["shard"], "tar", ".")
-    return part(split, names, wnid, source, index["offset"], index["size"])
+    names = pc.binary_join_element_wise(rows["key"], "jpg", ".")
+    source = pc.binary_join_element_wise(rows["shard"], "tar", ".")
+    return part(split, names, wnid, source, rows["offset"], rows["size"])
 
 
 def _read_columns(uri: str) -> pa.Table:
