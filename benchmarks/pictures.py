@@ -144,5 +144,9 @@ def _manifest(
         # Near ImageNet's; the rate does not depend on them.
         "pixels": {"count": 1, "mean": [122.0, 116.0, 104.0], "covariance": covariance},
         "shards": [dict(zip(columns, info, strict=True)) for info in infos],
+        "totals": {split: {} for _, split, *_ in infos},
+        "source": {"layout": "drawn"},
+        "rejected": {},
+        "fixes": {},
         "partial": True,
     }

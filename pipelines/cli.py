@@ -138,7 +138,8 @@ def _add_drawing_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _build(arguments: argparse.Namespace) -> int:
-    from pipelines import plan_files, repair
+    import pipelines.build
+    from pipelines import plan_files
 
     MaxRejected.parse(arguments.max_rejected)  # before the long reading of RAW
     if arguments.workers is not None and arguments.workers < 1:
@@ -147,7 +148,7 @@ def _build(arguments: argparse.Namespace) -> int:
     only = _only_of(arguments.only, plan) if arguments.only else None
     limit = MaxRejected.parse(arguments.max_rejected, plan.official)
     if arguments.retry_quarantined:
-        again = repair.retry_quarantined(out, source.raw, plan)
+        again = pipelines.build.retry_quarantined(out, source.raw, plan)
         _say(arguments, f"made again: {', '.join(again) or 'nothing, no picture is quarantined'}")
     plan = plan_files.begin(out, source.raw, plan)
     if storage.exists(storage.join(out, "manifest.json")):
@@ -155,8 +156,6 @@ def _build(arguments: argparse.Namespace) -> int:
         _say(arguments, _next_command(arguments, plan, out))
         return 0
     _say(arguments, _in_words(source, plan, out))
-
-    import pipelines.build  # loads Ray: not before every check that needs none
 
     manifest = pipelines.build.build(
         plan,
@@ -207,17 +206,17 @@ def _plan(arguments: argparse.Namespace) -> int:
 
 
 def _verify(arguments: argparse.Namespace) -> int:
-    from pipelines import repair
+    import pipelines.build
     from pipelines.verify import verify
 
     out = storage.absolute(arguments.out)
     raw = storage.absolute(arguments.raw) if arguments.raw else None
     say = functools.partial(_say, arguments)
     mend = functools.partial(
-        repair.repair, out, raw=raw, shared_fs=arguments.shared_fs, as_json=arguments.json
+        pipelines.build.repair, out, raw=raw, shared_fs=arguments.shared_fs, as_json=arguments.json
     )
     repaired = None
-    if arguments.repair and (undone := repair.left_undone(out)) is not None:
+    if arguments.repair and (undone := pipelines.build.left_undone(out)) is not None:
         say(f"{out}: a repair or a build was stopped at its end; going on with it")
         repaired = mend(undone)
     looked_up = raw if arguments.full or not arguments.repair else None
@@ -251,9 +250,9 @@ def _inspect(arguments: argparse.Namespace) -> int:
 
 
 def _status(arguments: argparse.Namespace) -> int:
-    from pipelines.status import status, text
+    from pipelines.inspect import status, status_text
 
-    return _shown(arguments, status(_existing(arguments.out, begun=True)), text)
+    return _shown(arguments, status(_existing(arguments.out, begun=True)), status_text)
 
 
 def _shown(arguments: argparse.Namespace, document: Any, text: Callable[[Any], str]) -> int:

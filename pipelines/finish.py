@@ -19,9 +19,10 @@ import pyarrow.parquet as pq
 from alexnet.errors import UserError
 from pipelines import plan_files, shards, storage
 from pipelines.plan import Plan, ShardPlan
-from pipelines.write_shard import codec_versions, quarantine_uri
+from pipelines.write_shard import codec_versions
 
 NOT_MADE = "it was not made yet"
+OTHER_CODECS = "other codecs had made it"
 Done = tuple[ShardPlan, dict[str, Any]]  # with the status of its sidecar
 
 
@@ -54,36 +55,22 @@ def finished_shards(out: str, plan: Plan) -> tuple[list[Done], dict[int, str]]:
 def _status(
     out: str, data: bytes, shard: ShardPlan, codecs: dict[str, str]
 ) -> tuple[dict[str, Any], str | None]:
-    """What the sidecar says, and why the shard has to be made again, if so.
+    """What the sidecar says, and why the shard has to be rebuilt, if so.
 
     Asks for the tar itself: a listing may be from before another builder published it.
     """
     try:
-        rows, status = shards.unpack_sidecar(data)
-        _check_status(rows, status)
-    except (AttributeError, LookupError, TypeError, ValueError):
+        _, status = shards.unpack_sidecar(data)
+    except ValueError:
         return {}, "its sidecar was damaged"
     if status.get("shard_id") != shard.id:
-        return {}, "it held other pictures"
+        return {}, "it held other images"
+    if status["versions"] != codecs:
+        return {}, f"{OTHER_CODECS} ({status['versions']})"
     tar, index = (storage.join(out, f"{shard.name}.{suffix}") for suffix in ("tar", "idx"))
     if not storage.exists(tar) or storage.size(tar) != status["bytes"] or not storage.exists(index):
         return {}, "its tar or index was damaged or gone"
-    if status["versions"] != codecs:
-        return {}, f"other codecs had made it ({status['versions']})"
     return status, None
-
-
-def _check_status(rows: pa.Table, status: dict[str, Any]) -> None:
-    """Raises LookupError, TypeError or ValueError for one that `write_shard` did not write."""
-    numbers = [status["samples"], status["bytes"], *status["fixes"].values()]
-    texts = [status[name] for name in ("shard", "split", "sha256", "md5", "dali_index_sha256")]
-    texts += [entry[name] for entry in status["rejected"] for name in ("key", "source_sha256")]
-    if not all(type(number) is int for number in numbers) or not isinstance(status["pixels"], dict):
-        raise TypeError("text where a number is expected")
-    if not all(isinstance(text, str) for text in texts) or not isinstance(status["versions"], dict):
-        raise TypeError("a number where text is expected")
-    if status["samples"] != rows.num_rows:
-        raise ValueError("more or fewer rows than samples")
 
 
 def remove(out: str, shard: str) -> None:
@@ -119,14 +106,14 @@ def finish(out: str, plan: Plan, done: list[Done]) -> shards.Manifest:
         if lost := lost_classes(out, done):
             document["lost_classes"] = lost
     manifest = shards.canonical_json(document, indent=1)
-    digest = hashes["manifest.json"] = hashlib.sha256(manifest).hexdigest()
+    hashes["manifest.json"] = hashlib.sha256(manifest).hexdigest()
     lines = "".join(f"{digest}  {name}\n" for name, digest in sorted(hashes.items()))
     storage.write(storage.join(out, "SHA256SUMS"), lines.encode(), below=out)
     if not storage.exists(storage.join(out, "_meta", "plan.json")):  # an empty mount point is there
         raise UserError(f"{out} was taken away meanwhile; the same command continues this build")
     storage.write_new(storage.join(out, "manifest.json"), manifest, below=out)
     storage.sweep(out)
-    return shards.parse_manifest(document, digest)
+    return shards.parse_manifest(out, manifest)
 
 
 def _write_split(out: str, split: str, statuses: list[dict[str, Any]]) -> dict[str, str]:
@@ -157,7 +144,7 @@ def _write_split(out: str, split: str, statuses: list[dict[str, Any]]) -> dict[s
         storage.write(storage.join(out, name), data, below=out)
         hashes[name] = hashlib.sha256(data).hexdigest()
     for entry in rejected:
-        hashes[quarantine_uri("", split, entry["key"]).lstrip("/")] = entry["source_sha256"]
+        hashes[shards.rejected_name(split, entry["key"])] = entry["source_sha256"]
     return hashes
 
 
@@ -202,7 +189,8 @@ def _manifest(plan: Plan, statuses: list[dict[str, Any]]) -> dict[str, Any]:
         "official": plan.official,
         "announced": plan.announced,
         "classes": {"wnids": list(plan.wnids), "names": list(plan.class_names)},
-        "pixels": {"split": stats_split} | _pixel_stats(statuses, stats_split),
+        "pixels": {"split": stats_split}
+        | pixel_stats([s["pixels"] for s in statuses if s["split"] == stats_split]),
         "shards": [
             {
                 "name": status["shard"],
@@ -221,19 +209,21 @@ def _manifest(plan: Plan, statuses: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _pixel_stats(statuses: list[dict[str, Any]], split: str) -> dict[str, Any]:
-    parts = [status["pixels"] for status in statuses if status["split"] == split]
-    stats = shards.PixelStats.from_sums(
-        count=sum(part["count"] for part in parts),
-        sums=[sum(part["sums"][i] for part in parts) for i in range(3)],
-        products=[
-            [sum(part["products"][i][j] for part in parts) for j in range(3)] for i in range(3)
-        ],
-    )
+def pixel_stats(parts: list[dict[str, Any]]) -> dict[str, Any]:
+    """Mean and population covariance, RGB, units 0..255, from the `count`, `sums` (Σx) and
+    `products` (Σxxᵀ) of each shard: integers, exact until the one division per number."""
+    rgb = range(3)
+    count = sum(part["count"] for part in parts)
+    sums = [sum(part["sums"][i] for part in parts) for i in rgb]
+    products = [[sum(part["products"][i][j] for part in parts) for j in rgb] for i in rgb]
+    if count == 0:
+        return {"count": 0, "mean": [0.0] * 3, "covariance": [[0.0] * 3] * 3}
     return {
-        "count": stats.count,
-        "mean": list(stats.mean),
-        "covariance": [list(row) for row in stats.covariance],
+        "count": count,
+        "mean": [total / count for total in sums],
+        "covariance": [
+            [(count * products[i][j] - sums[i] * sums[j]) / count**2 for j in rgb] for i in rgb
+        ],
     }
 
 

@@ -17,9 +17,9 @@ import pyarrow.parquet as pq
 
 from alexnet.errors import UserError
 from pipelines import shards, storage, tars
-from pipelines.damage import DAMAGE, check_counts, check_shard_name
 from pipelines.plan import Plan, ShardPlan
-from pipelines.sources import SPLITS, TABLE
+from pipelines.shards import DAMAGE, SPLITS, check_counts, check_shard_name
+from pipelines.sources import TABLE
 from pipelines.sources.table import check
 
 _PLAN, _ROWS, _RAW = "_meta/plan.json", "_meta/plan.parquet", "_meta/raw.json"

@@ -1,4 +1,4 @@
-"""The shard format: its names, how a tar is packed, what the manifest and the index say.
+"""The shard format: its names, how a shard is packed, and how each file is read back and checked.
 
     OUT/train-000000.tar          members KEY.cls KEY.jpg KEY.json; `webdataset` reads it as it is
     OUT/index/train.parquet       one row per sample (`INDEX`), in (shard, position) order
@@ -7,34 +7,37 @@
     OUT/shardindex-train.json     the same shards for `wids`, derived
     OUT/train-000000.idx          where the members of that tar lie, for NVIDIA DALI, derived
     OUT/quarantine/train.jsonl    the rejected images, their raw bytes in quarantine/train/KEY.bin
-    OUT/_meta/plan.json, plan.parquet    the plan, and one row per planned picture
+    OUT/_meta/plan.json, plan.parquet    the plan, and one row per planned image
     OUT/_meta/SHARD.parquet       the sidecar of each finished shard
     OUT/_meta/raw.json            where RAW was, for repairs; no part of the set's identity
-    OUT/_meta/progress/           one journal for each time that somebody built
 
-Needs no ray, and no part of the builder: training reads shards through this module alone.
+Needs no ray, and no part of the builder: training reads shards through this module alone. Bytes may
+have rotted, been truncated or been exchanged: whatever is read is checked, and raises `Damaged`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
+import re
 import shlex
 import tarfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from alexnet.errors import UserError
 from pipelines import storage
-from pipelines.damage import DAMAGE, check_manifest, check_sha256, check_table, said
 
 FORMAT = "alexnet-shards"
 FORMAT_VERSION = 1
+SPLITS = ("train", "val", "test")
 
 INDEX = pa.schema(
     [
@@ -49,12 +52,30 @@ INDEX = pa.schema(
         ("source_offset", pa.int64()),
         ("source_size", pa.int64()),
         ("source_sha256", pa.string()),
-        ("width", pa.int64()),  # of the raw picture, pixels
+        ("width", pa.int64()),  # of the raw image, pixels
         ("height", pa.int64()),
         ("fixes", pa.list_(pa.string())),
     ]
 )
-STATUS, STATUS_SHA256 = b"alexnet.status", b"alexnet.status_sha256"
+_PLANNED = pa.schema(  # those columns of plan.parquet that are of interest in a finished set
+    [(name, pa.string()) for name in ("split", "key", "name")]
+    + [("label", pa.int64()), ("wnid", pa.string()), ("source", pa.string())]
+)
+_STATUS, _STATUS_SHA256 = b"alexnet.status", b"alexnet.status_sha256"
+# What JSON, Arrow and Python raise for bytes that nobody wrote like this.
+DAMAGE: tuple[type[Exception], ...] = (
+    *(pa.ArrowException, ArithmeticError, AttributeError, LookupError, MemoryError, OSError),
+    *(RecursionError, TypeError, ValueError),
+)
+
+
+class Damaged(UserError):
+    """A file of a set that is missing or says nothing that can be used; its name is relative to the
+    set. The defaults are for pickle, which restores the attributes afterwards."""
+
+    def __init__(self, message: str, file: str = "", text: str = "") -> None:
+        super().__init__(message)
+        self.file, self.text = file, text
 
 
 @dataclass(frozen=True)
@@ -76,18 +97,6 @@ class PixelStats:
     count: int
     mean: Triple
     covariance: tuple[Triple, Triple, Triple]
-
-    @classmethod
-    def from_sums(cls, count: int, sums: list[int], products: list[list[int]]) -> PixelStats:
-        """From integers Σx (3) and Σxxᵀ (3, 3): exact until the one division per number."""
-        if count == 0:
-            return cls.from_json({"count": 0, "mean": [0.0] * 3, "covariance": [[0.0] * 3] * 3})
-        covariance = [
-            [(count * products[i][j] - sums[i] * sums[j]) / count**2 for j in range(3)]
-            for i in range(3)
-        ]
-        mean = [total / count for total in sums]
-        return cls.from_json({"count": count, "mean": mean, "covariance": covariance})
 
     @classmethod
     def from_json(cls, document: dict[str, Any]) -> PixelStats:
@@ -119,6 +128,11 @@ class Manifest:
     def num_classes(self) -> int:
         return len(self.wnids)
 
+    @property
+    def splits(self) -> list[str]:
+        """Those that the set was built with, train first."""
+        return [split for split in SPLITS if split in self.document["totals"]]
+
     def split_shards(self, split: str) -> tuple[ShardInfo, ...]:
         """In number order."""
         return tuple(shard for shard in self.shards if shard.split == split)
@@ -129,7 +143,7 @@ class Manifest:
 
 @dataclass(frozen=True)
 class Sample:
-    """One picture on its way into a shard."""
+    """One image on its way into a shard."""
 
     key: str
     label: int
@@ -149,69 +163,119 @@ def shard_name(split: str, number: int) -> str:
     return f"{split}-{number:06d}"
 
 
+def index_name(split: str) -> str:
+    return f"index/{split}.parquet"
+
+
+def quarantine_name(split: str) -> str:
+    return f"quarantine/{split}.jsonl"
+
+
+def rejected_name(split: str, key: str) -> str:
+    """The raw bytes of a rejected image."""
+    return f"quarantine/{split}/{key}.bin"
+
+
 def load_manifest(uri: str) -> Manifest:
-    """Raises UserError when no finished shard set of this format is there."""
+    """Raises UserError where no set of this format was finished, Damaged for one that cannot be
+    read."""
     location = storage.join(uri, "manifest.json")
     if not storage.exists(location):
         raise UserError(
             f"{uri}: no finished shard set (no manifest.json); build one with "
             f"`python -m pipelines build --raw RAW --out {shlex.quote(uri)}`"
         )
-    data = storage.read(location)
-    try:
+    return parse_manifest(uri, storage.read(location))
+
+
+def parse_manifest(uri: str, data: bytes) -> Manifest:
+    """Raises as `load_manifest`."""
+    with _reading(uri, "manifest.json"):
         document = json.loads(data)
         found = (document.get("format"), document.get("format_version"))
-    except (ValueError, AttributeError, RecursionError) as error:
-        raise UserError(f"{location} is not JSON ({error}); rebuild the shard set") from error
-    if found != (FORMAT, FORMAT_VERSION):
-        raise UserError(
-            f"{location} has format {found[0]!r:.40} version {found[1]!r:.40}; this reads "
-            f"{FORMAT!r} version {FORMAT_VERSION}: rebuild the shards, or use the release that "
-            "wrote them"
+        if found != (FORMAT, FORMAT_VERSION):
+            raise UserError(
+                f"{uri}/manifest.json has format {found[0]!r:.40} version {found[1]!r:.40}; this "
+                f"reads {FORMAT!r} version {FORMAT_VERSION}: rebuild the shards, or use the "
+                "release that wrote them"
+            )
+        manifest = Manifest(
+            plan_id=document["plan_id"],
+            resize=document["geometry"]["resize"],
+            crop=document["geometry"]["crop"],
+            quality=document["codec"]["quality"],
+            seed=document["seed"],
+            wnids=tuple(document["classes"]["wnids"]),
+            class_names=tuple(document["classes"]["names"]),
+            pixels=PixelStats.from_json(document["pixels"]),
+            shards=tuple(
+                ShardInfo(row["name"], row["split"], row["samples"], row["bytes"], row["sha256"])
+                for row in document["shards"]
+            ),
+            partial=document["partial"],
+            document=document,
+            digest=hashlib.sha256(data).hexdigest(),
         )
-    try:
-        manifest = parse_manifest(document, hashlib.sha256(data).hexdigest())
-        check_manifest(manifest)
-    except DAMAGE as error:
-        raise UserError(f"{location} is damaged ({said(error)}); rebuild the shard set") from error
-    return manifest
-
-
-def parse_manifest(document: dict[str, Any], digest: str) -> Manifest:
-    return Manifest(
-        plan_id=document["plan_id"],
-        resize=document["geometry"]["resize"],
-        crop=document["geometry"]["crop"],
-        quality=document["codec"]["quality"],
-        seed=document["seed"],
-        wnids=tuple(document["classes"]["wnids"]),
-        class_names=tuple(document["classes"]["names"]),
-        pixels=PixelStats.from_json(document["pixels"]),
-        shards=tuple(
-            ShardInfo(row["name"], row["split"], row["samples"], row["bytes"], row["sha256"])
-            for row in document["shards"]
-        ),
-        partial=document["partial"],
-        document=document,
-        digest=digest,
-    )
+        _check_manifest(manifest)
+        return manifest
 
 
 def load_index(uri: str, split: str, columns: Sequence[str] = tuple(INDEX.names)) -> pa.Table:
     """All samples of a split, in rows of `INDEX` or of some of its columns; the row number is the
     sample id."""
-    location = storage.join(uri, "index", f"{split}.parquet")
+    location = storage.join(uri, index_name(split))
     if not storage.exists(location):
-        raise UserError(f"{location}: not there; was this set built with --splits {split}?")
-    try:
-        wanted = pa.schema([INDEX.field(name) for name in columns])
-        check_table(table := read_parquet(storage.read(location), columns), wanted)
-    except DAMAGE as error:
         raise UserError(
-            f"{location} is damaged ({said(error)}); run `python -m pipelines verify "
-            f"{shlex.quote(uri)}`"
-        ) from error
-    return table
+            f"{location} is missing; was this set built with --splits {split}? Then run "
+            f"`{_verify(uri)}`"
+        )
+    return parse_index(uri, split, storage.read(location), columns)
+
+
+def parse_index(
+    uri: str, split: str, data: bytes, columns: Sequence[str] = tuple(INDEX.names)
+) -> pa.Table:
+    with _reading(uri, index_name(split)):
+        table = read_parquet(data, columns)
+        _check_table(table, pa.schema([INDEX.field(name) for name in columns]))
+        return table
+
+
+def load_quarantine(uri: str, split: str) -> list[dict[str, Any]]:
+    """What is known of each rejected image of the split, in the order of their keys."""
+    return parse_quarantine(uri, split, _read(uri, quarantine_name(split)))
+
+
+def parse_quarantine(uri: str, split: str, data: bytes) -> list[dict[str, Any]]:
+    with _reading(uri, quarantine_name(split)):
+        entries = [json.loads(line) for line in data.splitlines()]
+        for entry in entries:
+            _check_types(entry, str, "key", "reason", "source", "source_sha256")
+            _check_types(entry, int, "source_offset", "source_size")
+        return entries
+
+
+def load_planned(uri: str) -> pa.Table:
+    """The columns split, key, name, label, wnid and source of every planned image."""
+    data = _read(uri, "_meta/plan.parquet")
+    with _reading(uri, "_meta/plan.parquet"):
+        table = read_parquet(data, _PLANNED.names).select(_PLANNED.names)
+        table = table.replace_schema_metadata(None)
+        _check_table(table, _PLANNED)
+        return table
+
+
+def load_plan(uri: str) -> dict[str, Any]:
+    """plan.json, as far as it concerns a finished set: `name` and `samples` of its `shards`, and
+    the `recipe` in its `identity`."""
+    data = _read(uri, "_meta/plan.json")
+    with _reading(uri, "_meta/plan.json"):
+        document: dict[str, Any] = json.loads(data)
+        for row in document["shards"]:
+            _check_types(row, str, "name")
+            _check_types(row, int, "samples")
+        _check_types(document["identity"], dict, "recipe")
+        return document
 
 
 @dataclass(frozen=True)
@@ -279,22 +343,44 @@ def sidecar_uri(uri: str, shard: str) -> str:
 def pack_sidecar(rows: pa.Table, status: dict[str, Any]) -> bytes:
     """A shard's index rows with its status (plan_id, samples, bytes, sha256, …) in the metadata."""
     text = canonical_json(status)
-    metadata = {STATUS: text, STATUS_SHA256: hashlib.sha256(text).hexdigest()}
+    metadata = {_STATUS: text, _STATUS_SHA256: hashlib.sha256(text).hexdigest()}
     return parquet_bytes(rows.replace_schema_metadata(metadata))
 
 
 def unpack_sidecar(data: bytes) -> tuple[pa.Table, dict[str, Any]]:
-    """Rows and status. Raises ValueError when the bytes are not a sidecar."""
+    """Rows and status. Raises ValueError for anything that `pack_sidecar` did not write."""
     try:
         table = read_parquet(data)
-        metadata = table.schema.metadata or {}
-        check_sha256(metadata[STATUS], metadata.get(STATUS_SHA256))
-        status = json.loads(metadata[STATUS])
+        status = _status_in(table.schema)
         rows = table.replace_schema_metadata(None)
-        check_table(rows, INDEX)
+        _check_table(rows, INDEX)
+        if rows.num_rows != status["samples"]:
+            raise ValueError(f"{rows.num_rows:,} rows for {status['samples']:,} samples")
     except DAMAGE as error:
-        raise ValueError(f"no sidecar ({said(error)})") from error
+        raise ValueError(f"no sidecar ({_said(error)})") from error
     return rows, status
+
+
+def sidecar_status(file: Any) -> dict[str, Any]:
+    """The status alone, from the end of an open sidecar. Raises ValueError as above."""
+    try:
+        return _status_in(pq.read_schema(pa.PythonFile(file, mode="r")))
+    except DAMAGE as error:
+        raise ValueError(f"no sidecar ({_said(error)})") from error
+
+
+def _status_in(schema: pa.Schema) -> dict[str, Any]:
+    metadata = schema.metadata or {}
+    digest = metadata.get(_STATUS_SHA256)  # sidecars of old had none
+    if digest not in (None, hashlib.sha256(metadata[_STATUS]).hexdigest().encode()):
+        raise ValueError("its status has another sha256")
+    status: dict[str, Any] = json.loads(metadata[_STATUS])
+    _check_types(status, str, "shard", "split", "sha256", "md5", "dali_index_sha256")
+    _check_types(status, dict, "pixels", "fixes", "versions")
+    check_counts(status["samples"], status["bytes"], *status["fixes"].values())
+    for entry in status["rejected"]:
+        _check_types(entry, str, "key", "reason", "source_sha256")
+    return status
 
 
 def parquet_bytes(table: pa.Table, **options: Any) -> bytes:
@@ -318,3 +404,91 @@ def read_parquet(data: bytes, columns: Sequence[str] | None = None) -> pa.Table:
     process sometimes aborts at its end (apache/arrow#34314)."""
     file = pq.ParquetFile(pa.BufferReader(data), pre_buffer=False, page_checksum_verification=True)
     return file.read(None if columns is None else list(columns), use_threads=False)
+
+
+def check_shard_name(name: Any, split: Any) -> None:
+    """Raises ValueError for anything but SPLIT-000000: it becomes the name of a file, so that a
+    path in it would lead out of the set."""
+    if split not in SPLITS or not re.fullmatch(rf"{split}-[0-9]{{6,}}", str(name)):
+        raise ValueError(f"{name!r} is no shard of {split!r}")
+
+
+def check_counts(*counts: Any) -> None:
+    """Raises ValueError for anything but whole numbers from 0 up."""
+    if bad := [count for count in counts if type(count) is not int or count < 0]:
+        raise ValueError(f"{bad[0]!r} where a number is expected")
+
+
+def _check_manifest(manifest: Manifest) -> None:
+    """Raises TypeError, AttributeError or ValueError for values that no build writes."""
+    document = manifest.document
+    _check_types(document, str, "plan_id")
+    _check_types(document, dict, "totals", "rejected", "fixes", "source")
+    _check_types(document["source"], str, "layout")
+    if strangers := set(document["totals"]) - set(SPLITS):
+        raise ValueError(f"{strangers} is no split")
+    for shard in manifest.shards:
+        check_shard_name(shard.name, shard.split)
+        check_counts(shard.samples, shard.num_bytes)
+        if not re.fullmatch("[0-9a-f]{64}", shard.sha256):
+            raise ValueError(f"{shard.sha256!r} is no sha256")
+    check_counts(manifest.resize, manifest.crop, manifest.quality, manifest.seed)
+    check_counts(manifest.pixels.count, *document["rejected"].values())
+    if not 1 <= manifest.crop <= manifest.resize:
+        raise ValueError(f"crop {manifest.crop} of {manifest.resize}")
+    if not all(isinstance(name, str) for name in (*manifest.wnids, *manifest.class_names)):
+        raise TypeError("a class has no text as its name")
+    if not len(manifest.wnids) == len(set(manifest.wnids)) == len(manifest.class_names):
+        raise ValueError(f"{len(manifest.wnids)} classes, {len(manifest.class_names)} names")
+
+
+def _check_table(table: pa.Table, schema: pa.Schema) -> None:
+    """Raises TypeError or ValueError for other columns, and for a row without a value."""
+    if not table.schema.equals(schema):
+        raise TypeError(f"its columns are {table.schema.names}")
+    table.validate(full=True)  # Arrow looks at neither text nor offsets while it reads
+    lists = [name for name in schema.names if pa.types.is_list(schema.field(name).type)]
+    nulls = [name for name in schema.names if table[name].null_count]
+    nulls += [name for name in lists if pc.list_flatten(table[name]).null_count]
+    if nulls:
+        raise ValueError(f"no value in some rows of {', '.join(nulls)}")
+
+
+def _check_types(document: Any, kind: type, *names: str) -> None:
+    if not isinstance(document, dict):
+        raise TypeError(f"{document!r} where fields were expected")
+    for name in names:
+        if not isinstance(document[name], kind):
+            raise TypeError(f"{name} is {document[name]!r}")
+
+
+def _read(uri: str, file: str) -> bytes:
+    location = storage.join(uri, file)
+    if not storage.exists(location):
+        raise _damaged(uri, file, "missing")
+    return storage.read(location)
+
+
+@contextlib.contextmanager
+def _reading(uri: str, file: str) -> Iterator[None]:
+    try:
+        yield
+    except DAMAGE as error:
+        raise _damaged(uri, file, f"damaged ({_said(error)})") from error
+
+
+def _damaged(uri: str, file: str, text: str) -> Damaged:
+    return Damaged(f"{storage.join(uri, file)} is {text}; run `{_verify(uri)}`", file, text)
+
+
+def _verify(uri: str) -> str:
+    return f"python -m pipelines verify {shlex.quote(uri)}"
+
+
+def _said(error: Exception) -> str:
+    return one_line(f"{type(error).__name__}: {error}")[:160]
+
+
+def one_line(text: str) -> str:
+    """Damaged names can hold anything, and terminals obey control characters."""
+    return "".join(c if c.isprintable() else "?" for c in " ".join(text.split()))

@@ -13,6 +13,7 @@ import os
 import shutil
 import socket
 import tempfile
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -96,6 +97,16 @@ def version(uri: str) -> str:
     if is_s3(uri):
         return str((s3.head(uri) or {}).get("ETag"))
     return str(Path(uri).stat().st_mtime_ns)
+
+
+@_mendable
+def age(uri: str) -> float:
+    """Seconds since the file or object was written."""
+    if is_s3(uri):
+        written = (s3.head(uri) or {})["LastModified"].timestamp()
+    else:
+        written = Path(uri).stat().st_mtime
+    return max(time.time() - float(written), 0.0)
 
 
 @_mendable

@@ -74,8 +74,8 @@ def write_shard(job: Job, number: int, name: str, shard_id: str) -> Made:
             made = _transformed(job, raw)
             if isinstance(made, Rejected):
                 _refuse_changed(job, rows)
-                uri = quarantine_uri(job.out, row["split"], row["key"])
-                storage.write_new(uri, raw, below=job.out)
+                kept = shards.rejected_name(row["split"], row["key"])
+                storage.write_new(storage.join(job.out, kept), raw, below=job.out)
                 rejected.append(_lineage(row, raw) | vars(made))
             else:
                 pixels.add(made.pixels)
@@ -108,10 +108,6 @@ def write_shard(job: Job, number: int, name: str, shard_id: str) -> Made:
         wait_seconds=reader.wait_seconds,
         work_seconds=time.perf_counter() - started,
     )
-
-
-def quarantine_uri(out: str, split: str, key: str) -> str:
-    return storage.join(out, "quarantine", split, f"{key}.bin")
 
 
 def codec_versions() -> dict[str, str]:

@@ -35,7 +35,7 @@ def contents(out: str) -> dict[str, bytes]:
     return {
         name: storage.read(f"{out}/{name}")
         for name, _ in storage.list_files(out)
-        if name != "_meta/raw.json" and not name.startswith("_meta/progress/")
+        if name != "_meta/raw.json"
     }
 
 

@@ -79,33 +79,20 @@ def pod_templates(document: Any) -> list[Any]:
 
 
 def exported_metrics() -> dict[str, tuple[str, ...]]:
-    """The project's metrics as Prometheus sees them, with their labels, read from the code."""
-    found: dict[str, tuple[str, ...]] = {}
-    for path in (ROOT / "pipelines" / "metrics.py", ROOT / "training" / "metrics.py"):
-        tree = ast.parse(path.read_text())
-        labels = {
-            target.id: ast.literal_eval(node.value)
-            for node in tree.body
-            if isinstance(node, ast.Assign)
-            for target in node.targets
-            if isinstance(target, ast.Name) and isinstance(node.value, ast.Tuple)
-        }
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
-                if node.func.id not in ("Counter", "Gauge"):
-                    continue
-                (name, _, tags) = node.args
-                suffix = "_total" if node.func.id == "Counter" else ""
-                found[f"ray_{ast.literal_eval(name)}{suffix}"] = _labels(tags, labels)
-    return found
+    """The project's metrics as Prometheus sees them, with their labels."""
+    built = _names("pipelines/progress.py", "COUNTERS")
+    found = {f"ray_alexnet_build_{name}_total": ("out",) for name in built}
+    found["ray_alexnet_build_rejected_total"] = ("out", "reason")
+    shown = _names("training/worker.py", "GAUGES")
+    found |= {f"ray_alexnet_train_{name}": ("run",) for name in shown}
+    return found | {"ray_alexnet_train_restarts_total": ("run",)}
 
 
-def _labels(node: ast.expr, known: dict[str, tuple[str, ...]]) -> tuple[str, ...]:
-    """A tuple of strings, in which names and starred names of such tuples may stand."""
-    if isinstance(node, ast.Name):
-        return known[node.id]
-    if isinstance(node, ast.Starred):
-        return _labels(node.value, known)
-    if isinstance(node, ast.Tuple):
-        return tuple(label for part in node.elts for label in _labels(part, known))
-    return (ast.literal_eval(node),)
+def _names(path: str, variable: str) -> list[str]:
+    """The keys of a dictionary at the top of a module."""
+    (found,) = (
+        node.value
+        for node in ast.parse((ROOT / path).read_text()).body
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == variable
+    )
+    return list(ast.literal_eval(found))

@@ -94,5 +94,9 @@ def _manifest(
             "covariance": np.cov(flat, rowvar=False, bias=True).tolist(),
         },
         "shards": [dict(zip(columns, info, strict=True)) for info in infos],
+        "totals": {split: {} for _, split, *_ in infos},
+        "source": {"layout": "drawn"},
+        "rejected": {},
+        "fixes": {},
         "partial": False,
     }

@@ -99,7 +99,7 @@ def test_too_many_rejected_pictures_fail_with_share_and_examples_and_no_manifest
     out, recipe = str(tmp_path / "out"), plan.Recipe(splits=("train",), partial=True)
     with pytest.raises(BuildFailed) as failure:
         built(raw, out, recipe, MaxRejected(number=1))
-    for part in ("2 of 3 pictures (67%)", f"{A}_2 (zero_bytes), {A}_3 (not_an_image)"):
+    for part in ("2 of 3 images (67%)", f"{A}_2 (zero_bytes), {A}_3 (not_an_image)"):
         assert part in str(failure.value)
     assert not storage.exists(f"{out}/manifest.json")
 
@@ -131,7 +131,7 @@ def test_a_class_of_which_nothing_can_be_read_is_refused_or_recorded(tmp_path: P
         made = plan_files.begin(out, raw, made)
         write_shard(build.job_for(made, raw, out), 0, "train-000000", made.shards[0].id)
         if not partial:
-            named = r"of 1 class no image can be read: train/b \(3 images\); mend .* --partial"
+            named = r"of 1 class no image can be read: train/b \(3 images\); repair .* --partial"
             with pytest.raises(BuildFailed, match=named):
                 build.build(made, raw, out, max_rejected=MaxRejected(share=1.0))
             assert not storage.exists(f"{out}/manifest.json")

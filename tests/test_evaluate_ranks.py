@@ -50,6 +50,10 @@ def write_set(folder: Path, sizes: tuple[int, ...]) -> str:
         "classes": {"wnids": list("abcdefg"), "names": list("ABCDEFG")},
         "pixels": {"count": 1, "mean": SPEC.mean, "covariance": SPEC.covariance},
         "shards": [dict(zip(names, info, strict=True)) for info in infos],
+        "totals": {"val": {}},
+        "source": {"layout": "drawn"},
+        "rejected": {},
+        "fixes": {},
         "partial": False,
     }
     storage.write_new(f"{folder}/manifest.json", shards.canonical_json(document))

@@ -133,7 +133,7 @@ def test_damage_is_told_in_one_line_with_the_remedy(drawn_shards: str, tmp_path:
     for name in ("index/val.parquet", "quarantine/val.jsonl", "manifest.json"):
         data = Path(out, name).read_bytes()
         Path(out, name).write_bytes(b"\0not this")
-        with pytest.raises(UserError, match=rf"{name}: damaged \(.*python -m pipelines verify"):
+        with pytest.raises(UserError, match=rf"{name} is damaged \(.*python -m pipelines verify"):
             inspect(out, "ILSVRC2012_val_00000003")
         Path(out, name).write_bytes(data)
 

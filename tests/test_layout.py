@@ -20,7 +20,7 @@ ALLOWED = {
     "ray": {
         "pipelines/build.py",
         "pipelines/cluster.py",
-        "pipelines/metrics.py",
+        "pipelines/progress.py",
         "training/run.py",
         "training/worker.py",
         "training/evaluate.py",
@@ -37,7 +37,7 @@ ALLOWED = {
 }
 # training knows the shard format, storage, what is ignored by its name, what every program does at
 # its ends and how figures are labelled; the script may also join a cluster.
-FROM_PIPELINES = {"command", "entries", "metrics", "shards", "storage"}
+FROM_PIPELINES = {"command", "entries", "progress", "shards", "storage"}
 JOINS_A_CLUSTER = {"training/run.py", "training/evaluate.py"}
 
 

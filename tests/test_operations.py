@@ -1,18 +1,17 @@
 """docs/operations.md says what is so: its flags parse, its table is printed, its names exist."""
 
-import ast
 import math
 import re
 from pathlib import Path
 
 import pytest
 from drawn import ROOT
+from manifests import exported_metrics
 from registered import MLFLOW_WARNINGS
 
 from benchmarks import cost_estimate, cost_model, results, summary
 from benchmarks.cost_estimate import INSTANCES, Instance, building, training
 from pipelines.plan import Recipe
-from training import worker
 from training.run import parse
 
 pytestmark = [pytest.mark.filterwarnings(line) for line in MLFLOW_WARNINGS]
@@ -33,11 +32,7 @@ def test_flags_that_are_named_alone_are_flags_of_the_training():
 
 
 def test_metrics_of_the_document_are_those_of_the_code():
-    made = {f"ray_alexnet_train_{name}" for name in worker.GAUGES}
-    for path in ("pipelines/metrics.py", "training/worker.py"):
-        for node in ast.walk(ast.parse((ROOT / path).read_text())):
-            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "Counter":
-                made.add(f"ray_{ast.literal_eval(node.args[0])}_total")
+    made = set(exported_metrics())
     told = set()
     for row in re.findall(r"^\| (`ray_alexnet.*?) \|", DOCUMENT, re.MULTILINE):
         first, *others = re.findall(r"`([\w…]+)`", row)

@@ -200,7 +200,7 @@ def test_the_other_commands_say_what_they_did(
     out = tmp_path / "out"
     shutil.copytree(drawn_shards, out)
     assert main(["verify", str(out), "--full"]) == 0
-    assert "43 pictures decoded; no problems" in capsys.readouterr().out
+    assert "43 images decoded; no problems" in capsys.readouterr().out
     assert main(["inspect", "val-000001", "--out", str(out)]) == 0
     assert "6 samples" in capsys.readouterr().out
     assert main(["report", str(out)]) == 0
@@ -228,7 +228,7 @@ def test_build_runs_from_any_folder_and_exits_1_when_too_much_is_rejected(
     _, errors = run.communicate(timeout=120)
     assert run.returncode == 1
     line = errors.splitlines()[-1]
-    assert line.startswith("failed: 1 of 44 pictures (2.3%) are unusable, more than --max-rejected")
+    assert line.startswith("failed: 1 of 44 images (2.3%) are unusable, more than --max-rejected")
     assert not (out / "manifest.json").exists()
 
     run = started(["build", *flags, "--max-rejected", "3%"], tmp_path, {"RAY_ADDRESS": local_ray})

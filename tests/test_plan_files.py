@@ -131,7 +131,10 @@ def test_a_damaged_plan_is_told_and_written_anew_when_it_is_gone(tmp_path: Path)
     made = plan.make(source, plan.Recipe(splits=("train",)))
     plan_files.begin(str(tmp_path), source.raw, made)
     before = {path: path.read_bytes() for path in (tmp_path / "_meta").iterdir()}
-    sidecar = shards.pack_sidecar(shards.INDEX.empty_table(), {"shard_id": made.shards[0].id})
+    status = dict.fromkeys(("shard", "split", "sha256", "md5", "dali_index_sha256"), "")
+    status |= {"samples": 0, "bytes": 0, "rejected": [], "pixels": {}, "fixes": {}, "versions": {}}
+    status["shard_id"] = made.shards[0].id
+    sidecar = shards.pack_sidecar(shards.INDEX.empty_table(), status)
     storage.write(f"{tmp_path}/train-000000.tar", b"")
     (tmp_path / "_meta" / "plan.json").write_bytes(b'{"plan_id":')
     (tmp_path / "_meta" / "plan.parquet").write_bytes(b"PAR1 no more")

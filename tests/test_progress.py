@@ -1,23 +1,19 @@
-"""pipelines/progress.py and journal.py: what a build tells while it runs, and what it leaves."""
+"""pipelines/progress.py: what a build reports while it runs, and when it is given up."""
 
 import io
-import itertools
 import json
 import os
-import socket
 import sys
 import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 from waiting import wait_until
 
 from alexnet.errors import UserError
-from pipelines import journal, progress
-from pipelines.journal import Journal, Point
+from pipelines import progress
 from pipelines.progress import BuildFailed, MaxRejected, Progress
 
 NONE = MaxRejected(number=0)
@@ -52,12 +48,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
 
 @pytest.fixture
 def often(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(journal, "SECONDS", 0.01)
-
-
-def journals(out: Path) -> list[Journal]:
-    names = [str(path.relative_to(out)) for path in out.rglob("*.json")]
-    return journal.load(str(out), names)
+    monkeypatch.setattr(progress, "_SECONDS", 0.01)
 
 
 @pytest.mark.parametrize(
@@ -87,26 +78,26 @@ def test_a_limit_that_makes_no_sense_is_refused_in_one_line(text: str) -> None:
 
 
 def test_too_many_rejected_fail_with_the_share_the_limit_and_examples() -> None:
-    told = Progress(3, 300, "/nowhere", MaxRejected.parse("1%"))
+    told = Progress(3, 300, MaxRejected.parse("1%"))
     told.count(row(97, "d", "c", "b"))
     with pytest.raises(BuildFailed) as failure:
         told.count(row(99, "a"))
     assert str(failure.value) == (
-        "4 of 300 pictures (1.3%) are unusable, more than --max-rejected 1%: a (truncated), "
+        "4 of 300 images (1.3%) are unusable, more than --max-rejected 1%: a (truncated), "
         "b (truncated), c (truncated); repair them or raise the limit"
     )
 
 
 def test_what_was_rejected_by_an_earlier_build_counts_as_well() -> None:
-    told = Progress(2, 200, "/nowhere", NONE)
-    with pytest.raises(BuildFailed, match=r"^1 of 200 pictures .* a \(truncated\)"):
+    told = Progress(2, 200, NONE)
+    with pytest.raises(BuildFailed, match=r"^1 of 200 images .* a \(truncated\)"):
         told.count(row(99, "a"), before=True)
 
 
 def test_rates_and_eta_follow_from_what_this_build_has_done(
-    tmp_path: Path, clock: Callable[[float], None]
+    clock: Callable[[float], None],
 ) -> None:
-    told = Progress(100, 100_000, str(tmp_path), MaxRejected(number=5))
+    told = Progress(100, 100_000, MaxRejected(number=5))
     told.count(row(10_000), before=True)
     with told.running():
         assert told.json_line()["eta_seconds"] is None
@@ -124,19 +115,16 @@ def test_rates_and_eta_follow_from_what_this_build_has_done(
 
 
 def test_the_rate_is_of_the_last_minute_and_the_eta_of_the_whole_run(
-    tmp_path: Path, clock: Callable[[float], None]
+    clock: Callable[[float], None],
 ) -> None:
-    told = Progress(1000, 100_000, str(tmp_path), NONE)
-    record = Journal(1000, 100_000)
+    told = Progress(1000, 100_000, NONE)
     with told.running():
         for second in range(0, 300, 5):
             clock(5)
             told.count(row(1000 if second < 150 else 100))
-            told._note(record)
-        facts = told.json_line()
+            facts = told.json_line()
     assert facts["images_per_second"] == 20
     assert facts["eta_seconds"] == pytest.approx((100_000 - 33_000) / (33_000 / 300))
-    assert len(told._points) <= 15
 
 
 @pytest.mark.parametrize(
@@ -149,11 +137,11 @@ def test_times_are_hours_minutes_and_seconds(seconds: float | None, text: str) -
 
 @pytest.mark.usefixtures("often")
 def test_plain_lines_are_printed_while_shards_are_made(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     said = io.StringIO()
     monkeypatch.setattr(sys, "stdout", said)
-    told = Progress(1, 7, str(tmp_path), NONE)
+    told = Progress(1, 7, NONE)
     with told.running():
         wait_until(lambda: said.getvalue().count("\n") >= 2)
         told.count(row(7))
@@ -166,7 +154,7 @@ def test_plain_lines_are_printed_while_shards_are_made(
 
 @pytest.mark.usefixtures("often")
 def test_on_a_terminal_one_line_is_renewed_and_ended(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     class Terminal(io.StringIO):
         def isatty(self) -> bool:
@@ -175,7 +163,7 @@ def test_on_a_terminal_one_line_is_renewed_and_ended(
     terminal = Terminal()
     monkeypatch.setattr(sys, "stdout", terminal)
     monkeypatch.setenv("COLUMNS", "40")
-    with Progress(1, 7, str(tmp_path), NONE).running():
+    with Progress(1, 7, NONE).running():
         wait_until(lambda: terminal.getvalue().count("\r") >= 2)
     said = terminal.getvalue()
     assert said.count("\n") == 1 and said.endswith("\n")
@@ -186,9 +174,9 @@ def test_on_a_terminal_one_line_is_renewed_and_ended(
 
 @pytest.mark.usefixtures("often")
 def test_machines_get_one_json_object_a_line_and_nothing_else(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    told = Progress(1, 7, str(tmp_path), MaxRejected(number=1), as_json=True)
+    told = Progress(1, 7, MaxRejected(number=1), as_json=True)
     with told.running():
         time.sleep(0.05)
         told.count(row(6, "a"))
@@ -199,93 +187,42 @@ def test_machines_get_one_json_object_a_line_and_nothing_else(
     assert last["eta_seconds"] == 0 and last["waiting_share"] is None
 
 
-@pytest.mark.usefixtures("often")
 @pytest.mark.parametrize(
-    ("error", "state", "message"),
+    ("error", "state"),
     [
-        (None, "done", ""),
-        (KeyboardInterrupt(), "stopped", ""),
-        (BuildFailed("shard train-000001: full\nand more"), "failed", "shard train-000001: full"),
-        (AssertionError(), "failed", "AssertionError()"),
+        (None, "done"),
+        (KeyboardInterrupt(), "stopped"),
+        (BuildFailed("shard train-000001: full"), "failed"),
+        (AssertionError(), "failed"),
     ],
 )
-def test_the_journal_says_how_the_build_ended_and_the_thread_is_gone(
-    tmp_path: Path, error: BaseException | None, state: str, message: str
+def test_the_last_line_says_how_the_build_ended_and_the_thread_is_gone(
+    capsys: pytest.CaptureFixture[str], error: BaseException | None, state: str
 ) -> None:
-    told = Progress(2, 14, str(tmp_path), NONE)
-    before = time.time()
+    told = Progress(2, 14, NONE, as_json=True)
     try:
         with told.running():
-            (beginning,) = journals(tmp_path)
-            assert beginning.state == "building" and beginning.points[0].pictures == 0
-            told.count(row(7, read_bytes=5, stored_bytes=3))
+            told.count(row(7, read_bytes=5))
             if error is not None:
                 raise error
     except BaseException as raised:
         assert raised is error  # passed on as it was
     assert not [thread for thread in threading.enumerate() if thread.name == "progress"]
-    (path,) = (tmp_path / "_meta" / "progress").iterdir()
-    document = json.loads(path.read_text())
-    assert path.stem == document["builder"]
-    assert document["builder"] == f"{document['host']}-{os.getpid()}-{document['started']:.3f}"
-    assert document["host"] == socket.gethostname() and document["pid"] == os.getpid()
-    assert before <= document["started"] <= document["updated"] <= time.time()
-    assert (document["state"], document["message"]) == (state, message)
-    assert (document["shards"], document["pictures"]) == (2, 14)
-    assert document["points"][-1][1:] == [1, 7, 5, 3, 0]
-
-
-@pytest.mark.usefixtures("often")
-def test_a_journal_that_cannot_be_written_is_told_once_and_ends_nothing(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    (tmp_path / "_meta").write_text("a file where a folder belongs")
-    with Progress(1, 7, str(tmp_path), NONE).running():
-        time.sleep(0.1)
-    assert [record.levelname for record in caplog.records] == ["WARNING"]
-    assert "no journal for `status` and `report`" in caplog.text
+    last = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (last["state"], last["shards"], last["pictures"]) == (state, 1, 7)
 
 
 @pytest.mark.usefixtures("often")
 def test_a_reader_that_goes_away_does_not_end_the_build(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     reading, writing = os.pipe()
     os.close(reading)
     with os.fdopen(writing, "w", closefd=False) as pipe, monkeypatch.context() as patch:
         patch.setattr(sys, "stdout", pipe)
-        with Progress(1, 7, str(tmp_path), NONE).running():
+        with (told := Progress(1, 7, NONE)).running():
             time.sleep(0.05)
         patch.undo()
         os.dup2(os.open(os.devnull, os.O_WRONLY), writing)  # for what the file still holds
     os.close(writing)
-    assert journals(tmp_path)[0].state == "done"
-
-
-def test_a_long_journal_is_thinned_evenly_and_keeps_its_ends() -> None:
-    record = Journal(10, 10**6)
-    for second in range(0, 24 * 3600, 5):
-        journal.add(record, Point(float(second), 0, second * 10, 0, 0, 0))
-        assert len(record.points) <= journal.MAX_POINTS
-    seconds = [point.seconds for point in record.points]
-    assert seconds[0] == 0 and seconds[-1] == 24 * 3600 - 5
-    gaps = {later - earlier for earlier, later in itertools.pairwise(seconds[:-1])}
-    assert len(gaps) == 1
-    assert journal.rate(record.points) == 10
-
-
-def test_files_that_are_no_journals_are_passed_over(tmp_path: Path) -> None:
-    folder = tmp_path / "_meta" / "progress"
-    folder.mkdir(parents=True)
-    journal.save(str(tmp_path), Journal(1, 2, host="a", pid=7, started=5.0))
-    for name, text in (("a", ""), ("b", "[]"), ("c", '{"points": [[1]]}'), ("d", '{"points": 3}')):
-        (folder / f"{name}.json").write_text(text)
-    (only,) = journals(tmp_path)
-    assert only.builder == "a-7-5.000"
-
-
-def test_the_newest_journals_are_known_by_their_names() -> None:
-    names = [f"_meta/progress/host-{pid}-{started}.json" for pid, started in ((9, 1.5), (1, 20.5))]
-    names += ["_meta/plan.json", "_meta/progress/else.txt"]
-    assert journal.newest(names, 1) == [names[1]]
-    assert journal.newest(names, 9) == [names[1], names[0]]
+    assert told.json_line()["state"] == "done"

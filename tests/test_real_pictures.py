@@ -119,5 +119,5 @@ def test_too_many_bad_files_are_refused_by_default_with_their_share(
     argv = ["build", "--raw", str(nasty), "--out", str(out), "--splits", "train"]
     assert main(argv) == 1
     line = capsys.readouterr().err.splitlines()[-1]
-    assert line.startswith("failed: 5 of 14 pictures (36%) are unusable") and "1%" in line
+    assert line.startswith("failed: 5 of 14 images (36%) are unusable") and "1%" in line
     assert not (out / "manifest.json").exists()

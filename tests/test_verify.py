@@ -1,4 +1,4 @@
-"""pipelines/verify/: every damage of a finished set is found and named."""
+"""pipelines/verify.py: every damage of a finished set is found and named."""
 
 import random
 import re
@@ -7,10 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 
 from alexnet.errors import UserError
-from pipelines.verify import Findings, contents, verify
+from pipelines.verify import Findings, _by_shard, verify
 
 REJECTED = "quarantine/train/n09104412_19.bin"
 
@@ -24,7 +25,7 @@ def test_an_untouched_set_has_no_problems(drawn_shards: str, drawn_raw: str) -> 
     for raw in (None, drawn_raw):
         findings = verify(drawn_shards, full=True, raw=raw)
         assert told(findings) == [] and findings.notes == () and findings.bad_files == ()
-        assert "43 pictures decoded" in findings.checked
+        assert "43 images decoded" in findings.checked
 
 
 def test_sha256sum_needs_no_help_from_us(copy: Path) -> None:
@@ -135,6 +136,6 @@ def test_random_damage_never_raises_and_is_found_in_every_listed_file(copy: Path
 @pytest.mark.parametrize("names", [[], ["a", "a", "b"], ["b", "a", "b", "c", "a"]])
 def test_rows_by_shard_are_those_that_a_look_for_each_shard_finds(names):
     table = pa.table({"shard": pa.array(names, pa.string()), "row": list(range(len(names)))})
-    found = contents.by_shard(table)
+    found = _by_shard(table)
     assert found.keys() == set(names)
-    assert all(rows == contents.rows_of(table, "shard", name) for name, rows in found.items())
+    assert all(rows == table.filter(pc.equal(table["shard"], name)) for name, rows in found.items())

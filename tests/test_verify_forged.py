@@ -1,4 +1,4 @@
-"""pipelines/verify/: sets whose hashes are right and contents are not.
+"""pipelines/verify.py: sets whose hashes are right and contents are not.
 
 Somebody, or a defect of the builder, may write wrong files and list them faithfully.
 """
@@ -63,10 +63,9 @@ def test_a_plausible_forgery_of_the_index_is_found_by_the_sidecars(copy: Path) -
     assert told(verify(str(copy))) == [expected]
 
 
-@pytest.mark.parametrize("name", ["shardindex-val.json", "quarantine/train.jsonl"])
-def test_a_list_that_contradicts_the_sidecars_is_found(copy: Path, name: str) -> None:
-    text = (copy / name).read_bytes()
-    forge(copy, name, text.replace(b"val-000000.tar", b"val-000001.tar").replace(b"_19", b"_18"))
+def test_a_list_of_rejected_images_that_contradicts_the_sidecars_is_found(copy: Path) -> None:
+    name = "quarantine/train.jsonl"
+    forge(copy, name, (copy / name).read_bytes().replace(b"_19", b"_18"))
     assert name in verify(str(copy)).bad_files
 
 
@@ -160,8 +159,8 @@ def test_a_lost_picture_is_missed_although_the_whole_set_agrees_on_it(copy: Path
     samples = stored_samples(copy)
     forge_shard(copy, samples[1:])
     lines = told(verify(str(copy), full=True))
-    assert "val-000000.tar: 5 pictures stored or rejected, 6 planned" in lines
-    lost = f"1 picture (first {samples[0].key}) planned, but neither stored nor in quarantine"
+    assert "val-000000.tar: 5 images stored or rejected, 6 planned" in lines
+    lost = f"1 image (first {samples[0].key}) planned, but neither stored nor in quarantine"
     assert f"index/val.parquet: {lost}" in lines
 
 

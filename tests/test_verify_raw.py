@@ -1,4 +1,4 @@
-"""pipelines/verify/: labels looked up in RAW again, unlabelled pictures, S3, large shards."""
+"""pipelines/verify.py: labels looked up in RAW again, unlabelled pictures, S3, large shards."""
 
 import re
 import shutil
@@ -11,9 +11,10 @@ from built import build_set, write_folders
 from drawn_layouts import hugging_face
 
 from alexnet.errors import UserError
-from pipelines import entries, shards, sources, storage
+from pipelines import entries, recount, shards, sources, storage
+from pipelines import verify as module
 from pipelines.plan import Recipe
-from pipelines.verify import Findings, audit, recount, verify
+from pipelines.verify import Findings, verify
 
 # No WNIDs: nothing but the folder says what the class is. Every picture is another one.
 TRAIN = {f"train/{c}/{c}{i}.jpg": 10 * k + i for k, c in enumerate("ab") for i in range(4)}
@@ -48,8 +49,8 @@ def test_pictures_that_came_to_raw_or_went_are_counted(raw: Path, out: str) -> N
     (raw / "val/a/va0.jpg").unlink()
     write_folders(raw, {"val/a/vnew1.jpg": 90, "val/a/vnew2.jpg": 91})
     assert told(verify(out, full=True, raw=str(raw))) == [
-        f"index/val.parquet: 1 picture (first va0) not in {raw}",
-        f"index/val.parquet: 2 pictures (first vnew1) in {raw} alone",
+        f"index/val.parquet: 2 images (first vnew1) in {raw}, but neither stored nor in quarantine",
+        f"index/val.parquet: 1 image (first va0) stored, but not in {raw}",
     ]
 
 
@@ -63,7 +64,7 @@ def test_a_subset_is_compared_with_the_same_subset_of_raw(raw: Path, tmp_path: P
     recipe = Recipe(subset=("a", "c"), per_class=2, partial=True)
     out = build_set(str(raw), tmp_path / "subset", recipe)
     findings = verify(out, full=True, raw=str(raw))
-    assert told(findings) == [] and "6 pictures decoded" in findings.checked
+    assert told(findings) == [] and "6 images decoded" in findings.checked
 
 
 def test_what_the_build_overlooks_is_found_by_a_count_of_its_own(
@@ -115,7 +116,7 @@ def test_test_pictures_may_be_unlabelled(raw: Path, tmp_path: Path) -> None:
         str(raw), tmp_path / "unlabelled", Recipe(splits=("train", "val", "test"), partial=True)
     )
     findings = verify(out, full=True, raw=str(raw))
-    assert told(findings) == [] and "14 pictures decoded" in findings.checked
+    assert told(findings) == [] and "14 images decoded" in findings.checked
 
 
 def test_a_shard_is_read_in_chunks_and_once(out: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -130,7 +131,7 @@ def test_a_shard_is_read_in_chunks_and_once(out: str, monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(storage, "read", counted)
     assert told(verify(out)) == [] and reads == []
-    monkeypatch.setattr(audit, "_CHUNK", 3000)  # less than a picture: members span chunks
+    monkeypatch.setattr(module, "_CHUNK", 3000)  # less than an image: members span chunks
     assert told(verify(out, full=True)) == []
     assert max(size for _, size in reads) == 3000
     tars = [path.stat().st_size for path in Path(out).glob("*.tar")]
@@ -151,10 +152,10 @@ def test_progress_is_told_while_shards_are_read(out: str, monkeypatch: pytest.Mo
         said.set()
 
     monkeypatch.setattr(storage, "read", slow)
-    monkeypatch.setattr(audit, "_SAY_EVERY", 0.0)
+    monkeypatch.setattr(module, "_SAY_EVERY", 0.0)
     assert told(verify(out, full=True, say=say)) == []
-    assert lines[0] == "verified 0 of 3 files, 0 of 0 MB, 0.0 MB/s, ETA unknown"
-    line = r"verified \d of 3 files, 0 of 0 MB, [\d.,]+ MB/s, ETA (unknown|\d:\d\d:\d\d)"
+    assert lines[0] == "verified 0 of 3 files, 0 of 0 MB, 0.0 MB/s, ETA ?"
+    line = r"verified \d of 3 files, 0 of 0 MB, [\d.,]+ MB/s, ETA (\?|\d:\d\d:\d\d)"
     assert all(re.fullmatch(line, said) for said in lines)
 
 

@@ -15,10 +15,10 @@ from drawn import A, B, C, encoded, imagefolder, jpeg, picture, tar
 from made import made_shards
 
 from alexnet.errors import UserError
-from pipelines import shards, sources, storage
+from pipelines import recount, shards, sources, storage
 from pipelines.cli import main
 from pipelines.plan import Recipe
-from pipelines.verify import recount, verify
+from pipelines.verify import verify
 
 BOTH = ("train", "val")
 WNIDS = (A, B, C)

@@ -30,7 +30,7 @@ from ray.train.torch import TorchTrainer
 
 from alexnet.errors import UserError
 from pipelines import cluster, command, storage
-from pipelines.metrics import label
+from pipelines.progress import label
 from training import checkpoint, lease, stop, store, tracking
 from training.command_line import again, parse
 from training.config import TrainConfig, to_dict

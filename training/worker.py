@@ -26,7 +26,7 @@ from ray.util.metrics import Counter, Gauge
 
 from alexnet.errors import UserError
 from pipelines import storage
-from pipelines.metrics import label, never_fatal
+from pipelines.progress import label, never_fatal
 from training import checkpoint, lease, loop, meter
 from training.meter import log_line
 from training.preflight import Job, check_node

@@ -19,9 +19,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from alexnet.errors import UserError
-from pipelines import entries, storage
+from pipelines import entries, shards, storage
 
-SPLITS = ("train", "val", "test")
+SPLITS = shards.SPLITS
 NO_LABELS = "none: the images are unlabelled"  # where the labels of a split are from
 UNLABELLED = -1  # of a test picture whose class nobody has published; its WNID is ""
 

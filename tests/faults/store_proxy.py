@@ -42,8 +42,8 @@ _HOP = {"connection", "keep-alive", "transfer-encoding", "expect", "content-leng
 _PAGE = b"<html><body>We will be back soon"
 _ERROR = '<?xml version="1.0" encoding="UTF-8"?><Error><Code>%s</Code><Message>%s</Message></Error>'
 _LONGEST_DELAY = 0.2
-# What differs between runs: the bucket, endings of checkpoints, names of journals.
-_CHANCE = re.compile(r"^/[^/?]*|(?<=-)[0-9a-f]{6}(?=/)|(?<=/progress/)[^/]*")
+# What differs between runs: the bucket, endings of checkpoints.
+_CHANCE = re.compile(r"^/[^/?]*|(?<=-)[0-9a-f]{6}(?=/)")
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@ Each target gets one file; the others are those of a small good set, beside this
 """
 
 import hashlib
-import json
 import os
 import re
 import shutil
@@ -16,7 +15,8 @@ from typing import Any
 import numpy as np
 from refused import Refused
 
-from pipelines import finish, plan_files, shards, status, storage
+from pipelines import finish, plan_files, shards, storage
+from pipelines.inspect import status, status_text
 from training.loader import Samples
 from training.shard_files import ShardFiles
 
@@ -40,7 +40,7 @@ def manifest(data: bytes, folder: Path) -> None:
     for split in ("train", "val"):
         samples = Samples(out, found, split)
         assert samples.count == found.num_samples(split)
-    status.text(status.status(out))
+    status_text(status(out))
 
 
 def sample_index(data: bytes, folder: Path) -> None:
@@ -65,7 +65,7 @@ def sidecar(data: bytes, folder: Path) -> None:
     name = "_meta/train-000000.parquet"
     out = _set_with(folder, name, data)
     done, missing = finish.finished_shards(out, plan_files.load(out))
-    status.text(status.status(out))
+    status_text(status(out))
     if 0 in missing:
         raise Refused(missing[0])
     right = shards.unpack_sidecar((_good_set() / name).read_bytes())
@@ -83,7 +83,7 @@ def plan_json(data: bytes, folder: Path) -> None:
         assert _NAME.fullmatch(shard.name) and shard.name.startswith(f"{shard.split}-"), shard
         assert type(shard.samples) is int and shard.samples >= 0
     finish.finished_shards(out, found)
-    status.text(status.status(out))
+    status_text(status(out))
 
 
 def plan_rows(data: bytes, folder: Path) -> None:
@@ -93,12 +93,6 @@ def plan_rows(data: bytes, folder: Path) -> None:
     for number in range(len(made.shards)):
         found = plan_files.read_rows(out, made.plan_id, number)
         assert found == plan_files.read_rows(str(_good_set()), made.plan_id, number)
-
-
-def journal(data: bytes, folder: Path) -> None:
-    out = _set_with(folder, "_meta/progress/host-1-2.000.json", data, finished=False)
-    json.dumps(status.status(out))
-    status.text(status.status(out))
 
 
 def _set_with(folder: Path, name: str, data: bytes, finished: bool = True) -> str:
@@ -129,5 +123,5 @@ def _sha256(data: memoryview) -> str:
 
 SETS: dict[str, Callable[[bytes, Path], None]] = {
     function.__name__: function
-    for function in (manifest, sample_index, sidecar, plan_json, plan_rows, journal)
+    for function in (manifest, sample_index, sidecar, plan_json, plan_rows)
 }

@@ -108,22 +108,6 @@ def test_documents_of_a_set_are_well_formed_or_refused(attack, good_set, target)
     attack(target, mutated_json([json.loads((good_set / SET_DOCUMENTS[target]).read_bytes())]))
 
 
-def test_journals_that_are_none_do_not_disturb_status(attack, good_set) -> None:
-    document = {
-        "builder": "host-1-2.000",
-        "host": "host",
-        "pid": 1,
-        "started": 2.0,
-        "updated": 9.0,
-        "state": "building",
-        "message": "",
-        "shards": 5,
-        "pictures": 40,
-        "points": [[0.0, 0, 0, 0, 0, 0], [5.0, 1, 8, 900, 800, 0]],
-    }
-    attack("journal", mutated_json([document, {**document, "state": "failed"}]))
-
-
 @pytest.mark.parametrize(
     ("target", "name"),
     [
