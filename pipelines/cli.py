@@ -376,19 +376,22 @@ def _next_command(arguments: argparse.Namespace, plan: Plan, out: str) -> str:
 def _planned(arguments: argparse.Namespace) -> tuple[Source, Plan, str]:
     """Reads RAW; the last is OUT. Raises UserError for impossible flags, and for all that
     `sources.scan` does."""
-    from pipelines.sources import official, scan, subset
+    from pipelines import sources
+    from pipelines.sources import official
 
     given = {field.name: getattr(arguments, field.name) for field in fields(Recipe)}
     given = {name: value for name, value in given.items() if value is not None}
     given["splits"] = tuple(dict.fromkeys(arguments.splits.split(",")))
-    given["subset"] = subset.parse(arguments.subset) if arguments.subset else ()
+    given["subset"] = sources.parse_subset(arguments.subset) if arguments.subset else ()
     recipe = Recipe(**given)
     raw = storage.absolute(arguments.raw)
-    source = scan(raw, [split for split in SPLITS if split in recipe.splits], recipe.partial)
+    source = sources.scan(
+        raw, [split for split in SPLITS if split in recipe.splits], recipe.partial
+    )
     if arguments.verify_md5:
         for line in official.verify_md5(raw, dict(storage.list_files(raw))):
             print(line, file=sys.stderr, flush=True)
-    source = subset.select(source, recipe.subset, recipe.per_class)
+    source = sources.select(source, recipe.subset, recipe.per_class)
     suits: dict[str, Any] = {"shuffle": source.shuffle}  # this source, unless the user knows better
     if source.stored:
         suits |= {name: getattr(source.stored, name) for name in ("resize", "crop", "quality")}

@@ -12,9 +12,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from alexnet.errors import UserError
-from pipelines import plan_files, shards, storage, tars
+from pipelines import plan_files, shards, storage
 from pipelines.plan import ShardPlan
 from pipelines.progress import clock
+from pipelines.sources.table import PARQUET
 
 _COPIES_SHOWN = 20
 _SHARDS_SHOWN = 5
@@ -94,7 +95,7 @@ def status(out: str) -> dict[str, Any]:
 def _sidecar_status(out: str, shard: ShardPlan, files: dict[str, int]) -> dict[str, Any] | None:
     """With its age in seconds. None for a damaged one, which the next build rebuilds."""
     uri = shards.sidecar_uri(out, shard.name)
-    file = tars.RangeFile(uri, 0, files[f"_meta/{shard.name}.parquet"])
+    file = storage.RangeFile(uri, 0, files[f"_meta/{shard.name}.parquet"])
     try:
         return shards.sidecar_status(file) | {"age": storage.age(uri)}
     except ValueError:
@@ -165,7 +166,7 @@ def _entry(
     file."""
     label = row.get("label", plan.get("label", -1))
     known = 0 <= label < manifest.num_classes
-    unit = "row" if row["source"].endswith(".parquet") else "offset"
+    unit = "row" if row["source"].endswith(PARQUET) else "offset"
     raw = {
         "layout": manifest.document["source"]["layout"],
         "container": row["source"],

@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from alexnet.errors import UserError
-from pipelines import shards, storage, tars
+from pipelines import shards, storage
 from pipelines.plan import Plan, ShardPlan
 from pipelines.shards import DAMAGE, SPLITS, check_counts, check_shard_name
 from pipelines.sources import TABLE
@@ -211,7 +211,7 @@ def _check_rows(table: pa.Table) -> None:
 
 def _open_rows(out: str) -> pq.ParquetFile:
     uri = storage.join(out, _ROWS)
-    file = io.BufferedReader(tars.RangeFile(uri, 0, storage.size(uri)), 1 << 16)
+    file = io.BufferedReader(storage.RangeFile(uri, 0, storage.size(uri)), 1 << 16)
     return pq.ParquetFile(file, page_checksum_verification=True)
 
 

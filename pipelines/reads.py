@@ -22,9 +22,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from alexnet.errors import UserError
-from pipelines import storage, tars
+from pipelines import storage
+from pipelines.sources.table import PARQUET, picture_names
 
-PARQUET = ".parquet"
 _MAX_GAP = 16 << 10  # bytes between two images that are cheaper to read than to skip
 _MAX_READ = 8 << 20  # bytes per request, unless one image is larger
 _MAX_AHEAD = 64 << 20  # bytes that are being read or wait to be taken, unless one read is larger
@@ -201,17 +201,6 @@ def cost(rows: pa.Table) -> tuple[int, int]:
     return len(firsts), int(lengths.sum())
 
 
-def picture_names(paths: pa.Array, source: str, rows: pa.Array) -> pa.Array:
-    """Names of the raw files from `image.path` in a parquet file, which repeats the WNID in
-    Hugging Face's: n01440764_10026_n01440764.JPEG, ILSVRC2012_val_00000293_n01440764.JPEG. Where
-    it is null, the name is that of the parquet file with the number of the row."""
-    names = pc.replace_substring_regex(paths, r"^.*/", "")
-    names = pc.replace_substring_regex(names, r"_n\d{8}(\.[^.]*)$", r"\1")
-    stem = source.rpartition("/")[2].removesuffix(PARQUET)
-    numbered = pc.binary_join_element_wise(stem, rows.cast(pa.string()), "-")
-    return pc.if_else(pc.equal(pc.fill_null(names, ""), ""), numbered, names)
-
-
 # What one read fetches
 
 _PLACES = pa.schema([("source", pa.string()), ("offset", pa.int64()), ("size", pa.int64())])
@@ -250,7 +239,7 @@ def _numbers(column: Any) -> _Numbers:
 # Reads
 
 
-class _Counted(tars.RangeFile):
+class _Counted(storage.RangeFile):
     def __init__(self, uri: str, size: int, count: Callable[[int], None]) -> None:
         super().__init__(uri, 0, size)
         self._count = count
@@ -261,7 +250,7 @@ class _Counted(tars.RangeFile):
         return num_bytes
 
 
-def _batches(file: tars.RangeFile, footer: pq.FileMetaData, number: int) -> Iterator[Any]:
+def _batches(file: storage.RangeFile, footer: pq.FileMetaData, number: int) -> Iterator[Any]:
     """The images of a row group, some MiB at a time, without Arrow's threads."""
     about = footer.row_group(number)
     rows = _MAX_READ * about.num_rows // max(1, about.total_byte_size)

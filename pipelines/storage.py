@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import io
 import os
 import shutil
 import socket
@@ -20,7 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial, wraps
 from itertools import islice
 from pathlib import Path
-from typing import Concatenate, ParamSpec, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from alexnet.errors import UserError
 from pipelines import s3
@@ -119,6 +120,37 @@ def read(uri: str, offset: int = 0, length: int | None = None) -> bytes:
     with Path(uri).open("rb") as file:
         file.seek(offset)
         return file.read(-1 if length is None else length)
+
+
+class RangeFile(io.RawIOBase):
+    """Bytes [start, start + length) of a stored file as a seekable file."""
+
+    def __init__(self, uri: str, start: int, length: int) -> None:
+        self._uri, self._start, self._length = uri, start, length
+        self._position = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._length}[whence]
+        self._position = base + offset
+        return self._position
+
+    def tell(self) -> int:
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        wanted = min(len(buffer), self._length - self._position)
+        if wanted <= 0:
+            return 0
+        data = read(self._uri, self._start + self._position, wanted)
+        buffer[: len(data)] = data
+        self._position += len(data)
+        return len(data)
 
 
 def read_each(uris: Sequence[str], ahead: int = 16) -> Iterator[bytes]:

@@ -329,7 +329,6 @@ def _without(keys: pa.Array, others: pa.Array) -> pa.Array:
 def _check_raw(found: _Set, raw: str) -> None:
     """What is in RAW now, found as for a build, and counted by other code."""
     from pipelines import recount, sources
-    from pipelines.sources import subset
 
     recipe = shards.load_plan(found.out)["identity"]["recipe"]
     source = sources.scan(storage.absolute(raw), found.splits, partial=True)
@@ -337,7 +336,7 @@ def _check_raw(found: _Set, raw: str) -> None:
     for split, text in recount.unaccounted(source, found.splits, entries.get("left_out", {})):
         found.wrong(index_name(split), f"{text} in {raw}")
     if recipe.get("subset") or recipe.get("per_class") is not None:
-        source = subset.select(source, tuple(recipe.get("subset", ())), recipe.get("per_class"))
+        source = sources.select(source, tuple(recipe.get("subset", ())), recipe.get("per_class"))
     _check_accounts(found, source.table, f"in {raw}")
 
 

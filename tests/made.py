@@ -9,7 +9,6 @@ from drawn import ROOT
 
 from pipelines import finish, plan, plan_files, shards, sources, storage
 from pipelines.build import job_for
-from pipelines.sources import subset
 from pipelines.write_shard import write_shard
 
 
@@ -21,7 +20,7 @@ def made_shards(
     partial: whether RAW may be incomplete, if that is not what the recipe says.
     """
     source = sources.scan(raw, recipe.splits, recipe.partial if partial is None else partial)
-    source = subset.select(source, recipe.subset, recipe.per_class)
+    source = sources.select(source, recipe.subset, recipe.per_class)
     made = plan.make(source, recipe)
     plan_files.begin(out, raw, made)
     job = job_for(made, raw, out)

@@ -10,8 +10,8 @@ import pytest
 from drawn import tar
 
 from alexnet.errors import UserError
-from pipelines import shards, storage, tars
-from pipelines.sources import index
+from pipelines import shards, storage
+from pipelines.sources import index, tars
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""pipelines/sources/subset.py: fewer classes, or fewer pictures of each."""
+"""pipelines/sources/table.py: fewer classes, or fewer pictures of each."""
 
 from collections import Counter
 from pathlib import Path
@@ -9,7 +9,6 @@ from drawn_layouts import hugging_face, kaggle
 
 from alexnet.errors import UserError
 from pipelines import sources
-from pipelines.sources import subset
 
 ALL = ("train", "val", "test")
 
@@ -24,7 +23,7 @@ def keys(source: sources.Source, split: str) -> list[str]:
 
 
 def test_labels_become_ranks_within_the_subset(source: sources.Source) -> None:
-    less = subset.select(source, (C, B), None)
+    less = sources.select(source, (C, B), None)
     assert less.wnids == (B, C)
     assert less.class_names == ("jacamar", "yurt")
     assert Counter((r["split"], r["wnid"], r["label"]) for r in less.table.to_pylist()) == {
@@ -39,43 +38,43 @@ def test_labels_become_ranks_within_the_subset(source: sources.Source) -> None:
 
 
 def test_the_first_pictures_of_each_class_and_split_stay(source: sources.Source) -> None:
-    less = subset.select(source, (), 1)
+    less = sources.select(source, (), 1)
     assert less.wnids == source.wnids
     assert keys(less, "train") == [f"{A}_3", f"{B}_3", f"{C}_3"]
     assert keys(less, "val") == keys(source, "val")
     assert keys(less, "test") == keys(source, "test")  # at most 1 of each of 3 classes
-    alone = subset.select(source, (A,), 1)
+    alone = sources.select(source, (A,), 1)
     assert keys(alone, "test") == ["ILSVRC2012_test_00000001"]
 
 
 def test_first_means_in_the_order_of_the_source_not_of_names(tmp_path: Path) -> None:
     source = sources.scan(str(hugging_face(tmp_path)), ["train"])
     assert keys(source, "train") == [f"{B}_1", f"{A}_5", f"{C}_2", f"{A}_4"]
-    assert keys(subset.select(source, (A,), 1), "train") == [f"{A}_5"]
+    assert keys(sources.select(source, (A,), 1), "train") == [f"{A}_5"]
 
 
 def test_nothing_asked_changes_nothing(source: sources.Source) -> None:
-    assert subset.select(source, (), None) is source
+    assert sources.select(source, (), None) is source
 
 
 def test_an_unknown_class_and_an_empty_split_are_refused(
     source: sources.Source, tmp_path: Path
 ) -> None:
     with pytest.raises(UserError, match=r"--subset: n99999999 is none of the 3 classes"):
-        subset.select(source, (A, "n99999999"), None)
+        sources.select(source, (A, "n99999999"), None)
     raw = tmp_path / "other"
     imagefolder(raw, {f"train/{A}/1.jpg": b"x", f"train/{B}/2.jpg": b"x", f"val/{A}/1.jpg": b"x"})
     with pytest.raises(UserError, match=r"--subset: no val picture is left of 1"):
-        subset.select(sources.scan(str(raw), ("train", "val")), (B,), None)
+        sources.select(sources.scan(str(raw), ("train", "val")), (B,), None)
 
 
 def test_a_list_or_a_file_with_one_wnid_a_line(tmp_path: Path) -> None:
-    assert subset.parse(f"{B}, {A},{B}") == (A, B)
+    assert sources.parse_subset(f"{B}, {A},{B}") == (A, B)
     mapping = tmp_path / "mapping.txt"
     mapping.write_text(f"{B} jacamar\n\n{A} tench, Tinca tinca\n")
-    assert subset.parse(str(mapping)) == (A, B)
+    assert sources.parse_subset(str(mapping)) == (A, B)
     with pytest.raises(UserError, match=r"missing\.txt: not there"):
-        subset.parse(str(tmp_path / "missing.txt"))
+        sources.parse_subset(str(tmp_path / "missing.txt"))
     for nothing in (",", " "):
         with pytest.raises(UserError, match="names no class"):
-            subset.parse(nothing)
+            sources.parse_subset(nothing)

@@ -1,4 +1,4 @@
-"""pipelines/tars.py: each member lies where tarfile finds it; whatever is damaged is refused."""
+"""pipelines/sources/tars.py: members lie where tarfile finds them; damage is refused."""
 
 import bz2
 import gzip
@@ -13,7 +13,8 @@ import pytest
 from drawn import jpeg, tar
 
 from alexnet.errors import UserError
-from pipelines import storage, tars
+from pipelines import storage
+from pipelines.sources import tars
 
 PICTURES = [(f"val/ILSVRC2012_val_{n:08d}.JPEG", jpeg(n)) for n in range(1, 4)]
 

@@ -10,9 +10,30 @@ from dataclasses import replace
 from alexnet.errors import UserError
 from pipelines import entries, storage
 from pipelines.sources import folders, huggingface, ilsvrc, kaggle, table, webdataset
-from pipelines.sources.table import SPLITS, TABLE, UNLABELLED, Layout, Shuffle, Source, StoredAs
+from pipelines.sources.table import (
+    SPLITS,
+    TABLE,
+    UNLABELLED,
+    Layout,
+    Shuffle,
+    Source,
+    StoredAs,
+    parse_subset,
+    select,
+)
 
-__all__ = ["SPLITS", "TABLE", "UNLABELLED", "Shuffle", "Source", "StoredAs", "scan"]
+__all__ = [
+    "SPLITS",
+    "TABLE",
+    "UNLABELLED",
+    "Layout",
+    "Shuffle",
+    "Source",
+    "StoredAs",
+    "parse_subset",
+    "scan",
+    "select",
+]
 
 _OWN_NOTES = r"^(demo-raw|fetch)\.json$"  # by which these commands know their folder again
 _NO_TEXT = re.compile("[\ud800-\udfff]")  # what Python makes of bytes that are not UTF-8

@@ -21,10 +21,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from alexnet.errors import UserError
-from pipelines import entries, storage, tars
-from pipelines.reads import picture_names
+from pipelines import entries, storage
 from pipelines.sources.table import (
     NO_LABELS,
+    PARQUET,
     SPLITS,
     UNLABELLED,
     Layout,
@@ -32,6 +32,7 @@ from pipelines.sources.table import (
     fewer,
     labelled,
     part,
+    picture_names,
     ranked,
     with_own_keys,
 )
@@ -63,7 +64,7 @@ class _Found:
 
 
 def _recognises(found: entries.Listing) -> bool:
-    return any(name.endswith(".parquet") and _PART.fullmatch(name) for name in found.files)
+    return any(name.endswith(PARQUET) and _PART.fullmatch(name) for name in found.files)
 
 
 def _scan(raw: str, listing: entries.Listing, splits: Sequence[str], partial: bool) -> Source:
@@ -163,7 +164,7 @@ def _parts(raw: str, files: dict[str, int], splits: Sequence[str], partial: bool
 def _read(raw: str, file: _File) -> _Found:
     """Without Arrow's threads and row group by row group, so that it takes little memory."""
     uri = storage.join(raw, file.name)
-    stored = tars.RangeFile(uri, 0, storage.size(uri))
+    stored = storage.RangeFile(uri, 0, storage.size(uri))
     try:
         with pq.ParquetFile(stored, pre_buffer=False) as parquet:
             _check_schema(uri, parquet.schema_arrow)

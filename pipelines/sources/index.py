@@ -23,7 +23,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from alexnet.errors import UserError
-from pipelines import shards, storage, tars
+from pipelines import shards, storage
+from pipelines.sources import tars
 
 logger = logging.getLogger(__name__)
 

@@ -21,11 +21,10 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from alexnet.errors import UserError
-from pipelines import entries, shards, storage, tars
-from pipelines.sources import index
+from pipelines import entries, shards, storage
+from pipelines.sources import index, tars
 from pipelines.sources.table import (
     NO_LABELS,
     SPLITS,
@@ -410,8 +409,7 @@ def _scan_own(raw: str, listing: entries.Listing, splits: Sequence[str], partial
 
 def _own_part(raw: str, manifest: shards.Manifest, split: str) -> pa.Table:
     """Raises UserError when the index contradicts the manifest."""
-    uri = storage.join(raw, "index", f"{split}.parquet")
-    rows = _read_columns(uri)
+    rows = shards.load_index(raw, split, _OWN_COLUMNS)
     wnid = rows["wnid"].combine_chunks()
     expected = pc.fill_null(pc.index_in(wnid, value_set=pa.array(manifest.wnids)), -1)
     counts = {row["values"]: row["counts"] for row in pc.value_counts(rows["shard"]).to_pylist()}
@@ -420,24 +418,12 @@ def _own_part(raw: str, manifest: shards.Manifest, split: str) -> pa.Table:
         shard.name: shard.samples for shard in manifest.split_shards(split) if shard.samples
     }:
         raise UserError(
-            f"{uri} contradicts manifest.json; run `python -m pipelines verify {shlex.quote(raw)}`"
+            f"{raw}/{shards.index_name(split)} contradicts manifest.json; run `python -m pipelines "
+            f"verify {shlex.quote(raw)}`"
         )
     names = pc.binary_join_element_wise(rows["key"], "jpg", ".")
     source = pc.binary_join_element_wise(rows["shard"], "tar", ".")
     return part(split, names, wnid, source, rows["offset"], rows["size"])
-
-
-def _read_columns(uri: str) -> pa.Table:
-    """Those needed here: with all, 1.28 million rows take half a gigabyte."""
-    try:
-        with pq.ParquetFile(tars.RangeFile(uri, 0, storage.size(uri)), pre_buffer=False) as file:
-            return file.read(_OWN_COLUMNS, use_threads=False)
-    except (pa.ArrowException, OSError) as error:
-        line = " ".join(str(error).split())
-        raise UserError(
-            f"{uri} is damaged ({line}); run `python -m pipelines verify "
-            f"{shlex.quote(uri.rsplit('/', 2)[0])}`"
-        ) from error
 
 
 def _own_origin(manifest: shards.Manifest, split: str) -> str:

@@ -20,8 +20,8 @@ from PIL import Image
 from refused import Refused
 from scipy.io import loadmat
 
-from pipelines import reads, sources, storage, tars, transform
-from pipelines.sources import devkit, index
+from pipelines import reads, sources, storage, transform
+from pipelines.sources import devkit, index, tars
 
 _TRUTH = ("ILSVRC2012_validation_ground_truth.txt", b"3\n1\n2\n")
 

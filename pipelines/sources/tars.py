@@ -11,12 +11,10 @@ stands in the archive, with its folders, is never used as a path of this machine
 
 from __future__ import annotations
 
-import io
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import pyarrow as pa
 
@@ -276,34 +274,3 @@ class _Window:
             self._data = storage.read(self._uri, self._start + position, wanted)
             self._begin, offset = position, 0
         return self._data[offset : offset + size]
-
-
-class RangeFile(io.RawIOBase):
-    """Bytes [start, start + length) of a stored file as a seekable file."""
-
-    def __init__(self, uri: str, start: int, length: int) -> None:
-        self._uri, self._start, self._length = uri, start, length
-        self._position = 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._length}[whence]
-        self._position = base + offset
-        return self._position
-
-    def tell(self) -> int:
-        return self._position
-
-    def readinto(self, buffer: Any) -> int:
-        wanted = min(len(buffer), self._length - self._position)
-        if wanted <= 0:
-            return 0
-        data = storage.read(self._uri, self._start + self._position, wanted)
-        buffer[: len(data)] = data
-        self._position += len(data)
-        return len(data)
