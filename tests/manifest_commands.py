@@ -60,6 +60,8 @@ def _python(words: list[str]) -> None:
                 importlib.import_module("training.evaluate")._parse(flags)
             case ["-m", "training.figures", *flags]:
                 importlib.import_module("training.figures")._parse(flags)
+            case ["-m", "training.export", *flags]:
+                importlib.import_module("training.export")._parse(flags)
             case ["-m", name, *flags] if name.split(".")[0] == "benchmarks":
                 name = "benchmarks.__main__" if name == "benchmarks" else name
                 importlib.import_module(name).main([*flags, "--help"])

@@ -9,7 +9,6 @@ from drawn import ROOT
 from manifest_commands import CommandError, check_command
 from registered import MLFLOW_WARNINGS
 
-from alexnet import FORMER_RECIPES
 from training.recipes import RECIPES
 
 pytestmark = [pytest.mark.filterwarnings(line) for line in MLFLOW_WARNINGS]
@@ -95,6 +94,6 @@ def test_program_takes_the_command(command: str, capsys: pytest.CaptureFixture[s
 
 
 def test_recipes_of_the_readme_are_all_the_recipes() -> None:
-    [named] = re.findall(r"training/run\.py \[([a-z\\|]+)\]", (ROOT / "README.md").read_text())
-    found = [FORMER_RECIPES.get(name, name) for name in named.replace("\\", "").split("|")]
-    assert found == list(RECIPES)
+    readme = (ROOT / "README.md").read_text()
+    table = readme[readme.index("| recipe |") :].partition("\n\n")[0]
+    assert re.findall(r"^\| `(\w+)` \|", table, re.M) == list(RECIPES)

@@ -28,7 +28,9 @@ from mlflow.tracking import MlflowClient
 from alexnet.errors import UserError
 from pipelines import command
 from training import store, tracking
-from training.registry.versions import NAME, Refused, aliases, resolve, rows, run_of, table
+from training.registry import alias, listing
+from training.registry.alias import Refused
+from training.registry.versions import NAME, aliases, resolve, run_of
 
 # Exit code, the document for --json, the text otherwise.
 Answer = tuple[int, Any, str]
@@ -37,7 +39,7 @@ Answer = tuple[int, Any, str]
 def main(argv: Sequence[str] | None = None) -> int:
     return command.answered(
         lambda: _answer(_parse(argv)),
-        stopped="interrupted; `python -m training.registry list` shows who is champion",
+        stopped="interrupted; the next promote or rollback settles what is unfinished",
         failed={Refused: "refused"},
     )
 
@@ -59,7 +61,10 @@ def _answer(args: argparse.Namespace) -> int:
 
 def _told(error: BaseException) -> str:
     uri = tracking.tracking_uri()
-    return f"MLflow at {uri} failed ({store.remedy(uri, error)}; then run the command again"
+    return (
+        f"MLflow at {uri} failed ({store.remedy(uri, error)}; then run the command again: a move "
+        "that was not finished is settled first"
+    )
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -102,8 +107,8 @@ def _add_promote_flags(gate: argparse.ArgumentParser) -> None:
 
 
 def _list(client: MlflowClient, args: argparse.Namespace) -> Answer:
-    found = rows(client)
-    return 0, found, table(found)
+    found = listing.rows(client)
+    return 0, found, listing.table(found)
 
 
 # What follows imports in its functions, so that a list does not wait for torch and matplotlib.
@@ -170,6 +175,7 @@ def _manifest(uri: str | None, digest: str | None) -> tuple[Any, str | None]:
 
 
 def _promote(client: MlflowClient, args: argparse.Namespace) -> Answer:
+    from training.registry import verdict
     from training.registry.gate import CHAMPION, Asked, promote
 
     if args.force != bool(args.reason and args.reason.strip()):
@@ -188,9 +194,10 @@ def _promote(client: MlflowClient, args: argparse.Namespace) -> Answer:
         number = str(resolve(client, version).version)
         told = f"version {number} is the champion already"
         return 0, {"version": number, "outcome": "champion already"}, told
-    document = found.document() | {"dry_run": args.dry_run}
-    lines = [found.table()]
+    document = verdict.document(found) | {"dry_run": args.dry_run}
+    lines = [verdict.table(found)]
     if args.dry_run:
+        lines += filter(None, [alias.unfinished(client, CHAMPION)])
         lines.append(f"verdict: {found.outcome}; a dry run, nothing was changed")
     elif found.outcome == "forced":
         lines.append(f"forced: {found.reason}")
