@@ -170,41 +170,19 @@ def top_k(
     model: nn.Module, images: Tensor, spec: InputSpec, class_names: Sequence[Name], k: int
 ) -> list[list[tuple[Name, float]]]:
     """images: uint8 (N, 3, crop, crop) → for each the k likeliest (class name, probability), where
-    a name is whatever stands for a class.
+    a name is whatever stands for a class. Fewer than k where there are fewer classes.
 
-    Uses the centre view, on the model's device, with dropout off; the model's mode is as before
-    afterwards. Fewer than k where there are fewer classes.
-
-    Raises UserError for k below 1, or when the names are not as many as the model's classes.
+    Uses the centre view, on the model's device; the model is in evaluation mode. Raises UserError
+    for k below 1.
     """
     if k < 1:
         raise UserError(f"cannot list the {k} likeliest classes; ask for 1 or more")
     device = next(model.parameters()).device
-    was_training = model.training
-    if was_training:  # an exported program is in evaluation mode and refuses to be told so
-        model.eval()
-    try:
+    found = []
+    for at in range(0, len(images), BATCH_SIZE):
         with torch.inference_mode():
-            batches = [
-                model(centre_view(images[at : at + BATCH_SIZE].to(device), spec)).softmax(-1).cpu()
-                for at in range(0, len(images), BATCH_SIZE)
-            ]
-    finally:
-        if was_training:
-            model.train()
-    return [_likeliest(row, class_names, k) for batch in batches for row in batch]
-
-
-def _likeliest(
-    probabilities: Tensor, class_names: Sequence[Name], k: int
-) -> list[tuple[Name, float]]:
-    if len(probabilities) != len(class_names):
-        raise UserError(
-            f"{len(class_names)} class names do not fit a model of {len(probabilities)} classes; "
-            "take the names that belong to the model"
-        )
-    values, classes = probabilities.topk(min(k, len(probabilities)))
-    return [
-        (class_names[index], value)
-        for index, value in zip(classes.tolist(), values.tolist(), strict=True)
-    ]
+            views = centre_view(images[at : at + BATCH_SIZE].to(device), spec)
+            values, classes = model(views).softmax(-1).topk(min(k, len(class_names)))
+        for labels, shares in zip(classes.tolist(), values.tolist(), strict=True):
+            found.append([(class_names[i], share) for i, share in zip(labels, shares, strict=True)])
+    return found

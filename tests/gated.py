@@ -13,8 +13,8 @@ from registered import GOOD, Built
 
 from training import tracking
 from training.registry import checks
+from training.registry.checks import Check
 from training.registry.gate import Asked
-from training.registry.verdict import Check
 from training.registry.versions import NAME, aliases
 
 FORCED = Asked(force="the demonstration is at noon")
@@ -42,7 +42,7 @@ def enter_whole_copy(built: Built, home: Path, patch: pytest.MonkeyPatch) -> Mlf
 def enter_candidate_copy(built: Built, home: Path, patch: pytest.MonkeyPatch) -> MlflowClient:
     """As `enter_whole_copy`, without champion, GOOD as candidate. The check in a fresh process
     takes seconds and is taken for passed; tests of its own make it."""
-    alike = Check("as used", "8 of 8 pictures alike", "the same classes", True)
+    alike = Check("as used", "8 of 8 images alike", "the same classes", True)
     patch.setattr(checks, "as_used", lambda *args: alike)
     client = enter_whole_copy(built, home, patch)
     client.set_registered_model_alias(NAME, "candidate", GOOD)
@@ -67,9 +67,6 @@ def champion(client: MlflowClient) -> str | None:
 
 def tags(client: MlflowClient, version: str) -> dict[str, str]:
     return dict(client.get_model_version(NAME, version).tags)
-
-
-LOCK = "alexnet-champion-move"
 
 
 def make_bare_store(folder: Path) -> Path:
@@ -101,7 +98,3 @@ AFTER = ("2", {"gate": "passed", "previous_champion": "1"})
 def state(client: MlflowClient) -> tuple[str | None, dict[str, str]]:
     """The champion and the tags of version 2."""
     return champion(client), dict(client.get_model_version(NAME, "2").tags)
-
-
-def locked(client: MlflowClient) -> bool:
-    return any(model.name == LOCK for model in client.search_registered_models())

@@ -14,15 +14,12 @@ from small_training import fit, small_config
 from pipelines.shards import load_manifest
 from training.accuracy import short
 from training.figures import (
-    Panel,
-    _spread_over_classes,
     conv1_kernels,
     curves,
     main,
     mistakes,
-    panels,
     read_images,
-    top5_panels,
+    top5,
 )
 from training.network import load_model
 
@@ -98,50 +95,26 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
 
 
 @torch.inference_mode()
-def test_panels_are_first_images_of_classes_with_the_five_likeliest(run):
+def test_top5_shows_images_all_over_val_and_bars_with_the_true_class_in_red(run):
     data, model, manifest = run[0], load_model(str(run[1])), load_manifest(run[0])
-    found = panels(model.network, model.input_spec, manifest, data)
-    # 13 images, sample i of class i % 4: the first of each class, then the second of each.
-    assert [panel.key for panel in found] == [f"val_{i:04d}" for i in range(8)]
-    assert [panel.true for panel in found] == [f"colour {i % 4}" for i in range(8)]
-    images = read_images(data, manifest, "val", np.arange(8)).double().numpy()
+    ids = np.array([0, 2, 3, 5, 7, 9, 10, 12])  # of 13 images, sample i of class i % 4
+    images = read_images(data, manifest, "val", ids)
     spec = model.input_spec
     mean, std = (np.array(values)[:, None, None] for values in (spec.mean, spec.std))
-    probabilities = model.network(torch.from_numpy((images - mean) / std).float()).softmax(1)
-    for panel, row in zip(found, probabilities.numpy(), strict=True):
-        order = np.argsort(-row)
-        assert [name for name, _ in panel.likeliest] == [f"colour {i}" for i in order]
-        np.testing.assert_allclose([p for _, p in panel.likeliest], row[order], atol=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("labels", "count", "chosen"),
-    [
-        ([2, 0, 1, 0, 2], 3, [1, 2, 0]),  # the first of each class, by class
-        ([2, 0, 1, 0, 2], 4, [1, 2, 0, 3]),  # then the second ones
-        ([0, 1, 2, 3, 4], 3, [0, 2, 4]),  # classes evenly spread
-        ([-1, 1, -1, 1], 8, [1, 3]),  # without a label: never
-    ],
-)
-def test_images_are_spread_over_the_classes(labels, count, chosen):
-    assert _spread_over_classes(np.array(labels), count).tolist() == chosen
-
-
-def test_top5_panels_show_images_and_bars_with_the_true_class_in_red():
-    images = torch.randint(0, 256, (5, 3, 227, 227), dtype=torch.uint8)
-    rows = (("a $x$, synonym", 0.7), ("b", 0.2), ("c", 0.1))
-    found = [Panel(f"k{i}", images[i], "b" if i else "a $x$, synonym", rows) for i in range(5)]
-    figure = top5_panels(found, "a $title")
+    x = torch.from_numpy((images.double().numpy() - mean) / std).float()
+    figure = top5(model.network, spec, manifest, data, "a $title")
     FigureCanvasAgg(figure).draw()
-    assert len(figure.axes) == 10
-    for number, panel in enumerate(found):
+    assert len(figure.axes) == 16
+    for number, row in enumerate(model.network(x).softmax(1).numpy()):
         image, bars = figure.axes[2 * number : 2 * number + 2]
         shown = np.asarray(image.images[0].get_array())
-        assert (shown == panel.image.permute(1, 2, 0).numpy()).all()
-        assert image.get_xlabel() == ("b" if number else "a $x$")
-        assert [bar.get_width() for bar in bars.patches] == [0.7, 0.2, 0.1]
+        assert (shown == images[number].permute(1, 2, 0).numpy()).all()
+        label, order = ids[number] % 4, np.argsort(-row)
+        assert image.get_xlabel() == f"colour {label}"
+        np.testing.assert_allclose([bar.get_width() for bar in bars.patches], row[order], atol=1e-5)
         red = [bar.get_facecolor()[0] > bar.get_facecolor()[2] for bar in bars.patches]
-        assert red == ([False, True, False] if number else [True, False, False])
+        assert red == (order == label).tolist()
+        assert [text.get_text() for text in bars.texts[::2]] == [f"colour {i}" for i in order]
 
 
 def test_command_writes_both_figures_where_it_is_told_or_under_the_home(

@@ -225,10 +225,8 @@ def test_disk_without_room_for_the_cache_of_shards_is_told(
         storage.write(f"{s3}/cached/{name}", storage.read(f"{data}/{name}"))
     monkeypatch.setenv("ALEXNET_HOME", str(small_disk))
     line = dry_run(capsys, "--data", f"{s3}/cached", "--storage", f"{s3}/runs")
-    assert line.startswith(
-        f"{small_disk}/cache has room for 0.00 GB and the shards kept there take"
-    )
-    assert "set ALEXNET_HOME to another disk, or pass --cache-gb 0" in line
+    assert line.startswith(f"{small_disk}/cache has 0.00 GB free and the shards kept there take")
+    assert "set ALEXNET_HOME to another disk, or pass a lower --cache-gb" in line
 
 
 # No GPU

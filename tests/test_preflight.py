@@ -1,7 +1,10 @@
 """The dry run: what it says is so, what it refuses would fail later, and it starts nothing."""
 
+import pickle
 import re
 import shutil
+import tempfile
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -17,7 +20,17 @@ from pipelines.shards import load_manifest
 from training import lease, tracking
 from training.config import TrainConfig
 from training.network import build_model
-from training.preflight import dry_run, estimate, resolve
+from training.preflight import (
+    LONGEST_NAME,
+    checked_name,
+    checked_place,
+    dry_run,
+    estimate,
+    preflight,
+    refuse_unwritable_path,
+    resolve,
+)
+from training.worker import refuse_changed
 
 pytestmark = [pytest.mark.filterwarnings(line) for line in MLFLOW_WARNINGS]
 
@@ -51,6 +64,19 @@ def test_table_has_data_steps_checkpoints_and_state_and_nothing_is_started(
     client = tracking.connect(tracking.tracking_uri())
     assert client.search_runs([client.get_experiment_by_name("alexnet").experiment_id]) == []
     assert list((tmp_path / "home" / "runs").iterdir()) == []
+
+
+def test_job_for_the_workers_is_resolved_and_shows_no_manifest(data, tmp_path):
+    shutil.copytree(data, tmp_path / "set")
+    job, _ = preflight(config_of(str(tmp_path / "set"), name=None, storage=None), alone=True)
+    assert job.folder == str(tmp_path / "home" / "runs" / job.config.name) and job.run_id is None
+    assert job.manifest.plan_id not in str(job), "Ray's dashboard shows it"
+    handed = pickle.loads(pickle.dumps(job))
+    assert handed == job
+    refuse_changed(handed)
+    (tmp_path / "set" / "manifest.json").write_text("{}")
+    with pytest.raises(UserError, match=f"changed under the run.* was {job.manifest.digest[:16]};"):
+        refuse_changed(handed)
 
 
 def test_run_that_exists_is_told_to_continue(data):
@@ -157,3 +183,67 @@ def test_shards_that_are_gone_are_refused(data, tmp_path):
     (tmp_path / "set" / "manifest.json").unlink()
     with pytest.raises(UserError, match=r"manifest\.json"):
         dry_run(config_of(str(tmp_path / "set")))
+
+
+# Names and places
+
+
+@pytest.mark.parametrize("name", ["a", "fast-2.1_b", "Größe", "训练一", "प्रशिक्षण", "ชื่อ", "0"])
+def test_letters_and_digits_of_any_script_make_a_name(name):
+    assert checked_name(name, "--name") == name
+
+
+def test_same_letters_are_one_name_however_they_are_composed():
+    apart = unicodedata.normalize("NFD", "Größe")
+    assert apart != "Größe" and checked_name(apart, "--name") == "Größe"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("", ".", "..", "...", "-x", ".x", "x.", "a/b", "../a", "a b", "a ", " ", "a'b", 'a"b'),
+        *("a\nb", "a\0", "a\x1b[0m", "\udcff", "a:b", "a*", "$a", "a\\b", "😀"),
+        *("a" * (LONGEST_NAME + 1), "ü" * (LONGEST_NAME // 2 + 1), "a" * 100_000),
+    ],
+)
+def test_other_names_are_one_short_line(name):
+    with pytest.raises(UserError) as told:
+        checked_name(name, "--name")
+    line = str(told.value)
+    assert line.startswith("--name ") and line.isprintable() and len(line) < 250
+
+
+def test_longest_name_fits_into_a_file_system_with_all_that_we_add(tmp_path, monkeypatch):
+    """As a file beside others, written by a process of the host with the longest name."""
+    monkeypatch.setattr(storage.socket, "gethostname", lambda: "h" * 64)
+    monkeypatch.setattr(storage.os, "getpid", lambda: 4_194_304)  # Linux' highest
+    made, mkstemp = [], tempfile.mkstemp
+    monkeypatch.setattr(
+        storage.tempfile, "mkstemp", lambda **how: made.append(mkstemp(**how)) or made[-1]
+    )
+    name = checked_name("训" * (LONGEST_NAME // 3), "--name")
+    storage.write(str(tmp_path / f"{name}.jsonl"), b"")
+    ((_, temporary),) = made
+    assert len(Path(temporary).name.encode()) <= 255
+
+
+@pytest.mark.parametrize("place", ["a\nb", "a\0b", "\udcff", "x://y"])
+def test_place_that_cannot_be_told_or_written_is_refused(place):
+    with pytest.raises(UserError) as told:
+        checked_place(place, "--storage")
+    assert str(told.value).isprintable()
+
+
+@pytest.mark.parametrize(
+    ("place", "told"),
+    [
+        ("s3://b/a//b", "a part that is empty"),
+        ("s3://b/../b", "a part that is empty"),
+        (f"s3://b/{'k' * 900}", "1,024 at most"),
+        ("/a" * 2100, "4,096 at most"),
+    ],
+)
+def test_storage_whose_checkpoints_would_have_impossible_names_is_refused(place, told):
+    refuse_unwritable_path("s3://b", "n")
+    with pytest.raises(UserError, match=told):
+        refuse_unwritable_path(place, "n")

@@ -214,9 +214,9 @@ def test_mlflow_that_fails_at_any_call_of_promote_leaves_before_or_after(
     client, capsys, monkeypatch
 ):
     """The verdict is taken once and given again: the calls around it are what fails here."""
-    judged = gate._judge(client, gate.resolve(client, GOOD), None, gate.Asked())
+    version = gate.resolve(client, GOOD)
+    judged = gate._judge(version, gate.run_of(client, version), None, gate.Asked())
     monkeypatch.setattr(gate, "_judge", lambda *args: judged)
-    monkeypatch.setattr(gate.alias, "STALE_SECONDS", -1.0)  # nobody else moves it here
     k, outcomes = 0, set()
     while True:
         k += 1
@@ -249,7 +249,7 @@ class Failing:
         return call
 
 
-def test_server_that_dies_while_promoting_is_told_and_the_next_promote_settles_it(
+def test_server_that_dies_while_promoting_is_told_and_the_next_promote_does_it(
     client, home, tmp_path, capsys, monkeypatch
 ):
     from test_tracking import Server
@@ -271,7 +271,6 @@ def test_server_that_dies_while_promoting_is_told_and_the_next_promote_settles_i
         assert (code, out) == (2, "")
         assert err.splitlines()[-1].startswith(f"error: MLflow at {server.uri} failed (no connec")
         server.start()
-        monkeypatch.setattr(gate.alias, "STALE_SECONDS", -1.0)
         again = tracking.connect(server.uri)
         assert champion(again) is None
         code, out, err = printed(capsys, "promote")

@@ -26,13 +26,13 @@ def test_model_as_used_in_a_fresh_process_says_what_the_network_says(
 ):
     enter_whole_copy(registered_models, home, monkeypatch)
     uri, model = f"models:/{NAME}/{GOOD}", load(f"models:/{NAME}/{GOOD}")
-    pictures = gate._some_pictures(registered_models.data)
+    pictures = gate._some_images(registered_models.data)
     assert len(pictures) == 8 and all(content[:2] == b"\xff\xd8" for content in pictures)
     found = checks.as_used(uri, tracking.tracking_uri(), model, pictures)
-    assert (found.value, found.passed) == ("8 of 8 pictures alike", True)
+    assert (found.value, found.passed) == ("8 of 8 images alike", True)
     other = dataclasses.replace(model, class_names=tuple(reversed(model.class_names)))
     found = checks.as_used(uri, tracking.tracking_uri(), other, pictures)
-    assert not found.passed and found.value == "0 of 8 pictures alike"
+    assert not found.passed and found.value == "0 of 8 images alike"
 
 
 def test_model_that_cannot_be_used_is_told_in_one_line(registered_models, home, monkeypatch):
@@ -43,7 +43,7 @@ def test_model_that_cannot_be_used_is_told_in_one_line(registered_models, home, 
         f"models:/{NAME}/{GOOD}",
         tracking.tracking_uri(),
         model,
-        gate._some_pictures(registered_models.data),
+        gate._some_images(registered_models.data),
     )
     assert not found.passed and "artifacts/alexnet.json missing" in found.value
     assert "\n" not in found.value
@@ -78,7 +78,7 @@ def test_planted_compiled_code_is_refused_also_by_force_and_never_runs(
     found = gate.promote(client, GOOD, FORCED)
     assert [check.name for check in found.checks if not check.passed] == ["files"]
     assert "model.cpython" in found.reason and "__pycache__" in found.reason
-    pictures = gate._some_pictures(registered_models.data)
+    pictures = gate._some_images(registered_models.data)
     used = checks.as_used(uri, tracking.tracking_uri(), model, pictures)
     assert not used.passed and "__pycache__" in used.value
     # And where it is not refused it is not read either.
@@ -92,5 +92,5 @@ def test_planted_compiled_code_is_refused_also_by_force_and_never_runs(
 
 def test_pictures_for_that_are_those_of_the_shards(registered_models):
     index = load_index(registered_models.data, "val")
-    sizes = {len(content) for content in gate._some_pictures(registered_models.data)}
+    sizes = {len(content) for content in gate._some_images(registered_models.data)}
     assert sizes <= set(np.asarray(index["size"]).tolist())

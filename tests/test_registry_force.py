@@ -9,9 +9,8 @@ from mlflow.tracking import MlflowClient
 from registered import AGAIN, GOOD, MLFLOW_WARNINGS, POOR, Built
 
 from training.registry import gate
-from training.registry.alias import Refused
 from training.registry.gate import Asked
-from training.registry.versions import NAME, WEIGHTS
+from training.registry.versions import NAME, WEIGHTS, Refused
 
 pytestmark = [pytest.mark.filterwarnings(line) for line in MLFLOW_WARNINGS]
 

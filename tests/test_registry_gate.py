@@ -20,8 +20,7 @@ from training.evaluate import evaluate
 from training.loader import Loader
 from training.network import build_model, input_spec
 from training.registry import gate
-from training.registry.gate import Asked
-from training.registry.verdict import Verdict
+from training.registry.gate import Asked, Verdict
 from training.registry.versions import DESCRIPTION, NAME, WEIGHTS
 
 pytestmark = [pytest.mark.filterwarnings(line) for line in MLFLOW_WARNINGS]

@@ -131,7 +131,7 @@ def test_a_bad_file_is_told_in_one_line_and_the_others_are_predicted(tmp_path, c
 
 def test_wrong_usage_and_missing_models_are_one_line_and_exit_code_2(tmp_path, capsys):
     path = draw(tmp_path / "a.png", COLOURS[0], 250, 250)
-    assert "--top 0" in refusal([path, "--top", "0"], capsys)
+    assert "the 0 likeliest classes" in refusal([path, "--top", "0"], capsys)
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "notes.txt").write_text("nothing")
     assert "holds no image (1 entries" in refusal([str(tmp_path / "empty")], capsys)

@@ -67,7 +67,7 @@ def parse(argv: list[str]) -> Command:
     except SystemExit as exit:
         if exit.code in (0, None):
             raise
-        raise UserError(_one_line(complaint.getvalue(), flags)) from None
+        raise UserError(_one_line(complaint.getvalue())) from None
     if line.print_config and line.dry_run:
         raise UserError("--print-config and --dry-run exclude each other; pass one of them")
     action: Literal["train", "print", "dry-run"] = "dry-run" if line.dry_run else "train"
@@ -167,7 +167,7 @@ def _description(recipe: str) -> str:
     return f"{text}\n\nOther recipes: {others}."
 
 
-def _one_line(complaint: str, given: list[str]) -> str:
+def _one_line(complaint: str) -> str:
     """The message in tyro's complaint and the flags it suggests. The message stands between the
     first two rules: the first is the title's frame, or lies under it where there is only ASCII.
 
@@ -177,29 +177,13 @@ def _one_line(complaint: str, given: list[str]) -> str:
     lines = [line.strip("│| ") for line in complaint.splitlines()]
     rules = [number for number, line in enumerate(lines) if line.startswith(("╭", "─", "---"))]
     message = " ".join(lines[rules[0] + 1 : rules[1]] if len(rules) > 1 else lines).strip(" .")
-    if unread := re.match(r"Error parsing (--[\w.-]+)", message):
+    if unread := re.match(r"Error parsing (--[\w.-]+): .*?(\[.*?\]|'.*?')", message):
         kind = next(line for line in lines if re.match(rf"{unread[1]}\s", line))
-        message = (
-            f"{unread[1]} {_value_of(unread[1], given)!r}: expected {kind.split(maxsplit=1)[1]}"
-        )
+        message = f"{unread[1]} {unread[2][:80]}: expected {kind.split(maxsplit=1)[1]}"
     _, _, meant = complaint.partition("Perhaps you meant")
     flags = re.findall(r"^\W*(--[a-z][\w.-]*)", meant, re.MULTILINE)
     hint = f"; perhaps you meant {' or '.join(flags)}" if flags else ""
     return f"{message}{hint}; see `python training/run.py --help`"
-
-
-def _value_of(flag: str, given: list[str]) -> str:
-    """What the last FLAG VALUE… or FLAG=VALUE of the command line gives, at most 80 characters."""
-    texts: dict[str, list[str]] = {}
-    name = ""
-    for word in given:
-        if word.startswith("--"):
-            name, equals, value = word.partition("=")
-            name = name.replace("_", "-")
-            texts[name] = [value] if equals else []
-        else:
-            texts.setdefault(name, []).append(word)
-    return " ".join(texts.get(flag, []))[:80]
 
 
 def read_config(uri: str) -> TrainConfig:
@@ -215,7 +199,7 @@ def read_config(uri: str) -> TrainConfig:
     try:
         config = _config_of(document)
         _refuse_unknown(config.recipe)
-    except UserError as error:
+    except (UserError, RecursionError) as error:
         raise UserError(f"{uri}: {error}") from None
     return config
 

@@ -24,12 +24,10 @@ import io
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from numpy.typing import NDArray
 
 from alexnet.errors import UserError
 from alexnet.model import AlexNet
@@ -105,55 +103,41 @@ def mistakes(
     return figure
 
 
-@dataclass(frozen=True)
-class Panel:
-    """image: uint8 (3, S, S) on the CPU; true: the name of its class; likeliest: names of classes
-    with their probabilities (0..1), the highest first."""
+def top5(
+    network: AlexNet, spec: InputSpec, manifest: shards.Manifest, data: str, title: str = ""
+) -> Figure:
+    """As in figure 4 of the paper: eight images all over the val split, which nobody chose, in rows
+    of four; each above its class and the bars of its likeliest classes, red for the right one.
 
-    key: str
-    image: torch.Tensor
-    true: str
-    likeliest: tuple[tuple[str, float], ...]
-
-
-def panels(network: AlexNet, spec: InputSpec, manifest: shards.Manifest, data: str) -> list[Panel]:
-    """Eight val images with the likeliest five classes: the first image, in the order of sample
-    ids, of each of eight classes that are evenly spread over the labels; nobody chose them.
-
-    Raises UserError for shards that cannot be read, and for a val split without labels.
+    network: on the CPU, in evaluation mode. Raises UserError for shards that cannot be read, and
+    for a val split without labels.
     """
-    index = shards.load_index(data, "val")
-    ids = _spread_over_classes(index["label"].to_numpy(), _PANELS)
+    labels = shards.load_index(data, "val", ["label"])["label"].to_numpy()
+    if not len(labels) or labels.min() < 0:
+        raise UserError("the val split has no labelled images; pass other shards with --data")
+    ids = np.unique(np.linspace(0, len(labels) - 1, _PANELS).round().astype(np.int64))
     images = read_images(data, manifest, "val", ids)
     with torch.inference_mode():
         probabilities = network(centre_view(images, spec)).float().softmax(1)
-    names, found = manifest.class_names, []
-    for sample, image, row in zip(ids.tolist(), images, probabilities, strict=True):
-        values, classes = row.topk(min(5, len(row)))
-        likeliest = zip([names[i] for i in classes.tolist()], values.tolist(), strict=True)
-        true = names[index["label"][sample].as_py()]
-        found.append(Panel(index["key"][sample].as_py(), image, true, tuple(likeliest)))
-    return found
-
-
-def top5_panels(found: Sequence[Panel], title: str) -> Figure:
-    """In rows of four: each image above its class and the bars of its likeliest classes, red for
-    the right one."""
-    rows = -(-len(found) // _PANEL_COLUMNS)
+    rows = -(-len(ids) // _PANEL_COLUMNS)
     figure = Figure(figsize=(_PANEL_COLUMNS * 2.5, rows * 4.2 + 0.5), layout="constrained")
     figure.suptitle(title, fontsize=10, parse_math=False)
     grid = figure.add_gridspec(2 * rows, _PANEL_COLUMNS, height_ratios=(2.4, 1.2) * rows)
-    for number, panel in enumerate(found):
+    for number, (image, label) in enumerate(zip(images, labels[ids].tolist(), strict=True)):
         row, column = divmod(number, _PANEL_COLUMNS)
         axes = figure.add_subplot(grid[2 * row, column], xticks=[], yticks=[])
-        axes.imshow(panel.image.permute(1, 2, 0).numpy())
-        axes.set_xlabel(short(panel.true), fontsize=9, fontweight="bold", parse_math=False)
+        axes.imshow(image.permute(1, 2, 0).numpy())
+        name = short(manifest.class_names[label])
+        axes.set_xlabel(name, fontsize=9, fontweight="bold", parse_math=False)
         bars = figure.add_subplot(grid[2 * row + 1, column], xticks=[], yticks=[], xlim=(0, 1))
-        for place, (name, probability) in enumerate(panel.likeliest):
-            colour = "#e0787a" if name == panel.true else "#9db8d9"
-            bars.barh(-place, probability, height=0.9, color=colour)
-            bars.text(0.02, -place, short(name), fontsize=8, va="center", parse_math=False)
-            bars.text(0.98, -place, f"{probability:.0%}", fontsize=8, va="center", ha="right")
+        values, classes = probabilities[number].topk(min(5, manifest.num_classes))
+        for place, (share, likely) in enumerate(
+            zip(values.tolist(), classes.tolist(), strict=True)
+        ):
+            bars.barh(-place, share, height=0.9, color="#e0787a" if likely == label else "#9db8d9")
+            name = short(manifest.class_names[likely])
+            bars.text(0.02, -place, name, fontsize=8, va="center", parse_math=False)
+            bars.text(0.98, -place, f"{share:.0%}", fontsize=8, va="center", ha="right")
         bars.set_ylim(-4.6, 0.6)
     return figure
 
@@ -179,10 +163,11 @@ def _answer(args: argparse.Namespace) -> int:
     assert isinstance(model.network, AlexNet)
     manifest = shards.load_manifest(args.data)
     check_fits(model, manifest, args.data)
-    found = panels(model.network, model.input_spec, manifest, args.data)
     drawn = {
         "conv1.png": conv1_kernels(model.network.conv1.weight),
-        "top5.png": top5_panels(found, f"val images of {args.data}"),
+        "top5.png": top5(
+            model.network, model.input_spec, manifest, args.data, f"val images of {args.data}"
+        ),
     }
     # such as alexnet-3 of models:/alexnet/3, or the end of a checkpoint's place
     name = "-".join(re.findall(r"[\w.]+", model.name.removeprefix("models:")))[-60:]
@@ -203,18 +188,3 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--data", required=True, help="folder or s3:// prefix of the shards")
     parser.add_argument("--out", metavar="FOLDER", help="folder or s3:// prefix")
     return parser.parse_args(argv)
-
-
-def _spread_over_classes(labels: NDArray[np.int64], count: int) -> Ids:
-    """int64 (≤ count,): the first sample of each of `count` classes, evenly spread; where there are
-    fewer classes, their second samples follow, and so on."""
-    known = np.flatnonzero(labels >= 0)
-    if not len(known):
-        raise UserError("the val split has no labelled images; pass other shards with --data")
-    by_class = known[labels[known].argsort(kind="stable")]
-    _, starts, counts = np.unique(labels[by_class], return_index=True, return_counts=True)
-    earlier = np.arange(len(by_class)) - np.repeat(starts, counts)  # samples of the same class
-    chosen: Ids = by_class[earlier.argsort(kind="stable")]
-    if len(starts) > count:
-        chosen = chosen[np.linspace(0, len(starts) - 1, count).round().astype(np.int64)]
-    return chosen[:count]

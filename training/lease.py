@@ -19,6 +19,9 @@ import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
+
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from alexnet.errors import UserError
 from pipelines import storage
@@ -35,20 +38,26 @@ class Superseded(Exception):
     """Another writer has taken the run over; the text says who, in one line."""
 
 
+# Printable: it is shown in one line of a log.
+_Line = Annotated[str, Field(max_length=300, pattern=r"^[^\p{C}\p{Zl}\p{Zp}]*$")]
+
+
 @dataclass(frozen=True)
 class Writer:
     """What the file of a lease holds. system: which machine, since when it is up, and which of its
     pid namespaces; started: of the process, by the machine's own count; since: by the holder's
     clock, to be shown only."""
 
-    host: str
-    pid: int
-    user: str
-    job: str | None
-    since: str
-    system: str
-    started: str
-    token: str
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    host: _Line
+    pid: Annotated[int, Field(gt=0, lt=2**31)]
+    user: _Line
+    job: _Line | None
+    since: _Line
+    system: _Line
+    started: _Line
+    token: _Line
     renewed: int = 0
     ended: bool = False
 
@@ -105,13 +114,10 @@ class Lease:
 def held(run: str) -> Lease:
     """The lease on `run`, to be entered and left. Waits where its holder may be dead; raises
     UserError where it lives."""
-    me = _this_process()
-    seen: tuple[int, Writer] | None = None
-    since = time.monotonic()
+    me, seen, since = _this_process(), None, time.monotonic()
     while True:
-        newest = _newest(run)
-        number, holder = newest or (0, None)
-        if holder is not None and not holder.ended and (alive := _is_alive(holder)) is not False:
+        number, holder = newest = _newest(run)
+        if holder is not None and (alive := _is_alive(holder)) is not False:
             if alive or (seen is not None and newest != seen):
                 raise _refused(run, holder)
             if seen is None:
@@ -134,21 +140,21 @@ def held(run: str) -> Lease:
 def holder(run: str) -> str | None:
     """Who may be writing `run` now; None where nobody is. Raises UserError as `held` where it would
     be refused."""
-    newest = _newest(run)
-    if newest is None or newest[1].ended or (alive := _is_alive(newest[1])) is False:
+    _, writer = _newest(run)
+    if writer is None or (alive := _is_alive(writer)) is False:
         return None
     if alive:
-        raise _refused(run, newest[1])
-    return str(newest[1])
+        raise _refused(run, writer)
+    return str(writer)
 
 
 def refuse_superseded(run: str, number: int, token: str) -> None:
     """Raises Superseded where another writer than the one of `number` holds `run`."""
-    newest = _newest(run)
-    if newest is not None and newest[0] >= number and newest[1].token != token:
+    highest, writer = _newest(run)
+    if writer is not None and highest >= number and writer.token != token:
         raise Superseded(
-            f"run {_name(run)} was taken over by {newest[1]}, since this one had fallen silent; "
-            "it goes on there"
+            f"run {_name(run)} was taken over by {writer}, since this one had fallen silent; it "
+            "goes on there"
         )
 
 
@@ -181,7 +187,7 @@ def _numbers(run: str) -> list[int]:
     return sorted(int(match[1]) for match in found if match)
 
 
-def _newest(run: str) -> tuple[int, Writer] | None:
+def _newest(run: str) -> tuple[int, Writer | None]:
     """The highest number and who holds it. Raises UserError where its file is none of ours."""
     while numbers := _numbers(run):
         place = _place(run, numbers[-1])
@@ -190,7 +196,7 @@ def _newest(run: str) -> tuple[int, Writer] | None:
         except UserError:
             if storage.exists(place):
                 raise  # else a higher one has just taken its place
-    return None
+    return 0, None
 
 
 def _packed(writer: Writer) -> bytes:
@@ -199,25 +205,13 @@ def _packed(writer: Writer) -> bytes:
 
 def _unpacked(place: str, data: bytes) -> Writer:
     try:
-        writer = Writer(**json.loads(data))
-        if type(writer.pid) is not int or not 0 < writer.pid < 2**31:
-            raise ValueError("its pid is none")
-        if strange := [name for name in _TEXTS if not _is_line(getattr(writer, name))]:
-            raise ValueError(f"its {strange[0]} is no line of text")
-    except (TypeError, ValueError, RecursionError) as error:
-        reason = " ".join(str(error).split())[:80]
+        return TypeAdapter(Writer).validate_json(data, strict=True)
+    except ValidationError as error:
+        first = error.errors()[0]
+        why = " ".join(f"{'.'.join(map(str, first['loc']))} {first['msg']}".split())[:80]
         raise UserError(
-            f"{place} is damaged ({reason}); delete it once no other command trains this run"
+            f"{place} is damaged ({why}); delete it once no other command trains this run"
         ) from error
-    return writer
-
-
-_TEXTS = ("host", "user", "job", "since", "system", "started", "token")
-
-
-def _is_line(text: object) -> bool:
-    """None: as outside of a job."""
-    return text is None or (isinstance(text, str) and text.isprintable() and len(text) <= 300)
 
 
 def _published(run: str, number: int, me: Writer) -> bool:
@@ -230,7 +224,7 @@ def _published(run: str, number: int, me: Writer) -> bool:
             return False
         raise
     # Read back: a store without conditional writes may have let two of them in.
-    return (_newest(run) or (0, me))[1].token == me.token
+    return (_newest(run)[1] or me).token == me.token
 
 
 def _this_process() -> Writer:
@@ -258,6 +252,8 @@ def _system() -> str:
 
 def _is_alive(writer: Writer) -> bool | None:
     """None where that cannot be told from here, or where it is suspended."""
+    if writer.ended:
+        return False
     if not writer.system or writer.system != _system():
         return None
     if not storage.is_alive(writer.pid):

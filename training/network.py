@@ -8,11 +8,10 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from alexnet.classifier import names_of_classes
+from alexnet.classifier import load_network, names_of_classes
 from alexnet.errors import UserError
 from alexnet.model import AlexNet
 from alexnet.preprocess import InputSpec
@@ -143,37 +142,19 @@ def _checkpoint(where: str) -> Iterator[Path]:
 def _from_checkpoint(name: str, folder: Path) -> LoadedModel:
     state = checkpoint.load_state(folder)
     try:
-        network = _network(state)
-        # On storage of their own: the file may vanish under the mapped ones.
-        tensors = checkpoint.load_tensors(folder, "model")
-        copies = {key: tensor.clone() for key, tensor in tensors.items()}
-        expected = {key: tensor.dtype for key, tensor in network.state_dict().items()}
-        if other := [key for key in copies if copies[key].dtype != expected.get(key)]:
-            raise TypeError(f"{other[0]} is {copies[other[0]].dtype}")
-        network.load_state_dict(copies, assign=True)
+        # The fields of the model alone: where and how it was trained may have other names by now.
+        fields = dataclasses.asdict(ModelConfig(**state["config"]["model"]))
+        del fields["init"]
+        fields["num_classes"] = state["num_classes"]
         averaged = state["config"]["optim"]["ema_decay"] > 0
         about = f"recipe {state['config']['recipe']}, step {state['step']} of "
-        about += f"{state['total_steps']}"
+        about += f"{state['total_steps']}" + (", averaged weights" if averaged else "")
         wnids, class_names = names_of_classes(state, state["num_classes"])
         spec = InputSpec.from_json(state["input_spec"])
-    except (LookupError, TypeError, ValueError, OverflowError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:200]
+        network = load_network(folder / "model.safetensors", fields)
+    except (LookupError, TypeError, ValueError, UserError) as error:
+        reason = " ".join(str(error.__cause__ or error).split())[:200]
         raise UserError(
             f"checkpoint {name} is from another release ({reason}); evaluate it with that one"
         ) from error
-    return LoadedModel(
-        name=name,
-        about=f"{about}, averaged weights" if averaged else about,
-        network=network.eval(),
-        input_spec=spec,
-        wnids=wnids,
-        class_names=class_names,
-    )
-
-
-def _network(state: dict[str, Any]) -> torch.nn.Module:
-    # The fields of the model alone: where and how it was trained may have other names by now.
-    model = ModelConfig(**state["config"]["model"])
-    config = dataclasses.replace(TrainConfig(), model=model)
-    with torch.device("meta"):  # memory for the weights that the file has, not for those claimed
-        return build_model(config, state["num_classes"])
+    return LoadedModel(name, about, network, spec, wnids, class_names)

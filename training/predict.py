@@ -76,8 +76,6 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _predict_files(args: argparse.Namespace) -> int:
-    if args.top < 1:
-        raise UserError(f"--top {args.top} is below 1; pass 1 or more")
     paths, skipped = _find(args.images)
     if skipped:
         print(f"skipped {skipped:,} entries that are not images", file=sys.stderr)

@@ -119,8 +119,8 @@ def dry_run(config: TrainConfig, cluster: Callable[[TrainConfig], str] | None = 
     batch, epochs = config.optim.batch_size, config.optim.epochs
     each = steps_per_epoch(train, batch)
     total, device = _device_memory(config)
-    place = "no cluster is known: a Ray of its own on this machine"
-    place += f", which has {torch.cuda.device_count()} GPUs"
+    alone = "no cluster is known: a Ray of its own on this machine, which has"
+    place = f"{alone} {torch.cuda.device_count()} GPUs" if cluster is None else cluster(config)
     state = "is new"
     if job.status is not None:
         after = "nothing is left to train" if job.status == "FINISHED" else "it continues"
@@ -141,7 +141,7 @@ def dry_run(config: TrainConfig, cluster: Callable[[TrainConfig], str] | None = 
                 f"over {workers_of(config)} worker(s)",
             ),
             ("memory", f"about {_gb(job.memory.total)} for each worker; {device} has {_gb(total)}"),
-            ("place", place if cluster is None else cluster(config)),
+            ("place", place),
             ("checkpoints", _checkpoints(job)),
             ("tracking", f"{job.tracking_uri} answers; run {config.name} {state}"),
             *waits,
@@ -151,9 +151,7 @@ def dry_run(config: TrainConfig, cluster: Callable[[TrainConfig], str] | None = 
 
 
 def workers_of(config: TrainConfig) -> str:
-    return (
-        f"{config.min_workers} to {config.workers}" if config.min_workers else f"{config.workers}"
-    )
+    return f"{f'{config.min_workers} to ' if config.min_workers else ''}{config.workers}"
 
 
 def resolve(config: TrainConfig) -> tuple[TrainConfig, Manifest]:
@@ -207,15 +205,9 @@ def checked_name(name: str, flag: str) -> str:
     """
     name = unicodedata.normalize("NFC", name)
     # Marks are parts of letters, as in Hindi and Thai.
-    strange = [
-        c for c in name if not (c in "-_." or c.isalnum() or unicodedata.category(c)[0] == "M")
-    ]
-    if (
-        strange
-        or name[:1] in ("", "-", ".")
-        or name[-1] == "."
-        or len(name.encode()) > LONGEST_NAME
-    ):
+    usual = all(c in "-_." or c.isalnum() or unicodedata.category(c)[0] == "M" for c in name)
+    ends = name != name.lstrip("-.").rstrip(".") or not name
+    if not usual or ends or len(name.encode()) > LONGEST_NAME:
         shown = repr(name if len(name) <= 40 else f"{name[:40]}…")
         raise UserError(
             f"{flag} {shown} is not a name; use letters, digits, '-', '_' and '.', without '-' or "
@@ -264,37 +256,32 @@ def _check_folders(job: Job) -> None:
         if not Path(job.folder).is_dir():
             raise UserError(f"{job.folder} is not a folder; move it away, or choose another --name")
         _check_writable(job.folder, "choose another --name, or pass --storage with a folder")
-    free = storage.free_bytes(place)
     wanted = job.memory.checkpoint * (config.keep_last + config.keep_best + 1)
-    if free is not None and free < wanted:
-        raise UserError(
-            f"{place} has {_gb(free)} free and the checkpoints of this run take {_gb(wanted)}; "
-            "make room, lower --keep-last, or pass another --storage"
-        )
+    remedy = "make room, lower --keep-last, or pass another --storage"
+    _refuse_full(place, wanted, "the checkpoints of this run", remedy)
 
 
 def check_node(job: Job) -> None:
     """Raises UserError where this node's own disk is too full: for the cache of shards on S3, of
     which `--cache-gb` or all are kept, or for two checkpoints on their way to storage."""
-    spool, wanted = tempfile.gettempdir(), 2 * job.memory.checkpoint
-    free = storage.free_bytes(spool)
-    if free is not None and free < wanted:
-        raise UserError(
-            f"{spool} has {_gb(free)} free and two checkpoints on their way take {_gb(wanted)}; "
-            "make room on this node, or set TMPDIR to another disk"
-        )
+    remedy = "make room on this node, or set TMPDIR to another disk"
+    two = 2 * job.memory.checkpoint
+    _refuse_full(tempfile.gettempdir(), two, "two checkpoints on their way", remedy)
     if job.config.synthetic or not storage.is_s3(job.data):
         return
+    cache = str(storage.home() / "cache")
     whole = sum(shard.num_bytes for shard in job.manifest.shards)
     wanted = min(round(job.config.cache_gb * 1e9), whole)
-    cache = str(storage.home() / "cache")
-    free = storage.free_bytes(cache)
-    usable = (free or 0) + sum(size for _, size in storage.list_files(cache))
-    if free is not None and usable < wanted:
+    kept = sum(size for _, size in storage.list_files(cache))
+    remedy = "make room on this node, set ALEXNET_HOME to another disk, or pass a lower --cache-gb"
+    _refuse_full(cache, wanted, "the shards kept there", remedy, reusable=kept)
+
+
+def _refuse_full(place: str, wanted: int, what: str, remedy: str, reusable: int = 0) -> None:
+    free = storage.free_bytes(place)
+    if free is not None and free + reusable < wanted:
         raise UserError(
-            f"{cache} has room for {_gb(usable)} and the shards kept there take {_gb(wanted)}; "
-            "make room on this node, set ALEXNET_HOME to another disk, or pass --cache-gb "
-            f"{int(usable / 1e8) / 10:g}"
+            f"{place} has {_gb(free + reusable)} free and {what} take {_gb(wanted)}; {remedy}"
         )
 
 

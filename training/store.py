@@ -36,7 +36,7 @@ def tracking_uri() -> str:
     uri = os.environ.get("MLFLOW_TRACKING_URI", "").strip()
     if not uri:
         return _of_file(_embedded(), "ALEXNET_HOME", "set it to another folder")
-    shown = _without_secrets(uri)
+    shown = re.sub(r"//.*@", "//…@", uri).partition("?")[0][:200]  # without secrets
     scheme = uri.partition(":")[0].lower()
     if scheme in ("sqlite", "sqlite+pysqlite"):
         found = re.fullmatch(r"[^:]*:///([^:?].*)", uri)
@@ -47,7 +47,16 @@ def tracking_uri() -> str:
             )
         return _of_file(Path(found[1]).absolute(), "MLFLOW_TRACKING_URI", _UNSET)
     if scheme not in ("http", "https"):
-        raise UserError(f"MLFLOW_TRACKING_URI={shown} is no MLflow server{_instead(scheme)}")
+        instead = (
+            f" (http://HOST:PORT) and no database file (sqlite:///FILE); set it so, or {_UNSET}"
+        )
+        if scheme.startswith(_DATABASES):
+            instead = (
+                " but its database, beside which artifacts have no place; start `python -m mlflow "
+                "server --backend-store-uri URI` with it, and set MLFLOW_TRACKING_URI to "
+                "http://HOST:PORT"
+            )
+        raise UserError(f"MLFLOW_TRACKING_URI={shown} is no MLflow server{instead}")
     _refuse_misspelled(uri, shown)
     return uri
 
@@ -113,19 +122,6 @@ def _of_file(path: Path, setting: str, do: str) -> str:
             f"{setting}: {path} holds {found[0]!r}, which a database's URI cannot; {do}"
         )
     return f"sqlite:///{path}"
-
-
-def _without_secrets(uri: str) -> str:
-    return re.sub(r"//.*@", "//…@", uri).partition("?")[0][:200]
-
-
-def _instead(scheme: str) -> str:
-    if scheme.startswith(_DATABASES):
-        return (
-            " but its database, beside which artifacts have no place; start `python -m mlflow "
-            "server --backend-store-uri URI` with it, and set MLFLOW_TRACKING_URI to http://HOST:PORT"
-        )
-    return f" (http://HOST:PORT) and no database file (sqlite:///FILE); set it so, or {_UNSET}"
 
 
 def _refuse_misspelled(uri: str, shown: str) -> None:
@@ -212,23 +208,23 @@ def _follow(database: sqlite3.Connection, home: Path) -> None:
     Not where they still lead to artifacts and none lie here: then the file alone was copied.
     """
     old = _noted_home(database)
-    if old is None or old == home or (_there(old) and old.samefile(home)):
+    if old is None or old == home:
         return
-    if _there(old / ARTIFACTS) and not _there(home / ARTIFACTS):
-        return
+    with contextlib.suppress(OSError):  # gone, or another user's home
+        alone = (old / ARTIFACTS).exists() and not (home / ARTIFACTS).exists()
+        if alone or old.samefile(home):
+            return
     database.execute("begin immediate")
     if _noted_home(database) == old:  # nobody was faster
         for before, after in [(old.as_uri(), home.as_uri()), (str(old), str(home))]:
             _rewrite(database, before, after)
-        _rewrite_sources(database, str(old), str(home))
+        # In the JSON that says where the shards of a run lay.
+        sources = [f'"uri": "{json.dumps(str(place))[1:-1]}/' for place in (old, home)]
+        database.execute(
+            "update datasets set dataset_source = replace(dataset_source, ?, ?)", sources
+        )
         logger.info(f"{home} was {old}: the paths in its mlflow.db are written anew")
     database.execute("commit")
-
-
-def _there(path: Path) -> bool:
-    with contextlib.suppress(OSError):  # another user's home
-        return path.exists()
-    return False
 
 
 def _noted_home(database: sqlite3.Connection) -> Path | None:
@@ -251,11 +247,3 @@ def _rewrite(database: sqlite3.Connection, before: str, after: str) -> None:
                     f'where "{column}" = ? or substr("{column}", 1, ?) = ?',
                     (after, len(before) + 1, before, len(before) + 1, f"{before}/"),
                 )
-
-
-def _rewrite_sources(database: sqlite3.Connection, before: str, after: str) -> None:
-    """In the JSON that says where the shards of a run lay."""
-    old, new = (f'"uri": "{json.dumps(place)[1:-1]}/' for place in (before, after))
-    database.execute(
-        "update datasets set dataset_source = replace(dataset_source, ?, ?)", (old, new)
-    )

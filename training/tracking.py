@@ -1,4 +1,4 @@
-"""What MLflow is told about a run, and what happens when MLflow does not answer.
+"""What MLflow holds of a run, and what happens when MLflow does not answer.
 
 The driver owns the run: it opens or finds it, hands its id to rank 0 and closes it. Rank 0 logs
 through `Tracker`, which never stops the training: what cannot be sent is spooled and sent later.
@@ -13,20 +13,11 @@ import re
 import sqlite3
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import mlflow
-from mlflow.entities import (
-    Dataset,
-    DatasetInput,
-    Experiment,
-    Metric,
-    Param,
-    Run,
-    RunTag,
-    ViewType,
-)
+from mlflow.entities import Dataset, DatasetInput, Metric, Param, Run, RunTag, ViewType
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 from mlflow.utils.credentials import get_default_host_creds
@@ -40,7 +31,6 @@ from pipelines.shards import Manifest
 from training import store
 from training.config import TrainConfig, flatten, science, to_dict
 from training.lease import Superseded
-from training.spool import Spool
 from training.store import tracking_uri as tracking_uri
 
 EXPERIMENT = "alexnet"
@@ -52,6 +42,9 @@ _LONGEST_VALUE = 6000  # characters of a parameter
 _ROOT = Path(__file__).resolve().parents[1]
 # requests raises OSErrors.
 FAILURES = (MlflowException, OSError, SQLAlchemyError, sqlite3.Error)
+_UNSENT = ("seconds", "steps")  # of a log line: the sums that its rates are made of
+
+Row = tuple[str, float, int, int]  # name, value, milliseconds since 1970, step
 
 logger = logging.getLogger("training")
 
@@ -70,7 +63,9 @@ def connect(uri: str, *, write: bool = False) -> MlflowClient:
         found = client.get_experiment_by_name(EXPERIMENT)
         if write or found is None:
             store.check_writable(uri)
-        found = found or _new_experiment(client, path)
+        if found is None:
+            _make_experiment(client, path)
+            found = client.get_experiment_by_name(EXPERIMENT)
         if found.name != EXPERIMENT:  # JSON, but not of MLflow
             raise MlflowException(f"Response: {{experiment {found.name!r}}}")
     except FAILURES as error:
@@ -174,9 +169,9 @@ class Tracker:
 
     def log(self, metrics: dict[str, float], step: int) -> None:
         """Sends, or keeps for later; two tries of ten seconds at most."""
-        names = {key: value for key, value in metrics.items() if key not in ("seconds", "steps")}
         now = round(time.time() * 1000)
-        pending = self._spool.rows() + [(key, value, now, step) for key, value in names.items()]
+        new = [(key, value, now, step) for key, value in metrics.items() if key not in _UNSENT]
+        pending = self._spool.rows() + new
         try:
             for first in range(0, len(pending), 1000):  # MLflow's limit for one request
                 batch = [Metric(*row) for row in pending[first : first + 1000]]
@@ -205,10 +200,16 @@ class Tracker:
 
     def tag(self, name: str, value: str) -> None:
         """Sets a tag of the run; a warning where MLflow does not answer."""
-        try:
-            self._client.set_tag(self._run_id, name, value)
-        except FAILURES as error:
-            logger.warning(f"MLflow has no tag {name} now: {reason(error)}")
+        self._try(
+            f"tag {name} could not be set", lambda: self._client.set_tag(self._run_id, name, value)
+        )
+
+    def attach(self, folder: Path, name: str) -> None:
+        """Keeps a folder's files with the run as `name`; a warning where MLflow does not answer."""
+        self._try(
+            f"{name} could not be kept with the run",
+            lambda: self._client.log_artifacts(self._run_id, str(folder), name),
+        )
 
     def last_logged(self) -> tuple[int, float] | None:
         """(step, seconds ago) of the newest loss of this run; None for a run without one, or while
@@ -224,12 +225,49 @@ class Tracker:
         step, at = max(points, key=lambda point: point[1])
         return step, max(0.0, time.time() - at / 1000)
 
-    def attach(self, folder: Path, name: str) -> None:
-        """Keeps a folder's files with the run as `name`; a warning where MLflow does not answer."""
+    def _try(self, failed: str, send: Callable[[], object]) -> None:
         try:
-            self._client.log_artifacts(self._run_id, str(folder), name)
+            send()
         except FAILURES as error:
-            logger.warning(f"{name} could not be kept with the run: {reason(error)}")
+            logger.warning(f"{failed}: {reason(error)}")
+
+
+class Spool:
+    """Metric values that wait until MLflow answers: in a file, or in memory while that cannot be.
+    State: the file, and the rows that it could not take."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._unwritten: list[Row] = []  # with what the file holds
+
+    def rows(self) -> list[Row]:
+        """All that wait, oldest first."""
+        rows = list(self._unwritten)
+        try:
+            for line in [] if rows else self.path.read_text().splitlines():
+                key, value, at, step = json.loads(line)
+                rows.append((str(key), float(value), int(at), int(step)))
+        except FileNotFoundError:
+            pass
+        except (OSError, TypeError, ValueError) as error:
+            logger.warning(f"values that wait in {self.path} are lost from here on: {error}")
+        return rows
+
+    def keep(self, rows: Sequence[Row]) -> str:
+        """Keeps `rows` alone, and says where. A full or broken disk is no reason to end a run."""
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        try:
+            storage.write(str(self.path), text.encode())
+        except UserError as error:
+            self._unwritten = list(rows)
+            return f"in memory ({error})"
+        self._unwritten = []
+        return "on disk"
+
+    def clear(self) -> None:
+        self._unwritten = []
+        with contextlib.suppress(OSError):  # sent again, they are the same values
+            self.path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -259,7 +297,7 @@ def _patience() -> None:
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)  # "Creating … tables"
 
 
-def _new_experiment(client: MlflowClient, database: Path | None) -> Experiment:
+def _make_experiment(client: MlflowClient, database: Path | None) -> None:
     """database: the file of a store on this machine; a server decides about artifacts itself."""
     place = None if database is None else (database.parent / store.ARTIFACTS).as_uri()
     try:
@@ -267,7 +305,6 @@ def _new_experiment(client: MlflowClient, database: Path | None) -> Experiment:
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":  # another program was faster
             raise
-    return client.get_experiment_by_name(EXPERIMENT)
 
 
 def _refuse_long(config: TrainConfig) -> None:

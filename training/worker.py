@@ -43,10 +43,11 @@ def train_worker(settings: dict[str, Job]) -> dict[str, float]:
     this one that lost a node, another number of workers, or an earlier job.
     """
     job = settings["job"]
-    config, rank = job.config, ray.train.get_context().get_world_rank()
+    config, context, device = job.config, ray.train.get_context(), ray.train.torch.get_device()
+    rank = context.get_world_rank()
     _say(rank)
     torch.set_num_threads(job.cpus)
-    _refuse_changed(job)
+    refuse_changed(job)
     check_node(job)
     tracker = Tracker(job.tracking_uri, str(job.run_id))
     with contextlib.ExitStack() as stack:
@@ -54,20 +55,22 @@ def train_worker(settings: dict[str, Job]) -> dict[str, float]:
         step = _agreed(0 if resume is None else checkpoint.load_state(resume)["step"])
         uploads, profile = None, None
         if rank == 0:
-            tracker.tag("hardware", meter.device_name(ray.train.torch.get_device()))
+            tracker.tag("hardware", meter.device_name(device))
             _tell_start(str(config.name), tracker, step)
             uploads = stack.enter_context(_uploader(job, tracker))
             if resume is not None:
                 uploads.tidy(resume.name)
             if config.profile:
                 profile = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="profile-")))
-        bar = stack.enter_context(_bar()) if rank == 0 and job.terminal else None
+        bar = None
+        if rank == 0 and job.terminal:  # Ray draws it on the driver's terminal
+            bar = stack.enter_context(contextlib.closing(tqdm_ray.tqdm(unit="steps")))
         stopping = stack.enter_context(_stopping(job.lease[1]))
         last = loop.fit(
             config,
             job.data,
             job.manifest,
-            _place(job.cpus),
+            loop.Place(device, rank, context.get_world_size(), job.cpus),
             log=_logging(str(config.name), tracker, bar),
             report=_reporting(uploads),
             resume=resume,
@@ -81,6 +84,17 @@ def train_worker(settings: dict[str, Job]) -> dict[str, float]:
     if rank == 0:
         tracker.finish(patience=0 if stopping() else 60)
     return last
+
+
+def refuse_changed(job: Job) -> None:
+    """A worker of a later attempt must not train on other shards than those before it."""
+    found = hashlib.sha256(storage.read(storage.join(job.data, "manifest.json"))).hexdigest()
+    if found != job.manifest.digest:
+        raise UserError(
+            f"{job.data} changed under the run: its manifest is {found[:16]}, was "
+            f"{job.manifest.digest[:16]}; put the old shards back, or train the new ones under "
+            "another --name"
+        )
 
 
 class FinalErrors(ray.train.UserCallback):  # type: ignore[misc]
@@ -114,17 +128,6 @@ def _say(rank: int) -> None:
     logging.getLogger("ray.train").setLevel(logging.WARNING)
 
 
-def _refuse_changed(job: Job) -> None:
-    """A worker of a later attempt must not train on other shards than those before it."""
-    found = hashlib.sha256(storage.read(storage.join(job.data, "manifest.json"))).hexdigest()
-    if found != job.manifest.digest:
-        raise UserError(
-            f"{job.data} changed under the run: its manifest is {found[:16]}, was "
-            f"{job.manifest.digest[:16]}; put the old shards back, or train the new ones under "
-            "another --name"
-        )
-
-
 def _agreed(step: int) -> int:
     """`step`, when all ranks found the same checkpoint. Raises RuntimeError otherwise, so that Ray
     starts the group anew: an upload of the group before may have ended between two looks."""
@@ -149,26 +152,6 @@ def _tell_start(run: str, tracker: Tracker, step: int) -> None:
         lost = f", lost {max(0, last_step - step)} steps and {seconds:.0f} s"
     group = f"{workers} worker{'s' if workers > 1 else ''}"
     logger.info(f"worker group restarted with {group}; continues at step {step}{lost}")
-
-
-def _place(cpus: int) -> loop.Place:
-    context = ray.train.get_context()
-    return loop.Place(
-        device=ray.train.torch.get_device(),
-        rank=context.get_world_rank(),
-        world_size=context.get_world_size(),
-        threads=cpus,
-    )
-
-
-@contextlib.contextmanager
-def _bar() -> Iterator[tqdm_ray.tqdm]:
-    """A bar that Ray draws on the driver's terminal."""
-    bar = tqdm_ray.tqdm(unit="steps")
-    try:
-        yield bar
-    finally:
-        bar.close()
 
 
 def _logging(run: str, tracker: Tracker, bar: tqdm_ray.tqdm | None) -> loop.Log:

@@ -2,18 +2,15 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-from gated import enter_whole_copy, locked
-from mlflow.exceptions import MlflowException
+from gated import enter_whole_copy
 from mlflow.tracking import MlflowClient
 from mortal import Life, Mortals
 from registered import AGAIN, GOOD, MLFLOW_WARNINGS, POOR, Built
 from registries import check_visible, new_run, register
 
-from training.registry import alias
-from training.registry.gate import rollback
+from training.registry import gate
 from training.registry.versions import NAME, aliases, load, versions
 
 pytestmark = [pytest.mark.filterwarnings(line) for line in MLFLOW_WARNINGS]
@@ -47,13 +44,10 @@ def made_champion(client: MlflowClient, *numbers: str) -> None:
         history = " ".join(numbers[:place]) or None
         before = numbers[place - 1] if place else None
         tags = {"gate": "passed", "promoted_at": "then", "previous_champion": before}
-        alias.move(client, "champion", before, number, tags | {"champions_before": history})
+        gate.move_champion(client, before, number, tags | {"champions_before": history})
 
 
-def test_killed_command_is_finished_by_the_same_again(
-    attack, mortals, client, tmp_path, monkeypatch
-):
-    monkeypatch.setattr(alias, "STALE_SECONDS", 0.2)
+def test_killed_command_is_finished_by_the_same_again(attack, mortals, client, tmp_path):
     argv, before, after = COMMANDS[attack.seed % len(COMMANDS)]
     made_champion(client, *{None: [], GOOD: [GOOD], AGAIN: [GOOD, AGAIN]}[before])
     lives: list[Life] = []
@@ -66,12 +60,12 @@ def test_killed_command_is_finished_by_the_same_again(
         check_visible(client)
         now = aliases(client).get("champion")
         assert now in (before, after)
-        done = argv == ["rollback"] and now == after and not locked(client)
+        done = argv == ["rollback"] and now == after
     if not done:
         lives.append(mortals.live("command", argv=argv, home=tmp_path / "home"))
         assert lives[-1].status == int(POOR in argv), lives[-1].said
     check_visible(client)
-    assert aliases(client)["champion"] == after and not locked(client)
+    assert aliases(client)["champion"] == after
     tags = client.get_model_version(NAME, argv[-1] if len(argv) > 1 else GOOD).tags
     assert tags["gate"] == ("refused" if POOR in argv else "passed")
     assert tags.get("champions_before") == (GOOD if AGAIN in argv else None)
@@ -98,58 +92,3 @@ def test_killed_registration_is_finished_by_the_same_again(
     lost = sum(life.seconds for life in lives if life.killed)
     kills = sum(life.killed for life in lives)
     attack.survived("SIGKILL", "registration", faults=kills, seconds_lost=lost)
-
-
-def test_rollback_that_was_killed_is_finished_once_and_goes_no_further(client, monkeypatch):
-    monkeypatch.setattr(alias, "STALE_SECONDS", 0.2)
-    made_champion(client, GOOD, AGAIN, POOR)
-    with monkeypatch.context() as patch:
-        patch.setattr(alias, "_release", lambda *_: None)  # killed before it
-        assert rollback(client) == (POOR, AGAIN)
-    assert locked(client)
-    assert rollback(client) == (POOR, AGAIN)
-    assert aliases(client)["champion"] == AGAIN and not locked(client)
-    assert rollback(client) == (AGAIN, GOOD)
-
-
-def test_second_killed_move_leaves_the_tags_that_the_first_found(client, monkeypatch):
-    monkeypatch.setattr(alias, "STALE_SECONDS", 0.2)
-    client.set_model_version_tag(NAME, GOOD, "gate", "refused")
-    for _ in range(2):
-        with pytest.raises(MlflowException, match="gone"):
-            alias.move(Dying(client), "champion", None, GOOD, {"gate": "passed"})
-        assert locked(client)
-        assert client.get_model_version(NAME, GOOD).tags["gate"] == "passed"
-    alias.settle(client, "champion")
-    assert client.get_model_version(NAME, GOOD).tags["gate"] == "refused"
-
-
-def test_move_that_goes_on_is_not_settled_by_a_clock_that_is_ahead(client, monkeypatch):
-    monkeypatch.setattr(alias.time, "time", lambda: 4e9)
-    monkeypatch.setattr(alias, "STALE_SECONDS", 60.0)
-    alias.move(client, "champion", None, GOOD, {})
-    with monkeypatch.context() as patch:
-        patch.setattr(alias, "_release", lambda *_: None)
-        alias.move(client, "champion", GOOD, AGAIN, {})
-    naps = []
-
-    def nap(seconds: float) -> None:
-        naps.append(seconds)
-        client.delete_registered_model("alexnet-champion-move")  # as its holder does at last
-
-    monkeypatch.setattr(alias.time, "sleep", nap)
-    assert alias.settle(client, "champion") is None
-    assert len(naps) == 1 and aliases(client)["champion"] == AGAIN
-
-
-class Dying:
-    """A client of a process that dies when it is about to set an alias."""
-
-    def __init__(self, client: MlflowClient) -> None:
-        self._client, self._dead = client, False
-
-    def __getattr__(self, name: str) -> Any:
-        self._dead |= name == "set_registered_model_alias"
-        if self._dead:
-            raise MlflowException("gone")
-        return getattr(self._client, name)

@@ -19,7 +19,7 @@ from tmpfs import filled, tmpfs
 
 from pipelines.shards import load_manifest
 from training import tracking
-from training.spool import Spool
+from training.tracking import Spool
 
 pytestmark = [pytest.mark.filterwarnings(line) for line in MLFLOW_WARNINGS]
 

@@ -28,9 +28,7 @@ from mlflow.tracking import MlflowClient
 from alexnet.errors import UserError
 from pipelines import command
 from training import store, tracking
-from training.registry import alias, listing
-from training.registry.alias import Refused
-from training.registry.versions import NAME, aliases, resolve, run_of
+from training.registry.versions import NAME, Refused, aliases, resolve, rows, run_of, table
 
 # Exit code, the document for --json, the text otherwise.
 Answer = tuple[int, Any, str]
@@ -39,7 +37,7 @@ Answer = tuple[int, Any, str]
 def main(argv: Sequence[str] | None = None) -> int:
     return command.answered(
         lambda: _answer(_parse(argv)),
-        stopped="interrupted; the next promote or rollback settles what is unfinished",
+        stopped="interrupted; `python -m training.registry list` shows who is champion",
         failed={Refused: "refused"},
     )
 
@@ -61,10 +59,7 @@ def _answer(args: argparse.Namespace) -> int:
 
 def _told(error: BaseException) -> str:
     uri = tracking.tracking_uri()
-    return (
-        f"MLflow at {uri} failed ({store.remedy(uri, error)}; then run the command again: a move "
-        "that was not finished is settled first"
-    )
+    return f"MLflow at {uri} failed ({store.remedy(uri, error)}; then run the command again"
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -107,8 +102,8 @@ def _add_promote_flags(gate: argparse.ArgumentParser) -> None:
 
 
 def _list(client: MlflowClient, args: argparse.Namespace) -> Answer:
-    found = listing.rows(client)
-    return 0, found, listing.table(found)
+    found = rows(client)
+    return 0, found, table(found)
 
 
 # What follows imports in its functions, so that a list does not wait for torch and matplotlib.
@@ -175,7 +170,6 @@ def _manifest(uri: str | None, digest: str | None) -> tuple[Any, str | None]:
 
 
 def _promote(client: MlflowClient, args: argparse.Namespace) -> Answer:
-    from training.registry import verdict
     from training.registry.gate import CHAMPION, Asked, promote
 
     if args.force != bool(args.reason and args.reason.strip()):
@@ -194,10 +188,9 @@ def _promote(client: MlflowClient, args: argparse.Namespace) -> Answer:
         number = str(resolve(client, version).version)
         told = f"version {number} is the champion already"
         return 0, {"version": number, "outcome": "champion already"}, told
-    document = verdict.document(found) | {"dry_run": args.dry_run}
-    lines = [verdict.table(found)]
+    document = found.document() | {"dry_run": args.dry_run}
+    lines = [found.table()]
     if args.dry_run:
-        lines += filter(None, [alias.unfinished(client, CHAMPION)])
         lines.append(f"verdict: {found.outcome}; a dry run, nothing was changed")
     elif found.outcome == "forced":
         lines.append(f"forced: {found.reason}")

@@ -1,32 +1,44 @@
-"""The gate between a candidate and the champion, and the way back."""
+"""The gate between a candidate and the champion, its verdict, and the way back."""
 
 import dataclasses
 import datetime
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from mlflow.entities import Run
 from mlflow.entities.model_registry import ModelVersion
+from mlflow.exceptions import MlflowException
 from mlflow.models import get_model_info
 from mlflow.tracking import MlflowClient
 
 from alexnet.errors import UserError
 from pipelines import shards, storage
 from training import tracking
-from training.accuracy import Scored
+from training.accuracy import Metrics, Scored
 from training.evaluate import score
 from training.network import LoadedModel, check_fits
-from training.registry import alias, checks, verdict
-from training.registry.alias import Refused, Tags
-from training.registry.policy import SHIPPED, read_policy
-from training.registry.verdict import Check, Verdict
-from training.registry.versions import NAME, Registered, aliases, load, resolve, run_of, verified
+from training.registry import checks
+from training.registry.checks import SHIPPED, Check, Paired, read_policy
+from training.registry.versions import (
+    MISSING,
+    NAME,
+    Refused,
+    Registered,
+    aliases,
+    aligned,
+    load,
+    resolve,
+    run_of,
+)
 
 CHAMPION = "champion"
-_PICTURES_USED = 8  # by the check in a fresh process
+_IMAGES_USED = 8  # by the check in a fresh process
 _LONGEST_HISTORY = 100  # champions
-_RESTORED = "restored_at"  # a tag that rollbacks set, and they alone
+_LONGEST_REASON = 500  # characters of the tag
+
+Tags = Mapping[str, str | None]  # None removes one
 
 
 @dataclass(frozen=True)
@@ -42,6 +54,71 @@ class Asked:
     dry_run: bool = False
 
 
+@dataclass(frozen=True)
+class Verdict:
+    """at: UTC; manifest_sha256: of `data`; force_reason: why it shall pass all the same. metrics is
+    None where the checks before the scoring failed, champion_metrics and paired where there is no
+    champion, or it cannot be scored on this data."""
+
+    version: str
+    champion_before: str | None
+    at: str
+    data: str
+    manifest_sha256: str | None
+    checks: tuple[Check, ...]
+    force_reason: str | None = None
+    metrics: Metrics | None = None
+    champion_metrics: Metrics | None = None
+    paired: Paired | None = None
+
+    @property
+    def passed(self) -> bool:
+        return all(check.passed for check in self.checks)
+
+    @property
+    def forced(self) -> bool:
+        """Never past the identity of files and data: of what was not scored nobody knows what it
+        is."""
+        return not self.passed and self.force_reason is not None and self.metrics is not None
+
+    @property
+    def outcome(self) -> str:
+        if self.passed:
+            return "passed"
+        return "forced" if self.forced else "refused"
+
+    @property
+    def reason(self) -> str:
+        """Why it is forced or refused, in one line; empty where all is well."""
+        if self.forced:
+            return str(self.force_reason)
+        failed = [check for check in self.checks if not check.passed]
+        return "; ".join(f"{c.name}: {c.value} (asked for: {c.limit})" for c in failed)
+
+    def document(self) -> dict[str, Any]:
+        """JSON-ready."""
+        found = dataclasses.asdict(self)
+        del found["force_reason"]
+        words = ("passed", "forced", "outcome", "reason")
+        return found | {word: getattr(self, word) for word in words}
+
+    def table(self) -> str:
+        """For a terminal."""
+        before = self.champion_before
+        against = f"against champion {before}" if before else "as the first champion"
+        rows = [(c.name, c.value, c.limit, "ok" if c.passed else "REFUSED") for c in self.checks]
+        head = f"version {self.version} {against}, on the val split of {self.data}"
+        return f"{head}\n{aligned([('check', 'found', 'asked for', ''), *rows])}"
+
+    def tags(self) -> Tags:
+        """What the version remembers."""
+        return {
+            "gate": self.outcome,
+            "gate_reason": self.reason[:_LONGEST_REASON] or None,
+            "gate_val_top1": None if self.metrics is None else f"{self.metrics.top1:.6f}",
+        }
+
+
 def promote(client: MlflowClient, version: str | None, asked: Asked) -> Verdict | None:
     """Judges a version (number or alias, None: the candidate) and, where the verdict is not
     "refused", makes it the champion. None: it is the champion already.
@@ -50,8 +127,6 @@ def promote(client: MlflowClient, version: str | None, asked: Asked) -> Verdict 
     UserError for what cannot be judged, such as shards that are gone, and Refused where the
     champion changed meanwhile.
     """
-    if not asked.dry_run:
-        alias.settle(client, CHAMPION)
     candidate = resolve(client, version)
     number = str(candidate.version)
     champion = aliases(client).get(CHAMPION)
@@ -63,46 +138,77 @@ def promote(client: MlflowClient, version: str | None, asked: Asked) -> Verdict 
             f"the run {run.info.run_name} of version {number} "
             f"{tracking.deleted(client, run.info.run_id)}, for the verdict is kept with it"
         )
-    found = _judge(client, candidate, champion, asked)
+    found = _judge(candidate, run, champion, asked)
     if asked.dry_run:
         return found
-    _log(client, candidate, found)
-    tags = verdict.tags(found)
+    if run is not None:
+        stamp = found.at.replace("-", "").replace(":", "").replace("+0000", "Z")
+        name = f"gate/verdict-v{number}-{stamp}"
+        client.log_dict(run.info.run_id, found.document(), f"{name}.json")
+        client.log_text(run.info.run_id, found.table() + "\n", f"{name}.txt")
     if found.outcome == "refused":
-        alias.write_tags(client, number, tags)
+        _write_tags(client, number, found.tags())
     else:
-        tags |= {**_history(_champions_before(client, champion)), "promoted_at": found.at}
-        alias.move(client, CHAMPION, champion, number, tags)
+        history = _history(_champions_before(client, champion))
+        tags = {**found.tags(), **history, "promoted_at": found.at}
+        move_champion(client, champion, number, tags)
     return found
 
 
 def rollback(client: MlflowClient, *, dry_run: bool = False) -> tuple[str, str]:
     """Gives the alias back to the champion before: (the version that had it, that has it now).
 
-    Each champion knows those before it, so that a second rollback goes one further back; one that
-    was interrupted after the alias had moved is told as done, and goes no further. Raises
+    Each champion knows those before it, so that a second rollback goes one further back. Raises
     Refused where there is none, and where its files are not what was registered.
     """
-    if not dry_run:
-        done = alias.settle(client, CHAMPION)
-        if done is not None and done.before is not None and _RESTORED in done.was:
-            return done.before, done.after
     champion = aliases(client).get(CHAMPION)
     if champion is None:
         raise Refused("there is no champion to roll back; promote one first")
     before = _champions_before(client, champion)[:-1]
     if not before:
         raise Refused(f"champion {champion} had none before it; promote another version instead")
-    target = resolve(client, before[-1])
+    target = str(resolve(client, before[-1]).version)
     try:
-        with verified(f"models:/{NAME}/{target.version}"):
-            pass
+        load(f"models:/{NAME}/{target}")
     except UserError as error:
         raise Refused(f"the champion before: {error}; or promote another version") from error
     if not dry_run:
-        tags = {**_history(before[:-1]), _RESTORED: _now()}
-        alias.move(client, CHAMPION, champion, str(target.version), tags)
-    return champion, str(target.version)
+        tags = {**_history(before[:-1]), "restored_at": _now()}
+        move_champion(client, champion, target, tags)
+    return champion, target
+
+
+def move_champion(client: MlflowClient, before: str | None, after: str, tags: Tags) -> None:
+    """Points the alias from version `before` (None: nowhere) to `after`, which gets `tags` first:
+    they mean nothing until it is the champion, so that a kill anywhere leaves the champion before
+    or the one after, whole.
+
+    Raises Refused where somebody else has moved it. MLflow sets an alias unconditionally: of two
+    who do so within the same moment, the later one wins.
+    """
+    _refuse_moved(client, before)
+    _write_tags(client, after, tags)
+    _refuse_moved(client, before)
+    client.set_registered_model_alias(NAME, CHAMPION, after)
+
+
+def _refuse_moved(client: MlflowClient, before: str | None) -> None:
+    held = aliases(client).get(CHAMPION)
+    if held != before:
+        was, now = ("none" if v is None else f"version {v}" for v in (before, held))
+        raise Refused(f"{CHAMPION} changed from {was} to {now} meanwhile; promote again")
+
+
+def _write_tags(client: MlflowClient, version: str, tags: Tags) -> None:
+    for key, value in tags.items():
+        if value is not None:
+            client.set_model_version_tag(NAME, version, key, value)
+            continue
+        try:
+            client.delete_model_version_tag(NAME, version, key)
+        except MlflowException as error:
+            if error.error_code != MISSING:
+                raise
 
 
 def _champions_before(client: MlflowClient, champion: str | None) -> list[str]:
@@ -126,12 +232,10 @@ def _now() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
-def _judge(
-    client: MlflowClient, candidate: ModelVersion, champion: str | None, asked: Asked
-) -> Verdict:
-    number, run = str(candidate.version), run_of(client, candidate)
-    data, manifest = data_of(number, run, asked.data)
-    model, first = _identity(candidate, run, data, manifest)
+def _judge(candidate: ModelVersion, run: Run | None, champion: str | None, asked: Asked) -> Verdict:
+    number = str(candidate.version)
+    data, manifest = _data_of(number, run, asked.data)
+    model, first = _identity(f"models:/{NAME}/{number}", run, data, manifest)
     found = Verdict(
         version=number,
         champion_before=champion,
@@ -146,10 +250,9 @@ def _judge(
     return _measured(found, model, run, manifest, asked)
 
 
-def data_of(version: str, run: Run | None, data: str | None) -> tuple[str, shards.Manifest]:
+def _data_of(version: str, run: Run | None, data: str | None) -> tuple[str, shards.Manifest]:
     """Where the shards of a version are, and their manifest. Raises UserError."""
-    known = run.data.tags.get("data") if run else None
-    data = data or known
+    data = data or (run.data.tags.get("data") if run else None)
     if data is None:
         raise UserError(
             f"version {version} was not registered by training/run.py and no run says which shards "
@@ -162,30 +265,28 @@ def data_of(version: str, run: Run | None, data: str | None) -> tuple[str, shard
 
 
 def _identity(
-    candidate: ModelVersion, run: Run | None, data: str, manifest: shards.Manifest
+    uri: str, run: Run | None, data: str, manifest: shards.Manifest
 ) -> tuple[Registered | None, list[Check]]:
     """Whether files, signature, data and classes are what they should be; without a model where
     there is none to trust."""
-    uri = f"models:/{NAME}/{candidate.version}"
     try:
         model = load(uri)
     except UserError as error:
         return None, [Check("files", str(error), "as registered", False)]
     learned = run.data.tags.get("manifest_sha256") if run else None
     said = model.description.get("manifest_sha256")
-    same = learned == manifest.digest == said
-    found = [
+    other = learned if learned != manifest.digest else said
+    return model, [
         Check("files", "as registered", "as registered", True),
         _signature(uri),
         Check(
             "data set",
-            f"learned from {str(learned if learned != manifest.digest else said)[:12]}",
+            f"learned from {str(other)[:12]}",
             f"{manifest.digest[:12]}, {data}",
-            same,
+            learned == manifest.digest == said,
         ),
         _classes(uri, model, manifest, data),
     ]
-    return model, found
 
 
 def _signature(uri: str) -> Check:
@@ -216,23 +317,24 @@ def _measured(
     found: Verdict, model: Registered, run: Run, manifest: shards.Manifest, asked: Asked
 ) -> Verdict:
     policy = read_policy(asked.policy or SHIPPED, str(model.description.get("recipe")))
-    scored = measure(found.version, model, found.data, manifest, asked)
-    metrics, classes = scored.metrics, manifest.num_classes
-    uri = f"models:/{NAME}/{found.version}"
-    pictures = _some_pictures(found.data)
+    scored = _scored(found.version, model, found.data, manifest, asked)
+    metrics, uri = scored.metrics, f"models:/{NAME}/{found.version}"
     made = [
         *found.checks,
         checks.logged(metrics, run.data.metrics),
-        *checks.accuracy(metrics, classes, policy),
+        *checks.accuracy(metrics, manifest.num_classes, policy),
         checks.worst_class(scored, manifest.class_names, policy),
         checks.latency(model.network, policy),
         checks.size(model.network, policy),
-        checks.as_used(uri, tracking.tracking_uri(), model, pictures),
+        checks.as_used(uri, tracking.tracking_uri(), model, _some_images(found.data)),
     ]
-    paired, champion = None, None
+    paired = champion = None
     if found.champion_before is not None:
+        uri = f"models:/{NAME}/{found.champion_before}"
         try:
-            champion = scored_version(found.champion_before, found.data, manifest, asked)
+            model = load(uri)
+            _refuse_misfit(uri, model, manifest, found.data)
+            champion = _scored(found.champion_before, model, found.data, manifest, asked)
         except UserError as error:
             value = f"cannot be scored: {error}"
             made.append(Check("champion", value, 'no worse; or --force --reason "…"', False))
@@ -248,15 +350,7 @@ def _measured(
     )
 
 
-def scored_version(version: str, data: str, manifest: shards.Manifest, asked: Asked) -> Scored:
-    """A version on the val split. Raises UserError where it cannot be loaded or does not fit."""
-    uri = f"models:/{NAME}/{version}"
-    model = load(uri)
-    _refuse_misfit(uri, model, manifest, data)
-    return measure(version, model, data, manifest, asked)
-
-
-def measure(
+def _scored(
     version: str, model: Registered, data: str, manifest: shards.Manifest, asked: Asked
 ) -> Scored:
     return score(
@@ -270,19 +364,11 @@ def measure(
     )
 
 
-def _some_pictures(data: str) -> list[bytes]:
-    """The JPEG files of a few pictures all over the val split."""
+def _some_images(data: str) -> list[bytes]:
+    """The JPEG files of a few images all over the val split."""
     index = shards.load_index(data, "val")
-    chosen = np.unique(np.linspace(0, len(index) - 1, _PICTURES_USED).astype(int))
+    chosen = np.unique(np.linspace(0, len(index) - 1, _IMAGES_USED).astype(int))
     return [
         storage.read(storage.join(data, f"{row['shard']}.tar"), row["offset"], row["size"])
         for row in index.take(chosen).to_pylist()
     ]
-
-
-def _log(client: MlflowClient, candidate: ModelVersion, found: Verdict) -> None:
-    if candidate.run_id:
-        stamp = found.at.replace("-", "").replace(":", "").replace("+0000", "Z")
-        name = f"gate/verdict-v{found.version}-{stamp}"
-        client.log_dict(candidate.run_id, verdict.document(found), f"{name}.json")
-        client.log_text(candidate.run_id, verdict.table(found) + "\n", f"{name}.txt")

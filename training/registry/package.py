@@ -115,12 +115,13 @@ def _log_figures(
     client.log_figure(run_id, curves, "figures/curves.png")
     kernels = figures.conv1_kernels(network.conv1.weight)
     client.log_figure(run_id, kernels, "figures/conv1_kernels.png")
+    data = client.get_run(run_id).data.tags["data"]
     try:
-        found = figures.panels(network, spec, manifest, client.get_run(run_id).data.tags["data"])
+        top5 = figures.top5(network, spec, manifest, data)
     except UserError as error:
         logger.warning(f"figures/top5.png is left out: {error}")
     else:
-        client.log_figure(run_id, figures.top5_panels(found, ""), "figures/top5.png")
+        client.log_figure(run_id, top5, "figures/top5.png")
 
 
 def _description(spec: InputSpec, manifest: shards.Manifest, config: TrainConfig) -> dict[str, Any]:

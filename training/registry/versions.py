@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import mlflow
-from mlflow.entities import Run
+from mlflow.entities import Run, ViewType
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
 from alexnet.errors import UserError, reason
+from training import tracking
 
 if TYPE_CHECKING:
     import torch
@@ -38,7 +39,24 @@ _OF_MLFLOW = "registered_model_meta"  # which it writes into a copy of a version
 
 _VERSION_URI = re.compile(r"models:/([^/@]+)(?:/(.+)|@(.+))")
 _NUMBER = "[0-9]{1,9}"  # more than nine digits are too many for MLflow's databases
-_MISSING = "RESOURCE_DOES_NOT_EXIST"
+MISSING = "RESOURCE_DOES_NOT_EXIST"
+
+
+_RUNS_AT_ONCE = 500
+
+_COLUMNS = {
+    "version": "version",
+    "aliases": "alias",
+    "recipe": "recipe",
+    "val_top1": "val top-1",
+    "gate": "gate",
+    "run": "run",
+    "previous_champion": "champion before",
+}
+
+
+class Refused(Exception):
+    """The gate's no; the text is the reason, in one line."""
 
 
 @dataclass(frozen=True)
@@ -78,17 +96,6 @@ def load(uri: str) -> Registered:
         return Registered(network, spec, class_names, wnids, description)
 
 
-def verify(client: MlflowClient, version: ModelVersion) -> list[str]:
-    """What differs from the files that were registered, such as "artifacts/alexnet.json changed";
-    [] when all is as it was. Compares the folder with the version's tag `artifacts_sha256`.
-
-    Raises UserError where the version's files cannot be had, or it has no such tag.
-    """
-    uri = f"models:/{version.name}/{version.version}"
-    with _downloaded(uri) as (folder, _):
-        return _differences(folder, _registered_sums(uri, version))
-
-
 def versions(client: MlflowClient) -> list[ModelVersion]:
     """All of them, newest first."""
     found: list[ModelVersion] = []
@@ -106,7 +113,7 @@ def run_of(client: MlflowClient, version: ModelVersion) -> Run | None:
     try:
         return client.get_run(version.run_id) if version.run_id else None
     except MlflowException as error:
-        if error.error_code == _MISSING:
+        if error.error_code == MISSING:
             return None
         raise
 
@@ -116,7 +123,7 @@ def aliases(client: MlflowClient) -> dict[str, str]:
     try:
         found = client.get_registered_model(NAME).aliases
     except MlflowException as error:
-        if error.error_code == _MISSING:
+        if error.error_code == MISSING:
             return {}
         raise
     return {name: str(version) for name, version in found.items()}
@@ -136,7 +143,7 @@ def resolve(client: MlflowClient, version: str | None) -> ModelVersion:
         try:
             return client.get_model_version(NAME, str(int(number)))
         except MlflowException as error:
-            if error.error_code != _MISSING:
+            if error.error_code != MISSING:
                 raise
     raise UserError(f"there is no version {asked[:100]}; there are {_what_there_is(client, held)}")
 
@@ -145,6 +152,69 @@ def _what_there_is(client: MlflowClient, held: Mapping[str, str]) -> str:
     numbers = [str(version.version) for version in versions(client)]
     listed = ", ".join(numbers[:10]) + (f", … ({len(numbers)} in all)" if numbers[10:] else "")
     return (listed or "none") + (f"; aliases {', '.join(sorted(held))}" if held else "")
+
+
+def rows(client: MlflowClient) -> list[dict[str, Any]]:
+    """One per version, newest first, with the keys of `_COLUMNS`; what is not known is None."""
+    found, held_by = versions(client), aliases(client)
+    runs = _runs(client, found)
+    listed = []
+    for version in found:
+        number, run = str(version.version), runs.get(version.run_id)
+        listed.append(
+            {
+                "version": number,
+                "aliases": sorted(alias for alias, held in held_by.items() if held == number),
+                "recipe": version.tags.get("recipe"),
+                "val_top1": run.data.metrics.get("val_top1") if run else None,
+                "gate": version.tags.get("gate"),
+                "run": run.info.run_name if run else None,
+                "previous_champion": version.tags.get("previous_champion"),
+            }
+        )
+    return listed
+
+
+def _runs(client: MlflowClient, found: Sequence[ModelVersion]) -> dict[str, Run]:
+    """By id; those of this project's experiment in batches, the few of others one by one."""
+    ids = sorted({str(version.run_id) for version in found if version.run_id})
+    experiment = client.get_experiment_by_name(tracking.EXPERIMENT).experiment_id
+    runs: dict[str, Run] = {}
+    for first in range(0, len(ids), _RUNS_AT_ONCE):
+        listed = ", ".join(f"'{run_id}'" for run_id in ids[first : first + _RUNS_AT_ONCE])
+        batch = client.search_runs(
+            [experiment],
+            f"attributes.run_id IN ({listed})",
+            run_view_type=ViewType.ALL,
+            max_results=_RUNS_AT_ONCE,
+        )
+        runs |= {run.info.run_id: run for run in batch}
+    for version in found:
+        if version.run_id and version.run_id not in runs and (run := run_of(client, version)):
+            runs[version.run_id] = run
+    return runs
+
+
+def table(listed: Sequence[dict[str, Any]]) -> str:
+    """`rows` for a terminal."""
+    return aligned(
+        [[*_COLUMNS.values()], *([_cell(row[key]) for key in _COLUMNS] for row in listed)]
+    )
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4f}"
+    return ", ".join(value) if isinstance(value, list) else str(value or "")
+
+
+def aligned(lines: Sequence[Sequence[str]]) -> str:
+    """Lines of cells as columns; nothing is cut."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    padded = (
+        (cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines
+    )
+    return "\n".join("  ".join(line).rstrip() for line in padded)
 
 
 def file_sums(folder: Path) -> str:
@@ -194,11 +264,13 @@ def _version(
 
 def _refuse_changed(uri: str, folder: Path, version: ModelVersion | None) -> None:
     """A folder of no version has nobody to vouch for its sums; they are compared all the same."""
-    if version is None:
-        sums = folder / SUMS
-        registered = sha256(sums) if sums.is_file() else ""
-    else:
-        registered = _registered_sums(uri, version)
+    sums = folder / SUMS
+    registered = sha256(sums) if sums.is_file() else ""
+    if version is not None and (registered := version.tags.get("artifacts_sha256")) is None:
+        raise UserError(
+            f"{uri} was not registered by a training run: it has no artifacts_sha256 to check its "
+            "files against; register it with `python training/run.py`"
+        )
     if not any(folder.iterdir()):
         raise UserError(
             f"{uri}: its files are gone from where MLflow keeps artifacts; put them back there "
@@ -221,16 +293,6 @@ def _remedy(uri: str, version: ModelVersion | None, changed: Sequence[str]) -> s
         f"somebody used it in place: remove every __pycache__ below {place} and set "
         "PYTHONPYCACHEPREFIX to a folder of your own wherever mlflow serves or loads it"
     )
-
-
-def _registered_sums(uri: str, version: ModelVersion) -> str:
-    registered = version.tags.get("artifacts_sha256")
-    if registered is None:
-        raise UserError(
-            f"{uri} was not registered by a training: it has no artifacts_sha256 to check its "
-            "files against; register it with `python training/run.py`"
-        )
-    return str(registered)
 
 
 def _differences(folder: Path, registered: str) -> list[str]:
