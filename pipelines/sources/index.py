@@ -15,8 +15,9 @@ import logging
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
@@ -105,22 +106,28 @@ def _read_nested(uri: str) -> pa.Table:
         twice = next(name for name in names if names.count(name) > 1)
         raise UserError(f"{uri} holds {twice} twice; fetch it again")
 
-    def read(name: str, member: dict[str, int]) -> pa.Table:
+    def read(passed: tars.Passed, name: str, member: dict[str, int]) -> pa.Table:
         label = f"{uri}: {name}"
-        inner = tars.members(uri, label, member["offset"], member["size"], meter.add)
+        inner = tars.members(uri, label, member["offset"], member["size"], passed)
         if pc.all(litter(inner["name"])).as_py():
             raise UserError(f"{label} holds no picture; fetch {uri} again")
         return _with_outer(name, inner)
 
-    # Headers of different inner tars don't depend on each other; S3 answers many at once.
+    parts = read_each(uri, sum(member["size"] for member in outer), read, names, outer)
+    return pa.concat_tables([_with_outer("", found.filter(left)), *parts]).combine_chunks()
+
+
+def read_each(
+    uri: str, num_bytes: int, read: Callable[..., pa.Table], *of_each: Iterable[Any]
+) -> list[pa.Table]:
+    """`read` of each tar in `uri`, which are of `num_bytes` together: their headers don't depend
+    on each other, and S3 answers many at once. Its first argument takes what it got past."""
     threads = _S3_THREADS if storage.is_s3(uri) else 1
-    total = sum(member["size"] for member in outer)
-    with Meter(f"indexing {uri}", total) as meter, ThreadPoolExecutor(threads) as pool:
+    with Meter(f"indexing {uri}", num_bytes) as meter, ThreadPoolExecutor(threads) as pool:
         try:
-            parts = list(pool.map(read, names, outer))
+            return list(pool.map(partial(read, meter.add), *of_each))
         finally:
             pool.shutdown(cancel_futures=True)  # the first damage ends it, not the last
-    return pa.concat_tables([_with_outer("", found.filter(left)), *parts]).combine_chunks()
 
 
 def _with_outer(outer: str, members: pa.Table) -> pa.Table:

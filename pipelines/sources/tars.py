@@ -46,7 +46,7 @@ _REGULAR, _FOLDER, _SPARSE = (b"0", b"\0", b"7"), b"5", b"S"
 _OCTAL = re.compile(rb"[ 0-7]*")
 _MAX_DIGITS = 20  # of a number in a pax record; 2**64 has as many
 _LONG_NAME, _LONG_LINK, _PAX, _PAX_GLOBAL = b"L", b"K", (b"x", b"X"), b"g"
-_Passed = Callable[[int, int], None]  # takes members and bytes got past
+Passed = Callable[[int, int], None]  # takes members and bytes got past
 
 
 def members(
@@ -54,7 +54,7 @@ def members(
     label: str,
     start: int = 0,
     length: int | None = None,
-    passed: _Passed = lambda members, num_bytes: None,
+    passed: Passed = lambda members, num_bytes: None,
     read: str | None = None,
 ) -> pa.Table:
     """The regular files of the tar at bytes [start, start + length) of `uri`, in its order.
@@ -93,7 +93,7 @@ class _Header:
     data: int  # where the member's bytes begin
 
 
-def _walk(window: _Window, label: str, length: int, passed: _Passed) -> Iterator[_Header]:
+def _walk(window: _Window, label: str, length: int, passed: Passed) -> Iterator[_Header]:
     position, common, extra = 0, dict[str, str](), dict[str, str]()
     while (block := window.get(position, _BLOCK)).count(0) != len(block):
         header = _parse(block, label, position, length)

@@ -15,8 +15,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -63,7 +62,6 @@ _SAMPLES = pa.schema(
 )
 _PLACE = ["wnid", "source", "offset", "size"]
 _MIXED = 0.1  # share of neighbours with different labels, above which tars count as shuffled
-_THREADS_S3 = 16
 
 _OWN_SHARD = re.compile(r"(train|val|test)-\d{6}\.tar")
 _OWN_COLUMNS = ["key", "label", "wnid", "shard", "offset", "size"]
@@ -174,38 +172,26 @@ def _read_all(
 ) -> pa.Table:
     """The images of the tars (name to bytes), of _SAMPLES and `source`; adds to `notes` and
     `ignored` what else the tars hold."""
-    threads = _THREADS_S3 if storage.is_s3(raw) else 1
-    total = sum(used.values())
-    with index.Meter(f"indexing {raw}", total) as meter, ThreadPoolExecutor(threads) as pool:
 
-        def read(name: str) -> pa.Table:
-            return index.once(
-                storage.join(raw, name), "samples", _SAMPLES, lambda uri: _samples(uri, meter.add)
-            )
+    def read(passed: tars.Passed, name: str) -> pa.Table:
+        uri = storage.join(raw, name)
+        found = index.once(uri, "samples", _SAMPLES, lambda uri: _samples(uri, passed))
+        return found.append_column("source", pa.repeat(pa.scalar(name), found.num_rows))
 
-        try:
-            found = dict(zip(used, pool.map(read, used), strict=True))
-        finally:
-            pool.shutdown(cancel_futures=True)  # the first damage ends it, not the last
-    tables = []
-    for name, members in found.items():
-        other = members.filter(pc.invert(members["image"]))
-        if other.num_rows:
-            ignored[name] = other.num_rows
-        source = pa.repeat(pa.scalar(name), members.num_rows)
-        tables.append(members.append_column("source", source).filter(members["image"]))
-    if ignored:
-        first = next(iter(ignored))
-        members = found[first]
-        name = members.filter(pc.invert(members["image"]))["name"][0].as_py()
+    found = pa.concat_tables(index.read_each(raw, sum(used.values()), read, used)).combine_chunks()
+    other = found.filter(pc.invert(found["image"]))
+    ignored |= {
+        row["values"]: row["counts"] for row in pc.value_counts(other["source"]).to_pylist()
+    }
+    if other.num_rows:
         notes.append(
-            f"ignored {sum(ignored.values()):,} members of {len(ignored):,} tars that are neither "
-            f"images nor labels, first {name} in {first}"
+            f"ignored {other.num_rows:,} members of {len(ignored):,} tars that are neither images "
+            f"nor labels, first {other['name'][0].as_py()} in {other['source'][0].as_py()}"
         )
-    return pa.concat_tables(tables).combine_chunks()
+    return found.filter(found["image"])
 
 
-def _samples(uri: str, passed: Callable[[int, int], None]) -> pa.Table:
+def _samples(uri: str, passed: tars.Passed) -> pa.Table:
     """The members of a tar as _SAMPLES, in its order, but the labels: those are with their images.
 
     Raises UserError as `tars.members` does, for a tar without an image, for a sample of two images
