@@ -122,7 +122,11 @@ def verify(folder: Path) -> None:
     for name in sorted({*_LEAST, *hashes}):
         if not _FILE.fullmatch(name):
             raise UserError(f"checkpoint {folder} is damaged: {name[:80]} is no file of it")
-        if hashes.get(name) is None or _sha256_if_there(folder / name) != hashes[name]:
+        try:
+            found = _sha256(folder / name)
+        except OSError:  # gone, pruned this moment by the run itself, or unreadable
+            found = None
+        if found is None or found != hashes.get(name):
             raise UserError(f"checkpoint {folder} is damaged: {name} does not match its sha256")
 
 
@@ -288,13 +292,6 @@ def _step(checkpoint: str) -> int:
         return -1 if state is None else int(json.loads(state)["step"])
     except (LookupError, TypeError, ValueError, OverflowError, RecursionError):
         return -1
-
-
-def _sha256_if_there(path: Path) -> str | None:
-    try:
-        return _sha256(path)
-    except OSError:  # gone, pruned this moment by the training itself, or unreadable
-        return None
 
 
 def _if_there(uri: str) -> bytes | None:

@@ -35,15 +35,6 @@ Log = Callable[[dict[str, float], int], None]
 Report = Callable[[dict[str, float], Path | None], None]
 
 
-@dataclass(frozen=True)
-class _Outside:
-    log: Log
-    report: Report
-    preempted: Callable[[], bool] | None
-    stopping: Callable[[], bool] | None
-    run_id: str
-
-
 def fit(
     config: TrainConfig,
     data: str,
@@ -70,14 +61,13 @@ def fit(
     profile_to: folder for the trace of a few steps. Raises TrainingStopped for a loss, gradient or
     weights that are not finite and for a loss that stays flat.
     """
-    outside = _Outside(log, report, preempted, stopping, run_id)
     with (
         algorithms(config, place.device),
         _loader(config, data, manifest, "train", place) as train,
         _loader(config, data, manifest, "val", place) as val,
         traced(profile_to) as step_done,
     ):
-        run = _Run(config, manifest, place, train, val, outside)
+        run = _Run(config, manifest, place, train, val, log, report, preempted, stopping, run_id)
         if resume is not None:
             run.restore(resume)
         while not run.finished and not run.stopped:
@@ -91,23 +81,26 @@ def _loader(config: TrainConfig, data: str, manifest: Manifest, split: str, plac
     return Loader(data, manifest, split, threads=place.threads, cache_gb=config.cache_gb)
 
 
+@dataclass
 class _Run:
-    """A training in progress: its position, what is learned, where the batches come from."""
+    """A run in progress: its position, what is learned, where the batches come from."""
 
-    def __init__(
-        self,
-        config: TrainConfig,
-        manifest: Manifest,
-        place: Place,
-        train: Loader,
-        val: Loader,
-        outside: _Outside,
-    ) -> None:
-        self.config, self.manifest, self.place = config, manifest, place
-        self.train, self.val, self.outside = train, val, outside
+    config: TrainConfig
+    manifest: Manifest
+    place: Place
+    train: Loader
+    val: Loader
+    log: Log
+    report: Report
+    preempted: Callable[[], bool] | None
+    stopping: Callable[[], bool] | None
+    run_id: str
+
+    def __post_init__(self) -> None:
+        config, manifest, place = self.config, self.manifest, self.place
         self.spec = input_spec(manifest, config)
         self.stepper = Stepper(config, build_model(config, manifest.num_classes), place)
-        self.steps_per_epoch = steps_per_epoch(train.num_samples, config.optim.batch_size)
+        self.steps_per_epoch = steps_per_epoch(self.train.num_samples, config.optim.batch_size)
         self.total_steps = config.optim.epochs * self.steps_per_epoch
         self.position = checkpoint.Position()
         self.meter = Meter(place.device)
@@ -115,8 +108,8 @@ class _Run:
         self.evaluation_seconds = 0.0  # of the last one
         self.loader_seconds: Mapping[str, float] = {}  # spent until the last log line
         self.has_warned = False
-        self.timer = guards.CheckpointTimer(config.checkpoint_minutes, outside.preempted, place)
-        self.request, self.stopped = guards.StopRequest(outside.stopping, place), False
+        self.timer = guards.CheckpointTimer(config.checkpoint_minutes, self.preempted, place)
+        self.request, self.stopped = guards.StopRequest(self.stopping, place), False
 
     @property
     def finished(self) -> bool:
@@ -202,7 +195,7 @@ class _Run:
         )
         self._warn_if_starved(reading.metrics)
         if self.place.rank == 0:
-            self.outside.log(self._line(reading.metrics, epoch), position.step)
+            self.log(self._line(reading.metrics, epoch), position.step)
         self.meter.start()
 
     def finish_epoch(self, epoch: int) -> None:
@@ -218,7 +211,7 @@ class _Run:
                     device=self.place.device,
                     rank=self.place.rank,
                     world_size=self.place.world_size,
-                    stopping=self.outside.stopping,
+                    stopping=self.stopping,
                 )
         except Stopped:  # on all ranks alike; whoever goes on from here evaluates first
             self.stopped = True
@@ -230,7 +223,7 @@ class _Run:
         position.evaluated_step = position.step
         position.val_errors = [*position.val_errors, 1 - result.top1]
         if self.place.rank == 0:
-            self.outside.log(position.metrics, position.step)
+            self.log(position.metrics, position.step)
         self.save()
 
     def save(self) -> None:
@@ -240,7 +233,7 @@ class _Run:
         if self.place.rank == 0:
             folder = checkpoint.temporary_folder()
             checkpoint.save(folder, self.stepper.tensors(), self._state())
-        self.outside.report(self.position.metrics, folder)
+        self.report(self.position.metrics, folder)
         self.timer.saved()
 
     def _line(self, metrics: dict[str, float], epoch: int) -> dict[str, float]:
@@ -295,7 +288,7 @@ class _Run:
             "wnids": list(self.manifest.wnids),
             "class_names": list(self.manifest.class_names),
             "input_spec": self.spec.to_json(),
-            "run_id": self.outside.run_id,
+            "run_id": self.run_id,
         }
 
 

@@ -171,30 +171,26 @@ class Meter:
         return self._first_step and len(self._steps) > 1
 
 
+_TRAINED = (
+    "epoch={epoch:.2f} loss={loss:.4f} top1={top1:.3f} top5={top5:.3f} lr={lr:.5f} "
+    "grad={grad_norm:.3g} img/s={images_per_second:.0f} util={utilization:.0%} "
+    "wait={data_wait:.0%} comm={exposed_communication:.0%} mfu={mfu:.1%} mem={gpu_memory_gb:.1f}GB"
+)
+_EVALUATED = (
+    "epoch={epoch:.0f} val_images={val_images:.0f} val_loss={val_loss:.4f} "
+    "val_top1={val_top1:.4f} val_top5={val_top5:.4f}"
+)
+
+
 def log_line(metrics: dict[str, float], step: int) -> str:
-    """One line for people and grep: `step=1200 epoch=3.20 loss=5.3100 …`."""
-    if "val_top1" in metrics:
-        return (
-            f"step={step} epoch={metrics['epoch']:.0f} val_images={metrics['val_images']:.0f} "
-            f"val_loss={metrics['val_loss']:.4f} val_top1={metrics['val_top1']:.4f} "
-            f"val_top5={metrics['val_top5']:.4f}"
-        )
-    minutes, seconds = divmod(round(metrics["eta_seconds"]), 60)
-    words = [
-        f"step={step} epoch={metrics['epoch']:.2f} loss={metrics['loss']:.4f}",
-        f"top1={metrics['top1']:.3f} top5={metrics['top5']:.3f} lr={metrics['lr']:.5f}",
-        f"grad={metrics['grad_norm']:.3g} img/s={metrics['images_per_second']:.0f}",
-    ]
-    if "utilization" in metrics:
-        words.append(f"util={metrics['utilization']:.0%}")
-    words.append(f"wait={metrics['data_wait']:.0%}")
-    if "exposed_communication" in metrics:
-        words.append(f"comm={metrics['exposed_communication']:.0%}")
-    if "mfu" in metrics:
-        words.append(f"mfu={metrics['mfu']:.1%}")
-    if "gpu_memory_gb" in metrics:
-        words.append(f"mem={metrics['gpu_memory_gb']:.1f}GB")
-    words.append(f"eta={minutes}:{seconds:02d} ids={int(metrics['sample_digest']):012x}")
+    """One line for people and grep: `step=1200 epoch=3.20 loss=5.3100 …`, of what is there."""
+    words = [f"step={step}"]
+    for word in (_EVALUATED if "val_top1" in metrics else _TRAINED).split():
+        with contextlib.suppress(KeyError):
+            words.append(word.format(**metrics))
+    if "eta_seconds" in metrics:
+        minutes, seconds = divmod(round(metrics["eta_seconds"]), 60)
+        words.append(f"eta={minutes}:{seconds:02d} ids={int(metrics['sample_digest']):012x}")
     return " ".join(words)
 
 

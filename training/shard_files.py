@@ -53,12 +53,17 @@ class OpenShard:
         or owner is no harm, so the bytes are what decides."""
         if self._stamp is None or (now := _stamp(self._handle)) == self._stamp:
             return
-        if (found := sha256_of(self._handle)) != self.info.sha256:
-            raise UserError(
-                f"shard {self.path} was changed under the run (sha256 {found}, its manifest says "
-                f"{self.info.sha256}); {repair_hint(self.path)}"
-            )
+        self.check_bytes("was changed under the run: it has")
         self._stamp = now
+
+    def check_bytes(self, problem: str = "has") -> None:
+        """Raises UserError where they are not the manifest's."""
+        size, found = os.fstat(self._handle).st_size, sha256_of(self._handle)
+        if found != self.info.sha256:
+            raise UserError(
+                f"shard {self.path} {problem} {size} bytes with sha256 {found}, its manifest says "
+                f"{self.info.num_bytes} with {self.info.sha256}; {repair_hint(self.path)}"
+            )
 
 
 class ShardFiles:
@@ -120,28 +125,14 @@ class ShardFiles:
             return OpenShard(path, info, self._cache.open(path, info), None)
         try:
             handle = os.open(Path(path), os.O_RDONLY)
-            shard = OpenShard(path, info, handle, _stamp(handle))
-            self._verify(shard, handle)
+            stamp = _stamp(handle)
+            shard = OpenShard(path, info, handle, stamp)
+            if self._verified.get(info.name) != stamp:  # once for as long as the file stays so
+                shard.check_bytes()
+                self._verified[info.name] = stamp
         except OSError as error:
             raise UserError(_unreadable(path, error)) from error
         return shard
-
-    def _verify(self, shard: OpenShard, handle: int) -> None:
-        """Hashes a local shard, once for as long as its file stays the same."""
-        stamp, info = _stamp(handle), shard.info
-        if self._verified.get(info.name) == stamp:
-            return
-        if stamp[1] != info.num_bytes:
-            raise UserError(
-                f"shard {shard.path} has {stamp[1]} bytes, its manifest says {info.num_bytes}; "
-                f"{repair_hint(shard.path)}"
-            )
-        if (found := sha256_of(handle)) != info.sha256:
-            raise UserError(
-                f"shard {shard.path} has sha256 {found}, its manifest says {info.sha256}; "
-                f"{repair_hint(shard.path)}"
-            )
-        self._verified[info.name] = stamp
 
 
 class ShardUses:
