@@ -91,12 +91,8 @@ def repair(
     Raises UserError when that is not known or other codecs are installed; BuildFailed when what
     was rebuilt is not what the set had been.
     """
-    if "_meta/plan.parquet" in bad_files:
-        raise UserError(
-            f"{out}/_meta/plan.parquet is damaged; delete it and start the build command of this "
-            "set again: it writes the plan anew and keeps every good shard"
-        )
     made_plan = plan_files.load(out)
+    plan_files.load_rows(out, ("split", "key", "wnid"))  # raises where they are damaged
     raw = raw or plan_files.raw_of(out)
     if raw is None:
         raise UserError(f"{out}: where it was built from is not known; pass --raw RAW")

@@ -17,6 +17,7 @@ from pipelines.plan import ShardPlan
 from pipelines.progress import clock
 from pipelines.sources.table import PARQUET
 
+_PLANNED = ("split", "key", "name", "label", "wnid", "source")  # columns of the plan
 _COPIES_SHOWN = 20
 _SHARDS_SHOWN = 5
 _READS_AHEAD = 16
@@ -131,7 +132,7 @@ def _shard(out: str, manifest: shards.Manifest, shard: shards.ShardInfo) -> dict
 
 def _keys_of_file(out: str, what: str) -> list[str]:
     """The keys of the samples whose file in RAW ends in the path `what`."""
-    planned = shards.load_planned(out)
+    planned = plan_files.load_rows(out, _PLANNED)
     ends = pc.ends_with(planned["source"], f"/{what.lstrip('/')}")
     same = pc.or_(ends, pc.equal(planned["source"], what))
     return [*dict.fromkeys(planned.filter(same)["key"].to_pylist())]
@@ -146,7 +147,7 @@ def _samples(out: str, manifest: shards.Manifest, keys: list[str]) -> list[dict[
         stored = index.filter(pc.is_in(index["key"], value_set=wanted)).to_pylist()
         refused = [row for row in shards.load_quarantine(out, split) if row["key"] in keys]
         if stored or refused:
-            planned = shards.load_planned(out) if planned is None else planned
+            planned = plan_files.load_rows(out, _PLANNED) if planned is None else planned
             rows = planned.filter(pc.equal(planned["split"], split))
             rows = rows.filter(pc.is_in(rows["key"], value_set=wanted))
             plans = {row["key"]: row for row in rows.to_pylist()}

@@ -18,11 +18,14 @@ import pyarrow.parquet as pq
 from alexnet.errors import UserError
 from pipelines import shards, storage
 from pipelines.plan import Plan, ShardPlan
-from pipelines.shards import DAMAGE, SPLITS, check_counts, check_shard_name
+from pipelines.shards import DAMAGE, SPLITS, Damaged, check_counts, check_shard_name, check_table
 from pipelines.sources import TABLE
 from pipelines.sources.table import check
 
 _PLAN, _ROWS, _RAW = "_meta/plan.json", "_meta/plan.parquet", "_meta/raw.json"
+_REMEDY = (
+    "start the build command of this set again: it writes the plan anew and keeps every good shard"
+)
 _PLAN_ID = b"alexnet.plan_id"
 _UNREADABLE: tuple[type[Exception], ...] = (UserError, *DAMAGE)
 
@@ -39,7 +42,7 @@ def begin(out: str, raw: str, plan: Plan) -> Plan:
         except UserError:
             if not storage.exists(location):  # else another builder was faster: whose plan is it?
                 raise
-    found = _read_plan(location)
+    found = _read_plan(out)
     if found["plan_id"] != plan.plan_id:
         raise UserError(
             f"{out} holds plan {found['plan_id'][:12]}, this is plan {plan.plan_id[:12]} "
@@ -89,11 +92,10 @@ def replace(out: str, raw: str, plan: Plan) -> None:
 
 def load(out: str) -> Plan:
     """The plan of a set, finished or not, without its table. Raises UserError if there is none."""
-    location = storage.join(out, _PLAN)
-    if not storage.exists(location):
-        raise UserError(f"{out}: no shard set was begun here (no {_PLAN})")
-    document = _read_plan(location)
-    with _damage_reported(location):
+    if not storage.exists(storage.join(out, _PLAN)):
+        raise Damaged(f"{out}: no shard set was begun here (no {_PLAN})", _PLAN, "missing")
+    document = _read_plan(out)
+    with _damage_reported(out, _PLAN):
         identity = shards.canonical_json(document["identity"])
         if hashlib.sha256(identity).hexdigest() != document["plan_id"]:
             raise ValueError("its identity is not that of its plan_id")
@@ -127,7 +129,7 @@ def read_rows(out: str, plan_id: str, number: int) -> list[dict[str, Any]]:
 
     Raises UserError when the rows in `out` are those of another plan.
     """
-    with _damage_reported(storage.join(out, _ROWS)), _open_rows(out) as parquet:
+    with _damage_reported(out, _ROWS), _open_rows(out) as parquet:
         if _plan_id(parquet) != plan_id:
             raise UserError(f"{out} was given another plan meanwhile; start the same command again")
         table = parquet.read_row_group(number, use_threads=False)
@@ -136,13 +138,23 @@ def read_rows(out: str, plan_id: str, number: int) -> list[dict[str, Any]]:
     return rows
 
 
+def load_rows(out: str, columns: Sequence[str]) -> pa.Table:
+    """These columns of every planned image."""
+    if not storage.exists(storage.join(out, _ROWS)):
+        raise Damaged(f"{out}/{_ROWS} is missing; {_REMEDY}", _ROWS, "missing")
+    with _damage_reported(out, _ROWS), _open_rows(out) as parquet:
+        table = parquet.read(list(columns), use_threads=False).select(list(columns))
+        table = table.replace_schema_metadata(None)
+        check_table(table, pa.schema([TABLE.field(name) for name in columns]))
+        return table
+
+
 def lost_classes(out: str, rejected: Mapping[str, Sequence[str]]) -> dict[str, int]:
     """ "SPLIT/CLASS" → images, of the classes of which every planned image of a split is among the
     rejected keys by split. Unlabelled images count for no class."""
     if not any(rejected.values()):
         return {}
-    with _damage_reported(storage.join(out, _ROWS)), _open_rows(out) as parquet:
-        rows = parquet.read(["split", "key", "wnid"], use_threads=False)
+    rows = load_rows(out, ("split", "key", "wnid"))
     lost: dict[str, int] = {}
     for split, keys in rejected.items():
         of_split = rows.filter(pc.equal(rows["split"], split))
@@ -175,9 +187,9 @@ def _shard_id(sidecar: str) -> Any:
         return None
 
 
-def _read_plan(location: str) -> Any:
-    data = storage.read(location)
-    with _damage_reported(location):
+def _read_plan(out: str) -> Any:
+    data = storage.read(storage.join(out, _PLAN))
+    with _damage_reported(out, _PLAN):
         document = json.loads(data)
         if not {"plan_id", "identity", "shards", "classes"} <= document.keys():
             raise ValueError("no plan")
@@ -185,14 +197,13 @@ def _read_plan(location: str) -> Any:
 
 
 @contextlib.contextmanager
-def _damage_reported(location: str) -> Iterator[None]:
+def _damage_reported(out: str, file: str) -> Iterator[None]:
     try:
         yield
     except DAMAGE as error:
-        raise UserError(
-            f"{location} is damaged; delete it and start the build command of this set again: it "
-            "writes the plan anew and keeps every good shard"
-        ) from error
+        text = f"damaged ({shards.one_line(str(error))[:160]})"
+        message = f"{storage.join(out, file)} is damaged; delete it and {_REMEDY}"
+        raise Damaged(message, file, text) from error
 
 
 def _check_rows(table: pa.Table) -> None:

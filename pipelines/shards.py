@@ -57,10 +57,6 @@ INDEX = pa.schema(
         ("fixes", pa.list_(pa.string())),
     ]
 )
-_PLANNED = pa.schema(  # those columns of plan.parquet that are of interest in a finished set
-    [(name, pa.string()) for name in ("split", "key", "name")]
-    + [("label", pa.int64()), ("wnid", pa.string()), ("source", pa.string())]
-)
 _STATUS, _STATUS_SHA256 = b"alexnet.status", b"alexnet.status_sha256"
 # What JSON, Arrow and Python raise for bytes that nobody wrote like this.
 DAMAGE: tuple[type[Exception], ...] = (
@@ -237,13 +233,16 @@ def parse_index(
 ) -> pa.Table:
     with _reading(uri, index_name(split)):
         table = read_parquet(data, columns)
-        _check_table(table, pa.schema([INDEX.field(name) for name in columns]))
+        check_table(table, pa.schema([INDEX.field(name) for name in columns]))
         return table
 
 
 def load_quarantine(uri: str, split: str) -> list[dict[str, Any]]:
     """What is known of each rejected image of the split, in the order of their keys."""
-    return parse_quarantine(uri, split, _read(uri, quarantine_name(split)))
+    file = quarantine_name(split)
+    if not storage.exists(storage.join(uri, file)):
+        raise _damaged(uri, file, "missing")
+    return parse_quarantine(uri, split, storage.read(storage.join(uri, file)))
 
 
 def parse_quarantine(uri: str, split: str, data: bytes) -> list[dict[str, Any]]:
@@ -253,29 +252,6 @@ def parse_quarantine(uri: str, split: str, data: bytes) -> list[dict[str, Any]]:
             _check_types(entry, str, "key", "reason", "source", "source_sha256")
             _check_types(entry, int, "source_offset", "source_size")
         return entries
-
-
-def load_planned(uri: str) -> pa.Table:
-    """The columns split, key, name, label, wnid and source of every planned image."""
-    data = _read(uri, "_meta/plan.parquet")
-    with _reading(uri, "_meta/plan.parquet"):
-        table = read_parquet(data, _PLANNED.names).select(_PLANNED.names)
-        table = table.replace_schema_metadata(None)
-        _check_table(table, _PLANNED)
-        return table
-
-
-def load_plan(uri: str) -> dict[str, Any]:
-    """plan.json, as far as it concerns a finished set: `name` and `samples` of its `shards`, and
-    the `recipe` in its `identity`."""
-    data = _read(uri, "_meta/plan.json")
-    with _reading(uri, "_meta/plan.json"):
-        document: dict[str, Any] = json.loads(data)
-        for row in document["shards"]:
-            _check_types(row, str, "name")
-            _check_types(row, int, "samples")
-        _check_types(document["identity"], dict, "recipe")
-        return document
 
 
 @dataclass(frozen=True)
@@ -353,7 +329,7 @@ def unpack_sidecar(data: bytes) -> tuple[pa.Table, dict[str, Any]]:
         table = read_parquet(data)
         status = _status_in(table.schema)
         rows = table.replace_schema_metadata(None)
-        _check_table(rows, INDEX)
+        check_table(rows, INDEX)
         if rows.num_rows != status["samples"]:
             raise ValueError(f"{rows.num_rows:,} rows for {status['samples']:,} samples")
     except DAMAGE as error:
@@ -442,7 +418,7 @@ def _check_manifest(manifest: Manifest) -> None:
         raise ValueError(f"{len(manifest.wnids)} classes, {len(manifest.class_names)} names")
 
 
-def _check_table(table: pa.Table, schema: pa.Schema) -> None:
+def check_table(table: pa.Table, schema: pa.Schema) -> None:
     """Raises TypeError or ValueError for other columns, and for a row without a value."""
     if not table.schema.equals(schema):
         raise TypeError(f"its columns are {table.schema.names}")
@@ -460,13 +436,6 @@ def _check_types(document: Any, kind: type, *names: str) -> None:
     for name in names:
         if not isinstance(document[name], kind):
             raise TypeError(f"{name} is {document[name]!r}")
-
-
-def _read(uri: str, file: str) -> bytes:
-    location = storage.join(uri, file)
-    if not storage.exists(location):
-        raise _damaged(uri, file, "missing")
-    return storage.read(location)
 
 
 @contextlib.contextmanager

@@ -27,7 +27,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import simplejpeg
 
-from pipelines import shards, storage
+from pipelines import plan_files, shards, storage
 from pipelines.progress import Meter
 from pipelines.shards import Damaged, Manifest, ShardInfo, index_name, quarantine_name
 from pipelines.sources import UNLABELLED
@@ -124,7 +124,7 @@ def verify(
         checked = f"{hashed + files:,} files hashed, {images:,} images decoded"
     with found.damage_reported():
         if full or raw is not None:
-            _check_accounts(found, shards.load_planned(out), "planned")
+            _check_accounts(found, plan_files.load_rows(out, ("split", "key", "wnid")), "planned")
         if raw is not None:
             _check_raw(found, raw)
     return Findings(tuple(dict.fromkeys(found.problems)), _notes(found), checked)
@@ -237,8 +237,7 @@ def _check_sidecars(found: _Set) -> None:
     planned: dict[str, int] = {}
     if found.shards:
         with found.damage_reported():
-            plan = shards.load_plan(found.out)
-            planned = {row["name"]: row["samples"] for row in plan["shards"]}
+            planned = {s.name: s.samples for s in plan_files.load(found.out).shards}
     here = [shard for shard, name in names.items() if name in found.sizes]
     uris = [storage.join(found.out, names[shard]) for shard in here]
     indexed = {split: _by_shard(index) for split, index in found.indexes.items()}
@@ -330,13 +329,13 @@ def _check_raw(found: _Set, raw: str) -> None:
     """What is in RAW now, found as for a build, and counted by other code."""
     from pipelines import recount, sources
 
-    recipe = shards.load_plan(found.out)["identity"]["recipe"]
+    recipe = plan_files.load(found.out).recipe
     source = sources.scan(storage.absolute(raw), found.splits, partial=True)
     entries = found.manifest.document.get("entries", {}) if found.manifest else {}
     for split, text in recount.unaccounted(source, found.splits, entries.get("left_out", {})):
         found.wrong(index_name(split), f"{text} in {raw}")
-    if recipe.get("subset") or recipe.get("per_class") is not None:
-        source = sources.select(source, tuple(recipe.get("subset", ())), recipe.get("per_class"))
+    if recipe.subset or recipe.per_class is not None:
+        source = sources.select(source, recipe.subset, recipe.per_class)
     _check_accounts(found, source.table, f"in {raw}")
 
 
