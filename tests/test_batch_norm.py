@@ -7,8 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from alexnet.batch_norm import GroupedBatchNorm2d
-from alexnet.model import AlexNet
+from alexnet.model import AlexNet, GroupedBatchNorm2d
 
 
 def batch(count: int, channels: int = 3) -> torch.Tensor:
