@@ -20,7 +20,7 @@ import sys
 from pathlib import Path
 
 LAYOUTS = {"ilsvrc": ["--partial"], "imagefolder": [], "kaggle": [], "hf_parquet": []}
-TIMED = ("seconds", "per_second", "utilization", "mfu", "memory", "flops", "wait", "exposed")
+TIMED = ("seconds", "per_second", "utilization", "mfu", "memory", "flops", "data_", "exposed")
 
 
 def main() -> int:
