@@ -7,7 +7,11 @@ import ast
 import re
 import subprocess
 import sys
+from collections import Counter
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("alexnet", "pipelines", "training")
@@ -156,6 +160,34 @@ def test_no_file_has_more_than_500_lines_and_no_function_more_than_60():
         for node in ast.walk(tree)
         if isinstance(node, ast.FunctionDef) and node.end_lineno - node.lineno + 1 > 60
     ] == []
+
+
+def test_no_files_import_each_other_in_a_circle():
+    graph = {name: own_files(tree) - {name} for name, tree in TREES.items()}
+    with pytest.raises(CycleError):
+        TopologicalSorter({"a": {"b"}, "b": {"a"}}).prepare()
+    TopologicalSorter(graph).prepare()  # raises CycleError, which names the files
+
+
+def test_no_two_modules_have_one_name():
+    stems = [Path(name).stem for name in TREES if "/__" not in name]
+    assert [stem for stem, count in Counter(stems).items() if count > 1] == []
+
+
+def test_no_module_under_80_lines_is_used_by_a_single_other_module():
+    users = Counter(used for name, tree in TREES.items() for used in own_files(tree) - {name})
+    entered = ("__init__.py", "__main__.py", "run.py")  # by Python and by people
+    assert {
+        name: lines
+        for name, lines in LINES.items()
+        if lines < 80 and users[name] <= 1 and not name.endswith(entered)
+    } == {}
+
+
+def test_the_readme_is_read_in_one_sitting():
+    readme = (ROOT / "README.md").read_text()
+    assert readme.count("\n") <= 160 and len(readme.split()) <= 1900
+    assert len((ROOT / "ARCHITECTURE.md").read_text().split()) < 900
 
 
 def test_every_module_says_what_it_is_for():
