@@ -117,7 +117,7 @@ def verify(folder: Path) -> None:
         hashes = json.loads((folder / "hashes.json").read_text())
         if not isinstance(hashes, dict):
             raise TypeError(f"hashes.json is {type(hashes).__name__}")
-    except (OSError, TypeError, ValueError, RecursionError) as error:  # absent, or no JSON object
+    except (OSError, TypeError, ValueError, RecursionError) as error:  # absent, or not a JSON object
         raise UserError(f"checkpoint {folder} is incomplete: no readable hashes.json") from error
     for name in sorted({*_LEAST, *hashes}):
         if not _FILE.fullmatch(name):
@@ -135,7 +135,7 @@ def newest_good(run: str) -> Iterator[Path | None]:
     """The checkpoint of the highest step below `run` (a folder or s3:// prefix) whose hashes match,
     as a local folder of the same name for the time of the block; None where there is none at all.
 
-    A damaged one is told and passed over: the training then repeats some steps instead of failing.
+    A damaged one is reported and passed over: the run then repeats some steps instead of failing.
     One without hashes.json is none yet: its upload goes on or was killed.
     It looks at the files, not at Ray's list of checkpoints, which lags behind them when a run is
     killed. Raises UserError when there are checkpoints and none is good.
@@ -203,7 +203,7 @@ def last_step(run: str) -> int | None:
 def refuse_other(
     state: dict[str, Any], where: str, config: TrainConfig, manifest_digest: str
 ) -> None:
-    """Raises UserError, naming what differs, for a checkpoint of other data or of a training that
+    """Raises UserError, naming what differs, for a checkpoint of other data or of a run that
     learns something else."""
     now = science(config) | {"manifest": manifest_digest[:16]}
     then = {key: _leaf(state["config"], key) for key in now}
@@ -216,7 +216,7 @@ def refuse_other(
 
 
 def load_state(folder: Path) -> dict[str, Any]:
-    """state.json of a checkpoint. Raises UserError where it is no JSON object, or pruned by now."""
+    """state.json of a checkpoint. Raises UserError where it is not a JSON object, or pruned by now."""
     try:
         state: dict[str, Any] = json.loads((folder / "state.json").read_text())
         if not isinstance(state, dict):

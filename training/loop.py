@@ -57,7 +57,7 @@ def fit(
     the same steps, with a folder on rank 0 only, which the receiver deletes once it is kept.
     `preempted()` is asked every 20 steps on every rank; one yes makes all save at once and go on.
     `stopping()` is asked about once a second, also during an evaluation; one yes makes all save and
-    return, wherever the training stands.
+    return, wherever the run stands.
     profile_to: folder for the trace of a few steps. Raises TrainingStopped for a loss, gradient or
     weights that are not finite and for a loss that stays flat.
     """

@@ -88,7 +88,7 @@ class Meter:
         self.start()
 
     def start(self) -> None:
-        """Begins anew; call it after anything between two steps that is not part of them."""
+        """Begins again; call it after anything between two steps that is not part of them."""
         self._steps: list[Step] = []
         self._marks: list[tuple[Mark, Mark, Mark]] = []
         self._started, self._start = time.perf_counter(), self._clock.mark()

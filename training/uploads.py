@@ -34,7 +34,7 @@ _LEAVE_IT = (
 class Uploader:
     """Takes checkpoints of one run to `run`, a folder or s3:// prefix, and deletes those that are
     not kept. State: the upload under way, the step of the last one that arrived, and whether it was
-    told that old ones stay.
+    reported that old ones stay.
 
     patience: seconds for which a store that fails is tried again. check: raises what ends the
     training where another writer has taken the run; called before anything is written or deleted.
