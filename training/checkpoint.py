@@ -117,7 +117,7 @@ def verify(folder: Path) -> None:
         hashes = json.loads((folder / "hashes.json").read_text())
         if not isinstance(hashes, dict):
             raise TypeError(f"hashes.json is {type(hashes).__name__}")
-    except (OSError, TypeError, ValueError, RecursionError) as error:  # absent, or not a JSON object
+    except (OSError, TypeError, ValueError, RecursionError) as error:  # absent, not an object
         raise UserError(f"checkpoint {folder} is incomplete: no readable hashes.json") from error
     for name in sorted({*_LEAST, *hashes}):
         if not _FILE.fullmatch(name):
@@ -216,7 +216,7 @@ def refuse_other(
 
 
 def load_state(folder: Path) -> dict[str, Any]:
-    """state.json of a checkpoint. Raises UserError where it is not a JSON object, or pruned by now."""
+    """state.json of a checkpoint. Raises UserError where it is not valid, or pruned."""
     try:
         state: dict[str, Any] = json.loads((folder / "state.json").read_text())
         if not isinstance(state, dict):
