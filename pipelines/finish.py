@@ -33,23 +33,17 @@ def finished_shards(out: str, plan: Plan) -> tuple[list[Done], dict[int, str]]:
     reproducible set.
     """
     names = {name for name, _ in storage.list_files(storage.join(out, "_meta"))}
-    present = [
-        (number, shard)
-        for number, shard in enumerate(plan.shards)
-        if f"{shard.name}.parquet" in names
-    ]
-    done: list[Done] = []
+    present = [shard for shard in plan.shards if f"{shard.name}.parquet" in names]
+    sidecars = storage.read_each([shards.sidecar_uri(out, shard.name) for shard in present])
     codecs = codec_versions()  # asked for once: it parses the packages' metadata
-    missing = dict.fromkeys(range(len(plan.shards)), NOT_MADE)
-    sidecars = storage.read_each([shards.sidecar_uri(out, shard.name) for _, shard in present])
-    for (number, shard), data in zip(present, sidecars, strict=True):
-        status, fault = _status(out, data, shard, codecs)
-        if fault:
-            missing[number] = fault
-        else:
-            del missing[number]
-            done.append((shard, status))
-    return done, missing
+    found = {
+        shard: _status(out, data, shard, codecs)
+        for shard, data in zip(present, sidecars, strict=True)
+    }
+    faults = {shard: fault for shard, (_, fault) in found.items()}
+    missing = {n: faults.get(shard, NOT_MADE) for n, shard in enumerate(plan.shards)}
+    done = [(shard, status) for shard, (status, fault) in found.items() if fault is None]
+    return done, {number: fault for number, fault in missing.items() if fault is not None}
 
 
 def _status(

@@ -58,7 +58,8 @@ def status(out: str) -> dict[str, Any]:
             f"`python -m pipelines build --raw RAW --out {shlex.quote(out)}`"
         )
     plan = plan_files.load(out)
-    begun = [shard for shard in plan.shards if f"_meta/{shard.name}.parquet" in files]
+    complete = "manifest.json" in files  # then every shard has a sidecar, or is damaged
+    begun = [s for s in plan.shards if complete or f"_meta/{s.name}.parquet" in files]
     with ThreadPoolExecutor(_READS_AHEAD) as pool:
         found = list(pool.map(lambda shard: _sidecar_status(out, shard, files), begun))
     splits: dict[str, dict[str, int]] = {}
@@ -83,7 +84,7 @@ def status(out: str) -> dict[str, Any]:
     return {
         "out": out,
         "plan_id": plan.plan_id,
-        "complete": "manifest.json" in files,
+        "complete": complete,
         "splits": splits,
         "damaged": damaged,
         "rejected": dict(sorted(rejected.items())),
@@ -95,8 +96,10 @@ def status(out: str) -> dict[str, Any]:
 
 def _sidecar_status(out: str, shard: ShardPlan, files: dict[str, int]) -> dict[str, Any] | None:
     """With its age in seconds. None for a damaged one, which the next build rebuilds."""
-    uri = shards.sidecar_uri(out, shard.name)
-    file = storage.RangeFile(uri, 0, files[f"_meta/{shard.name}.parquet"])
+    uri, size = shards.sidecar_uri(out, shard.name), files.get(f"_meta/{shard.name}.parquet")
+    if size is None:
+        return None
+    file = storage.RangeFile(uri, 0, size)
     try:
         return shards.sidecar_status(file) | {"age": storage.age(uri)}
     except ValueError:

@@ -123,34 +123,6 @@ class Pace:
         return (total - now) * self.seconds / done if done > 0 else None
 
 
-class Meter:
-    """How far several threads are that read so many files of so many bytes."""
-
-    def __init__(self, files: int, num_bytes: int) -> None:
-        self.stop = threading.Event()
-        self._lock = threading.Lock()
-        self._files, self._bytes = files, num_bytes
-        self._files_done = self._bytes_done = 0
-        self._pace = Pace(0)
-
-    def count(self, num_bytes: int, files: int = 0) -> None:
-        """Raises RuntimeError after `stop`: nobody waits for more."""
-        if self.stop.is_set():
-            raise RuntimeError("another thread failed, or the user pressed Ctrl-C")
-        with self._lock:
-            self._bytes_done += num_bytes
-            self._files_done += files
-
-    def line(self) -> str:
-        self._pace.note(self._bytes_done)
-        (rate,) = self._pace.rates()
-        return (
-            f"{self._files_done:,} of {self._files:,} files, {self._bytes_done / 1e6:,.0f} of "
-            f"{self._bytes / 1e6:,.0f} MB, {rate / 1e6:,.1f} MB/s, "
-            f"ETA {clock(self._pace.eta(self._bytes))}"
-        )
-
-
 @dataclass
 class Progress:
     """Counts finished shards, and reports them while `running`.

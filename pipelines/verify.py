@@ -17,6 +17,7 @@ import json
 import os
 import re
 import tarfile
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
@@ -28,7 +29,7 @@ import pyarrow.compute as pc
 import simplejpeg
 
 from pipelines import plan_files, shards, storage
-from pipelines.progress import Meter
+from pipelines.progress import Pace, clock
 from pipelines.shards import Damaged, Manifest, ShardInfo, index_name, quarantine_name
 from pipelines.sources import UNLABELLED
 
@@ -368,9 +369,9 @@ def _read_large_files(found: _Set, say: Say) -> tuple[int, int]:
     """How many files were read, several at the same time, and how many images decoded."""
     jobs = _jobs(found)
     crop = found.manifest.crop if found.manifest else 0
-    meter = Meter(len(jobs), sum(job.size for job in jobs))
+    pace, stop, total = Pace(0), threading.Event(), sum(job.size for job in jobs)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        futures = [pool.submit(_read, found.out, job, crop, meter) for job in jobs]
+        futures = {pool.submit(_read, found.out, job, crop, stop): job for job in jobs}
         try:
             waiting = set(futures)
             while waiting:
@@ -378,19 +379,25 @@ def _read_large_files(found: _Set, say: Say) -> tuple[int, int]:
                 for future in ended:
                     future.result()
                 if waiting:
-                    say(f"verified {meter.line()}")
+                    num_bytes = total - sum(futures[future].size for future in waiting)
+                    pace.note(num_bytes)
+                    say(
+                        f"verified {len(jobs) - len(waiting):,} of {len(jobs):,} files, "
+                        f"{num_bytes / 1e6:,.0f} of {total / 1e6:,.0f} MB, "
+                        f"{pace.rates()[0] / 1e6:,.1f} MB/s, ETA {clock(pace.eta(total))}"
+                    )
         except BaseException:
-            meter.stop.set()
+            stop.set()
             pool.shutdown(cancel_futures=True)
             raise
-    for job, future in zip(jobs, futures, strict=True):
+    for future, job in futures.items():
         for text in future.result():
             found.wrong(job.file, text)
     return len(jobs), sum(job.rows.num_rows for job in jobs if job.rows is not None)
 
 
-def _read(out: str, job: _Job, crop: int, meter: Meter) -> list[str]:
-    file = _Hashed(storage.join(out, job.file), job.size, meter)
+def _read(out: str, job: _Job, crop: int, stop: threading.Event) -> list[str]:
+    file = _Hashed(storage.join(out, job.file), job.size, stop)
     problems: list[str] = []
     if job.rows is not None:
         try:
@@ -401,7 +408,6 @@ def _read(out: str, job: _Job, crop: int, meter: Meter) -> list[str]:
         pass
     if file.digest.hexdigest() != job.sha256:
         problems.insert(0, f"its {job.size:,} bytes have another sha256")
-    meter.count(0, files=1)
     if len(problems) > _SHOWN:
         return [*problems[:_SHOWN], f"and {len(problems) - _SHOWN:,} problems more"]
     return problems
@@ -410,17 +416,18 @@ def _read(out: str, job: _Job, crop: int, meter: Meter) -> list[str]:
 class _Hashed:
     """A file that is read once from its start to its end, and hashed on the way."""
 
-    def __init__(self, uri: str, size: int, meter: Meter) -> None:
+    def __init__(self, uri: str, size: int, stop: threading.Event) -> None:
         self.digest = hashlib.sha256()
-        self._uri, self._left, self._meter = uri, size, meter
+        self._uri, self._left, self._stop = uri, size, stop
         self._position = 0
 
     def read(self, length: int) -> bytes:
+        if self._stop.is_set():
+            raise RuntimeError("another thread failed, or the user pressed Ctrl-C")
         data = storage.read(self._uri, self._position, min(length, self._left))
         self._position += len(data)
         self._left -= len(data)
         self.digest.update(data)
-        self._meter.count(len(data))
         return data
 
 

@@ -123,3 +123,9 @@ def test_damaged_plan_is_one_line(copy: Path, text: str) -> None:
     (copy / "_meta" / "plan.json").write_text(text)
     with pytest.raises(UserError, match=r"plan\.json is damaged"):
         status(str(copy))
+
+
+def test_a_finished_set_that_lost_a_sidecar_is_damaged(copy: Path) -> None:
+    (copy / "_meta" / "val-000001.parquet").unlink()
+    document = status(str(copy))
+    assert document["complete"] and document["damaged"] == ["val-000001"]
