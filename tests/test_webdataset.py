@@ -246,6 +246,12 @@ def test_an_independent_count_finds_what_is_overlooked(tmp_path: Path) -> None:
     assert list(recount.unaccounted(fewer, BOTH, ())) == [("train", "8 images counted, 7 found")]
 
 
+def test_a_tar_that_was_unpacked_beside_itself_is_not_another_layout(tmp_path: Path) -> None:
+    files = {f"{split}/{w}/{w}_1.JPEG": b"x" for split in BOTH for w in WNIDS}
+    source = sources.scan(str(imagefolder(tmp_path, files | {"train.tar": b"x"})), BOTH)
+    assert (source.layout, source.accounts.ignored) == ("imagefolder", {"unused": 1})
+
+
 GOOD = [*sample(f"{A}_1", jpeg(1), 0), *sample(f"{B}_1", jpeg(2), 1)]
 
 

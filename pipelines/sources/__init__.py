@@ -40,7 +40,7 @@ _NO_TEXT = re.compile("[\ud800-\udfff]")  # what Python makes of bytes that are 
 _REQUESTS = 16  # at a time
 _LAYOUTS = (
     *(ilsvrc.LAYOUT, folders.LAYOUT, kaggle.LAYOUT, huggingface.LAYOUT),
-    *(webdataset.LAYOUT, webdataset.OWN_LAYOUT),
+    *(webdataset.OWN_LAYOUT, webdataset.LAYOUT),  # the last where there is no other
 )
 
 
@@ -60,7 +60,9 @@ def scan(raw: str, splits: Sequence[str], partial: bool = False) -> Source:
             "prefix that holds the raw data"
         )
     _refuse_names(raw, [*files, *found.empty, *found.ignored, *found.broken])
-    layouts = [layout for layout in _LAYOUTS if layout.recognises(found)]
+    *others, last = _LAYOUTS  # a tar that was unpacked beside itself is not another layout
+    layouts = [layout for layout in others if layout.recognises(found)]
+    layouts = layouts or [layout for layout in (last,) if layout.recognises(found)]
     if len(layouts) > 1:
         names = " and also ".join(layout.name for layout in layouts)
         raise UserError(f"{raw} is ambiguous: it holds {names}; give each its own folder")

@@ -72,7 +72,7 @@ _OWN_COLUMNS = ["key", "label", "wnid", "shard", "offset", "size"]
 
 def _recognises(found: entries.Listing) -> bool:
     files = {*found.tops()} & found.files.keys()  # not every name of 1.28 million
-    return not _recognises_own(found) and any(map(_split_of, files))
+    return any(map(_split_of, files))
 
 
 def _split_of(name: str) -> str | None:
