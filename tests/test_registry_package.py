@@ -2,6 +2,7 @@
 
 import dataclasses
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -147,6 +148,16 @@ def test_last_figures_that_never_reached_the_run_come_from_the_checkpoint(
     found = registry.get_run(run.info.run_id).data.metrics
     for key in ("val_top1", "val_loss", "epoch"):
         assert found[key] == good.metrics[key]
+
+
+def test_what_mlflow_compiles_while_it_tries_the_model_is_not_registered(
+    registry, registered_models, monkeypatch
+):
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
+    monkeypatch.delenv("PYTHONDONTWRITEBYTECODE", raising=False)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    number = register_again(registry, registered_models)
+    assert load(f"models:/alexnet/{number}")
 
 
 def test_nothing_is_registered_where_the_config_says_so(registry, registered_models):

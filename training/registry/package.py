@@ -4,6 +4,7 @@ import contextlib
 import json
 import logging
 import os
+import shutil
 import tempfile
 import time
 import warnings
@@ -68,16 +69,8 @@ def register(
         model_id, sums = _log_model(client, run_id, network, description, Path(temporary))
     tags = {"recipe": config.recipe, "variant": config.model.variant, **sums}
     _make_sure_of_name(client)
-    source = f"models:/{model_id}"
-    version = client.create_model_version(
-        NAME,
-        source,
-        run_id,
-        tags=tags,
-        description=text,
-        await_creation_for=0,
-        model_id=model_id,
-    )
+    made = {"tags": tags, "description": text, "model_id": model_id, "await_creation_for": 0}
+    version = client.create_model_version(NAME, f"models:/{model_id}", run_id, **made)
     client.set_registered_model_alias(NAME, "candidate", version.version)
     return str(version.version)
 
@@ -161,6 +154,8 @@ def _log_model(
     try:
         saved = Model(NAME, run_id, model_uuid=logged.model_id, model_id=logged.model_id)
         _save(network, description, folder, saved)
+        for compiled in [*(folder / "model").rglob("__pycache__")]:  # of MLflow, which tried it
+            shutil.rmtree(compiled)
         sums = folder / "model" / SUMS
         sums.write_text(file_sums(folder / "model"))
         client.log_model_artifacts(logged.model_id, str(folder / "model"))

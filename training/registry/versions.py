@@ -287,11 +287,13 @@ def _refuse_changed(uri: str, folder: Path, version: ModelVersion | None) -> Non
 def _remedy(uri: str, version: ModelVersion | None, changed: Sequence[str]) -> str:
     if not all(_is_compiled(difference.rsplit(" ", 1)[0]) for difference in changed):
         return "register it again"
-    client = MlflowClient()
-    place = client.get_model_version_download_uri(version.name, version.version) if version else uri
+    place = uri
+    if version is not None:
+        place = MlflowClient().get_model_version_download_uri(version.name, version.version)
     return (
-        f"somebody used it in place: remove every __pycache__ below {place} and set "
-        "PYTHONPYCACHEPREFIX to a folder of your own wherever mlflow serves or loads it"
+        "mlflow, or the gate of an earlier release, compiled it in place: remove every __pycache__ "
+        f"below {place.removeprefix('file://')}, and set PYTHONPYCACHEPREFIX to a folder of your "
+        "own wherever mlflow loads or serves it"
     )
 
 
