@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy.stats import binomtest
 
-from training.accuracy import Metrics, Scored, confused_pairs, document, wilson
+from training.accuracy import Metrics, Scored, document, wilson
 
 MANIFEST = SimpleNamespace(
     wnids=("n0", "n1", "n2"), class_names=("tench", "shark", "ray"), digest="0" * 64
@@ -68,7 +68,6 @@ def test_confusion_classes_and_pairs_count_every_image_at_its_label_and_predicti
     scored = of_confusion(confusion)
     np.testing.assert_array_equal(scored.confusion, confusion)
     assert scored.metrics.correct1 == 9 == scored.correct.sum()
-    assert confused_pairs(confusion) == [(0, 1, 2), (2, 1, 2), (2, 0, 1)]
     found = document(scored, MANIFEST)
     zero, absent, two = found["classes"]
     assert (zero["images"], zero["correct"], zero["top1"]) == (7, 5, 5 / 7)

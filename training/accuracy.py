@@ -114,7 +114,9 @@ def document(scored: Scored, manifest: Manifest) -> dict[str, Any]:
     """Of evaluation.json: metrics, classes, pairs and mistakes by name, and the confusion matrix as
     [label, predicted, images] of every cell off the diagonal that is not 0."""
     names, metrics, confusion = manifest.class_names, scored.metrics, scored.confusion
-    pairs = confused_pairs(confusion)
+    wrong = confusion - np.diag(confusion.diagonal())
+    pairs = [[*cell, int(wrong[tuple(cell)])] for cell in np.argwhere(wrong).tolist()]
+    pairs.sort(key=lambda pair: (-pair[2], pair[0], pair[1]))  # of equals the lower label first
     top1 = (metrics.correct1, metrics.top1, list(metrics.top1_interval))
     top5 = (metrics.correct5, metrics.top5, list(metrics.top5_interval))
     share = ("correct", "share", "wilson95")
@@ -137,14 +139,13 @@ def document(scored: Scored, manifest: Manifest) -> dict[str, Any]:
             }
             for i in scored.most_confident_errors(_ERRORS).tolist()
         ],
-        "confusion": [list(pair) for pair in pairs],
+        "confusion": pairs,
     }
 
 
 def _class_row(label: int, confusion: NDArray[np.int64], manifest: Manifest) -> dict[str, Any]:
-    row = confusion[label].copy()
-    images, correct = int(row.sum()), int(row[label])
-    row[label] = 0
+    images, correct = int(confusion[label].sum()), int(confusion[label, label])
+    wrong = np.where(np.arange(len(confusion)) == label, 0, confusion[label])
     low, high = wilson(correct, images)
     return {
         "label": label,
@@ -155,17 +156,8 @@ def _class_row(label: int, confusion: NDArray[np.int64], manifest: Manifest) -> 
         "top1": correct / images if images else None,
         "low": low,
         "high": high,
-        "taken_for": manifest.class_names[row.argmax()] if row.any() else None,
+        "taken_for": manifest.class_names[wrong.argmax()] if wrong.any() else None,
     }
-
-
-def confused_pairs(confusion: NDArray[np.int64]) -> list[tuple[int, int, int]]:
-    """(label, predicted, images) of every pair that was confused; the most frequent first, of
-    equals the lower label."""
-    wrong = confusion.copy()
-    np.fill_diagonal(wrong, 0)
-    pairs = [(int(a), int(b), int(wrong[a, b])) for a, b in np.argwhere(wrong)]
-    return sorted(pairs, key=lambda pair: (-pair[2], pair[0], pair[1]))
 
 
 def short(name: str) -> str:

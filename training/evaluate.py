@@ -313,66 +313,56 @@ def _on_ray(
     shared_fs: bool,
     report: Callable[[int], None],
 ) -> Rows:
-    """As `_rows`, with a task for each shard and a process of its own for each worker."""
+    """As `_rows`, with a task of one CPU for each shard, `workers` at a time."""
     import ray
-    from ray.util import ActorPool
 
     from pipelines import cluster
 
     if workers < 1:
         raise UserError(f"{workers} workers cannot score anything; ask for 1 or more")
+    numbers, found = iter(range(len(parts))), dict[int, Rows]()
     with cluster.connected():
         cluster.refuse_local_paths([where[0]], shared_fs=shared_fs)
-        cpus = int(ray.cluster_resources().get("CPU", 1))  # more processes would wait for ever
-        # As NumPy arrays, all workers of a node share the one copy of the weights in its object
+        # As NumPy arrays, all processes of a node share the one copy of the weights in its object
         # store instead of holding 250 MB each.
         weights = {name: tensor.cpu().numpy() for name, tensor in network.state_dict().items()}
         sent = [ray.put(part) for part in (copy.deepcopy(network).to("meta"), weights, where)]
-        worker = ray.remote(num_cpus=1, max_restarts=-1, max_task_retries=-1)(_Worker)
-        actors = [
-            worker.remote(*sent, spec, protocol) for _ in range(min(workers, len(parts), cpus))
-        ]
-        found: dict[int, Rows] = {}
+        task, running = ray.remote(num_cpus=1)(_shard), dict[Any, int]()
         try:
-            for number, answer in ActorPool(actors).map_unordered(
-                lambda actor, number: actor.shard.remote(number, parts[number]), range(len(parts))
-            ):
+            while len(found) < len(parts):
+                for number in itertools.islice(numbers, workers - len(running)):
+                    running[task.remote(*sent, spec, protocol, parts[number])] = number
+                (done,), _ = ray.wait(list(running))
+                answer = ray.get(done)
                 if isinstance(answer, str):
                     raise UserError(answer)
-                found[number] = answer
+                found[running.pop(done)] = answer
                 report(len(answer[0]))
         finally:
-            for actor in actors:
-                ray.kill(actor)
+            for left in running:
+                ray.cancel(left)
     return _joined(found[number] for number in range(len(parts)))
 
 
-class _Worker:
-    """An actor: the network and the loader, once for all its shards."""
-
-    def __init__(
-        self,
-        network: torch.nn.Module,
-        weights: dict[str, NDArray[Any]],
-        where: Where,
-        spec: InputSpec,
-        protocol: Protocol,
-    ) -> None:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "The given NumPy array is not writable")
-            tensors = {name: torch.from_numpy(array) for name, array in weights.items()}
-        network.load_state_dict(tensors, assign=True)
-        self._network, self._where, self._how = network, where, (spec, protocol)
-        self._loader: Loader | None = None
-
-    def shard(self, number: int, parts: list[Ids]) -> tuple[int, Rows | str]:
-        """What the user can mend goes back as a line: raised here, it would reach them as a page of
-        Ray's own traceback."""
-        try:
-            self._loader = self._loader or Loader(*self._where, threads=1)
-            return number, _rows(self._network, self._loader, *self._how, parts)
-        except UserError as error:
-            return number, str(error)
+def _shard(
+    network: torch.nn.Module,
+    weights: dict[str, NDArray[Any]],
+    where: Where,
+    spec: InputSpec,
+    protocol: Protocol,
+    parts: list[Ids],
+) -> Rows | str:
+    """What the user can mend comes back as a line: raised here, it would reach them as a page of
+    Ray's own traceback."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+        tensors = {name: torch.from_numpy(array) for name, array in weights.items()}
+    network.load_state_dict(tensors, assign=True)
+    try:
+        with Loader(*where, threads=1) as loader:
+            return _rows(network, loader, spec, protocol, parts)
+    except UserError as error:
+        return str(error)
 
 
 def _reporter(label: str, total: int) -> Callable[[int], None]:
