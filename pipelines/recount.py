@@ -4,7 +4,6 @@ parquet's footers and rules of its own. What the build overlooked would be overl
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import tarfile
@@ -22,8 +21,10 @@ _SPLITS = {
     "val": {"val", "valid", "validation"},
     "test": {"test", "testing"},
 }
-_FOREIGN_FOLDERS = {"__macosx", "lost+found", "@eadir", "#recycle", "$recycle.bin"}
-_FOREIGN_FOLDERS |= {"system volume information"}
+_FOREIGN_FOLDERS = {
+    *("__macosx", "lost+found", "@eadir", "#recycle", "$recycle.bin"),
+    "system volume information",
+}
 _FOREIGN = {"thumbs.db", "ehthumbs.db", "ehthumbs_vista.db", "desktop.ini", "icon\r"}
 _TEXTS = (
     ".txt .text .md .rst .rtf .pdf .doc .docx .xls .xlsx .odt .csv .tsv .json .jsonl .xml .yml "
@@ -45,11 +46,11 @@ def unaccounted(
     for split in splits:
         found = source.count(split)
         if source.layout in ("imagefolder", "kaggle"):
-            known = set(source.table.filter(pc.equal(source.table["split"], split))["source"]
-                        .to_pylist()) | {*left_out}  # fmt: skip
+            rows = source.table.filter(pc.equal(source.table["split"], split))
+            known = {*rows["source"].to_pylist(), *left_out}
             missing = sorted({*_files(source, split)} - known)
             if missing:
-                yield split, f"{len(missing):,} entries without a fate (first {missing[0]})"
+                yield split, f"{len(missing):,} entries without an account (first {missing[0]})"
         elif not storage.is_s3(source.raw) and (counted := _counted(source, split)) != found:
             yield split, f"{counted:,} images counted, {found:,} found"
 
@@ -104,14 +105,10 @@ def _is_foreign(name: str) -> bool:
 def _counted(source: Source, split: str) -> int:
     """The images of a split in archives, parquet files or shards on a disk."""
     names = [name for name, _ in source.containers]
-    if source.layout == "shards":
-        manifest = json.loads(Path(source.raw, "manifest.json").read_bytes())
-        return sum(row["samples"] for row in manifest["shards"] if row["split"] == split)
     if source.layout == "huggingface":
-        start = "val" if split == "val" else split
-        own = [name for name in names if name.rpartition("/")[2].startswith(start)]
+        own = [name for name in names if name.rpartition("/")[2].startswith(split)]
         return sum(pq.read_metadata(Path(source.raw, name)).num_rows for name in own)
-    if source.layout == "webdataset":
+    if source.layout in ("shards", "webdataset"):
         own = [n for n in names if {*re.split(r"[-_.\d]+", n.lower())} & _SPLITS[split]]
         images = (".jpg", ".jpeg", ".png", ".webp")
         return sum(_members(Path(source.raw, name), images) for name in own)

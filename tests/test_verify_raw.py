@@ -77,8 +77,8 @@ def test_what_the_build_overlooks_is_found_by_a_count_of_its_own(
     (raw / "val/a/notes.txt").write_text("no image")
     monkeypatch.setattr(entries, "listing", lambda uri: found)  # a listing that passes over them
     assert told(verify(out, full=True, raw=str(raw))) == [
-        f"index/train.parquet: 3 entries without a fate (first train/b/b9.jpg) in {raw}",
-        f"index/val.parquet: 1 entries without a fate (first val/a/gone.jpg) in {raw}",
+        f"index/train.parquet: 3 entries without an account (first train/b/b9.jpg) in {raw}",
+        f"index/val.parquet: 1 entries without an account (first val/a/gone.jpg) in {raw}",
     ]
 
 
