@@ -25,6 +25,7 @@ from pipelines.sources import SPLITS, Shuffle, Source
 if TYPE_CHECKING:
     from pipelines.shards import Manifest
 
+_Command = Callable[[argparse.Namespace], int]
 _SHARED_FS: Any = {"action": "store_true", "help": "every node sees the local paths given"}
 
 
@@ -42,25 +43,17 @@ def _called(argv: Sequence[str] | None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = command.Parser(
-        prog="python -m pipelines", description="Raw ImageNet to WebDataset shards."
-    )
+    parser = command.Parser("python -m pipelines", description="Raw ImageNet to WebDataset shards.")
     subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    def verb(
-        name: str,
-        function: Callable[[argparse.Namespace], int],
-        text: str,
-        aliases: Sequence[str] = (),
-        json: bool = True,
-    ) -> argparse.ArgumentParser:
+    def verb(name: str, function: _Command, text: str, *aliases: str) -> argparse.ArgumentParser:
         sub = subparsers.add_parser(name, help=text, aliases=aliases, allow_abbrev=False)
         sub.set_defaults(command=function)
-        if json:
+        if function in (_build, _plan, _verify, _inspect, _status):
             sub.add_argument("--json", action="store_true", help="JSON on stdout, for programs")
         return sub
 
-    sub = verb("build", _build, "make the shards, or go on making them", ["rebuild"])
+    sub = verb("build", _build, "make the shards, or go on making them", "rebuild")
     _add_plan_flags(sub)
     _add_build_flags(sub)
     sub = verb("plan", _plan, "say what build would do, and change nothing")
@@ -71,10 +64,10 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--out", help="shard set; default: the newest under $ALEXNET_HOME")
     sub = verb("status", _status, "how far a running or stopped build is")
     sub.add_argument("out", metavar="OUT", nargs="?")
-    sub = verb("report", _report, "write OUT/report/index.html", json=False)
+    sub = verb("report", _report, "write OUT/report/index.html")
     sub.add_argument("out", metavar="OUT", nargs="?")
-    _add_fetch_flags(verb("fetch", _fetch, "download a public raw set", json=False))
-    _add_drawing_flags(verb("demo-raw", _demo_raw, "draw a small raw set", json=False))
+    _add_fetch_flags(verb("fetch", _fetch, "download a public raw set"))
+    _add_drawing_flags(verb("demo-raw", _demo_raw, "draw a small raw set"))
     return parser
 
 
@@ -171,7 +164,10 @@ def _build(arguments: argparse.Namespace) -> int:
     if manifest is None:
         _say(arguments, f"{out}: the shards of --only are there; build without it to finish")
     elif arguments.json:
-        command.say(json.dumps({"event": "built", "out": out, **_summary(manifest)}))
+        names = {"plan_id", "totals", "fixes", "rejected", "entries", "lost_classes"}
+        summary = {name: value for name, value in manifest.document.items() if name in names}
+        summary |= {"shards": len(manifest.shards), "data_set": manifest.digest}
+        command.say(json.dumps({"event": "built", "out": out} | summary))
     else:
         command.say(f"{_built(manifest, out)}\n{_next_command(arguments, plan, out)}")
     return 0
@@ -227,20 +223,16 @@ def _verify(arguments: argparse.Namespace) -> int:
         repaired = mend(found.bad_files)
         found = verify(out, full=arguments.full, say=say)
     if arguments.json:
-        document = {
-            "out": out,
-            "problems": [vars(problem) for problem in found.problems],
-            "notes": list(found.notes),
-            "checked": found.checked,
-            "repaired": repaired is not None,
-        }
+        document = {"out": out, "problems": [vars(problem) for problem in found.problems]}
+        document |= {"notes": list(found.notes), "checked": found.checked}
+        document["repaired"] = repaired is not None
         print(json.dumps(document))  # in one line, as those of a repair's progress
     else:
         lines = [f"{problem.file}: {problem.text}" for problem in found.problems]
         lines += [f"note: {note}" for note in found.notes]
         count = len(found.problems) or "no"
         print(*lines, f"{out}: {found.checked}; {count} problems", sep="\n")
-    return 1 if found.problems else 0
+    return int(bool(found.problems))
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
@@ -336,12 +328,6 @@ def _plan_document(source: Source, plan: Plan, out: str) -> dict[str, Any]:
         "plan_id": plan.plan_id,
         "identity": plan.identity,
     }
-
-
-def _summary(manifest: Manifest) -> dict[str, Any]:
-    names = {"plan_id", "totals", "fixes", "rejected", "entries", "lost_classes"}
-    told = {name: value for name, value in manifest.document.items() if name in names}
-    return told | {"shards": len(manifest.shards), "data_set": manifest.digest}
 
 
 def _built(manifest: Manifest, out: str) -> str:

@@ -42,13 +42,14 @@ def connect(address: str | None = None, *, dashboard: bool = False) -> Path | No
     """
     if ray.is_initialized():
         return None
-    _refuse_bytes()
+    if bad := [word for word in sys.argv if word.encode(errors="replace").decode() != word]:
+        # Ray would keep the command line with the job.
+        raise UserError(
+            f"{bad[0]}: Ray takes no name that is not UTF-8 here; rename it, or set PYTHONUTF8=1"
+        )
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    given = f"--address {address}"
-    if not address:
-        address = os.environ.get("RAY_ADDRESS")
-        given = f"RAY_ADDRESS={address}"
-    if address:
+    given = f"--address {address}" if address else f"RAY_ADDRESS={os.environ.get('RAY_ADDRESS')}"
+    if address := address or os.environ.get("RAY_ADDRESS"):
         _check(address, given)
     elif not _started_here():
         return _own(dashboard)
@@ -64,31 +65,28 @@ def connect(address: str | None = None, *, dashboard: bool = False) -> Path | No
 
 def _own(dashboard: bool) -> Path | None:
     _own_token()
-    settings: dict[str, Any] = {}
-    if (folder := _own_folder()) is not None:
+    settings: Any = {"include_dashboard": dashboard, "logging_level": logging.WARNING}
+    if folder := _own_folder():
         settings["_temp_dir"] = str(folder)
     # Of the command that starts a worker, Ray quotes every word but this one.
     if (python := shlex.quote(sys.executable)) != sys.executable:
         settings["runtime_env"] = {"py_executable": python}
-    settings |= {"include_dashboard": dashboard, "logging_level": logging.WARNING}
-    with _environment(_for_own_ray() | _short_temporary(folder)):
-        try:
-            ray.init(address="local", **settings)
-        except Exception as error:  # Ray's own is a bare one
-            raise UserError(
-                f"Ray cannot be started on this machine ({reason(error)}); its logs are under "
-                f"{folder or _rays_folder()}: look there for what it lacks, such as memory, "
-                "processes (`ulimit -u`) or open files (`ulimit -n`)"
-            ) from error
-    return folder
-
-
-def _refuse_bytes() -> None:
-    """Raises UserError for a command line that is no text, which Ray would keep with the job."""
-    if bad := [word for word in sys.argv if word.encode(errors="replace").decode() != word]:
+    ours = _for_own_ray(folder)
+    before = {name: os.environ[name] for name in ours if name in os.environ}
+    os.environ.update(ours)
+    try:
+        ray.init(address="local", **settings)
+    except Exception as error:  # Ray's own is a bare one
         raise UserError(
-            f"{bad[0]}: Ray takes no name that is not UTF-8 here; rename it, or set PYTHONUTF8=1"
-        )
+            f"Ray cannot be started on this machine ({reason(error)}); its logs are under "
+            f"{folder or _rays_folder()}: look there for what it lacks, such as memory, "
+            "processes (`ulimit -u`) or open files (`ulimit -n`)"
+        ) from error
+    finally:
+        for name in ours:
+            del os.environ[name]
+        os.environ.update(before)
+    return folder
 
 
 def is_known() -> bool:
@@ -150,11 +148,9 @@ def _check(address: str, given: str) -> None:
 
 def _started_here() -> bool:
     """Whether `ray start` has left an address on this host and somebody listens there."""
-    try:
-        address = (_rays_folder() / "ray_current_cluster").read_text()
-    except (OSError, UnicodeDecodeError):
-        return False
-    return _answers(address.strip())
+    with suppress(OSError, UnicodeDecodeError):
+        return _answers((_rays_folder() / "ray_current_cluster").read_text().strip())
+    return False
 
 
 def _rays_folder() -> Path:
@@ -179,21 +175,11 @@ def _own_folder() -> Path | None:
     )
 
 
-def _short_temporary(folder: Path | None) -> dict[str, str]:
-    """TMPDIR of Ray's processes where ours is too long: Python makes sockets of its own there, for
-    the servers of Ray's web page. folder: as `_own_folder` gives it."""
-    if len(os.fsencode(os.environ.get("TMPDIR", ""))) <= _LONGEST_TMPDIR:
-        return {}
-    return {"TMPDIR": str(folder or _rays_folder().parent)}
-
-
 def _answers(address: str) -> bool:
     host, _, port = address.rpartition(":")
-    try:
-        socket.create_connection((host, int(port)), timeout=5).close()
-    except (OSError, ValueError):
-        return False
-    return True
+    with suppress(OSError, ValueError), socket.create_connection((host, int(port)), timeout=5):
+        return True
+    return False
 
 
 def _own_token() -> None:
@@ -207,27 +193,17 @@ def _own_token() -> None:
         logging.getLogger(setup).setLevel(logging.ERROR)
 
 
-def _for_own_ray() -> dict[str, str]:
+def _for_own_ray(folder: Path | None) -> dict[str, str]:
     """Environment for a Ray of our own, which is this host: its processes see this checkout, and
     gloo needs no network. No runtime environment, and no second set of workers for Ray's first
-    driver: that saves seconds before the first task (benchmarks/LOG.md)."""
+    driver: that saves seconds before the first task (benchmarks/LOG.md).
+    folder: as `_own_folder` gives it."""
     paths = [str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     found = {"PYTHONPATH": os.pathsep.join(paths), "RAY_prestart_worker_first_driver": "0"}
+    if len(os.fsencode(os.environ.get("TMPDIR", ""))) > _LONGEST_TMPDIR:
+        # Python makes sockets of its own there, for the servers of Ray's web page.
+        found["TMPDIR"] = str(folder or _rays_folder().parent)
     return found | _gloo_on("127.0.0.1")
-
-
-@contextmanager
-def _environment(variables: dict[str, str]) -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
 
 
 def _for_workers() -> dict[str, Any]:
@@ -255,6 +231,6 @@ def _gloo_on(address: str) -> dict[str, str]:
     if os.environ.get("GLOO_SOCKET_IFNAME"):
         return {}
     for interface, addresses in psutil.net_if_addrs().items():
-        if any(each.address.partition("%")[0] == address for each in addresses):
+        if address in (each.address.partition("%")[0] for each in addresses):
             return {"GLOO_SOCKET_IFNAME": interface}
     return {}

@@ -24,7 +24,7 @@ import time
 import urllib.error
 import urllib.request
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable
 from io import BufferedRandom
 from pathlib import Path
 from typing import NamedTuple
@@ -126,38 +126,33 @@ def _download(url: str, archive: Archive, part: BufferedRandom) -> None:
         raise UserError(f"{folder}: {sizes} with its images; choose another --to")
     command.say(f"downloading {url}")
     started = reported = time.monotonic()
-    furthest, failures = before, 0
+    furthest, failures, problem = before, 0, ""
 
-    def progress() -> str:
+    def progress(pause: float) -> None:
+        """A line, unless the last one was less than `pause` seconds ago."""
+        nonlocal reported
+        if time.monotonic() - reported < pause:
+            return
+        reported = time.monotonic()
         have, total = part.tell() / 1e6, archive.num_bytes / 1e6
-        rate = max(have - before / 1e6, 0) / max(time.monotonic() - started, 1e-9)
+        rate = max(have - before / 1e6, 0) / max(reported - started, 1e-9)
         eta = f"{(total - have) / rate:.0f} s" if rate else "?"
-        return f"{have:.1f}/{total:.1f} MB  {rate:.1f} MB/s  ETA {eta}"
+        command.say(f"{have:.1f}/{total:.1f} MB  {rate:.1f} MB/s  ETA {eta}")
 
     while part.tell() < archive.num_bytes:
-        problem = "broke off"
-        try:
-            for block in _body(url, archive, part):
-                part.write(block)
-                if time.monotonic() - reported >= _PROGRESS_SECONDS:
-                    reported = time.monotonic()
-                    command.say(progress())
-        except ConnectionError as error:
-            problem = str(error)
-        part.flush()
-        if part.tell() >= archive.num_bytes:
-            break
-        failures = 1 if part.tell() > furthest else failures + 1
-        furthest = max(furthest, part.tell())
         if failures == _TRIES:
             raise UserError(
                 f"{url} {problem}, {_TRIES} times in a row; check the network or choose another "
                 "--mirror (what came so far is kept)"
             )
-        wait = _WAIT_SECONDS * 2 ** (failures - 1)
-        command.say(f"the server {problem}; trying again in {wait:g} s")
-        time.sleep(wait)
-    command.say(progress())
+        if failures:
+            wait = _WAIT_SECONDS * 2 ** (failures - 1)
+            command.say(f"the server {problem}; trying again in {wait:g} s")
+            time.sleep(wait)
+        problem = _receive(url, archive, part, progress)
+        failures = 1 if part.tell() > furthest else failures + 1
+        furthest = max(furthest, part.tell())
+    progress(0)
     part.seek(0)
     if (found := hashlib.file_digest(part, "md5").hexdigest()) != archive.md5:
         part.truncate(0)
@@ -167,28 +162,26 @@ def _download(url: str, archive: Archive, part: BufferedRandom) -> None:
         )
 
 
-def _body(url: str, archive: Archive, part: BufferedRandom) -> Iterator[bytes]:
-    """What `part` lacks, from one request, until the connection breaks off; `part` is emptied when
-    the server sends the file from its start. Raises ConnectionError for what another try may mend.
-    """
-    headers = {"User-Agent": "alexnet-workflow"}
-    if part.tell():
-        headers["Range"] = f"bytes={part.tell()}-"
-    request = urllib.request.Request(url, headers=headers)
+def _receive(
+    url: str, archive: Archive, part: BufferedRandom, progress: Callable[[float], None]
+) -> str:
+    """Append to `part` what one request brings, and return what ended it. `part` is emptied when
+    the server sends the file from its start. Raises UserError for what no other try may mend."""
+    asked = {"Range": f"bytes={part.tell()}-"} if part.tell() else {}
+    request = urllib.request.Request(url, headers={"User-Agent": "alexnet-workflow"} | asked)
     try:
         answer = urllib.request.urlopen(request, timeout=_SILENCE_SECONDS)
     except urllib.error.HTTPError as error:
-        with error:
-            line = f"answered {error.code} {error.reason}"
+        error.close()
+        line = f"answered {error.code} {error.reason}"
         if error.code == 416:  # not even so long as what is here: another file by now
             part.truncate(part.seek(0))
         elif error.code < 500 and error.code not in (408, 429):
             raise UserError(f"{url} {line}; check --mirror") from error
-        raise ConnectionError(line) from error
+        return line
     except (OSError, ValueError, http.client.HTTPException) as error:  # no host, TLS, silence
         reason = getattr(error, "reason", error)
-        line = f"cannot be reached ({getattr(reason, 'strerror', None) or reason})"
-        raise ConnectionError(line) from error
+        return f"cannot be reached ({getattr(reason, 'strerror', None) or reason})"
     with answer:
         total = answer.headers.get("Content-Range", "").rpartition("/")[2]
         total = total or answer.headers.get("Content-Length", "")
@@ -199,9 +192,14 @@ def _body(url: str, archive: Archive, part: BufferedRandom) -> Iterator[bytes]:
             )
         if answer.status != 206:
             part.truncate(part.seek(0))
-        with contextlib.suppress(OSError, http.client.HTTPException):  # it broke off
-            while part.tell() <= archive.num_bytes and (block := answer.read1(_BLOCK)):
-                yield block
+        block = b"begun"
+        while block and part.tell() <= archive.num_bytes:
+            block = b""
+            with contextlib.suppress(OSError, http.client.HTTPException):  # it breaks off
+                block = answer.read1(_BLOCK)
+            part.write(block)
+            progress(_PROGRESS_SECONDS)
+    return "broke off"
 
 
 def _extract(part: Path, raw: Path, wanted: dict[str, str]) -> dict[str, int]:

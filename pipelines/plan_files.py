@@ -27,7 +27,7 @@ _REMEDY = (
     "start the build command of this set again: it writes the plan anew and keeps every good shard"
 )
 _PLAN_ID = b"alexnet.plan_id"
-_UNREADABLE: tuple[type[Exception], ...] = (UserError, *DAMAGE)
+_AS_IT_IS = ("plan_id", "identity", "labels_from", "announced", "official")  # in _PLAN
 
 
 def begin(out: str, raw: str, plan: Plan) -> Plan:
@@ -80,11 +80,8 @@ def check_replaceable(out: str, plan: Plan, again: set[str]) -> None:
 
 
 def replace(out: str, raw: str, plan: Plan) -> None:
-    """Put `plan` in the place of the one in `out`.
-
-    What is interrupted is repaired by doing it again: the rows name their plan, and no finished
-    shard names the plan it belonged to.
-    """
+    """Put `plan` in the place of the one in `out`. What is interrupted is repaired by doing it
+    again: the rows name their plan, and no finished shard names the plan it belonged to."""
     storage.write(storage.join(out, _ROWS), _rows_by_shard(plan))
     storage.write(storage.join(out, _PLAN), _document(plan))
     storage.write(storage.join(out, _RAW), shards.canonical_json({"raw": raw}))
@@ -100,14 +97,10 @@ def load(out: str) -> Plan:
         if hashlib.sha256(identity).hexdigest() != document["plan_id"]:
             raise ValueError("its identity is not that of its plan_id")
         plan = Plan(
-            plan_id=document["plan_id"],
-            identity=document["identity"],
+            **{name: document[name] for name in _AS_IT_IS},
             shards=tuple(ShardPlan(**shard) for shard in document["shards"]),
             wnids=tuple(document["classes"]["wnids"]),
             class_names=tuple(document["classes"]["names"]),
-            labels_from=document["labels_from"],
-            announced=document["announced"],
-            official=document["official"],
             archives={},
             entries=document.get("entries"),
             table=None,
@@ -126,16 +119,12 @@ def raw_of(out: str) -> str | None:
 
 def read_rows(out: str, plan_id: str, number: int) -> list[dict[str, Any]]:
     """The planned samples of shard `number`, counted over all splits; dicts of sources.TABLE.
-
-    Raises UserError when the rows in `out` are those of another plan.
-    """
+    Raises UserError when the rows in `out` are those of another plan."""
     with _damage_reported(out, _ROWS), _open_rows(out) as parquet:
         if _plan_id(parquet) != plan_id:
             raise UserError(f"{out} was given another plan meanwhile; start the same command again")
-        table = parquet.read_row_group(number, use_threads=False)
-        _check_rows(table)
-        rows: list[dict[str, Any]] = table.to_pylist()
-    return rows
+        _check_rows(table := parquet.read_row_group(number, use_threads=False))
+    return list(table.to_pylist())
 
 
 def load_rows(out: str, columns: Sequence[str]) -> pa.Table:
@@ -173,18 +162,15 @@ def _refuse_strangers(out: str, plan: Plan) -> None:
     """A folder without a plan must be empty, or a set of this very plan that lost it: the sidecar
     of a shard says so. Anybody may have a train-000000.tar."""
     files = {name for name, _ in storage.list_files(out)}
-    ids = {f"_meta/{shard.name}.parquet": shard.id for shard in plan.shards}
-    sidecars = ((storage.join(out, name), ids[name]) for name in sorted(ids.keys() & files))
-    others = sorted(name for name in files if not name.startswith("_meta/"))
-    if others and not any(_shard_id(uri) == shard_id for uri, shard_id in sidecars):
-        raise UserError(f"{out} is not empty ({others[0]}, …) and no shard set; choose --out")
-
-
-def _shard_id(sidecar: str) -> Any:
-    try:
-        return shards.unpack_sidecar(storage.read(sidecar))[1].get("shard_id")
-    except DAMAGE:
-        return None
+    if not (others := sorted(name for name in files if not name.startswith("_meta/"))):
+        return
+    for shard in plan.shards:
+        if (name := f"_meta/{shard.name}.parquet") in files:
+            with contextlib.suppress(*DAMAGE):
+                sidecar = storage.read(storage.join(out, name))
+                if shards.unpack_sidecar(sidecar)[1].get("shard_id") == shard.id:
+                    return
+    raise UserError(f"{out} is not empty ({others[0]}, …) and no shard set; choose --out")
 
 
 def _read_plan(out: str) -> Any:
@@ -231,23 +217,16 @@ def _plan_id(parquet: pq.ParquetFile) -> str:
 
 
 def _rows_belong_to(out: str) -> str | None:
-    try:
-        with _open_rows(out) as parquet:
-            return _plan_id(parquet)
-    except _UNREADABLE:  # not there, or nothing to rely on: it is written anew
-        return None
+    # Not there, or damaged: it is written anew.
+    with contextlib.suppress(UserError, *DAMAGE), _open_rows(out) as parquet:
+        return _plan_id(parquet)
+    return None
 
 
 def _document(plan: Plan) -> bytes:
-    document: dict[str, Any] = {
-        "plan_id": plan.plan_id,
-        "identity": plan.identity,
-        "shards": [asdict(shard) for shard in plan.shards],
-        "classes": {"wnids": plan.wnids, "names": plan.class_names},
-        "labels_from": plan.labels_from,
-        "announced": plan.announced,
-        "official": plan.official,
-    }
+    document: dict[str, Any] = {name: getattr(plan, name) for name in _AS_IT_IS}
+    document["shards"] = [asdict(shard) for shard in plan.shards]
+    document["classes"] = {"wnids": plan.wnids, "names": plan.class_names}
     if plan.entries is not None:
         document["entries"] = plan.entries
     return shards.canonical_json(document, indent=1)
@@ -257,18 +236,16 @@ def _rows_by_shard(plan: Plan) -> bytes:
     """Parquet with one row group per shard, so that a task reads its own rows only."""
     assert plan.table is not None, "a plan read back from OUT has no rows to write"
     table = plan.table.replace_schema_metadata({_PLAN_ID: plan.plan_id})
-    buffer = io.BytesIO()
-    start = 0
+    buffer, start = io.BytesIO(), 0
     with pq.ParquetWriter(buffer, table.schema, write_page_checksum=True) as writer:
         for shard in plan.shards:
-            rows = table.slice(start, shard.samples)
-            writer.write_table(rows, row_group_size=shard.samples)
+            writer.write_table(table.slice(start, shard.samples), row_group_size=shard.samples)
             start += shard.samples
     return buffer.getvalue()
 
 
 def _differences(found: dict[str, Any], plan: Plan) -> str:
-    theirs, ours = _flat(found["identity"]), _flat(plan.identity)
+    theirs, ours = dict(_flat(found["identity"])), dict(_flat(plan.identity))
     return "; ".join(
         f"{name} {theirs.get(name)} → {ours.get(name)}"
         for name in sorted(theirs | ours)
@@ -276,12 +253,10 @@ def _differences(found: dict[str, Any], plan: Plan) -> str:
     )
 
 
-def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, str]:
+def _flat(value: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
     """Nested names joined by dots, each with its value in at most 40 characters."""
-    found: dict[str, str] = {}
     for name, item in value.items():
         if isinstance(item, dict):
-            found |= _flat(item, f"{prefix}{name}.")
+            yield from _flat(item, f"{prefix}{name}.")
         else:
-            found[prefix + name] = str(item)[:40]
-    return found
+            yield prefix + name, str(item)[:40]

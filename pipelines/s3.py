@@ -25,6 +25,10 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
 
+from botocore import exceptions as boto
+from botocore.exceptions import ClientError
+from botocore.parsers import ResponseParserError
+
 from alexnet.errors import UserError
 from pipelines.command import note
 
@@ -40,6 +44,7 @@ _GARBLED |= {"XAmzContentChecksumMismatch", "XAmzContentSHA256Mismatch"}
 _CHECKSUMS, _CONDITIONS = "checksums", "conditional PUTs"
 _LISTS, _ENCODING = "ListObjectsV2", "encoding-type"
 _OF_CLIENTS = frozenset({_CHECKSUMS, _ENCODING})  # the others are of each request
+_ALL: frozenset[str] = frozenset()  # nothing is left out
 _INSTEAD = {
     _CHECKSUMS: "what is stored there is compared by its MD5, or read back",
     _CONDITIONS: "let one command at a time write to one place there",
@@ -100,17 +105,14 @@ class _Store:
     # Kinds of requests that were granted, each with what it had: no later refusal is about that.
     settled: set[tuple[str, frozenset[str]]] = field(default_factory=set)
 
-    def client(self, without: frozenset[str] = frozenset()) -> Any:
+    def client(self, without: frozenset[str] = _ALL) -> Any:
         with _making:
             if without not in self.clients:
                 self.clients[without] = _client(self.session, without)
             return self.clients[without]
 
-    def ask(
-        self, request: Callable[[Any], _Answer], without: frozenset[str] = frozenset()
-    ) -> _Answer:
+    def ask(self, request: Callable[[Any], _Answer], without: frozenset[str] = _ALL) -> _Answer:
         """What `request` makes of the client, repeated while that may help."""
-        from botocore.exceptions import ClientError
 
         def goes_on(error: Exception, tries: int, seconds: float) -> bool:
             away = _is_away(error)
@@ -135,8 +137,6 @@ class _Store:
 
         is_known: whether the store grants such credentials anything, asked where that is the doubt.
         """
-        from botocore.exceptions import ClientError
-
         refusal = None
         subsets = (itertools.combinations(options, count) for count in range(len(options) + 1))
         for without in map(frozenset, itertools.chain(*subsets)):
@@ -154,34 +154,27 @@ class _Store:
             else:
                 self.settled.add((kind, parts))
                 for part in sorted(without - self.refused):
-                    self._note(part, refusal)
+                    store = self.client().meta.endpoint_url
+                    line = f"{store} refuses {part} ({_code(refusal)}); {_INSTEAD[part]}"
+                    note(line, f"{part} {store}")
+                self.refused |= without
                 return answer
         assert refusal is not None, "the last way has nothing that could be refused before"
         raise refusal
 
-    def _note(self, part: str, refusal: Any) -> None:
-        self.refused.add(part)
-        store = self.client().meta.endpoint_url
-        note(f"{store} refuses {part} ({_code(refusal)}); {_INSTEAD[part]}", f"{part} {store}")
-
 
 def _is_away(error: Exception) -> bool:
     """Whether the store may be back soon."""
-    from botocore import exceptions as s3
-
-    if isinstance(error, s3.ClientError):
+    if isinstance(error, ClientError):
         return error.response.get("ResponseMetadata", {}).get("HTTPStatusCode") in _AWAY
-    return isinstance(error, s3.ConnectionError | s3.HTTPClientError)
+    return isinstance(error, boto.ConnectionError | boto.HTTPClientError)
 
 
 def _is_garbled(error: Exception) -> bool:
     """Whether request or answer were damaged on their way, or another's write was in its way."""
-    from botocore import exceptions as s3
-    from botocore.parsers import ResponseParserError
-
-    if isinstance(error, s3.ClientError):
+    if isinstance(error, ClientError):
         return _code(error) in _GARBLED | {"ConditionalRequestConflict"}
-    damaged = s3.IncompleteReadError | s3.ResponseStreamingError | s3.FlexibleChecksumError
+    damaged = boto.IncompleteReadError | boto.ResponseStreamingError | boto.FlexibleChecksumError
     return isinstance(error, damaged | ResponseParserError)
 
 
@@ -238,13 +231,10 @@ def bucket_and_key(uri: str) -> tuple[str, str]:
 
 
 def _place(uri: str) -> dict[str, str]:
-    bucket, key = bucket_and_key(uri)
-    return {"Bucket": bucket, "Key": key}
+    return dict(zip(("Bucket", "Key"), bucket_and_key(uri), strict=True))
 
 
 def read(uri: str, offset: int, length: int | None) -> bytes:
-    from botocore.exceptions import ClientError
-
     request: dict[str, Any] = _place(uri)
     if offset or length is not None:
         last = "" if length is None else offset + length - 1
@@ -258,8 +248,6 @@ def read(uri: str, offset: int, length: int | None) -> bytes:
 
 
 def head(uri: str) -> Any:
-    from botocore.exceptions import ClientError
-
     def request(client: Any) -> Any:
         mode = {"ChecksumMode": "ENABLED"} if _sums(client, _OF_ANSWERS) else {}
         return client.head_object(**_place(uri), **mode)
@@ -286,14 +274,11 @@ def list_objects(uri: str) -> list[tuple[str, int]]:
         found: list[tuple[str, int]] = []
         pages = client.get_paginator("list_objects_v2" if _LISTS in parts else "list_objects")
         for page in pages.paginate(Bucket=bucket, Prefix=prefix):
-            found += [
-                (item["Key"].removeprefix(prefix), int(item["Size"]))
-                for item in page.get("Contents", [])
-                if item["Key"] != prefix  # of the folder itself
-            ]
+            items = page.get("Contents", [])
+            found += [(item["Key"].removeprefix(prefix), int(item["Size"])) for item in items]
         if page.get("IsTruncated") and _LISTS in parts:  # a store that took it for the older one
             return listed(parts - {_LISTS}, client)
-        return found
+        return [entry for entry in found if entry[0]]  # not the folder itself
 
     return _store().ask_any("list", (_LISTS, _ENCODING), listed, is_known=lambda: False)
 
@@ -302,56 +287,45 @@ def delete(uri: str) -> None:
     _store().ask(lambda client: client.delete_object(**_place(uri)))
 
 
-def put(uri: str, data: bytes) -> None:
-    store = _store()
-    sums = _sums(store.client(), _OF_REQUESTS)
-    request = partial(_put, uri, data)
-    store.ask_any("write", sums, lambda parts, client: request(client), partial(_is_known, uri))
-
-
-def put_new(uri: str, data: bytes) -> bool:
-    """False where there is an object already: perhaps this one, stored by a request whose answer
-    was lost."""
+def put(uri: str, data: bytes, *, new: bool = False) -> bool:
+    """new: False where there is an object already: perhaps this one, stored by a request whose
+    answer was lost."""
     store = _store()
 
-    def put_unless_there(parts: frozenset[str], client: Any) -> bool:
+    def stored(parts: frozenset[str], client: Any) -> bool:
         if _CONDITIONS in parts:
             return _put(uri, data, client, IfNoneMatch="*")
-        return head(uri) is None and _put(uri, data, client)
+        return not (new and head(uri)) and _put(uri, data, client)
 
-    options = (*_sums(store.client(), _OF_REQUESTS), _CONDITIONS)
-    return store.ask_any("write new", options, put_unless_there, partial(_is_known, uri))
+    kind, conditions = ("write new", (_CONDITIONS,)) if new else ("write", ())
+    options = (*_sums(store.client(), _OF_REQUESTS), *conditions)
+    return store.ask_any(kind, options, stored, partial(_is_known, uri))
 
 
 def _put(uri: str, data: bytes, client: Any, **condition: str) -> bool:
     """False where `condition` does not hold."""
-    from botocore.exceptions import ClientError, FlexibleChecksumError
-
     place, by_store = _place(uri), bool(_sums(client, _OF_REQUESTS))
-    md5 = b"" if by_store else hashlib.md5(data, usedforsecurity=False).digest()
+    md5 = hashlib.md5(b"" if by_store else data, usedforsecurity=False)
+    sums = {"ContentMD5": base64.b64encode(md5.digest()).decode()}
     if by_store:
         sums = {"ChecksumSHA256": base64_sha256(data)}
-    else:
-        sums = {"ContentMD5": base64.b64encode(md5).decode()}
     try:
         stored = client.put_object(**place, Body=data, **sums, **condition)
     except ClientError as error:
         if condition and _code(error) in {"PreconditionFailed", "412"}:
             return False
         raise
-    if by_store or stored.get("ETag", "").strip('"') == md5.hex():
+    if by_store or stored.get("ETag", "").strip('"') == md5.hexdigest():
         return True
     if client.get_object(**place)["Body"].read() != data:  # an encrypted one has another ETag
         if condition:
             client.delete_object(**place)  # it is ours, and in the way of the next try
-        raise FlexibleChecksumError(error_msg=f"{uri} was stored with other bytes")
+        raise boto.FlexibleChecksumError(error_msg=f"{uri} was stored with other bytes")
     return True
 
 
 def _is_known(uri: str) -> bool:
     """Whether the store grants the simplest request."""
-    from botocore.exceptions import ClientError
-
     store = _store()
     try:
         store.ask(lambda client: client.head_object(**_place(uri)), _OF_CLIENTS)
@@ -361,30 +335,30 @@ def _is_known(uri: str) -> bool:
 
 
 def remedy(uri: str, error: Exception) -> str | None:
-    from botocore import exceptions as s3
-
+    """A line about what the user can mend; None for anything else."""
     store = os.environ.get("AWS_ENDPOINT_URL", "Amazon S3")
     said = " ".join(str(error).split())
-    if isinstance(error, s3.ClientError):
-        return f"{uri}: {_answer_told(error, store)}".strip()
-    if isinstance(error, s3.NoCredentialsError | s3.PartialCredentialsError):
-        return f"{uri}: no S3 credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
-    if isinstance(error, s3.ProfileNotFound | s3.CredentialRetrievalError):
-        return f"{uri}: no S3 credentials ({said}); check AWS_PROFILE"
-    if isinstance(error, s3.ParamValidationError | s3.NoRegionError):
-        return f"{uri}: {said}"
-    if isinstance(error, s3.HTTPClientError | s3.ConnectionError):  # refused, timed out, TLS
-        return f"{uri}: {store} cannot be reached; check AWS_ENDPOINT_URL and the network"
-    if _is_garbled(error):
-        return (
-            f"{uri}: {store} sent a damaged answer ({said[:200]}); check the network and try again"
-        )
-    if isinstance(error, ValueError) and "endpoint" in said.lower():
-        return f"{uri}: AWS_ENDPOINT_URL={store} is not a URL"
-    return None
+    match error:
+        case ClientError():
+            line = _answer_told(error, store).strip()
+        case boto.NoCredentialsError() | boto.PartialCredentialsError():
+            line = "no S3 credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+        case boto.ProfileNotFound() | boto.CredentialRetrievalError():
+            line = f"no S3 credentials ({said}); check AWS_PROFILE"
+        case boto.ParamValidationError() | boto.NoRegionError():
+            line = said
+        case boto.HTTPClientError() | boto.ConnectionError():  # refused, timed out, TLS
+            line = f"{store} cannot be reached; check AWS_ENDPOINT_URL and the network"
+        case _ if _is_garbled(error):
+            line = f"{store} sent a damaged answer ({said[:200]}); check the network and try again"
+        case ValueError() if "endpoint" in said.lower():
+            line = f"AWS_ENDPOINT_URL={store} is not a URL"
+        case _:
+            return None
+    return f"{uri}: {line}"
 
 
-def _answer_told(error: Any, store: str) -> str:
+def _answer_told(error: ClientError, store: str) -> str:
     code, answer = _code(error), error.response["Error"]
     if code == "NoSuchBucket":
         return f"no such bucket at {store}; create it first"

@@ -23,6 +23,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
+import psutil
+
 from alexnet.errors import UserError
 from pipelines import s3
 from pipelines.command import note
@@ -140,13 +142,8 @@ class RangeFile(io.RawIOBase):
         self._position = base + offset
         return self._position
 
-    def tell(self) -> int:
-        return self._position
-
     def readinto(self, buffer: Any) -> int:
-        wanted = min(len(buffer), self._length - self._position)
-        if wanted <= 0:
-            return 0
+        wanted = max(min(len(buffer), self._length - self._position), 0)
         data = read(self._uri, self._start + self._position, wanted)
         buffer[: len(data)] = data
         self._position += len(data)
@@ -183,7 +180,7 @@ def write_new(uri: str, data: bytes, below: str | None = None) -> None:
     other bytes are there, when the store cannot be written, or when the local folder `below`, a
     parent that must exist already, was taken away.
     """
-    published = s3.put_new(uri, data) if is_s3(uri) else _link_new(Path(uri), data, below)
+    published = s3.put(uri, data, new=True) if is_s3(uri) else _link_new(Path(uri), data, below)
     if not published and not _same(uri, data):
         raise UserError(
             f"{uri} already exists with different contents; delete it or choose another output"
@@ -284,27 +281,17 @@ def _list_folder(folder: Path, prefix: str) -> Iterator[tuple[str, int]]:
     with os.scandir(folder) as entries:
         for entry in entries:
             if entry.is_dir():
-                if entry.name == "lost+found" and not prefix:  # of a disk's root, and its owner's
-                    continue
-                yield from _list_folder(folder / entry.name, f"{prefix}{entry.name}/")
-            elif entry.is_file() and not _is_temporary(entry.name):
+                if prefix or entry.name != "lost+found":  # of a disk's root, and its owner's
+                    yield from _list_folder(folder / entry.name, f"{prefix}{entry.name}/")
+            elif entry.name.startswith(".") and entry.name.endswith(_TEMPORARY):
+                continue  # what a writer killed with SIGKILL leaves behind
+            elif entry.is_file():
                 yield prefix + entry.name, entry.stat().st_size
 
 
 def is_alive(pid: int) -> bool:
     """Whether a process of this host still runs."""
-    try:
-        os.kill(pid, 0)  # sends nothing
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # somebody else's
-        return True
-    return True
-
-
-def _is_temporary(name: str) -> bool:
-    """What a writer killed with SIGKILL leaves behind: never a part of the data."""
-    return name.startswith(".") and name.endswith(_TEMPORARY)
+    return bool(psutil.pid_exists(pid))
 
 
 @contextlib.contextmanager

@@ -21,7 +21,7 @@ from pipelines import plan_files, reads, shards, storage
 from pipelines.plan import Orientation
 
 if TYPE_CHECKING:
-    from pipelines.transform import Pixels, Rejected, Stored
+    from pipelines.transform import Pixels, Stored
 
 
 @dataclass(frozen=True)
@@ -53,13 +53,11 @@ class Made:
 
 
 def write_shard(job: Job, number: int, name: str, shard_id: str) -> Made:
-    """Publish shard `number`, its index for DALI and its sidecar.
-
-    Raises UserError when RAW or OUT cannot be used, or changed behind the plan's back.
-    """
+    """Publish shard `number`, its index for DALI and its sidecar. Raises UserError when RAW or OUT
+    cannot be used, or changed behind the plan's back."""
     import torch
 
-    from pipelines.transform import Rejected
+    from pipelines.transform import Rejected, keep_stored, to_stored
 
     started = time.perf_counter()
     torch.set_num_threads(1)  # parallelism is by tasks; more threads would only fight
@@ -71,7 +69,10 @@ def write_shard(job: Job, number: int, name: str, shard_id: str) -> Made:
     with reads.Reader(job.raw, rows) as reader:
         for position, raw in reader:
             row = rows[position]
-            made = _transformed(job, raw)
+            if job.keep:
+                made = keep_stored(raw, job.crop)
+            else:
+                made = to_stored(raw, job.resize, job.crop, job.quality, job.exif_orientation)
             if isinstance(made, Rejected):
                 _refuse_changed(job, rows)
                 kept = shards.rejected_name(row["split"], row["key"])
@@ -99,7 +100,10 @@ def write_shard(job: Job, number: int, name: str, shard_id: str) -> Made:
         "rejected": rejected,
         "versions": job.versions,
     }
-    _publish(job.out, name, packed, status)
+    for suffix, data in ((".tar", packed.tar), (".idx", packed.dali_index)):
+        storage.write_new(storage.join(job.out, name + suffix), data, below=job.out)
+    sidecar = shards.pack_sidecar(packed.index, status)  # last: where it is, the tar is whole
+    storage.write_new(shards.sidecar_uri(job.out, name), sidecar, below=job.out)
     return Made(
         samples=len(good),
         rejected=rejected,
@@ -128,14 +132,6 @@ def _refuse_other_versions(job: Job) -> None:
         )
 
 
-def _transformed(job: Job, raw: bytes) -> Stored | Rejected:
-    from pipelines.transform import keep_stored, to_stored
-
-    if job.keep:
-        return keep_stored(raw, job.crop)
-    return to_stored(raw, job.resize, job.crop, job.quality, job.exif_orientation)
-
-
 def _refuse_changed(job: Job, rows: list[dict[str, Any]]) -> None:
     """What was read so far is of the archives that the plan was made from, or nothing is written:
     in another archive of the same size other images lie at the same places."""
@@ -143,14 +139,6 @@ def _refuse_changed(job: Job, rows: list[dict[str, Any]]) -> None:
         uri = storage.join(job.raw, name)
         if storage.version(uri) != job.archives[name]:
             raise UserError(f"{uri} has changed since this build began; put it back or build anew")
-
-
-def _publish(out: str, name: str, packed: shards.Packed, status: dict[str, Any]) -> None:
-    """The sidecar last: where it is, the tar is whole."""
-    sidecar = shards.pack_sidecar(packed.index, status)
-    storage.write_new(storage.join(out, f"{name}.tar"), packed.tar, below=out)
-    storage.write_new(storage.join(out, f"{name}.idx"), packed.dali_index, below=out)
-    storage.write_new(shards.sidecar_uri(out, name), sidecar, below=out)
 
 
 def _lineage(row: dict[str, Any], raw: bytes) -> dict[str, Any]:

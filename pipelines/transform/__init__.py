@@ -20,14 +20,14 @@ rejected for one of REASONS. Rules that are choices:
 
 from __future__ import annotations
 
+import contextlib
 import io
 import re
 import struct
 import warnings
 import zlib
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -41,6 +41,7 @@ from pipelines.transform.jpegs import Pixels
 __all__ = ["FIXES", "MAX_PIXELS", "REASONS", "Pixels", "Rejected", "Stored"]
 __all__ += ["decode", "keep_stored", "to_stored"]
 
+Orientation = Literal["ignore", "apply"]
 MAX_UNPACKED = 64 << 20  # bytes inside a gzip; the largest picture file of ImageNet has a quarter
 
 REASONS = {
@@ -101,40 +102,30 @@ class Rejected:
 
 
 def to_stored(
-    raw: bytes,
-    resize: int,
-    crop: int,
-    quality: int,
-    exif_orientation: Literal["ignore", "apply"] = "ignore",
+    raw: bytes, resize: int, crop: int, quality: int, exif_orientation: Orientation = "ignore"
 ) -> Stored | Rejected:
-    """Decode strictly to RGB, shorter side to `resize`, centre `crop`, encode at `quality`, 4:2:0.
-
-    The JPEG carries no EXIF, profile or comment.
+    """Decode strictly to RGB, shorter side to `resize`, centre `crop`, encode at `quality`, 4:2:0,
+    without EXIF, profile or comment.
 
     Measured on 200 photos of ImageNet against Lanczos in floating point: 56.5 dB before encoding,
     and the JPEG is 0.015 dB worse than one of the exact pixels (0.30 dB at worst, where hard edges
     between black and white make the 8-bit step between rows and columns clip).
     """
     try:
-        image, fixes = _decoded(raw, exif_orientation)
+        whole, fixes = _decoded(raw, exif_orientation)
     except Unusable as unusable:
         return _rejected(unusable)
-    height, width = image.shape[:2]
-    pixels = resize_and_crop(torch.from_numpy(image).permute(2, 0, 1), resize, crop)
+    height, width = whole.shape[:2]
+    pixels = resize_and_crop(torch.from_numpy(whole).permute(2, 0, 1), resize, crop)
     stored = pixels.permute(1, 2, 0).contiguous().numpy()
+    if stored.shape[2] == 3:
+        image = Image.fromarray(stored)
+    else:  # with any fourth, as Pillow itself keeps RGB: shared with it, and nothing to unpack
+        image = Image.frombuffer("RGBX", (crop, crop), stored, "raw", "RGBX", 0, 1)
     buffer = io.BytesIO()
-    _picture(stored).save(buffer, "JPEG", quality=quality, subsampling="4:2:0")
+    image.save(buffer, "JPEG", quality=quality, subsampling="4:2:0")
     rgb = stored.transpose(2, 0, 1)[:3]
     return Stored(buffer.getvalue(), width, height, tuple(sorted(fixes)), rgb)
-
-
-def _picture(pixels: Pixels) -> Image.Image:
-    """uint8 (H, W, 3) RGB, or (H, W, 4) with any fourth, which is how Pillow itself keeps RGB: that
-    is shared with it, not copied, and needs no unpacking."""
-    height, width, channels = pixels.shape
-    if channels == 3:
-        return Image.fromarray(pixels)
-    return Image.frombuffer("RGBX", (width, height), pixels, "raw", "RGBX", 0, 1)
 
 
 def keep_stored(raw: bytes, crop: int) -> Stored | Rejected:
@@ -166,9 +157,7 @@ def _rejected(unusable: Unusable) -> Rejected:
     return Rejected(unusable.reason, unusable.detail)
 
 
-def decode(
-    raw: bytes, exif_orientation: Literal["ignore", "apply"] = "ignore"
-) -> tuple[Pixels, set[str]]:
+def decode(raw: bytes, exif_orientation: Orientation = "ignore") -> tuple[Pixels, set[str]]:
     """Whole picture as uint8 (H, W, 3) RGB, and what had to be mended. Raises Unusable."""
     pixels, fixes = _decoded(raw, exif_orientation)
     return pixels[..., :3], fixes
@@ -177,8 +166,7 @@ def decode(
 def _decoded(raw: bytes, exif_orientation: str) -> tuple[Pixels, set[str]]:
     """As `decode`, perhaps with a fourth channel without meaning."""
     fixes: set[str] = set()
-    form = headers.form(raw)
-    if form == "GZIP":
+    if (form := headers.form(raw)) == "GZIP":
         fixes.add("gzip")
         raw = _unpacked(raw)
         form = headers.form(raw)
@@ -191,7 +179,7 @@ def _decoded(raw: bytes, exif_orientation: str) -> tuple[Pixels, set[str]]:
         warnings.simplefilter("ignore")
         pixels, found, orientation = decode_form(raw, form)
     fixes |= found
-    if 2 <= orientation <= 8:
+    if isinstance(orientation, int) and 2 <= orientation <= 8:  # EXIF may hold anything there
         if exif_orientation == "apply":
             pixels = _upright(pixels, orientation)
         fixes.add(f"exif_orientation_{'applied' if exif_orientation == 'apply' else 'ignored'}")
@@ -216,30 +204,20 @@ def _unpacked(raw: bytes) -> bytes:
     raise Unusable("truncated", f"gzip ends early, after {len(raw)} bytes")
 
 
-def _decode_jpeg(raw: bytes, _form: str) -> tuple[Pixels, set[str], int]:
+def _decode_jpeg(raw: bytes, _form: str) -> tuple[Pixels, set[str], Any]:
+    """Pixels, fixes, and what EXIF says of the orientation."""
     frame = jpegs.read(raw)
     pixels, fixes = jpegs.decode(raw, frame)
     if frame.several:
         fixes.add("mpo_first_frame")
-
-    def exif() -> Image.Exif:
-        found = Image.Exif()
-        found.load(frame.exif)
-        return found
-
-    return pixels, fixes, _orientation(exif) if frame.exif else 1
+    exif, orientation = Image.Exif(), 1
+    with contextlib.suppress(*_BROKEN_EXIF):
+        exif.load(frame.exif)
+        orientation = exif.get(_EXIF_ORIENTATION, 1)
+    return pixels, fixes, orientation
 
 
-def _orientation(exif: Callable[[], Image.Exif]) -> int:
-    """1 to 8, or 1 for what cannot be read."""
-    try:
-        value = exif().get(_EXIF_ORIENTATION, 1)
-    except _BROKEN_EXIF:
-        return 1
-    return value if isinstance(value, int) else 1
-
-
-def _decode_other(raw: bytes, form: str) -> tuple[Pixels, set[str], int]:
+def _decode_other(raw: bytes, form: str) -> tuple[Pixels, set[str], Any]:
     """PNG, GIF, WebP, BMP, TIFF or PPM, by Pillow once the file is known to be whole."""
     header = headers.header(raw, form)
     fixes = {form.lower()}
@@ -250,9 +228,10 @@ def _decode_other(raw: bytes, form: str) -> tuple[Pixels, set[str], int]:
     try:
         with Image.open(io.BytesIO(raw), formats=[form]) as picture:
             picture.load()
-            orientation = _orientation(picture.getexif)
-            if form == "TIFF":  # there it is no EXIF, and Pillow has turned the image
-                orientation = 1
+            orientation = 1
+            if form != "TIFF":  # there it is no EXIF, and Pillow has turned the image
+                with contextlib.suppress(*_BROKEN_EXIF):
+                    orientation = picture.getexif().get(_EXIF_ORIENTATION, 1)
             return _colours(picture, fixes), fixes, orientation
     except Image.DecompressionBombError as error:
         raise Unusable("too_many_pixels", error) from error

@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 import struct
 import zlib
-from dataclasses import dataclass
+from typing import NamedTuple
 
 # Pillow's own threshold for decompression bombs: 268 MB once decoded. The largest picture of
 # ImageNet is several times smaller.
@@ -22,7 +22,6 @@ _ADAM7 = [(0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4)]
 _ADAM7 += [(0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2)]
 # INFOHEADER and its extensions, by size; and the old CORE header of OS/2.
 _BMP_HEADERS = (12, 40, 52, 56, 64, 108, 124)
-_BMP_DEPTHS = (1, 4, 8, 16, 24, 32)
 _BMP_PLAIN = (0, 3)  # rows as they are; the same with masks that say which bits are which colour
 _PPM = re.compile(  # magic number, width, height, and, but for bitmaps, the largest value
     rb"P(?:(?P<bits>4)|[56])(?:\s+|\s*#[^\n]*\n)+(\d+)(?:\s+|\s*#[^\n]*\n)+(\d+)"
@@ -46,12 +45,9 @@ class Unusable(Exception):
         self.detail = " ".join(str(detail).split())[:200]
 
 
-@dataclass(frozen=True)
-class Header:
-    """width, height: in pixels, of the first frame on its canvas, within MAX_PIXELS."""
+class Header(NamedTuple):
+    """Of a file that is whole, whose first frame's canvas is within MAX_PIXELS."""
 
-    width: int
-    height: int
     frames: int = 1
     sixteen_bit: bool = False
 
@@ -116,32 +112,26 @@ def _png(raw: bytes) -> Header:
         position += 12 + length
     bits = depth * _PNG_CHANNELS[colour]
     _check_rows(b"".join(packed), _png_bytes(width, height, bits, bool(interlaced)))
-    return Header(width, height, frames, sixteen_bit=depth == 16)
+    return Header(frames, sixteen_bit=depth == 16)
 
 
 def _png_bytes(width: int, height: int, bits: int, interlaced: bool) -> int:
     """Of the unpacked rows, each led by its filter's number."""
-    if not interlaced:
-        return height * (1 + (width * bits + 7) // 8)
-    sizes = [
-        (-(-(width - left) // right), -(-(height - top) // down))
-        for left, top, right, down in _ADAM7
-    ]
-    return sum(
-        rows * (1 + (columns * bits + 7) // 8) for columns, rows in sizes if columns > 0 < rows
-    )
+    num_bytes = 0
+    for left, top, right, down in _ADAM7 if interlaced else [(0, 0, 1, 1)]:
+        columns, rows = -(-(width - left) // right), -(-(height - top) // down)
+        if columns > 0 < rows:
+            num_bytes += rows * (1 + (columns * bits + 7) // 8)
+    return num_bytes
 
 
 def _check_rows(packed: bytes, expected: int) -> None:
-    unpacking = zlib.decompressobj()
-    found = 0
+    unpacking, found, part = zlib.decompressobj(), 0, b""
     try:
-        while found < expected and not unpacking.eof:
+        while found < expected and not unpacking.eof and (part or packed):
             part = unpacking.decompress(packed, 1 << 20)
             packed = unpacking.unconsumed_tail
             found += len(part)
-            if not part and not packed:
-                break
     except zlib.error as error:
         raise Unusable("corrupt", error) from error
     if found < expected:
@@ -151,8 +141,7 @@ def _check_rows(packed: bytes, expected: int) -> None:
 def _gif(raw: bytes) -> Header:
     """Layout: GIF89a specification, sections 18 to 27. A frame may reach beyond the screen."""
     width, height, flags = struct.unpack_from("<6x2HB2x", raw)
-    position = 13 + _gif_palette(flags)
-    frames = 0
+    position, frames = 13 + _gif_palette(flags), 0
     while (kind := raw[position]) != 0x3B:  # trailer
         if kind == 0x21:  # extension
             position = _after_gif_blocks(raw, position + 2)
@@ -169,7 +158,7 @@ def _gif(raw: bytes) -> Header:
             raise Unusable("corrupt", f"GIF has a block of unknown kind {kind} at byte {position}")
     if not frames:
         raise Unusable("corrupt", "GIF without a picture")
-    return Header(width, height, frames)
+    return Header(frames)
 
 
 def _gif_palette(flags: int) -> int:
@@ -189,14 +178,13 @@ def _webp(raw: bytes) -> Header:
         raise Unusable("truncated", f"WebP of {8 + size} bytes ends early, after {len(raw)}")
     kind = raw[12:16]
     if kind == b"VP8X":
-        canvas = struct.unpack_from("<24x6B", raw)
-        width, height = (int.from_bytes(bytes(canvas[i : i + 3]), "little") + 1 for i in (0, 3))
+        canvas = struct.unpack_from("24x3s3s", raw)
+        width, height = (int.from_bytes(side, "little") + 1 for side in canvas)
     elif kind == b"VP8L":
         (packed,) = struct.unpack_from("<21xI", raw)
         width, height = (packed & 0x3FFF) + 1, (packed >> 14 & 0x3FFF) + 1
     elif kind == b"VP8 ":
-        packed_width, packed_height = struct.unpack_from("<26x2H", raw)
-        width, height = packed_width & 0x3FFF, packed_height & 0x3FFF
+        width, height = (side & 0x3FFF for side in struct.unpack_from("<26x2H", raw))
     else:
         raise Unusable("corrupt", f"WebP begins with {kind!r}")
     check_size(width, height)
@@ -205,7 +193,7 @@ def _webp(raw: bytes) -> Header:
         kind, length = struct.unpack_from("<4sI", raw, position)
         frames += kind == b"ANMF"
         position += 8 + length + length % 2
-    return Header(width, height, max(frames, 1))
+    return Header(max(frames, 1))
 
 
 def _bmp(raw: bytes) -> Header:
@@ -215,18 +203,17 @@ def _bmp(raw: bytes) -> Header:
     """
     start, size = struct.unpack_from("<10x2I", raw)
     if size == 12:
-        width, height, depth = struct.unpack_from("<18x2H2xH", raw)
-        compression = 0
+        width, height, depth, compression = *struct.unpack_from("<18x2H2xH", raw), 0
     else:
         width, height, depth, compression = struct.unpack_from("<18x2i2xHI", raw)
     height = abs(height)  # negative: from top to bottom
     check_size(width, height)
-    if depth not in _BMP_DEPTHS or compression not in _BMP_PLAIN:
+    if depth not in (1, 4, 8, 16, 24, 32) or compression not in _BMP_PLAIN:
         raise Unusable("unsupported", f"BMP of {depth} bits with compression {compression}")
     expected = start + (width * depth + 31) // 32 * 4 * height
     if expected > len(raw):
         raise Unusable("truncated", f"BMP of {expected} bytes ends early, after {len(raw)}")
-    return Header(width, height)
+    return Header()
 
 
 def _ppm(raw: bytes) -> Header:
@@ -247,7 +234,7 @@ def _ppm(raw: bytes) -> Header:
     expected = found.end() + height * row * (2 if highest > 255 else 1)
     if expected > len(raw):
         raise Unusable("truncated", f"PPM of {expected} bytes ends early, after {len(raw)}")
-    return Header(width, height, sixteen_bit=highest > 255)
+    return Header(sixteen_bit=highest > 255)
 
 
 def _tiff(raw: bytes) -> Header:
@@ -256,17 +243,16 @@ def _tiff(raw: bytes) -> Header:
         raise Unusable("unsupported", "BigTIFF")
     order = "<" if raw[:1] == b"I" else ">"
     (place,) = struct.unpack_from(f"{order}4xI", raw)
-    frames, first = 0, dict[int, tuple[int, ...]]()
+    bits: list[tuple[int, ...]] = []  # of each frame
     while place:
         fields, place = _tiff_fields(raw, order, place)
         _check_tiff(raw, fields)
-        first = first or fields
-        if (frames := frames + 1) > _MAX_TIFF_FRAMES:
+        bits.append(fields.get(258, (1,)))
+        if len(bits) > _MAX_TIFF_FRAMES:
             raise Unusable("corrupt", f"TIFF of more than {_MAX_TIFF_FRAMES} frames")
-    if not frames:
+    if not bits:
         raise Unusable("corrupt", "TIFF without an image")
-    bits = first.get(258, (1,))
-    return Header(first[256][0], first[257][0], frames, sixteen_bit=16 in bits)
+    return Header(len(bits), sixteen_bit=16 in bits[0])
 
 
 def _tiff_fields(raw: bytes, order: str, place: int) -> tuple[dict[int, tuple[int, ...]], int]:

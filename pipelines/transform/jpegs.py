@@ -81,18 +81,18 @@ def read(raw: bytes) -> Frame:
 
 
 def decode(raw: bytes, frame: Frame) -> tuple[Pixels, set[str]]:
-    """uint8 (H, W, 3) RGB, or (H, W, 4) with a fourth without meaning, and the fixes.
-
-    Raises Unusable.
-    """
+    """uint8 (H, W, 3) RGB, or (H, W, 4) with any fourth, and the fixes. Raises Unusable."""
     if not frame.whole_scan:
         _check_scans(raw, frame)
     fixes = set()
+    # RGB with a fourth byte each, as Pillow keeps it and without which both resizing and encoding
+    # would unpack and pack; or CMYK as stored.
+    wanted = "CMYK" if len(frame.components) == 4 else "RGBX"
     for _ in range(_MAX_MENDS):
         try:
-            pixels = _turbo(raw, frame)
+            pixels = np.asarray(simplejpeg.decode_jpeg(raw, colorspace=wanted), dtype=np.uint8)
             break
-        except ValueError as error:
+        except ValueError as error:  # libjpeg's first warning or error
             said = str(error)
             if "subsampling level" in said:
                 pixels = _decode_unusual(raw, frame)
@@ -160,14 +160,6 @@ def _check_scans(raw: bytes, frame: Frame) -> None:
                 missing[component][first : last + 1] = bits
     if late := [component for component, bits in missing.items() if bits.any()]:
         raise Unusable("truncated", f"JPEG lacks scans of component {late[0]}")
-
-
-def _turbo(raw: bytes, frame: Frame) -> Pixels:
-    """RGB with a fourth byte each, as Pillow keeps it and without which both resizing and encoding
-    would unpack and pack; or CMYK as stored. Raises ValueError on libjpeg's first warning or error.
-    """
-    wanted = "CMYK" if len(frame.components) == 4 else "RGBX"
-    return np.asarray(simplejpeg.decode_jpeg(raw, colorspace=wanted), dtype=np.uint8)
 
 
 def _mended(raw: bytes, said: str, frame: Frame) -> bytes:
