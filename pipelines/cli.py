@@ -223,9 +223,9 @@ def _verify(arguments: argparse.Namespace) -> int:
         repaired = mend(found.bad_files)
         found = verify(out, full=arguments.full, say=say)
     if arguments.json:
-        document = {"out": out, "problems": [vars(problem) for problem in found.problems]}
-        document |= {"notes": list(found.notes), "checked": found.checked}
-        document["repaired"] = repaired is not None
+        document: dict[str, Any] = {"out": out, "problems": [*map(vars, found.problems)]}
+        document |= {"notes": found.notes, "checked": found.checked}
+        document |= {"repaired": repaired is not None}
         print(json.dumps(document))  # in one line, as those of a repair's progress
     else:
         lines = [f"{problem.file}: {problem.text}" for problem in found.problems]

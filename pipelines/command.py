@@ -46,16 +46,12 @@ class Parser(argparse.ArgumentParser):
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         words = list(sys.argv[1:] if args is None else args)
-        here = words
+        here = [*itertools.takewhile(lambda word: word != "--", words)]
         if self._subparsers is not None:  # whose own flags follow the command's name
-            here = [*itertools.takewhile(lambda word: word.startswith("-"), words)]
-        self._refuse_unknown([*itertools.takewhile(lambda word: word != "--", here)])
-        return super().parse_known_args(words, namespace)
-
-    def _refuse_unknown(self, words: list[str]) -> None:
+            here = [*itertools.takewhile(lambda word: word.startswith("-"), here)]
         known = list(self._option_string_actions)
         told, meant = [], []
-        for word, following in itertools.zip_longest(words, words[1:], fillvalue="-"):
+        for word, following in itertools.zip_longest(here, here[1:], fillvalue="-"):
             flag = word.partition("=")[0]
             short = self.allow_abbrev and any(name.startswith(flag) for name in known)
             if not re.fullmatch(r"--?[A-Za-z][\w.-]*", flag) or flag in known or short:
@@ -66,6 +62,7 @@ class Parser(argparse.ArgumentParser):
             hint = f" for {' and '.join(dict.fromkeys(meant))}" if meant else ""
             line = f"unrecognized arguments: {' '.join(told)}"
             raise UserError(f"{line}; see `{self.prog} --help`{hint}")
+        return super().parse_known_args(words, namespace)
 
 
 class Unread(OSError):
@@ -195,8 +192,7 @@ class _Output(io.FileIO):
         try:
             return len(data) if self.muted else super().write(data)
         except OSError as error:
-            main = threading.current_thread() is threading.main_thread()
-            if self.fileno() == 2 or not main:
+            if self.fileno() == 2 or threading.current_thread() is not threading.main_thread():
                 return len(data)
             raise Unread(error.errno, error.strerror) from error
 
@@ -244,8 +240,8 @@ def _limit(error: BaseException) -> str | None:
     if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
         files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         return f"more than {files} open files are not allowed; raise that with `ulimit -n 4096`"
-    thread = "can't start new thread" in str(error)
-    if thread or (isinstance(error, BlockingIOError) and error.errno == errno.EAGAIN):
+    forked = isinstance(error, BlockingIOError) and error.errno == errno.EAGAIN
+    if forked or "can't start new thread" in str(error):
         processes, _ = resource.getrlimit(resource.RLIMIT_NPROC)
         allowed = "" if processes == resource.RLIM_INFINITY else f" (allowed are {processes})"
         return f"no more processes or threads can be started{allowed}; raise that with `ulimit -u`"

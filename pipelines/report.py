@@ -11,10 +11,10 @@ import base64
 import io
 import itertools
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jinja2
 import numpy as np
@@ -40,11 +40,7 @@ _DIGESTS = {"source_sha256": "raw file", "sha256": "stored image"}
 
 _Array = np.ndarray[Any, np.dtype[Any]]
 _Rows = list[list[Any]]
-
-
-class _Chart(NamedTuple):
-    alt: str
-    uri: str
+_Chart = dict[str, str]  # "alt" and "uri"
 
 
 def report(out: str) -> str:
@@ -98,8 +94,6 @@ def _shown(value: Any) -> Any:
     if hasattr(value, "__html__"):  # what a macro of the template made
         return value
     text = f"{value:,}" if isinstance(value, int) else str(value)
-    if text.isprintable():
-        return text
     return "".join(c if c.isprintable() else f"\\u{ord(c):04x}" for c in text)
 
 
@@ -118,9 +112,9 @@ def _sheet(
     ]
     classes = pc.count_distinct(index["label"]).as_py()
     of = f"{len(blocks):,} of " if len(blocks) < classes else ""
-    plural = "es" if classes != 1 else ""
     images = f"{len(chosen):,} of {index.num_rows:,} images"
-    return {"summary": f"{split}: {images}, {of}{classes:,} class{plural}", "blocks": blocks}
+    summary = f"{split}: {images}, {of}{classes:,} class{'es' if classes != 1 else ''}"
+    return {"summary": summary, "blocks": blocks}
 
 
 def _first_of_each(labels: _Array, most: int) -> _Array:
@@ -137,12 +131,10 @@ def _first_of_each(labels: _Array, most: int) -> _Array:
 def _thumbnails(out: str, rows: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
     """(key, data URI) of the stored images of these index rows; "" for one that does not decode."""
 
-    def read(row: dict[str, Any]) -> bytes:
-        tar = storage.join(out, f"{row['shard']}.tar")
-        return storage.read(tar, row["offset"], row["size"])
-
+    tars = [storage.join(out, f"{row['shard']}.tar") for row in rows]
+    places = ([row[name] for row in rows] for name in ("offset", "size"))
     with ThreadPoolExecutor(_READS_AHEAD) as pool:
-        jpegs = pool.map(read, rows)
+        jpegs = pool.map(storage.read, tars, *places)
         return [(row["key"], _thumbnail(jpeg)) for row, jpeg in zip(rows, jpegs, strict=True)]
 
 
@@ -170,14 +162,10 @@ def _fixes(out: str, table: pa.Table, splits: Sequence[str]) -> list[dict[str, A
     for name in sorted(pc.unique(names).to_pylist()):
         fixed = table.take(parents.filter(pc.equal(names, name)))
         counts = np.bincount(fixed["split"].to_numpy(), minlength=len(splits)).tolist()
-        found.append(
-            {
-                "name": name,
-                "meaning": FIXES.get(name, "A fix that this version does not know."),
-                "counts": [(split, n) for split, n in zip(splits, counts, strict=True) if n],
-                "images": _thumbnails(out, fixed[:_EXAMPLES].to_pylist()),
-            }
-        )
+        meaning = FIXES.get(name, "A fix that this version does not know.")
+        needed = [(split, n) for split, n in zip(splits, counts, strict=True) if n]
+        images = _thumbnails(out, fixed[:_EXAMPLES].to_pylist())
+        found.append({"name": name, "meaning": meaning, "counts": needed, "images": images})
     return found
 
 
@@ -198,7 +186,11 @@ def _classes(
         summary, chart = f"{len(labels[split]):,} images are unlabelled.", None
         if count.any():
             fewest, most = int(count.argmin()), int(count.argmax())
-            chart = _class_chart(split, count)
+            axes = _axes(f"Images of each label, {split}")
+            axes.vlines(range(len(count)), 0, count, linewidth=max(240 / len(count), 0.25))
+            axes.set(ylim=(0, None), xlabel="label")
+            axes.xaxis.get_major_locator().set_params(integer=True)
+            chart = _drawn(axes)
             summary = (
                 f"Fewest {count[fewest]:,} ({names[fewest]}), median {np.median(count):,.0f}, "
                 f"most {count[most]:,} ({names[most]})."
@@ -209,15 +201,6 @@ def _classes(
         for label, (wnid, name) in enumerate(zip(manifest.wnids, manifest.class_names, strict=True))
     ]
     return {"splits": splits, "rows": rows}
-
-
-def _class_chart(split: str, counts: _Array) -> _Chart:
-    def draw(axes: Any) -> None:
-        axes.vlines(range(len(counts)), 0, counts, linewidth=max(240 / len(counts), 0.25))
-        axes.set(ylim=(0, None), xlabel="label")
-        axes.xaxis.get_major_locator().set_params(integer=True)
-
-    return _chart(f"Images of each label, {split}", draw)
 
 
 def _sizes(manifest: shards.Manifest, indexes: dict[str, pa.Table]) -> dict[str, Any] | None:
@@ -255,30 +238,30 @@ def _size_charts(width: _Array, height: _Array, scaled_to: int) -> list[_Chart]:
     dashed = {"color": "tab:red", "linestyle": "--", "linewidth": 1}
     width, height = width.clip(max=end), height.clip(max=end)
 
-    def both(axes: Any) -> None:
-        axes.hist2d(width, height, bins=edges, cmin=1, norm=LogNorm(vmin=0.3), cmap="Blues")
-        axes.axvline(scaled_to, **dashed)
-        axes.axhline(scaled_to, **dashed)
-        axes.set(xlabel="width, pixels", ylabel="height, pixels")
-
-    def shorter(axes: Any) -> None:
-        axes.hist(np.minimum(width, height), edges)
-        axes.axvline(scaled_to, **dashed)
-        axes.set(xlim=(0, end), xlabel="pixels")
-
-    return [_chart("Width and height", both), _chart("Shorter side", shorter)]
+    both = _axes("Width and height")
+    both.hist2d(width, height, bins=edges, cmin=1, norm=LogNorm(vmin=0.3), cmap="Blues")
+    both.axvline(scaled_to, **dashed)
+    both.axhline(scaled_to, **dashed)
+    both.set(xlabel="width, pixels", ylabel="height, pixels")
+    shorter = _axes("Shorter side")
+    shorter.hist(np.minimum(width, height), edges)
+    shorter.axvline(scaled_to, **dashed)
+    shorter.set(xlim=(0, end), xlabel="pixels")
+    return [_drawn(both), _drawn(shorter)]
 
 
-def _chart(title: str, draw: Callable[[Any], None]) -> _Chart:
-    """`draw` is given the axes. No name from the data may stand in them: $ begins a formula."""
-    figure = Figure(figsize=(5.2, 2.8), layout="constrained")
-    axes = figure.subplots()
+def _axes(title: str) -> Any:
+    """To draw a chart on. No name from the data may stand there: $ begins a formula."""
+    axes = Figure(figsize=(5.2, 2.8), layout="constrained").subplots()
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_title(title, loc="left", fontsize=10)
-    draw(axes)
+    return axes
+
+
+def _drawn(axes: Any) -> _Chart:
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=200)
-    return _Chart(title, _data_uri("image/png", buffer.getvalue()))
+    axes.figure.savefig(buffer, format="png", dpi=200)
+    return {"alt": axes.get_title("left"), "uri": _data_uri("image/png", buffer.getvalue())}
 
 
 def _duplicates(table: pa.Table, splits: Sequence[str]) -> dict[str, _Rows]:
