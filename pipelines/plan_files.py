@@ -124,7 +124,7 @@ def read_rows(out: str, plan_id: str, number: int) -> list[dict[str, Any]]:
         if _plan_id(parquet) != plan_id:
             raise UserError(f"{out} was given another plan meanwhile; start the same command again")
         _check_rows(table := parquet.read_row_group(number, use_threads=False))
-    return list(table.to_pylist())
+        return list(table.to_pylist())
 
 
 def load_rows(out: str, columns: Sequence[str]) -> pa.Table:
