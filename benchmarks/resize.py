@@ -135,7 +135,7 @@ def _quality(raw: Raw) -> dict[str, tuple[str, str, str]]:
 
 def reference(jpeg: bytes, resize: int = RESIZE, crop: int = CROP) -> NDArray[np.float64]:
     """float64 (crop, crop, 3) in 0..255: both passes in double precision, clipped, not rounded."""
-    pixels = decode(jpeg)[0].astype(np.float64)
+    pixels = decode(jpeg)[0][..., :3].astype(np.float64)
     width, height, left, top = _geometry(pixels.shape[1], pixels.shape[0], resize, crop)
     rows = _weights(pixels.shape[0], height)[top : top + crop]
     columns = _weights(pixels.shape[1], width)[left : left + crop]

@@ -121,7 +121,12 @@ class Plan:
 
 def make(source: Source, recipe: Recipe) -> Plan:
     """Same source content, recipe and seed give the same plan, wherever the source lies."""
-    _refuse_enlarging(recipe, source.stored)
+    stored, (side, _) = source.stored, geometry(recipe, source.stored)
+    if stored and (recipe.resize > stored.resize or side < recipe.crop):
+        raise UserError(
+            f"--resize {recipe.resize} --crop {recipe.crop} needs more than these shards hold "
+            f"(resize {stored.resize}, crop {stored.crop}); build from the raw archives instead"
+        )
     identity: dict[str, Any] = {
         "format_version": shards.FORMAT_VERSION,
         "ordering": ORDERING,
@@ -132,7 +137,7 @@ def make(source: Source, recipe: Recipe) -> Plan:
             "containers": [list(container) for container in source.containers],
             "pictures": source.table.num_rows,
             "table_sha256": _table_sha256(source),
-            "stored": asdict(source.stored) if source.stored else None,
+            "stored": asdict(stored) if stored else None,
         },
     }
     identity["recipe"]["subset"] = sorted(recipe.subset)
@@ -166,30 +171,16 @@ def geometry(recipe: Recipe, stored: StoredAs | None) -> tuple[int, bool]:
     return round(stored.crop * recipe.resize / stored.resize), same
 
 
-def _refuse_enlarging(recipe: Recipe, stored: StoredAs | None) -> None:
-    side, _ = geometry(recipe, stored)
-    if stored and (recipe.resize > stored.resize or side < recipe.crop):
-        raise UserError(
-            f"--resize {recipe.resize} --crop {recipe.crop} needs more than these shards hold "
-            f"(resize {stored.resize}, crop {stored.crop}); build from the raw archives instead"
-        )
-
-
 def _cut(table: pa.Table, recipe: Recipe, work: bytes) -> tuple[pa.Table, list[ShardPlan]]:
-    runs = [
-        (split, number, rows)
-        for split in SPLITS
-        if split in recipe.splits
-        for number, rows in enumerate(_assign(table, split, recipe))
-    ]
-    shard_plans = []
-    for split, number, rows in runs:
-        name = shards.shard_name(split, number)
-        digest = hashlib.sha256(work + name.encode())
-        _hash_rows(digest, table, pa.array(rows))
-        shard_plans.append(ShardPlan(name, split, len(rows), digest.hexdigest()))
-    order = pa.array(np.concatenate([rows for _, _, rows in runs]))
-    return table.take(order).combine_chunks(), shard_plans
+    shard_plans, order = [], []
+    for split in (split for split in SPLITS if split in recipe.splits):
+        for number, rows in enumerate(_assign(table, split, recipe)):
+            name = shards.shard_name(split, number)
+            digest = hashlib.sha256(work + name.encode())
+            _hash_rows(digest, table, pa.array(rows))
+            shard_plans.append(ShardPlan(name, split, len(rows), digest.hexdigest()))
+            order.append(rows)
+    return table.take(pa.array(np.concatenate(order))).combine_chunks(), shard_plans
 
 
 def _assign(table: pa.Table, split: str, recipe: Recipe) -> list[np.ndarray[Any, Any]]:

@@ -7,8 +7,7 @@ boto3 repeats a request that fails for up to a second. Beyond that a store that 
 is waited for, as long as a restart takes; what arrived damaged is asked for again.
 
 Not every store takes checksums, conditional PUTs or newer listings. A request that is refused is
-tried without them; where that helps, it stays so and is noted. What is stored without a checksum is
-compared by its MD5, or read back.
+tried without them; where that helps, it stays so and is noted.
 """
 
 from __future__ import annotations
@@ -38,8 +37,8 @@ _PATIENCE = 30.0  # seconds for which a store that has answered before is waited
 _SILENCE = 30.0  # seconds without a byte after which a request has failed
 _AWAY = {429, 500, 502, 503, 504}
 # What a store says of a body that is not what was announced, and of one that came to a halt.
-_GARBLED = {"BadDigest", "IncompleteBody", "InvalidDigest", "RequestTimeout"}
-_GARBLED |= {"XAmzContentChecksumMismatch", "XAmzContentSHA256Mismatch"}
+_GARBLED = {"BadDigest", "ConditionalRequestConflict", "IncompleteBody", "InvalidDigest"}
+_GARBLED |= {"RequestTimeout", "XAmzContentChecksumMismatch", "XAmzContentSHA256Mismatch"}
 # What a store may refuse, and what is done instead.
 _CHECKSUMS, _CONDITIONS = "checksums", "conditional PUTs"
 _LISTS, _ENCODING = "ListObjectsV2", "encoding-type"
@@ -134,7 +133,6 @@ class _Store:
         """The answer to `request`, called with those of `options` that it has and the client: all,
         or else the most that the store takes; requests of this kind are made in no other way from
         then on. Raises what it said of the first where it takes none.
-
         is_known: whether the store grants such credentials anything, asked where that is the doubt.
         """
         refusal = None
@@ -173,7 +171,7 @@ def _is_away(error: Exception) -> bool:
 def _is_garbled(error: Exception) -> bool:
     """Whether request or answer were damaged on their way, or another's write was in its way."""
     if isinstance(error, ClientError):
-        return _code(error) in _GARBLED | {"ConditionalRequestConflict"}
+        return _code(error) in _GARBLED
     damaged = boto.IncompleteReadError | boto.ResponseStreamingError | boto.FlexibleChecksumError
     return isinstance(error, damaged | ResponseParserError)
 

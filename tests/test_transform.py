@@ -21,7 +21,8 @@ from forged import (
 )
 from PIL import Image, ImageOps
 
-from pipelines.transform import FIXES, Rejected, Stored, decode, to_stored
+from pipelines import transform
+from pipelines.transform import FIXES, Rejected, Stored, to_stored
 
 GEOMETRY = (256, 227, 90)
 
@@ -35,6 +36,11 @@ def stored(raw: bytes) -> Stored:
     assert isinstance(made, Stored), made
     assert set(made.fixes) <= set(FIXES)
     return made
+
+
+def decode(raw: bytes, exif_orientation: str = "ignore") -> tuple[np.ndarray, set[str]]:
+    pixels, fixes = transform.decode(raw, exif_orientation)
+    return pixels[..., :3], fixes
 
 
 def opened(raw: bytes) -> np.ndarray:

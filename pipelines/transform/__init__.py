@@ -112,7 +112,7 @@ def to_stored(
     between black and white make the 8-bit step between rows and columns clip).
     """
     try:
-        whole, fixes = _decoded(raw, exif_orientation)
+        whole, fixes = decode(raw, exif_orientation)
     except Unusable as unusable:
         return _rejected(unusable)
     height, width = whole.shape[:2]
@@ -158,13 +158,8 @@ def _rejected(unusable: Unusable) -> Rejected:
 
 
 def decode(raw: bytes, exif_orientation: Orientation = "ignore") -> tuple[Pixels, set[str]]:
-    """Whole picture as uint8 (H, W, 3) RGB, and what had to be mended. Raises Unusable."""
-    pixels, fixes = _decoded(raw, exif_orientation)
-    return pixels[..., :3], fixes
-
-
-def _decoded(raw: bytes, exif_orientation: str) -> tuple[Pixels, set[str]]:
-    """As `decode`, perhaps with a fourth channel without meaning."""
+    """Whole picture as uint8 (H, W, 3) RGB, or (H, W, 4) with any fourth, and what had to be
+    mended. Raises Unusable."""
     fixes: set[str] = set()
     if (form := headers.form(raw)) == "GZIP":
         fixes.add("gzip")
@@ -174,10 +169,10 @@ def _decoded(raw: bytes, exif_orientation: str) -> tuple[Pixels, set[str]]:
         raise Unusable("zero_bytes", "file of 0 bytes")
     if form in ("", "GZIP"):
         raise Unusable("not_an_image", _beginning(raw))
-    decode_form = _decode_jpeg if form == "JPEG" else _decode_other
     with warnings.catch_warnings():  # a damaged EXIF block is no news about the pixels
         warnings.simplefilter("ignore")
-        pixels, found, orientation = decode_form(raw, form)
+        decoded = _decode_jpeg(raw) if form == "JPEG" else _decode_other(raw, form)
+    pixels, found, orientation = decoded
     fixes |= found
     if isinstance(orientation, int) and 2 <= orientation <= 8:  # EXIF may hold anything there
         if exif_orientation == "apply":
@@ -204,7 +199,7 @@ def _unpacked(raw: bytes) -> bytes:
     raise Unusable("truncated", f"gzip ends early, after {len(raw)} bytes")
 
 
-def _decode_jpeg(raw: bytes, _form: str) -> tuple[Pixels, set[str], Any]:
+def _decode_jpeg(raw: bytes) -> tuple[Pixels, set[str], Any]:
     """Pixels, fixes, and what EXIF says of the orientation."""
     frame = jpegs.read(raw)
     pixels, fixes = jpegs.decode(raw, frame)

@@ -103,7 +103,10 @@ def decode(raw: bytes, frame: Frame) -> tuple[Pixels, set[str]]:
         raise Unusable("corrupt", said)
     if len(frame.components) == 4:
         fixes.add("ycck" if frame.adobe_transform else "cmyk")
-        pixels = _from_inks(pixels)
+        # Adobe stores inks inverted. Without its marker nothing says whether they are, and Pillow,
+        # Chromium and Firefox all take them as inverted too.
+        size = (pixels.shape[1], pixels.shape[0])
+        pixels = to_rgb(Image.frombytes("CMYK", size, pixels.tobytes(), "raw", "CMYK;I"))
     elif len(frame.components) == 1:
         fixes.add("grey")
     return pixels, fixes
@@ -227,16 +230,6 @@ def _pillow(raw: bytes) -> Pixels:
             return 255 - np.asarray(picture) if picture.mode == "CMYK" else to_rgb(picture)
     except (OSError, SyntaxError, ValueError) as error:
         raise Unusable("corrupt", error) from error
-
-
-def _from_inks(inks: Pixels) -> Pixels:
-    """uint8 (H, W, 4) CMYK as stored → RGB.
-
-    Adobe stores inks inverted. Without its marker nothing says whether they are, and Pillow,
-    Chromium and Firefox all take them as inverted too.
-    """
-    height, width = inks.shape[:2]
-    return to_rgb(Image.frombytes("CMYK", (width, height), inks.tobytes(), "raw", "CMYK;I"))
 
 
 def to_rgb(picture: Image.Image) -> Pixels:

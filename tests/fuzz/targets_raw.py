@@ -195,7 +195,7 @@ def picture(data: bytes, _folder: Path) -> None:
         assert (stored.size, stored.mode, stored.format) == ((227, 227), "RGB", "JPEG")
         stored.load()
     if not set(made.fixes) & {"gzip", "cmyk", "ycck", "16bit", "jpeg_warning_ignored"}:
-        pixels, _ = transform.decode(data)
+        pixels = transform.decode(data)[0][..., :3]
         with contextlib.suppress(OSError, SyntaxError, ValueError), _quiet():
             with Image.open(io.BytesIO(data)) as seen:
                 theirs = np.asarray(seen.convert("RGB"), np.int16)
