@@ -43,7 +43,7 @@ def build(
 
     only: numbers of the shards to make; without the others there is no manifest yet: None.
     workers: most shards under way at once; None for as many as the cluster has CPUs.
-    address: of the Ray cluster, as `cluster.connect` takes it.
+    address: of the Ray cluster, as `cluster.connected` takes it.
     repairs: the set was finished before, so that a class of which nothing can be read is no news.
     Raises UserError before any long work for what the user can mend, BuildFailed afterwards.
     """
