@@ -17,7 +17,7 @@ from safetensors.torch import load, load_file
 from torch import Tensor, nn
 
 from alexnet import Variant, renamed
-from alexnet.errors import UserError
+from alexnet.errors import UserError, reason
 from alexnet.model import AlexNet
 from alexnet.preprocess import InputSpec, centre_view
 
@@ -119,10 +119,10 @@ def load_network(weights: Path, fields: Mapping[str, Any]) -> AlexNet:
             raise ValueError(f"{other[0]} is {copies[other[0]].dtype}")
         network.load_state_dict(copies, assign=True)
     except (OSError, SafetensorError, TypeError, ValueError, OverflowError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:200]
+        why = " ".join(str(error).split())[:200]
         raise UserError(
-            f"{weights.name} does not hold the weights of this network ({reason}); register the "
-            "model again"
+            f"{weights.name} does not hold the weights of this network ({why}); register the model "
+            "again"
         ) from error
     return network.eval()
 
@@ -143,8 +143,7 @@ def decode(picture: str | Path | bytes) -> Tensor:
         raise UserError(f"cannot read {name}: {error.strerror}; give a picture file") from error
     try:
         with warnings.catch_warnings():
-            # Pillow warns of odd metadata, which is of no consequence here, and between one and two
-            # times its limit of pixels it only warns as well.
+            # Pillow warns of odd metadata, of no consequence here, and up to twice its pixel limit.
             warnings.simplefilter("ignore")
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(io.BytesIO(content), formats=FORMATS) as image:
@@ -161,8 +160,9 @@ def decode(picture: str | Path | bytes) -> Tensor:
         ) from error
     # What Pillow's readers raise on damaged files is not one family.
     except (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"cannot decode {name} ({reason}); give a whole JPEG or PNG") from error
+        raise UserError(
+            f"cannot decode {name} ({reason(error)}); give a whole JPEG or PNG"
+        ) from error
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
 

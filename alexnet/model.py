@@ -32,8 +32,6 @@ The paper says the input is 224×224, which does not give 55×55; 227×227 witho
 
 import math
 from collections import OrderedDict
-from collections.abc import Callable
-from functools import partial
 from typing import get_args
 
 import torch
@@ -91,10 +89,18 @@ class AlexNet(nn.Module):
         init = "source" if init is None else init
         _check(variant, num_classes, width, batch_norm, norm_group, init)
         channels = [_scaled(count, width) for count in CONV_CHANNELS]
-        norm = partial(_norm, norm_group=norm_group) if batch_norm else None
-        self.features = _features(channels, paper=variant == "paper", norm=norm)
-        self.classifier = _classifier(
-            POOLED_SIDE**2 * channels[-1], _scaled(HIDDEN_UNITS, width), num_classes
+        hidden = _scaled(HIDDEN_UNITS, width)
+        self.features = _features(channels, variant == "paper", norm_group if batch_norm else None)
+        self.classifier = nn.Sequential(
+            OrderedDict[str, nn.Module](
+                dropout6=nn.Dropout(0.5),
+                fc6=nn.Linear(POOLED_SIDE**2 * channels[-1], hidden),
+                relu6=nn.ReLU(inplace=True),
+                dropout7=nn.Dropout(0.5),
+                fc7=nn.Linear(hidden, hidden),
+                relu7=nn.ReLU(inplace=True),
+                fc8=nn.Linear(hidden, num_classes),
+            )
         )
         _initialise(self, init)
 
@@ -113,15 +119,15 @@ class AlexNet(nn.Module):
 def _check(
     variant: str, num_classes: int, width: float, batch_norm: bool, norm_group: int, init: str
 ) -> None:
-    if variant not in get_args(Variant):
-        raise UserError(f"variant {variant!r} is unknown; choose one of {_names(Variant)}")
-    if init not in get_args(Init):
-        raise UserError(f"init {init!r} is unknown; choose one of {_names(Init)}")
-    if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 1:
+    for name, value, choices in (("variant", variant, Variant), ("init", init, Init)):
+        if value not in (known := get_args(choices)):
+            names = ", ".join(map(repr, known))
+            raise UserError(f"{name} {value!r} is unknown; choose one of {names}")
+    if type(num_classes) is not int or num_classes < 1:
         raise UserError(f"num_classes {num_classes!r} must be a whole number from 1 up")
     if not (math.isfinite(width) and MIN_WIDTH <= width <= MAX_WIDTH):
         raise UserError(f"width {width} must lie between {MIN_WIDTH} and {MAX_WIDTH:g}")
-    if isinstance(norm_group, bool) or not isinstance(norm_group, int) or norm_group < 0:
+    if type(norm_group) is not int or norm_group < 0:
         raise UserError(
             f"norm_group {norm_group!r} must be a whole number of images; 0 takes the whole batch"
         )
@@ -132,23 +138,13 @@ def _check(
         )
 
 
-def _names(choices: object) -> str:
-    return ", ".join(map(repr, get_args(choices)))
-
-
 def _scaled(count: int, width: float) -> int:
     return max(2, 2 * round(count * width / 2))
 
 
-def _norm(channels: int, *, norm_group: int) -> nn.Module:
-    return GroupedBatchNorm2d(channels, norm_group) if norm_group else nn.BatchNorm2d(channels)
-
-
-def _features(
-    channels: list[int], *, paper: bool, norm: Callable[[int], nn.Module] | None
-) -> nn.Sequential:
-    """(B, 3, 227, 227) → (B, channels[-1], 6, 6), modules named as in the table above. `norm` makes
-    the normalisation of so many channels, where there is to be one."""
+def _features(channels: list[int], paper: bool, norm_group: int | None) -> nn.Sequential:
+    """(B, 3, 227, 227) → (B, channels[-1], 6, 6), modules named as in the table above; without
+    batch normalisation for a `norm_group` of None."""
     layers: OrderedDict[str, nn.Module] = OrderedDict()
     sizes = ((11, 4, 0, 1), (5, 1, 2, 2), (3, 1, 1, 1), (3, 1, 1, 2), (3, 1, 1, 2))
     before = 3
@@ -156,35 +152,18 @@ def _features(
         zip(channels, sizes, strict=True), start=1
     ):
         layers[f"conv{i}"] = nn.Conv2d(
-            before,
-            after,
-            kernel,
-            stride,
-            padding,
-            groups=groups if paper else 1,
-            bias=norm is None,
+            before, after, kernel, stride, padding, 1, groups if paper else 1, norm_group is None
         )
-        if norm is not None:
-            layers[f"bn{i}"] = norm(after)
+        if norm_group is not None:
+            layers[f"bn{i}"] = (
+                GroupedBatchNorm2d(after, norm_group) if norm_group else nn.BatchNorm2d(after)
+            )
         layers[f"relu{i}"] = nn.ReLU(inplace=True)
         if paper and i in (1, 2):
             layers[f"lrn{i}"] = nn.LocalResponseNorm(5, alpha=1e-4, beta=0.75, k=2)
         if i in (1, 2, 5):
             layers[f"pool{i}"] = nn.MaxPool2d(3, 2)
         before = after
-    return nn.Sequential(layers)
-
-
-def _classifier(inputs: int, hidden: int, num_classes: int) -> nn.Sequential:
-    layers: OrderedDict[str, nn.Module] = OrderedDict(
-        dropout6=nn.Dropout(0.5),
-        fc6=nn.Linear(inputs, hidden),
-        relu6=nn.ReLU(inplace=True),
-        dropout7=nn.Dropout(0.5),
-        fc7=nn.Linear(hidden, hidden),
-        relu7=nn.ReLU(inplace=True),
-        fc8=nn.Linear(hidden, num_classes),
-    )
     return nn.Sequential(layers)
 
 
@@ -259,10 +238,8 @@ class GroupedBatchNorm2d(nn.BatchNorm2d):
 
     @torch.no_grad()
     def _move(self, mean: Tensor, variance: Tensor) -> None:
-        running = (self.running_mean, self.running_var, self.num_batches_tracked)
-        running_mean, running_var, batches = running
-        assert running_mean is not None and running_var is not None and batches is not None
-        assert self.momentum is not None
-        running_mean.lerp_(mean, self.momentum)
-        running_var.lerp_(variance, self.momentum)
-        batches.add_(1)
+        assert self.running_mean is not None and self.running_var is not None
+        assert self.num_batches_tracked is not None and self.momentum is not None
+        self.running_mean.lerp_(mean, self.momentum)
+        self.running_var.lerp_(variance, self.momentum)
+        self.num_batches_tracked.add_(1)

@@ -44,32 +44,23 @@ def sgd(
     changes, after which it applies the new lr to the old gradients too.
     paper and lars: see PaperSGD and LARS, which alone takes `trust`.
     """
-    groups = _groups(model, weight_decay)
-    if rule == "paper":
-        return PaperSGD(groups, momentum=momentum)
-    if rule == "lars":
-        return LARS(groups, momentum=momentum, trust=trust)
-    trained = [parameter for group in groups for parameter in group["params"]]
-    fused = all(parameter.device.type in FUSED_DEVICES for parameter in trained)
-    return torch.optim.SGD(groups, lr=0.0, momentum=momentum, fused=fused)
-
-
-def _groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    groups: dict[str, list[Tensor]] = {}
+    named: dict[str, list[Tensor]] = {}
     for name, parameter in model.named_parameters():
         # Convolutions and linear layers have 4 and 2 dimensions; biases and norm parameters have 1.
         kind = "weights" if parameter.ndim > 1 else "biases"
         rate = f"conv1_{kind}" if "conv1" in name.split(".") else kind
         if parameter.requires_grad:
-            groups.setdefault(rate, []).append(parameter)
-    return [
-        {
-            "params": parameters,
-            "weight_decay": weight_decay if rate.endswith("weights") else 0.0,
-            "rate": rate,
-        }
-        for rate, parameters in groups.items()
+            named.setdefault(rate, []).append(parameter)
+    decays = {rate: weight_decay if rate.endswith("weights") else 0.0 for rate in named}
+    groups: list[dict[str, Any]] = [
+        {"params": named[rate], "weight_decay": decays[rate], "rate": rate} for rate in named
     ]
+    if rule == "paper":
+        return PaperSGD(groups, momentum=momentum)
+    if rule == "lars":
+        return LARS(groups, momentum=momentum, trust=trust)
+    fused = all(tensor.device.type in FUSED_DEVICES for row in named.values() for tensor in row)
+    return torch.optim.SGD(groups, lr=0.0, momentum=momentum, fused=fused)
 
 
 class PaperSGD(torch.optim.Optimizer):
@@ -137,9 +128,8 @@ def _trained(
     """Weights of a group, gradients and velocities (zero at first), where there is a gradient."""
     weights = [weight for weight in group["params"] if weight.grad is not None]
     for weight in weights:
-        state = optimizer.state[weight]
-        if "momentum_buffer" not in state:
-            state["momentum_buffer"] = torch.zeros_like(weight)
+        if "momentum_buffer" not in optimizer.state[weight]:
+            optimizer.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
     velocities = [optimizer.state[weight]["momentum_buffer"] for weight in weights]
     return weights, [weight.grad for weight in weights], velocities
 
@@ -151,15 +141,13 @@ def set_rates(optimizer: torch.optim.Optimizer, rates: Rates) -> None:
         group["lr"] = by_name[group["rate"]]
 
 
-def step_decay(
-    step: int, steps_per_epoch: int, milestones: Sequence[int], factor: float = 0.1
-) -> float:
-    """Multiplier of the base rate: factor^(milestones reached). Steps count from 0.
+def step_decay(step: int, steps_per_epoch: int, milestones: Sequence[int]) -> float:
+    """Multiplier of the base rate: 0.1^(milestones reached). Steps count from 0.
 
     Milestones are epochs, counted from 0 too: epoch m is the first with the lower rate. The 2012
     source divides by 10 at 25, 51 and 79.
     """
-    return math.pow(factor, sum(step >= epoch * steps_per_epoch for epoch in milestones))
+    return math.pow(0.1, sum(step >= epoch * steps_per_epoch for epoch in milestones))
 
 
 def warmup_cosine(step: int, total_steps: int, warmup_steps: int) -> float:
@@ -201,12 +189,8 @@ class Ema:
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
-        self._model = model
-        self._decay = decay
-        self.updates = 0
-        self.state: dict[str, Tensor] = {
-            name: value.clone() for name, value in model.state_dict().items()
-        }
+        self._model, self._decay, self.updates = model, decay, 0
+        self.state = _cloned(model.state_dict())
 
     @torch.no_grad()
     def update(self) -> None:
@@ -229,12 +213,16 @@ class Ema:
     def applied(self) -> Iterator[None]:
         """Inside, the model has the averaged weights; afterwards its own again."""
         live = self._model.state_dict()
-        own = {name: value.clone() for name, value in live.items()}
+        own = _cloned(live)
         _copy(self.state, live)
         try:
             yield
         finally:
             _copy(own, live)
+
+
+def _cloned(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in tensors.items()}
 
 
 @torch.no_grad()

@@ -4,6 +4,7 @@ Everywhere `images` is uint8 (B, 3, S, S) with S = spec.crop, the stored side, a
 float32 (B, 3, 227, 227) on the same device, normalised per channel as (pixel − mean) / std.
 """
 
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -59,9 +60,8 @@ class InputSpec:
             )
 
     def to_json(self) -> dict[str, Any]:
-        fields = asdict(self)
-        lists = {name: list(fields[name]) for name in ("mean", "std")}
-        return fields | lists | {"covariance": [list(row) for row in self.covariance]}
+        document: dict[str, Any] = json.loads(json.dumps(asdict(self)))  # lists for the tuples
+        return document
 
     @classmethod
     def from_json(cls, document: Mapping[str, Any]) -> "InputSpec":
@@ -100,16 +100,14 @@ class Augment:
 def resize_and_crop(image: Tensor, resize: int, crop: int) -> Tensor:
     """uint8 (C, H, W) on the CPU → uint8 (C, crop, crop), possibly a view of a larger picture.
 
-    Each channel alone, the fastest where a pixel's channels are neighbours in memory; so they are
-    in the result, then.
-
-    The shorter side becomes `resize`, the other long·resize/short rounded half up, by antialiased
+    Fastest where a pixel's channels are neighbours in memory; so they are in the result, then. The
+    shorter side becomes `resize`, the other long·resize/short rounded half up, by antialiased
     Lanczos (Pillow's filter); then the centre, with offset (side − crop) / 2 rounded down.
 
     A picture longer than 8 times its shorter side is first cut to its centre of exactly 8 times
     (offset rounded down as well): the crop never sees the rest, and a 1×10000 strip would otherwise
-    grow to 256×2,560,000 pixels. Against the uncut picture this moves the crop by less than one
-    pixel of the source plus one of the result; all other pictures are untouched by the rule.
+    grow to 256×2,560,000 pixels. It moves the crop by less than one pixel of the source plus one of
+    the result.
 
     Raises UserError where torch has no Lanczos filter, because any other gives other pixels.
     """
@@ -203,9 +201,7 @@ def colour_noise(spec: InputSpec, sigma: float, draws: Tensor) -> Tensor:
 def uniforms(seed: int, epoch: int, sample_ids: Tensor, count: int) -> Tensor:
     """float64 (B, count) in [0, 1), the same bits on every device. seed, epoch: 0 to 2^63 − 1."""
     ids = sample_ids.to(torch.int64)
-    key = _hash(torch.full_like(ids, seed))
-    key = _hash(key ^ epoch)
-    key = _hash(key ^ ids)
+    key = _hash(_hash(_hash(torch.full_like(ids, seed)) ^ epoch) ^ ids)
     bits = _hash(key[:, None] ^ torch.arange(count, device=ids.device))
     return _shift_right(bits, 11).double() * 2.0**-53
 
@@ -264,16 +260,13 @@ def _resized_windows(images: Tensor, draws: Tensor, mirrored: Tensor) -> Tensor:
     width = (area * aspect).sqrt().clamp(max=1)  # as shares of the picture's side
     height = (area / aspect).sqrt().clamp(max=1)
     # In grid_sample's coordinates the picture spans −1 to 1: a window has room 1 − side around 0.
-    centre_x = (2 * draws[:, DRAW_LEFT] - 1) * (1 - width)
-    centre_y = (2 * draws[:, DRAW_TOP] - 1) * (1 - height)
     theta = torch.zeros(len(images), 2, 3, dtype=torch.float64, device=draws.device)
     theta[:, 0, 0] = torch.where(mirrored, -width, width)
-    theta[:, 0, 2] = centre_x
+    theta[:, 0, 2] = (2 * draws[:, DRAW_LEFT] - 1) * (1 - width)
     theta[:, 1, 1] = height
-    theta[:, 1, 2] = centre_y
-    theta = theta.to(images.device, torch.float32)
+    theta[:, 1, 2] = (2 * draws[:, DRAW_TOP] - 1) * (1 - height)
     size = [len(images), 3, NETWORK_SIDE, NETWORK_SIDE]
-    grid = F.affine_grid(theta, size, align_corners=False)
+    grid = F.affine_grid(theta.to(images.device, torch.float32), size, align_corners=False)
     return F.grid_sample(images.float(), grid, padding_mode="border", align_corners=False)
 
 

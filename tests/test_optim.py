@@ -107,8 +107,7 @@ def test_step_decay_follows_the_published_schedule():
             assert 0.01 * multiplier == pytest.approx(lr, rel=1e-12)
 
 
-def test_step_decay_takes_another_factor_and_no_milestones():
-    assert step_decay(20, 10, (1, 2), factor=0.5) == 0.25
+def test_step_decay_takes_no_milestones():
     assert step_decay(10**9, 10, ()) == 1
 
 

@@ -122,12 +122,10 @@ def verify(folder: Path) -> None:
     for name in sorted({*_LEAST, *hashes}):
         if not _FILE.fullmatch(name):
             raise UserError(f"checkpoint {folder} is damaged: {name[:80]} is no file of it")
-        try:
-            found = _sha256(folder / name)
-        except OSError:  # gone, pruned this moment by the run itself, or unreadable
-            found = None
-        if found is None or found != hashes.get(name):
-            raise UserError(f"checkpoint {folder} is damaged: {name} does not match its sha256")
+        with contextlib.suppress(OSError):  # gone, pruned by the run itself, or unreadable
+            if _sha256(folder / name) == hashes.get(name):
+                continue
+        raise UserError(f"checkpoint {folder} is damaged: {name} does not match its sha256")
 
 
 @contextlib.contextmanager
@@ -176,13 +174,10 @@ def newest_state(run: str) -> dict[str, Any] | None:
     None where there is none at all. Raises UserError where none has the hash that it should."""
     folders = _newest_first(run)
     for folder in folders:
-        text = _if_there(storage.join(run, folder, "state.json"))
-        hashes = _if_there(storage.join(run, folder, _HASHES))
+        text = _if_there(storage.join(run, folder, "state.json")) or b""
+        hashes = _if_there(storage.join(run, folder, _HASHES)) or b"{}"
         with contextlib.suppress(KeyError, TypeError, ValueError, RecursionError):
-            if (
-                text
-                and json.loads(hashes or "{}")["state.json"] == hashlib.sha256(text).hexdigest()
-            ):
+            if json.loads(hashes)["state.json"] == hashlib.sha256(text).hexdigest():
                 return _current(json.loads(text))
     if folders:
         raise UserError(_none_whole(run))
@@ -242,12 +237,9 @@ def load_model(folder: Path, model: torch.nn.Module) -> None:
 def momentum(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
     """What `save` takes as "optimizer": the momentum by name of its parameter, where there is one
     already. The learning rate is a function of the step and is not stored."""
-    buffers = {}
-    for name, parameter in model.named_parameters():
-        buffer = optimizer.state.get(parameter, {}).get("momentum_buffer")
-        if buffer is not None:
-            buffers[name] = buffer
-    return buffers
+    states = {name: optimizer.state.get(weight, {}) for name, weight in model.named_parameters()}
+    buffers = {name: state.get("momentum_buffer") for name, state in states.items()}
+    return {name: buffer for name, buffer in buffers.items() if buffer is not None}
 
 
 def load_optimizer(folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -268,12 +260,9 @@ def _current(state: dict[str, Any]) -> dict[str, Any]:
 
 def _newest_first(run: str) -> list[str]:
     """The folders of a run that hold a complete checkpoint, by step."""
-    names = [name for name, _ in storage.list_files(run) if name.endswith(f"/{_HASHES}")]
-    return sorted(
-        (name.removesuffix(f"/{_HASHES}") for name in names),
-        key=lambda folder: (_step(storage.join(run, folder)), folder),
-        reverse=True,
-    )
+    parts = [name.rpartition("/") for name, _ in storage.list_files(run)]
+    folders = [folder for folder, _, file in parts if folder and file == _HASHES]
+    return sorted(folders, key=lambda name: (_step(storage.join(run, name)), name), reverse=True)
 
 
 def _leaf(document: Any, dotted: str) -> str | None:

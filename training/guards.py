@@ -13,12 +13,9 @@ from training.meter import Reading
 from training.order import Ids
 from training.steps import Place, summed
 
-# Share of ln(num_classes), the loss of guessing, that counts as having learned nothing.
-_FLAT_SHARE = 0.99
-# MLPerf Storage asks for 90 % from the image models.
-_USEFUL_UTILIZATION = 0.9
-# Steps between two looks at clock and notice: every rank meets the others for the answer.
-ASK_STEPS = 20
+_FLAT_SHARE = 0.99  # of ln(num_classes), the loss of guessing: nothing was learned
+_USEFUL_UTILIZATION = 0.9  # what MLPerf Storage asks for from the image models
+ASK_STEPS = 20  # between two looks at clock and notice, for which the ranks meet each other
 # Seconds between two looks for a stop, which slow steps must not delay, and steps at most.
 _LOOK_SECONDS, _MOST_STEPS = 1.0, 100
 
@@ -43,9 +40,8 @@ def check_losses(
     is not finite, with the first such step, and for a loss that never fell below that of guessing.
     """
     first = step - len(reading.losses) + 1
-    for number, (loss, norm) in enumerate(
-        zip(reading.losses, reading.grad_norms, strict=True), first
-    ):
+    rows = zip(reading.losses, reading.grad_norms, strict=True)
+    for number, (loss, norm) in enumerate(rows, first):
         for what, value in (("loss", loss), ("gradient norm", norm)):
             if not math.isfinite(value):
                 raise TrainingStopped(
@@ -107,7 +103,8 @@ class CheckpointTimer:
     def __init__(
         self, minutes: float | None, preempted: Callable[[], bool] | None, place: Place
     ) -> None:
-        self._minutes, self._preempted, self._place = minutes, preempted, place
+        self._seconds = math.inf if minutes is None else 60 * minutes
+        self._preempted, self._place = preempted, place
         self.saved()
 
     def saved(self) -> None:
@@ -117,11 +114,7 @@ class CheckpointTimer:
         """The same answer on all ranks; they must all ask after the same steps."""
         if step % ASK_STEPS:
             return False
-        late = (
-            self._place.rank == 0
-            and self._minutes is not None
-            and time.monotonic() - self._saved_at >= 60 * self._minutes
-        )
+        late = self._place.rank == 0 and time.monotonic() - self._saved_at >= self._seconds
         notice = self._preempted is not None and self._preempted()
         return summed([late or notice], self._place.device, self._place.world_size)[0] > 0
 

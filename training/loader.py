@@ -25,9 +25,7 @@ from training.order import Ids
 from training.shard_files import OpenShard, ShardFiles, ShardUses
 
 _AHEAD = 3  # batches begun beyond the one that the consumer holds
-# Synthetic images: enough that no cache of a processor holds them, few enough for every device,
-# 158 MB at 227 px.
-_SYNTHETIC_IMAGES = 1024
+_SYNTHETIC_IMAGES = 1024  # 158 MB at 227 px: beyond a processor's cache, within every device
 
 Opening = Mapping[str, Future[OpenShard]]
 
@@ -47,8 +45,7 @@ Batches = Generator[Batch, None, None]
 
 @dataclass(frozen=True)
 class _Begun:
-    """A batch on its way: the parts fill `pixels`, uint8 (B,H,W,3); their results are what `decode`
-    returns."""
+    """A batch on its way: `parts`, runs of `decode`, fill `pixels`, uint8 (B,H,W,3)."""
 
     ids: Ids
     opening: Opening
@@ -72,14 +69,16 @@ class Loader:
         threads: int,
         cache_gb: float = 20.0,
     ) -> None:
+        self._describe(manifest, split)
         self._samples = Samples(uri, manifest, split)
-        self.num_samples = self._samples.count
-        infos = manifest.split_shards(split)
-        self.shard_sizes = [shard.samples for shard in infos]
-        self._files = ShardFiles(uri, infos, int(cache_gb * 1e9))
+        self._files = ShardFiles(uri, manifest.split_shards(split), int(cache_gb * 1e9))
         self._buffers = Buffers(manifest.crop, idle=_AHEAD + 2)
         self._threads = threads
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
+
+    def _describe(self, manifest: shards.Manifest, split: str) -> None:
+        self.shard_sizes = [shard.samples for shard in manifest.split_shards(split)]
+        self.num_samples = manifest.num_samples(split)
         self._seconds = {"read": 0.0, "decode": 0.0, "wait": 0.0}
 
     def __enter__(self) -> "Loader":
@@ -162,8 +161,7 @@ class Synthetic(Loader):
     functions of its id. Needs no file of the shard set."""
 
     def __init__(self, manifest: shards.Manifest, split: str, device: torch.device) -> None:
-        self.shard_sizes = [shard.samples for shard in manifest.split_shards(split)]
-        self.num_samples = manifest.num_samples(split)
+        self._describe(manifest, split)
         self._device = device
         side, count = manifest.crop, min(_SYNTHETIC_IMAGES, self.num_samples)
         generator = torch.Generator().manual_seed(0)
@@ -186,9 +184,6 @@ class Synthetic(Loader):
         sample_ids = torch.from_numpy(np.ascontiguousarray(ids))
         rows = (sample_ids % len(self._pixels)).to(self._device)
         return Batch(self._pixels[rows].permute(0, 3, 1, 2), self._labels[rows], sample_ids)
-
-    def timings(self) -> dict[str, float]:
-        return {"read": 0.0, "decode": 0.0, "wait": 0.0}
 
 
 class Samples:
@@ -226,14 +221,13 @@ class Samples:
 
     def read(self, ids: Ids, opening: Opening) -> list[memoryview]:
         """The JPEGs of `ids`, from shards that are open or being opened."""
-        numbers, offsets = self._shard[ids].tolist(), self._offset[ids].tolist()
         sizes = self._size[ids].tolist()
-        ends = itertools.accumulate(sizes)
         block = memoryview(bytearray(sum(sizes)))
+        ends = itertools.accumulate(sizes)
         jpegs = [block[end - size : end] for size, end in zip(sizes, ends, strict=True)]
-        files = {shard: opening[self._names[shard]].result() for shard in set(numbers)}
-        for shard, offset, jpeg in zip(numbers, offsets, jpegs, strict=True):
-            files[shard].read(offset, jpeg)
+        places = zip(self._shard[ids].tolist(), self._offset[ids].tolist(), jpegs, strict=True)
+        for shard, offset, jpeg in places:
+            opening[self._names[shard]].result().read(offset, jpeg)
         return jpegs
 
     def decode(self, ids: Ids, out: np.ndarray, opening: Opening) -> tuple[float, float]:
@@ -261,17 +255,13 @@ class Samples:
 
 
 class Buffers:
-    """Lends uint8 (B, side, side, 3) tensors and takes them back by itself, instead of asking the
-    system for the memory of each batch.
-
-    A buffer comes back when the last tensor or array that looks into it is gone, whoever holds it
-    and however it was sliced: so a batch that is kept is never overwritten, and `idle` says only
-    how many free ones are kept for the next batches.
+    """Lends uint8 (B, side, side, 3) tensors, each to be had again when the last tensor or array
+    that looks into it is gone: a batch that is kept is never overwritten. `idle` free ones at most
+    are kept for the next batches.
 
     Pinned ones are PyTorch's own to reuse. The host runs several steps ahead of a GPU, so a batch
-    that nothing refers to may still be waiting to be copied; the allocator of pinned memory marks
-    each copy on its stream and gives a block out again only after it, which no fixed number of
-    buffers here could promise.
+    that nothing refers to may still be waiting to be copied; only the allocator of pinned memory
+    knows of these copies, and gives a block out again after them.
     """
 
     def __init__(self, side: int, idle: int) -> None:
@@ -285,11 +275,8 @@ class Buffers:
         if pin:
             return torch.empty(shape, dtype=torch.uint8, pin_memory=True)
         num_bytes = math.prod(shape)
-        try:
-            whole = self._free.popleft()
-        except IndexError:
-            whole = np.empty(0, np.uint8)
-        if len(whole) < num_bytes:
+        whole = self._free.popleft() if self._free else None
+        if whole is None or len(whole) < num_bytes:
             whole = np.empty(num_bytes, np.uint8)
         lent = whole[:num_bytes].reshape(shape)
         # from_numpy's storage holds `lent` for as long as any tensor shares it.

@@ -148,7 +148,7 @@ class _Run:
         self.finish_epoch(epoch)
 
     def train_step(self, batch: Batch, epoch: int, global_ids: Ids) -> None:
-        config, device, position = self.config, self.place.device, self.position
+        config, device, step = self.config, self.place.device, self.position.step
         images = batch.images.to(device, non_blocking=True)
         labels = batch.labels.to(device, non_blocking=True)
         self.meter.data_copied()
@@ -160,13 +160,10 @@ class _Run:
             epoch=epoch,
             sample_ids=batch.sample_ids,  # on the CPU: the draws are the same for every device
         ).contiguous(memory_format=torch.channels_last)
-        rates = learning_rates(config, position.step, self.steps_per_epoch, position.val_errors)
-        self.meter.add(
-            self.stepper.step(
-                x, labels, number=position.step, rates=rates, global_size=len(global_ids)
-            )
-        )
-        position.learned_from(global_ids)
+        rates = learning_rates(config, step, self.steps_per_epoch, self.position.val_errors)
+        size = len(global_ids)
+        self.meter.add(self.stepper.step(x, labels, number=step, rates=rates, global_size=size))
+        self.position.learned_from(global_ids)
 
     def report_progress(self, epoch: int) -> None:
         """After a step: the log line and the checkpoint that are due, if any."""

@@ -6,12 +6,11 @@ Every step has three parts on the accelerator's own time line:
     copying     from there until its images and labels are on the device
     computing   augmentation, forward, backward with its communication, and the update
 
-Utilization is what MLPerf Storage defines it to be: computing time / all time, without the first
-step of the run. Exposed communication is the part of `computing` between a rank's last own gradient
-and the moment when the gradients and buffers of all ranks are in: what did not hide behind the
-backward pass. It contains the wait for the slowest rank. MFU, on GPUs alone, is the operations per
-second that training needs / the peak measured here, not a data sheet's: a plain matrix product of
-the run's precision.
+Utilization is MLPerf Storage's: computing time / all time, without the first step of the run.
+Exposed communication is the part of `computing` between a rank's last own gradient and the moment
+when those of all ranks are in, the wait for the slowest included: what did not hide behind the
+backward pass. MFU, on GPUs alone, is the operations per second that training needs / the peak
+measured here: a plain matrix product of the run's precision.
 """
 
 import contextlib
@@ -19,7 +18,6 @@ import platform
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -151,16 +149,16 @@ class Meter:
     def _times(self) -> list[float]:
         """Seconds waiting, copying, computing, and of the last in exposed communication."""
         seconds = self._clock.seconds
-        ends = [self._start, *(end for _, _, end in self._marks)]
+        begins = [self._start, *(end for _, _, end in self._marks[:-1])]
         parts = [
             (
-                seconds(before, arrived),
+                seconds(begin, arrived),
                 seconds(arrived, copied),
                 seconds(copied, end),
                 0.0 if step.communication is None else seconds(*step.communication),
             )
-            for (before, _), (arrived, copied, end), step in zip(
-                pairwise(ends), self._marks, self._steps, strict=True
+            for begin, (arrived, copied, end), step in zip(
+                begins, self._marks, self._steps, strict=True
             )
         ]
         timed = parts[1:] if self._leaves_out_first() else parts
@@ -206,11 +204,11 @@ def traced(folder: Path | None) -> Iterator[Callable[[], None]]:
 
     folder.mkdir(parents=True, exist_ok=True)
 
-    def write(profile: Any) -> None:
-        profile.export_chrome_trace(str(folder / "trace.json"))
-
     schedule = profiler.schedule(wait=3, warmup=1, active=4, repeat=1)
-    with profiler.profile(schedule=schedule, on_trace_ready=write) as profile:
+    path = str(folder / "trace.json")
+    with profiler.profile(
+        schedule=schedule, on_trace_ready=lambda profile: profile.export_chrome_trace(path)
+    ) as profile:
         yield profile.step
 
 
@@ -263,8 +261,6 @@ def device_name(device: torch.device) -> str:
 def processor() -> str:
     """The model of this machine's CPU."""
     cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()

@@ -109,10 +109,9 @@ class NodeCache:
         known = (info.sha256, status.st_ino)
         if known in self._verified:
             return True
-        if status.st_size == info.num_bytes and sha256_of(handle) == info.sha256:
+        if is_whole := status.st_size == info.num_bytes and sha256_of(handle) == info.sha256:
             self._verified.add(known)
-            return True
-        return False
+        return is_whole
 
     def _fetch(self, uri: str, info: ShardInfo) -> int | None:
         """A descriptor of the shard, new in the cache; None where a neighbour fetched it."""
@@ -126,7 +125,7 @@ class NodeCache:
                 logger.warning(f"shard cache {self._folder}: {error.strerror}; making room")
                 self._make_room(info.num_bytes, 0, handle)
                 self._download(uri, info, handle)
-            self._partial(info).rename(self._path(info))
+            self._path(info).with_suffix(".partial").rename(self._path(info))
             self._verified.add((info.sha256, os.fstat(handle).st_ino))
             kept = os.dup(handle)  # its lock is that of `handle`, and outlives it
             return kept if _lock_shared(kept) else None
@@ -135,7 +134,7 @@ class NodeCache:
     def _claimed(self, info: ShardInfo) -> Iterator[int | None]:
         """The locked partial file of a shard, or None where it has been fetched by another. The
         file is gone afterwards, unless it was renamed."""
-        partial = self._partial(info)
+        partial = self._path(info).with_suffix(".partial")
         handle = os.open(partial, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             # Once renamed, it is locked for as long as somebody reads it: nothing to wait for.
@@ -182,15 +181,15 @@ class NodeCache:
 
     def _download(self, uri: str, info: ShardInfo, handle: int) -> None:
         for _ in range(2):
-            found = hashlib.sha256()
-            offset = 0
-            while offset < info.num_bytes:
-                data = self._read(uri, offset, min(_CHUNK, info.num_bytes - offset))
-                if not data:
-                    break
-                found.update(data)
-                _write(handle, data, offset)
-                offset += len(data)
+            found, offset = hashlib.sha256(), 0
+            with open(handle, "wb", closefd=False) as file:  # writes all that it is given
+                file.seek(0)
+                while offset < info.num_bytes:
+                    data = self._read(uri, offset, min(_CHUNK, info.num_bytes - offset))
+                    if not data:
+                        break
+                    found.update(data)
+                    offset += file.write(data)
             if found.hexdigest() == info.sha256:
                 return
             logger.warning(f"{uri} arrived with another sha256 than its manifest's")
@@ -222,14 +221,10 @@ class NodeCache:
     def _path(self, info: ShardInfo) -> Path:
         return self._folder / f"{info.sha256}.tar"
 
-    def _partial(self, info: ShardInfo) -> Path:
-        return self._folder / f"{info.sha256}.partial"
-
 
 def sha256_of(handle: int) -> str:
-    """Of all bytes of an open file."""
-    digest = hashlib.sha256()
-    offset = 0
+    """Of all bytes of an open file, which other threads may read meanwhile."""
+    digest, offset = hashlib.sha256(), 0
     while block := os.pread(handle, 1 << 20, offset):
         digest.update(block)
         offset += len(block)
@@ -247,13 +242,6 @@ def _is_gone(uri: str) -> bool:
         return not storage.exists(uri)
     except (UserError, OSError):
         return False
-
-
-def _write(handle: int, data: bytes, offset: int) -> None:
-    rest = memoryview(data)
-    while rest:  # one write may take less than given, on a disk that is nearly full
-        written = os.pwrite(handle, rest, offset)
-        rest, offset = rest[written:], offset + written
 
 
 def _lock_shared(handle: int) -> bool:

@@ -33,9 +33,8 @@ class OpenShard:
     """An open shard, to be read from any thread; closed when nothing refers to it any more."""
 
     def __init__(self, path: str, info: ShardInfo, handle: int, stamp: Stamp | None) -> None:
-        self.path, self.info = path, info
-        self._handle = handle
-        self._stamp = stamp  # None for the cache's own copy, which nobody else changes
+        """stamp: None for the cache's own copy, which nobody else changes."""
+        self.path, self.info, self._handle, self._stamp = path, info, handle, stamp
         weakref.finalize(self, os.close, handle)
 
     def read(self, offset: int, into: memoryview) -> None:
@@ -70,8 +69,7 @@ class ShardFiles:
     """Opens the shards of one split: local files as they are, S3 objects through the cache."""
 
     def __init__(self, uri: str, infos: Iterable[ShardInfo], cache_bytes: int) -> None:
-        self._uri = uri
-        self._infos = {info.name: info for info in infos}
+        self._uri, self._infos = uri, {info.name: info for info in infos}
         self._closing = threading.Event()
         remote = storage.is_s3(uri)
         self._cache = NodeCache(cache_bytes, self._closing) if remote else None

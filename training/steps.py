@@ -91,17 +91,16 @@ class Stepper:
 
     def __init__(self, config: TrainConfig, model: nn.Module, place: Place) -> None:
         self.config, self.place = config, place
-        channels_last = torch.channels_last
+        channels_last, recipe = torch.channels_last, config.optim
         self.model = model.to(place.device, memory_format=channels_last)  # type: ignore[call-overload]
         self.optimizer = optim.sgd(
             self.model,
-            momentum=config.optim.momentum,
-            weight_decay=config.optim.weight_decay,
-            rule=config.optim.rule,
-            trust=config.optim.lars_trust,
+            momentum=recipe.momentum,
+            weight_decay=recipe.weight_decay,
+            rule=recipe.rule,
+            trust=recipe.lars_trust,
         )
-        decay = config.optim.ema_decay
-        self.ema = optim.Ema(self.model, decay) if decay else None
+        self.ema = optim.Ema(self.model, recipe.ema_decay) if recipe.ema_decay else None
         self._clock = Clock(place.device)
         self._own_gradient: Mark | None = None
         self._network = self._replica()
@@ -117,7 +116,8 @@ class Stepper:
         """
         place = self.place
         # Dropout is seeded by position: a resumed run draws the masks the uninterrupted one drew.
-        torch.manual_seed(_seed(self.config.seed, number, place.rank))
+        where = repr((self.config.seed, number, place.rank)).encode()
+        torch.manual_seed(int.from_bytes(hashlib.sha256(where).digest()[:7]))
         with torch.autocast(
             place.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"
         ):
@@ -232,11 +232,7 @@ def _bfloat16_mean(
     gradient: Tensor = bucket.buffer()
     sent = gradient.to(torch.bfloat16).div_(world_size)
     future = dist.all_reduce(sent, async_op=True).get_future()
-
-    def received(done: torch.futures.Future[list[Tensor]]) -> Tensor:
-        return gradient.copy_(done.value()[0])
-
-    mean: torch.futures.Future[Tensor] = future.then(received)
+    mean: torch.futures.Future[Tensor] = future.then(lambda done: gradient.copy_(done.value()[0]))
     return mean
 
 
@@ -244,9 +240,5 @@ def _sums(loss_sum: Tensor, logits: Tensor, labels: Tensor, grad_norm: Tensor) -
     """float64 (5,) for the meter. With fewer than five classes, top5 counts all of them."""
     correct = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
     count = torch.tensor(len(labels), device=logits.device)
-    parts = [loss_sum, correct[:, 0].sum(), correct.sum(), count, grad_norm]
+    parts = (loss_sum, correct[:, 0].sum(), correct.sum(), count, grad_norm)
     return torch.stack([part.double() for part in parts])
-
-
-def _seed(*position: int) -> int:
-    return int.from_bytes(hashlib.sha256(repr(position).encode()).digest()[:7])

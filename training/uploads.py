@@ -133,18 +133,16 @@ class Uploader:
             if not isinstance(error, UserError | OSError):
                 return False
             if seconds > self._patience:
-                raise UserError(self._given_up(error)) from error
+                step = self._stored
+                safe = "none is stored" if step is None else f"step {step} is stored"
+                raise UserError(
+                    f"a checkpoint could not be stored for {self._patience:.0f} s ({error}); "
+                    f"{safe} by this worker group; mend the store and run the same command again"
+                ) from error
             logger.warning(f"a checkpoint cannot be stored ({error}); trying again")
             return True
 
         storage.patiently(write, goes_on, _LONGEST_PAUSE)
-
-    def _given_up(self, error: Exception) -> str:
-        safe = "none is stored" if self._stored is None else f"step {self._stored} is stored"
-        return (
-            f"a checkpoint could not be stored for {self._patience:.0f} s ({error}); {safe} by "
-            "this worker group; mend the store and run the same command again"
-        )
 
 
 def prune(run: str, newest: str, *, keep_last: int, keep_best: int) -> None:
@@ -163,13 +161,16 @@ def prune(run: str, newest: str, *, keep_last: int, keep_best: int) -> None:
         for path in Path(run).glob(f"{_PREFIX}*/"):
             files.setdefault(path.name, set())
     complete = [folder for folder in files if {_LAST, "state.json"} <= files[folder]]
-    states = {folder: _state(run, folder) for folder in complete}
-    whole = {folder: state for folder, state in states.items() if state is not None}
+    whole = {folder: state for folder in complete if (state := _state(run, folder)) is not None}
     if newest not in whole:
         return  # the store does not show it yet: nothing is known to be safe to delete
     kept = _kept(whole, newest, keep_last, keep_best)
     for folder in files.keys() - kept:
-        _delete(run, folder, files[folder])
+        for file in sorted(files[folder], key=lambda name: name != _LAST):  # no checkpoint any more
+            storage.delete(storage.join(run, folder, file))
+        if not storage.is_s3(run):
+            with contextlib.suppress(OSError):  # a temporary file of a killed writer may lie in it
+                shutil.rmtree(Path(run) / folder)
 
 
 def _kept(
@@ -178,14 +179,16 @@ def _kept(
     here = states[newest]["step"]
     past = [folder for folder, state in states.items() if state["step"] < here]
     last = [*sorted(past, key=lambda folder: (states[folder]["step"], folder)), newest]
-    # Checkpoints inside an epoch carry the figures of the evaluation before them: not theirs.
-    ranked = sorted(
-        (states[folder]["metrics"]["val_top1"], states[folder]["step"], folder)
-        for folder in last
-        if "val_top1" in states[folder]["metrics"]
-        and states[folder]["evaluated_step"] == states[folder]["step"]
+    best = sorted(
+        # Checkpoints inside an epoch carry the figures of the evaluation before them: not theirs.
+        (
+            folder
+            for folder in last
+            if "val_top1" in states[folder]["metrics"]
+            and states[folder]["evaluated_step"] == states[folder]["step"]
+        ),
+        key=lambda name: (states[name]["metrics"]["val_top1"], states[name]["step"], name),
     )
-    best = [folder for _, _, folder in ranked]
     return {*last[-keep_last:], *best[max(0, len(best) - keep_best) :]}
 
 
@@ -198,11 +201,3 @@ def _state(run: str, folder: str) -> dict[str, Any] | None:
         return {name: state[name] for name in ("step", "metrics", "evaluated_step")}
     except (KeyError, TypeError, ValueError):
         return None
-
-
-def _delete(run: str, folder: str, files: set[str]) -> None:
-    for file in sorted(files, key=lambda name: name != _LAST):  # first what makes it a checkpoint
-        storage.delete(storage.join(run, folder, file))
-    if not storage.is_s3(run):
-        with contextlib.suppress(OSError):  # a temporary file of a killed writer may lie in it
-            shutil.rmtree(Path(run) / folder)
