@@ -11,10 +11,6 @@ from torch import Tensor, nn
 
 from alexnet import Rule
 
-# The devices whose fused SGD kernel was there when this was written; on the CPU it takes 30 ms
-# instead of 121 ms for the 62 million parameters of `ungrouped`.
-FUSED_DEVICES = frozenset({"cpu", "cuda"})
-
 
 @dataclass(frozen=True)
 class Rates:
@@ -59,7 +55,8 @@ def sgd(
         return PaperSGD(groups, momentum=momentum)
     if rule == "lars":
         return LARS(groups, momentum=momentum, trust=trust)
-    fused = all(tensor.device.type in FUSED_DEVICES for row in named.values() for tensor in row)
+    # On the CPU 30 ms instead of 121 ms for the 62 million parameters of `ungrouped`.
+    fused = all(p.device.type in ("cpu", "cuda") for row in named.values() for p in row)
     return torch.optim.SGD(groups, lr=0.0, momentum=momentum, fused=fused)
 
 

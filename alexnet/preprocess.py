@@ -19,8 +19,8 @@ from alexnet.errors import UserError
 
 # A picture longer than this many times its shorter side is first cut to its centre.
 MAX_ASPECT = 8
-# Share of the stored area that a "resized" crop keeps, and its width / height. Milder than the 0.08
-# usual for deeper nets: the stored pictures are centre crops already.
+# Of a "resized" crop: share of the stored area, and width / height. Milder than the 0.08 usual for
+# deeper nets: the stored pictures are centre crops already.
 AREA_RANGE = (0.35, 1.0)
 ASPECT_RANGE = (3 / 4, 4 / 3)
 
@@ -189,9 +189,8 @@ def colour_noise(spec: InputSpec, sigma: float, draws: Tensor) -> Tensor:
     source multiplies by √λ, the standard deviations, and then divides the picture by 1 + 0.1. Here:
     √λ, without that division, since the views are normalised by fixed statistics anyway.
 
-    So the noise is normal with covariance sigma²·spec.covariance. Of all square roots of the
-    covariance, the symmetric V·√λ·Vᵀ is taken: Vᵀ only turns a round distribution, and the result
-    cannot depend on the signs that an eigenvalue routine happens to give V.
+    So the noise is normal with covariance sigma²·spec.covariance. Its symmetric root V·√λ·Vᵀ does
+    not depend on the signs that an eigenvalue routine happens to give V.
     """
     variances, components = torch.linalg.eigh(torch.tensor(spec.covariance, dtype=torch.float64))
     root: Tensor = components @ variances.clamp(min=0).sqrt().diag() @ components.T
@@ -207,10 +206,8 @@ def uniforms(seed: int, epoch: int, sample_ids: Tensor, count: int) -> Tensor:
 
 
 def _hash(state: Tensor) -> Tensor:
-    """The next output of splitmix64 (Steele, Lea, Flood 2014) from each int64 state.
-
-    torch has no unsigned 64-bit product, but the signed one wraps around to the same bits.
-    """
+    """The next output of splitmix64 (Steele, Lea, Flood 2014) from each int64 state: the signed
+    product wraps around to the bits of the unsigned one, which torch lacks."""
     z = state + (0x9E3779B97F4A7C15 - 2**64)
     z = (z ^ _shift_right(z, 30)) * (0xBF58476D1CE4E5B9 - 2**64)
     z = (z ^ _shift_right(z, 27)) * (0x94D049BB133111EB - 2**64)
@@ -271,8 +268,7 @@ def _resized_windows(images: Tensor, draws: Tensor, mirrored: Tensor) -> Tensor:
 
 
 def _centre(images: Tensor, height: int, width: int) -> Tensor:
-    top = (images.shape[-2] - height) // 2
-    left = (images.shape[-1] - width) // 2
+    top, left = (images.shape[-2] - height) // 2, (images.shape[-1] - width) // 2
     return images[..., top : top + height, left : left + width]
 
 

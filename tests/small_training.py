@@ -111,7 +111,7 @@ def evaluated(folder: Path, uri: str, split: str, **changes: Any) -> Metrics:
     """Of a checkpoint, whose config is small_config(**changes)."""
     config, manifest = small_config(**changes), load_manifest(uri)
     model = build_model(config, manifest.num_classes).eval()
-    checkpoint.load_model(folder, model)
+    model.load_state_dict(checkpoint.load_tensors(folder, "model"))
     with Loader(uri, manifest, split, threads=2, cache_gb=1) as loader:
         return evaluate(model, loader, input_spec(manifest, config), device=CPU)
 

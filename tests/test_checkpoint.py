@@ -73,7 +73,7 @@ def folder(trained, tmp_path: Path) -> Path:
 def test_weights_buffers_and_momentum_come_back_bit_for_bit(trained, folder):
     checkpoint.verify(folder)
     model, optimizer = fresh(5)
-    checkpoint.load_model(folder, model)
+    model.load_state_dict(checkpoint.load_tensors(folder, "model"))
     checkpoint.load_optimizer(folder, model, optimizer)
     saved = trained[0].state_dict()
     assert saved.keys() == model.state_dict().keys()
@@ -92,7 +92,7 @@ def test_the_step_after_loading_is_the_step_that_would_have_followed(folder):
     for seed in (1, 2, 3):
         train_step(model, optimizer, seed)
     again, its_optimizer = fresh(9)
-    checkpoint.load_model(folder, again)
+    again.load_state_dict(checkpoint.load_tensors(folder, "model"))
     checkpoint.load_optimizer(folder, again, its_optimizer)
     train_step(again, its_optimizer, 3)
     for mine, theirs in zip(again.parameters(), model.parameters(), strict=True):

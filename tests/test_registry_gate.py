@@ -58,7 +58,7 @@ def test_first_champion_is_measured_anew_and_promoted(client, registered_models)
     assert (found.outcome, found.champion_before, champion(client)) == ("passed", None, GOOD)
     manifest = load_manifest(registered_models.data)
     model = build_model(GOOD_CONFIG, 4).eval()
-    checkpoint.load_model(registered_models.checkpoint, model)
+    model.load_state_dict(checkpoint.load_tensors(registered_models.checkpoint, "model"))
     with Loader(registered_models.data, manifest, "val", threads=1, cache_gb=1) as loader:
         own = evaluate(model, loader, input_spec(manifest, GOOD_CONFIG), device=CPU)
     assert own.top1 == 1.0 and found.metrics.images == 13

@@ -152,11 +152,6 @@ def test_the_next_shards_are_opened_before_a_batch_needs_them(own_set):
         next(batches)
         assert list(loader._files._shards) == [f"train-00000{i}" for i in range(3)]
         batches.close()
-    with open_loader(own_set) as loader:
-        batches = loader.batches(iter(ids))  # what comes later is not known
-        next(batches)
-        assert list(loader._files._shards) == ["train-000000"]
-        batches.close()
 
 
 def test_shards_in_any_order_give_the_pixels_of_their_tars(own_set):

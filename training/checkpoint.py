@@ -134,9 +134,8 @@ def newest_good(run: str) -> Iterator[Path | None]:
     as a local folder of the same name for the time of the block; None where there is none at all.
 
     A damaged one is reported and passed over: the run then repeats some steps instead of failing.
-    One without hashes.json is none yet: its upload goes on or was killed.
-    It looks at the files, not at Ray's list of checkpoints, which lags behind them when a run is
-    killed. Raises UserError when there are checkpoints and none is good.
+    One without hashes.json is none yet. Looks at the files, since Ray's list of checkpoints lags
+    behind them when a run is killed. Raises UserError when there are checkpoints and none is good.
     """
     folders = _newest_first(run)
     for folder in folders:
@@ -227,11 +226,6 @@ def load_tensors(folder: Path, name: str) -> dict[str, torch.Tensor]:
         return read_tensors(folder / f"{name}.safetensors")
     except (OSError, SafetensorError) as error:
         raise UserError(f"checkpoint {folder} is damaged: {name}.safetensors ({error})") from error
-
-
-def load_model(folder: Path, model: torch.nn.Module) -> None:
-    """Copies the weights into `model`, on whatever device that is."""
-    model.load_state_dict(load_tensors(folder, "model"))
 
 
 def momentum(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:

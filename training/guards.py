@@ -121,13 +121,12 @@ class CheckpointTimer:
 
 class StopRequest:
     """Whether the run is to end after this step. stopping: asked on every rank, one yes is enough;
-    None never stops. State: the step and the time of the last look, the step of the next one.
-    """
+    None never stops."""
 
     def __init__(self, stopping: Callable[[], bool] | None, place: Place) -> None:
         self._stopping, self._place = stopping, place
-        self._last: tuple[int, float] | None = None
-        self._next = 0
+        self._last: tuple[int, float] | None = None  # step and time of the last look
+        self._next = 0  # the step of the next one
 
     def is_made(self, step: int) -> bool:
         """The same answer on all ranks; they must all ask after the same steps."""

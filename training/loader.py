@@ -11,7 +11,7 @@ import shlex
 import time
 import weakref
 from collections import deque
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -93,15 +93,11 @@ class Loader:
         each summed over the threads, and "wait", which the consumer spent without a batch."""
         return dict(self._seconds)
 
-    def batches(self, ids_of_batches: Iterable[Ids], *, pin: bool = False) -> Batches:
-        """One batch for each array of ids, decoded ahead of the consumer; `pin` for a GPU.
-
-        A list, other than an iterator, lets it open or download the next shards ahead as well.
-        Raises what reading raises, after the good batches before it: UserError for a shard that is
-        missing, changed or undecodable.
-        """
-        known = ids_of_batches if isinstance(ids_of_batches, Sequence) else []
-        uses = self._samples.uses(known)
+    def batches(self, ids_of_batches: Sequence[Ids], *, pin: bool = False) -> Batches:
+        """One batch for each array of ids, decoded ahead of the consumer, and the next shards
+        opened or downloaded ahead; `pin` for a GPU. Raises what reading raises, after the good
+        batches before it: UserError for a shard that is missing, changed or undecodable."""
+        uses = self._samples.uses(ids_of_batches)
         begun = deque[_Begun]()
         try:
             for number, ids in enumerate(ids_of_batches):
@@ -172,7 +168,7 @@ class Synthetic(Loader):
     def __exit__(self, *_: object) -> None:
         del self._pixels, self._labels
 
-    def batches(self, ids_of_batches: Iterable[Ids], *, pin: bool = False) -> Batches:
+    def batches(self, ids_of_batches: Sequence[Ids], *, pin: bool = False) -> Batches:
         for ids in ids_of_batches:
             yield self.read(ids)
 

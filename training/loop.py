@@ -268,7 +268,7 @@ class _Run:
         return [global_batch(order, number, count) for number in range(first, count)]
 
     def _ids_of(self, step: int) -> Ids:
-        """Those of the global batch that step number `step`, from 1, has learned from."""
+        """What step number `step`, from 1, has learned from."""
         epoch, number = divmod(step - 1, self.steps_per_epoch)
         return self._batches(epoch, number)[0]
 

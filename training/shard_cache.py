@@ -38,13 +38,10 @@ _POLL_SECONDS = 0.05
 
 class NodeCache:
     """The cache under home(), with room for `num_bytes` and for whatever is open beyond that.
-
-    Setting `closing` ends all waiting with CancelledError.
-    """
+    Setting `closing` ends all waiting with CancelledError."""
 
     def __init__(self, num_bytes: int, closing: threading.Event) -> None:
-        self._num_bytes = num_bytes
-        self._closing = closing
+        self._num_bytes, self._closing = num_bytes, closing
         self._verified: set[tuple[str, int]] = set()  # sha256 and inode
 
     @functools.cached_property

@@ -147,10 +147,9 @@ class Stepper:
 
     def restore(self, folder: Path, steps: int) -> None:
         """From a checkpoint of `tensors` after so many steps."""
-        if self.ema is None:
-            checkpoint.load_model(folder, self.model)
-        else:
-            self.model.load_state_dict(checkpoint.load_tensors(folder, "raw"))
+        raw = "model" if self.ema is None else "raw"
+        self.model.load_state_dict(checkpoint.load_tensors(folder, raw))
+        if self.ema is not None:
             self.ema.load(checkpoint.load_tensors(folder, "model"), updates=steps)
         checkpoint.load_optimizer(folder, self.model, self.optimizer)
 

@@ -33,8 +33,7 @@ _LEAVE_IT = (
 
 class Uploader:
     """Takes checkpoints of one run to `run`, a folder or s3:// prefix, and deletes those that are
-    not kept. State: the upload under way, the step of the last one that arrived, and whether it was
-    reported that old ones stay.
+    not kept.
 
     patience: seconds for which a store that fails is tried again. check: raises what ends the
     training where another writer has taken the run; called before anything is written or deleted.
@@ -56,14 +55,12 @@ class Uploader:
         self._patience, self._check, self._tell_stored = patience, check, stored
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="upload")
         self._under_way: Future[None] | None = None
-        self._stored: int | None = None
-        self._has_complained = False
+        self._stored: int | None = None  # the last step that arrived
+        self._has_complained = False  # that old ones stay
 
     def send(self, folder: Path) -> None:
         """Uploads a checkpoint folder in the background and deletes it; waits for the one before.
-
-        Raises UserError when that one could not be stored: `folder` is deleted then as well.
-        """
+        Raises UserError when that one could not be stored: `folder` is deleted then as well."""
         try:
             self.wait()
         except BaseException:

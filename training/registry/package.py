@@ -58,7 +58,7 @@ def register(
     state = checkpoint.load_state(folder)
     _complete(client, run_id, state)
     network = build_model(config, manifest.num_classes).eval()
-    checkpoint.load_model(folder, network)
+    network.load_state_dict(checkpoint.load_tensors(folder, "model"))
     spec = InputSpec.from_json(state["input_spec"])
     _log_figures(client, run_id, network, spec, manifest, config)
     text = card.write(client, run_id, network, manifest, config)
