@@ -127,7 +127,7 @@ def load_network(weights: Path, fields: Mapping[str, Any]) -> AlexNet:
     return network.eval()
 
 
-def decode(picture: str | Path | bytes) -> Tensor:
+def decode(image: str | Path | bytes) -> Tensor:
     """A file's path or its content → uint8 (3, H, W), RGB, on the CPU.
 
     Strict: a truncated file is an error, never half grey. An orientation in EXIF is ignored, as it
@@ -136,20 +136,20 @@ def decode(picture: str | Path | bytes) -> Tensor:
     Raises UserError for a file that is missing, unreadable, damaged, none of FORMATS, beyond
     Pillow's limit of pixels, or grey with more than 8 bits, which Pillow would cut to white.
     """
-    name = "the picture" if isinstance(picture, bytes) else str(picture)
+    name = "the image" if isinstance(image, bytes) else str(image)
     try:
-        content = picture if isinstance(picture, bytes) else Path(picture).read_bytes()
+        content = image if isinstance(image, bytes) else Path(image).read_bytes()
     except OSError as error:
-        raise UserError(f"cannot read {name}: {error.strerror}; give a picture file") from error
+        raise UserError(f"cannot read {name}: {error.strerror}; give an image file") from error
     try:
         with warnings.catch_warnings():
             # Pillow warns of odd metadata, of no consequence here, and up to twice its pixel limit.
             warnings.simplefilter("ignore")
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(content), formats=FORMATS) as image:
-                if image.mode[0] in "IF":  # 16- or 32-bit whole numbers, or floats
+            with Image.open(io.BytesIO(content), formats=FORMATS) as opened:
+                if opened.mode[0] in "IF":  # 16- or 32-bit whole numbers, or floats
                     raise UserError(f"{name} has more than 8 bits per pixel; save it with 8 first")
-                pixels = np.array(image.convert("RGB"))
+                pixels = np.array(opened.convert("RGB"))
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise UserError(
             f"{name} has more than {Image.MAX_IMAGE_PIXELS} pixels; make it smaller first"

@@ -1,4 +1,4 @@
-"""From pictures to the network's input: one geometry, the training views, the test views.
+"""From images to the network's input: one geometry, the training views, the test views.
 
 Everywhere `images` is uint8 (B, 3, S, S) with S = spec.crop, the stored side, and a view is
 float32 (B, 3, 227, 227) on the same device, normalised per channel as (pixel − mean) / std.
@@ -17,10 +17,10 @@ from torch import Tensor
 from alexnet import NETWORK_SIDE
 from alexnet.errors import UserError
 
-# A picture longer than this many times its shorter side is first cut to its centre.
+# An image longer than this many times its shorter side is first cut to its centre.
 MAX_ASPECT = 8
 # Of a "resized" crop: share of the stored area, and width / height. Milder than the 0.08 usual for
-# deeper nets: the stored pictures are centre crops already.
+# deeper nets: the stored images are centre crops already.
 AREA_RANGE = (0.35, 1.0)
 ASPECT_RANGE = (3 / 4, 4 / 3)
 
@@ -56,7 +56,7 @@ class InputSpec:
         if not all(0 < value < math.inf for value in self.std):
             raise UserError(
                 f"std {self.std} of the stored pixels must be positive in every channel; "
-                "build shards from pictures that differ"
+                "build shards from images that differ"
             )
 
     def to_json(self) -> dict[str, Any]:
@@ -84,7 +84,7 @@ class InputSpec:
 
 @dataclass(frozen=True)
 class Augment:
-    """crop: where a training view lies in the stored picture:
+    """crop: where a training view lies in the stored image:
       random   each 227×227 window equally likely, as in the paper; needs a stored side above 227
       resized  a window of 0.35 to 1 of the area, ratio 3/4 to 4/3, stretched to 227×227 bilinearly
       centre   the middle 227×227
@@ -98,13 +98,13 @@ class Augment:
 
 
 def resize_and_crop(image: Tensor, resize: int, crop: int) -> Tensor:
-    """uint8 (C, H, W) on the CPU → uint8 (C, crop, crop), possibly a view of a larger picture.
+    """uint8 (C, H, W) on the CPU → uint8 (C, crop, crop), possibly a view of a larger image.
 
     Fastest where a pixel's channels are neighbours in memory; so they are in the result, then. The
     shorter side becomes `resize`, the other long·resize/short rounded half up, by antialiased
     Lanczos (Pillow's filter); then the centre, with offset (side − crop) / 2 rounded down.
 
-    A picture longer than 8 times its shorter side is first cut to its centre of exactly 8 times
+    An image longer than 8 times its shorter side is first cut to its centre of exactly 8 times
     (offset rounded down as well): the crop never sees the rest, and a 1×10000 strip would otherwise
     grow to 256×2,560,000 pixels. It moves the crop by less than one pixel of the source plus one of
     the result.
@@ -137,7 +137,7 @@ def train_view(
     not depend on its batch, its order, the worker, the device or torch's own generator. Keep
     sample_ids on the CPU to have the hashing done there, where it costs microseconds.
 
-    Raises UserError for crop "random" on pictures stored at 227×227.
+    Raises UserError for crop "random" on images stored at 227×227.
     """
     _check_stored(images, spec)
     draws = uniforms(seed, epoch, sample_ids, NUM_DRAWS)
@@ -160,13 +160,13 @@ def ten_crop(images: Tensor, spec: InputSpec) -> Tensor:
     """float32 (B, 10, 3, 227, 227): top left, top right, bottom left, bottom right, centre, and
     then the mirror images of these five in the same order (paper, section 4.1).
 
-    Raises UserError for pictures stored at 227×227, where all ten would be two.
+    Raises UserError for images stored at 227×227, where all ten would be two.
     """
     _check_stored(images, spec)
     margin = spec.crop - NETWORK_SIDE
     if margin == 0:
         raise UserError(
-            "ten-crop needs pictures stored larger than 227×227; rebuild the shards with "
+            "ten-crop needs images stored larger than 227×227; rebuild the shards with "
             "--crop 256 or evaluate the centre view"
         )
     places = [(0, 0), (0, margin), (margin, 0), (margin, margin), (margin // 2, margin // 2)]
@@ -186,7 +186,7 @@ def colour_noise(spec: InputSpec, sigma: float, draws: Tensor) -> Tensor:
 
     Paper, section 4.1: principal components of RGB times normal numbers of std 0.1. Its formula
     multiplies them by the eigenvalues λ, so that its effect depends on the pixels' unit; the 2012
-    source multiplies by √λ, the standard deviations, and then divides the picture by 1 + 0.1. Here:
+    source multiplies by √λ, the standard deviations, and then divides the image by 1 + 0.1. Here:
     √λ, without that division, since the views are normalised by fixed statistics anyway.
 
     So the noise is normal with covariance sigma²·spec.covariance. Its symmetric root V·√λ·Vᵀ does
@@ -233,7 +233,7 @@ def _offsets(draws: Tensor, spec: InputSpec, augment: Augment) -> tuple[Tensor, 
         return middle, middle
     if margin == 0:
         raise UserError(
-            "crop 'random' needs pictures stored larger than 227×227; rebuild the shards with "
+            "crop 'random' needs images stored larger than 227×227; rebuild the shards with "
             "--crop 256 or use crop 'resized'"
         )
     places = (draws * (margin + 1)).long()
@@ -250,13 +250,13 @@ def _windows(images: Tensor, top: Tensor, left: Tensor, mirrored: Tensor) -> Ten
 
 
 def _resized_windows(images: Tensor, draws: Tensor, mirrored: Tensor) -> Tensor:
-    """float32 (B, 3, 227, 227). A window's side that would exceed the picture's is cut to it."""
+    """float32 (B, 3, 227, 227). A window's side that would exceed the image's is cut to it."""
     area = AREA_RANGE[0] + (AREA_RANGE[1] - AREA_RANGE[0]) * draws[:, DRAW_AREA]
     low, high = map(math.log, ASPECT_RANGE)
     aspect = (low + (high - low) * draws[:, DRAW_ASPECT]).exp()
-    width = (area * aspect).sqrt().clamp(max=1)  # as shares of the picture's side
+    width = (area * aspect).sqrt().clamp(max=1)  # as shares of the image's side
     height = (area / aspect).sqrt().clamp(max=1)
-    # In grid_sample's coordinates the picture spans −1 to 1: a window has room 1 − side around 0.
+    # In grid_sample's coordinates the image spans −1 to 1: a window has room 1 − side around 0.
     theta = torch.zeros(len(images), 2, 3, dtype=torch.float64, device=draws.device)
     theta[:, 0, 0] = torch.where(mirrored, -width, width)
     theta[:, 0, 2] = (2 * draws[:, DRAW_LEFT] - 1) * (1 - width)
@@ -273,7 +273,7 @@ def _centre(images: Tensor, height: int, width: int) -> Tensor:
 
 
 def _normalise(x: Tensor, spec: InputSpec, noise: Tensor | None = None) -> Tensor:
-    """(N, 3, 227, 227) → float32 (x + noise − mean) / std, noise (N, 3) per picture and channel."""
+    """(N, 3, 227, 227) → float32 (x + noise − mean) / std, noise (N, 3) per image and channel."""
     mean = torch.tensor([spec.mean], dtype=torch.float64)
     shift = mean if noise is None else mean.to(noise.device) - noise
     shift = shift.to(x.device, torch.float32)[:, :, None, None]

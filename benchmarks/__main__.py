@@ -20,8 +20,8 @@ from benchmarks import (
     builder,
     grown_workers,
     growth,
+    images,
     loader,
-    pictures,
     processes,
     recipes,
     resize,
@@ -56,7 +56,7 @@ SMALL: dict[str, dict[str, Any]] = {
         "workers": grown_workers.Sizes((6, 12), batch=4, steps=1, classes=5, width=0.1),
     },
 }
-_SMALL_PICTURES = 12
+_SMALL_IMAGES = 12
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -64,8 +64,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _measured(arguments: argparse.Namespace) -> int:
-    raw = pictures.load(_SMALL_PICTURES) if arguments.small else pictures.load()
-    print(f"pictures: {raw.origin}\n", flush=True)
+    raw = images.load(_SMALL_IMAGES) if arguments.small else images.load()
+    print(f"images: {raw.origin}\n", flush=True)
     names, ended, failed = arguments.names or list(SCRIPTS), [], 0
     for name in names:
         chosen = SMALL.get(name, {}) if arguments.small else {}

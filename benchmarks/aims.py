@@ -83,7 +83,7 @@ AIMS = (
         "Ray alone",
         less=True,
         reason="each worker imports torch, two seconds on these CPUs, and the driver scans and "
-        "plans; a job of 12 pictures takes 1.5 s more than Ray alone (LOG.md)",
+        "plans; a job of 12 images takes 1.5 s more than Ray alone (LOG.md)",
     ),
     Aim(
         "loading beside the limit",
@@ -94,7 +94,7 @@ AIMS = (
         0.85,
         "limit: simplejpeg",
         reason="reading, batching and the mirroring in the benchmark itself take 39 of 270 µs of "
-        "CPU time a picture",
+        "CPU time an image",
     ),
     Aim(
         "loading beside DALI",
@@ -122,9 +122,9 @@ AIMS = (
         "the whole has 0.85 of a bare loop and 0.92 without Ray: half of the gap is our own loop",
     ),
     Aim(
-        "time of what is done once per set: its power of the number of pictures, shards or classes",
+        "time of what is done once per set: its power of the number of images, shards or classes",
         "growth",
-        r".*, (1,281,167 pictures|10,000 shards|10,000 classes)$",
+        r".*, (1,281,167 images|10,000 shards|10,000 classes)$",
         "power of time",
         "≤",
         1.1,

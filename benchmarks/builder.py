@@ -2,7 +2,7 @@
 
 Every contender is a command in a process of its own that turns the same files into tars of JPEGs of
 the same side and quality. Each runs on two sets: the tars of the larger one tell by their times at
-what rate pictures came once all CPUs were at work, and the smaller one how long that took. Ray's
+what rate images came once all CPUs were at work, and the smaller one how long that took. Ray's
 start varies by seconds, so that the difference of the two jobs would tell less.
 """
 
@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image
 
 from benchmarks import environments, processes, resize
-from benchmarks.pictures import QUALITY, Raw, class_folders
+from benchmarks.images import QUALITY, Raw, class_folders
 from benchmarks.table import Bars, Table, spread
 from benchmarks.turns import in_turns, ratios
 
@@ -44,14 +44,14 @@ RAY_DATA = "Ray Data, as documented"
 # Between two shards a CPU waits 0.16 s for Ray Data, which looks every 0.1 s whether a task has
 # ended: 1 % of a shard of the default length, which would take jobs of minutes here.
 _PER_SHARD = 750
-_EXAMINED = 16  # pictures of each contender, for their PSNR
+_EXAMINED = 16  # images of each contender, for their PSNR
 
 Command = Callable[[Path, Path], processes.Finished]  # (raw, out)
 
 
 @dataclass(frozen=True)
 class Quality:
-    pictures: int
+    images: int
     psnr: tuple[float, ...]  # dB of the stored JPEGs examined against the exact resize
     kilobytes: float
 
@@ -62,14 +62,14 @@ class _Pair:
 
     small: tuple[float, float]
     large: tuple[float, float]
-    more: int  # pictures that the larger set has more
-    steady: float  # pictures per second of wall time, by the larger one's tars
+    more: int  # images that the larger set has more
+    steady: float  # images per second of wall time, by the larger one's tars
     quality: Quality | None = None  # of the smaller set, looked at in the first round
 
     @property
     def rates(self) -> tuple[float, float]:
-        """Pictures per second of wall time, and of CPU time between the two sizes; nan where the
-        larger one took no more, as in trials of a few pictures."""
+        """Images per second of wall time, and of CPU time between the two sizes; nan where the
+        larger one took no more, as in trials of a few images."""
         seconds = self.large[1] - self.small[1]
         return self.steady, self.more / seconds if seconds > 0 else float("nan")
 
@@ -77,7 +77,7 @@ class _Pair:
 def run(
     raw: Raw, rounds: int = 5, sizes: tuple[int, int] = (500, 6000), slowest: int = 2000
 ) -> Table:
-    """slowest: pictures of the larger set for Ray Data's pipeline."""
+    """slowest: images of the larger set for Ray Data's pipeline."""
     commands, absent = contenders()
     with tempfile.TemporaryDirectory(prefix="bench-") as name:
         folder = Path(name)
@@ -108,10 +108,10 @@ def contenders() -> tuple[dict[str, Command], dict[str, str]]:
 
 
 def examined(raw: Path, out: Path) -> Quality:
-    """Refuses tars that hold other pictures than `raw`; compares some with the exact resize."""
-    stored = pictures_of(out)
+    """Refuses tars that hold other images than `raw`; compares some with the exact resize."""
+    stored = images_of(out)
     files = {path.stem: path for path in raw.glob("train/*/*")}
-    assert stored.keys() == files.keys(), "a builder lost, invented or renamed pictures"
+    assert stored.keys() == files.keys(), "a builder lost, invented or renamed images"
     psnr = []
     for key in sorted(stored)[:: max(1, len(stored) // _EXAMINED)]:
         image = Image.open(io.BytesIO(stored[key]))  # grey ones stay grey in img2dataset
@@ -122,7 +122,7 @@ def examined(raw: Path, out: Path) -> Quality:
     return Quality(len(stored), tuple(psnr), size)
 
 
-def pictures_of(out: Path) -> dict[str, bytes]:
+def images_of(out: Path) -> dict[str, bytes]:
     """Name of the raw file without its ending → stored JPEG, of all tars below `out`."""
     found = {}
     for path in sorted(out.rglob("*.tar")):
@@ -138,24 +138,24 @@ def pictures_of(out: Path) -> dict[str, bytes]:
 
 
 def steady(out: Path, workers: int) -> float:
-    """Pictures per second of wall time, from the tar with which each worker has ended one to the
+    """Images per second of wall time, from the tar with which each worker has ended one to the
     last: by the times at which the tars were written. nan where there are no more tars, or where
-    the file system gives all of them one time, as in trials of a few pictures."""
+    the file system gives all of them one time, as in trials of a few images."""
     tars = sorted(out.rglob("*.tar"), key=lambda path: path.stat().st_mtime_ns)
     later = tars[workers:]
     if not later:
         return float("nan")
     nanoseconds = later[-1].stat().st_mtime_ns - tars[workers - 1].stat().st_mtime_ns
-    return sum(map(_pictures_in, later)) / (nanoseconds / 1e9) if nanoseconds else float("nan")
+    return sum(map(_images_in, later)) / (nanoseconds / 1e9) if nanoseconds else float("nan")
 
 
-def _pictures_in(tar: Path) -> int:
+def _images_in(tar: Path) -> int:
     with tarfile.open(tar) as opened:
         return sum(name.endswith(".jpg") for name in opened.getnames())
 
 
 def _source(key: str, parts: dict[str, bytes]) -> str:
-    """img2dataset numbers its pictures, and notes under "url" where each came from."""
+    """img2dataset numbers its images, and notes under "url" where each came from."""
     url = json.loads(parts.get("json", b"{}")).get("url")
     return Path(url).stem if url else key
 
@@ -189,8 +189,8 @@ def _request(raw: Path, out: Path) -> dict[str, object]:
 
 def _per_shard(raw: Path) -> int:
     """At least a shard for each CPU."""
-    pictures = sum(1 for _ in raw.glob("train/*/*"))
-    return max(1, min(_PER_SHARD, pictures // len(processes.cpus())))
+    images = sum(1 for _ in raw.glob("train/*/*"))
+    return max(1, min(_PER_SHARD, images // len(processes.cpus())))
 
 
 def _parts(raw: Path, out: Path) -> processes.Finished:
@@ -227,7 +227,7 @@ def _ray_alone(folder: Path, _: int) -> _Pair:
 
 def _row(name: str, measured: dict[str, list[_Pair]], sizes: tuple[int, int]) -> tuple[str, ...]:
     made = measured[name][0].quality
-    assert made is not None, "the first round looks at the pictures"
+    assert made is not None, "the first round looks at the images"
     cells = [f"**`{name}`**" if name == OURS else name]
     for clock in (0, 1):
         mine = [pair.rates[clock] for pair in measured[name]]

@@ -1,4 +1,4 @@
-"""What 1,000 built pictures and one epoch of ImageNet cost on named cloud machines.
+"""What 1,000 built images and one epoch of ImageNet cost on named cloud machines.
 
     python -m benchmarks.cost [--results FOLDER] [--batch 256] [--price c7a.4xlarge=0.9 …]
 
@@ -28,7 +28,7 @@ _DATA_SHEET = {"nvidia-h100": 989e12, "nvidia-h200": 989e12, "nvidia-a100": 312e
 
 @dataclass(frozen=True)
 class Rate:
-    """value: pictures a second of one CPU, or the share of its data sheet that a GPU reaches."""
+    """value: images a second of one CPU, or the share of its data sheet that a GPU reaches."""
 
     value: float
     origin: str
@@ -67,8 +67,8 @@ def document(known: Mapping[str, Rate], batch: int, prices: Mapping[str, float])
     lines.append(["---"] * len(lines[0]))
     for machine in INSTANCES:
         built = building(machine, known["build"].value)
-        seconds = built.hours * 3600 / cost_estimate.PICTURES * 1000
-        found = [("build", "1,000 pictures", seconds, built.bound_by)]
+        seconds = built.hours * 3600 / cost_estimate.IMAGES * 1000
+        found = [("build", "1,000 images", seconds, built.bound_by)]
         if machine.gpus:
             epoch = training(machine, batch, 1, known["decode"].value, known["gpu"].value)
             found.append(("train", "epoch", epoch.hours * 3600, epoch.bound_by))
@@ -94,9 +94,9 @@ def _three_digits(value: float) -> str:
 
 def _origins(known: Mapping[str, Rate], batch: int) -> str:
     words = {
-        "build": "{:.0f} pictures/s per CPU built ({})",
-        "decode": "{:,.0f} pictures/s per CPU loaded ({})",
-        "train": "{:.1f} pictures/s per CPU trained ({})",
+        "build": "{:.0f} images/s per CPU built ({})",
+        "decode": "{:,.0f} images/s per CPU loaded ({})",
+        "train": "{:.1f} images/s per CPU trained ({})",
         "gpu": "{:.0%} of a GPU's data sheet in bfloat16 ({})",
     }
     told = [words[job].format(rate.value, rate.origin) for job, rate in known.items()]

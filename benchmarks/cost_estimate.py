@@ -22,9 +22,9 @@ from benchmarks.cost_model import (
 )
 from pipelines import command
 
-PICTURES = TRAIN_IMAGES + 50_000  # of a build with its default splits, train and val
-RAW_PICTURE_BYTES, STORED_SAMPLE_BYTES = 113e3, 22.7e3
-# Pictures a second, measured: within the spread of benchmarks/results, builder.
+IMAGES = TRAIN_IMAGES + 50_000  # of a build with its default splits, train and val
+RAW_IMAGE_BYTES, STORED_SAMPLE_BYTES = 113e3, 22.7e3
+# Images a second, measured: within the spread of benchmarks/results, builder.
 BUILD_PER_CORE = 273.0
 USABLE = 0.92  # of a network's line rate, as in docs/scaling.md
 GPU_SHARE = 1 / 3  # of the data sheet's dense bfloat16 rate: assumed, as in docs/scaling.md
@@ -66,7 +66,7 @@ INSTANCES = (
 
 @dataclass(frozen=True)
 class Estimate:
-    """Of one machine, from the first picture to the last."""
+    """Of one machine, from the first image to the last."""
 
     hours: float
     bound_by: str
@@ -74,9 +74,9 @@ class Estimate:
 
 def building(instance: Instance, per_core: float = BUILD_PER_CORE) -> Estimate:
     """All of ImageNet, read and written over the network: that or the CPUs, whichever is slower.
-    per_core: pictures a second."""
-    computing = PICTURES / (instance.cpus * per_core)
-    num_bytes = PICTURES * (RAW_PICTURE_BYTES + STORED_SAMPLE_BYTES)
+    per_core: images a second."""
+    computing = IMAGES / (instance.cpus * per_core)
+    num_bytes = IMAGES * (RAW_IMAGE_BYTES + STORED_SAMPLE_BYTES)
     moving = num_bytes / (instance.network * USABLE / 8)
     return Estimate(max(computing, moving) / 3600, "CPUs" if computing >= moving else "network")
 
@@ -89,7 +89,7 @@ def training(
     gpu_share: float = GPU_SHARE,
 ) -> Estimate:
     """`baseline` on all GPUs of the machine with bfloat16 gradients; the shards are in its cache.
-    decode_per_core: pictures a second. gpu_share: of `flops`, reached."""
+    decode_per_core: images a second. gpu_share: of `flops`, reached."""
     cluster = instance.cluster(decode_per_core, gpu_share)
     bound_by = step(cluster, instance.gpus, batch / instance.gpus, 2).bound_by
     return Estimate(minutes(cluster, instance.gpus, batch, 2, epochs) / 60, bound_by)

@@ -1,7 +1,7 @@
 """What a data-parallel step costs: computing, the all-reduce of the gradients, the data.
 
 A model to plan with, not a measurement: `CONSTANTS` says of every number where it comes from.
-Seconds, bytes, bytes per second and pictures per second throughout.
+Seconds, bytes, bytes per second and images per second throughout.
 """
 
 import math
@@ -13,7 +13,7 @@ TRAIN_IMAGES = 1_281_167  # of ILSVRC-2012
 # `baseline` with 1000 classes. Backward runs from fc8 to conv1, so the 94 % of the gradients that
 # belong to fc6-8 are ready while the convolutions' backward still has to run.
 CONV_PARAMETERS, FC_PARAMETERS = 3_747_200, 58_631_144
-# Forward and backward of one picture, and the convolutions' backward in it.
+# Forward and backward of one image, and the convolutions' backward in it.
 FLOPS, CONV_BACKWARD_FLOPS = 6.600e9, 4.095e9
 # DDP fills buckets of 25 MB from the last layer on and never splits a tensor.
 FC_BUCKETS, CONV_BUCKETS = 3, 1
@@ -33,7 +33,7 @@ class Cluster:
 
     images_per_second: of one GPU that waits for nothing; step_overhead: what a step costs at any
     batch; inside: bus bandwidth of all-reduce within a node, as nccl-tests defines it; network: of
-    a whole node, in each direction; hop_*: latency of one message; decode: pictures per second and
+    a whole node, in each direction; hop_*: latency of one message; decode: images per second and
     GPU that arrive (infinite where they stay in its memory).
     """
 
@@ -59,7 +59,7 @@ DECODE_PER_CORE = 2_880.0
 
 CONSTANTS = (
     Constant(
-        "parameters, operations per picture",
+        "parameters, operations per image",
         "62,378,344; 6.60 GFLOP",
         "measured",
         "counted on the network by tests/test_scaling.py",
@@ -117,7 +117,7 @@ class Step:
 
     @property
     def efficiency(self) -> float:
-        """Pictures per second as a share of what the GPUs do when they wait for nothing."""
+        """Images per second as a share of what the GPUs do when they wait for nothing."""
         return self.computing / self.seconds
 
     @property
@@ -171,7 +171,7 @@ def all_reduce(cluster: Cluster, gpus: int, num_bytes: float, buckets: int) -> f
 def smallest_batch(
     cluster: Cluster, gpus: int, bytes_per_gradient: int, share: float = 0.9
 ) -> int | None:
-    """The fewest pictures per GPU with an efficiency of `share`; None where no batch has it,
+    """The fewest images per GPU with an efficiency of `share`; None where no batch has it,
     because the data come too slowly."""
     if min(cluster.decode, cluster.images_per_second) < share * cluster.images_per_second:
         return None

@@ -23,7 +23,7 @@ from training.meter import training_flops
 from training.recipes import RECIPES
 
 PLAIN = AugmentConfig(crop="centre", flip=False, colour_sigma=0.0)
-LR = 1e-3  # the recipe's own diverges on random pictures with random labels
+LR = 1e-3  # the recipe's own diverges on random images with random labels
 
 
 class Enough(Exception):

@@ -27,7 +27,7 @@ from alexnet.errors import UserError
 from benchmarks.table import Bars, Table, spread
 
 COLUMNS = (
-    "pictures come from",
+    "images come from",
     "img/s",
     "ratio to --synthetic",
     "utilization",
@@ -81,7 +81,7 @@ def run(device: torch.device, rounds: int, scale: Scale) -> Table:
         f"width {scale.width}, bf16, channels-last, eager, its augmentation; batch {scale.batch}; "
         f"shards of {_SIDE} px in the page cache, {threads} threads; {rounds} rounds of "
         f"{scale.steps} steps, from the second epoch on, median [lowest..highest]. Utilization is "
-        "the lowest. Extrapolated: 1,281,167 pictures at the median rate, without evaluation and "
+        "the lowest. Extrapolated: 1,281,167 images at the median rate, without evaluation and "
         "checkpoints; nobody ran an epoch of ImageNet here."
     )
     return Table(COLUMNS, tuple(rows), setting, Bars("feeding a GPU, img/s", rates))
@@ -156,11 +156,11 @@ def _fed(
 
 def _shards(folder: Path, scale: Scale) -> str:
     """Two rounds of steps in an epoch. Raises ImportError."""
-    pictures = importlib.import_module("benchmarks.pictures")
+    images = importlib.import_module("benchmarks.images")
     jpegs, _ = jpegs_of(min(200, scale.batch))
     train = 2 * scale.steps * scale.batch
     return str(
-        pictures.write_shards(
+        images.write_shards(
             folder / "shards",
             jpegs,
             crop=_SIDE,
@@ -174,15 +174,15 @@ def _shards(folder: Path, scale: Scale) -> str:
 def jpegs_of(count: int) -> tuple[list[bytes], str]:
     """Of 227 px at quality 90: photos where $ALEXNET_TEST_DATA has them, or drawn ones whose size
     in bytes is near theirs. Pillow alone."""
-    pictures, origin = _photos(), "photos"
-    if not pictures:
+    images, origin = _photos(), "photos"
+    if not images:
         random = np.random.default_rng(0)
-        pictures = [_drawn(random) for _ in range(min(count, 64))]
-        origin = "DRAWN pictures, unlike photos in detail"
+        images = [_drawn(random) for _ in range(min(count, 64))]
+        origin = "DRAWN images, unlike photos in detail"
     encoded = []
-    for picture in pictures:
+    for image in images:
         buffer = io.BytesIO()
-        picture.save(buffer, "JPEG", quality=90)
+        image.save(buffer, "JPEG", quality=90)
         encoded.append(buffer.getvalue())
     size = statistics.mean(map(len, encoded)) / 1000
     repeated = [encoded[number % len(encoded)] for number in range(count)]
@@ -200,15 +200,15 @@ def _photos() -> list[Image.Image]:
         for member in tar:
             file = tar.extractfile(member)
             if file is not None:
-                picture = Image.open(io.BytesIO(file.read())).convert("RGB")
-                found.append(_cropped(picture))
+                image = Image.open(io.BytesIO(file.read())).convert("RGB")
+                found.append(_cropped(image))
     return found
 
 
-def _cropped(picture: Image.Image) -> Image.Image:
-    scale = 256 / min(picture.size)
-    size = [max(_SIDE, round(side * scale)) for side in picture.size]
-    small = picture.resize((size[0], size[1]), Image.Resampling.LANCZOS)
+def _cropped(image: Image.Image) -> Image.Image:
+    scale = 256 / min(image.size)
+    size = [max(_SIDE, round(side * scale)) for side in image.size]
+    small = image.resize((size[0], size[1]), Image.Resampling.LANCZOS)
     left, top = ((side - _SIDE) // 2 for side in size)
     return small.crop((left, top, left + _SIDE, top + _SIDE))
 

@@ -1,6 +1,6 @@
 """What a training step costs on a GPU, and which kernels it is made of. Needs torch alone.
 
-Network, loss and optimiser are those of the recipes; pictures are random and already there.
+Network, loss and optimiser are those of the recipes; images are random and already there.
 """
 
 import itertools
@@ -54,7 +54,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Measured:
-    rates: list[float]  # pictures per second, by round
+    rates: list[float]  # images per second, by round
     memory_gb: float
     start_seconds: float
 
@@ -91,7 +91,7 @@ def run(device: torch.device, rounds: int, scale: Scale) -> Table:
         print(" | ".join(rows[-1]), file=sys.stderr, flush=True)
     products = ", ".join(f"{value / 1e12:.3g} ({name})" for name, value in ceilings.items())
     setting = (
-        f"1000 classes, width {scale.width}; random pictures on the device; forward, backward and "
+        f"1000 classes, width {scale.width}; random images on the device; forward, backward and "
         f"fused SGD; {rounds} rounds of {scale.steps} steps in one process, median "
         "[lowest..highest]; a row after the other. MFU: against the best of five products of two "
         f"random matrices of {scale.side}² here, in TFLOP/s: {products}. fp32 is without TF32 in "

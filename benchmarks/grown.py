@@ -1,4 +1,4 @@
-r"""A shard set of any size whose tars are empty files: what bookkeeping sees, without its pictures.
+r"""A shard set of any size whose tars are empty files: what bookkeeping sees, without its images.
 
 Its plan, sidecars and DALI indices are as the builder leaves them; the tars are sparse, of the
 size that their sidecars say. Also the steps whose time and memory `benchmarks.growth` measures, one
@@ -50,7 +50,7 @@ def measured(request: dict[str, Any]) -> tuple[float, float]:
 
 
 def _plan(request: dict[str, Any]) -> Callable[[], None]:
-    """The plan and its claim, from a table of the pictures."""
+    """The plan and its claim, from a table of the images."""
     Path(request["out"]).mkdir()
     source = _source(request)
     return lambda: plan_files.begin(request["out"], _RAW, _planned(source, request))
@@ -119,13 +119,13 @@ STEPS: dict[str, Callable[[dict[str, Any]], Callable[[], None]]] = {
 
 def _source(request: dict[str, Any]) -> Source:
     """As scanning archives leaves it: one container, classes of equal size one after another."""
-    pictures = request["pictures"]
-    classes = min(request["classes"], pictures)
+    images = request["pictures"]
+    classes = min(request["classes"], images)
     wnids = [f"n{label:08d}" for label in range(classes)]
-    labels = np.sort(np.arange(pictures) % classes)
+    labels = np.sort(np.arange(images) % classes)
     of_rows = pa.array(wnids).take(pa.array(labels))
     names = pa.array([f"{wnids[label]}_{row}.JPEG" for row, label in enumerate(labels)])
-    offsets = pa.array(np.arange(pictures) * 110_592 + 512)
+    offsets = pa.array(np.arange(images) * 110_592 + 512)
     rows = part("train", names, of_rows, _RAW, offsets, 110_000)
     return Source(
         raw=_RAW,
@@ -134,7 +134,7 @@ def _source(request: dict[str, Any]) -> Source:
         wnids=tuple(wnids),
         class_names=tuple(wnids),
         labels_from={"train": "made up"},
-        containers=((_RAW, pictures * 110_592),),
+        containers=((_RAW, images * 110_592),),
         announced=None,
         notes=(),
     )
@@ -184,7 +184,7 @@ def _rows(made: plan.Plan) -> Iterator[tuple[ShardPlan, pa.Table]]:
 
 
 def _indexed(shard: ShardPlan, rows: pa.Table, offsets: np.ndarray) -> pa.Table:
-    """Rows of shards.INDEX. Hashes of pictures are as long as true ones, and as random."""
+    """Rows of shards.INDEX. Hashes of images are as long as true ones, and as random."""
     count = rows.num_rows
     digests = pa.array(
         [hashlib.sha256(key.encode()).hexdigest() for key in rows["key"].to_pylist()]

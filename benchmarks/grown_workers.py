@@ -22,7 +22,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from benchmarks import fit_loop, processes
-from benchmarks.pictures import Raw, class_folders, stored, write_shards
+from benchmarks.images import Raw, class_folders, stored, write_shards
 from benchmarks.turns import in_turns
 from pipelines.shards import load_manifest
 from training.loop import Place, fit
@@ -50,7 +50,7 @@ class Sizes:
             folder = Path(name)
             sets = [class_folders(folder / f"raw{size}", raw, size) for size in self.build]
             yield (
-                "1,000 pictures built",
+                "1,000 images built",
                 self._turns(functools.partial(self._built, sets, folder / "out"), counts, rounds),
             )
             request = self._training(folder / "shards", raw)
@@ -58,9 +58,9 @@ class Sizes:
 
     def words(self, raw: Raw) -> str:
         return (
-            f"On CPUs, {_ROUNDS} rounds at most: pictures built in steady state, from whole jobs "
+            f"On CPUs, {_ROUNDS} rounds at most: images built in steady state, from whole jobs "
             f"of {self.build[0]} and {self.build[1]} files ({raw.origin}); training steps of "
-            f"`baseline` (width {self.width}, {self.classes} classes) with random pictures, global "
+            f"`baseline` (width {self.width}, {self.classes} classes) with random images, global "
             f"batch {self.batch}, as many ranks as CPUs, one thread each, without Ray; median of "
             f"{self.steps} steps after two."
         )
@@ -78,7 +78,7 @@ class Sizes:
         return {int(count): [(s, _UNKNOWN) for s in values] for count, values in found.items()}
 
     def _built(self, sets: list[Path], out: Path, count: int) -> float:
-        """Seconds for 1,000 pictures more."""
+        """Seconds for 1,000 images more."""
         seconds = []
         for raw in sets:
             command = [sys.executable, "-m", "pipelines", "build", "--raw", str(raw)]

@@ -1,8 +1,8 @@
 """Claim: what is done once per set grows no faster than the set, in time and in memory; more
 workers make building and training faster; the registry's list stays quick.
 
-Made-up sets (see benchmarks.grown) in three series: more pictures in shards of one length, the same
-pictures in more shards, and of more classes.
+Made-up sets (see benchmarks.grown) in three series: more images in shards of one length, the same
+images in more shards, and of more classes.
 """
 
 import functools
@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from benchmarks import grown_registry, grown_workers, processes
-from benchmarks.pictures import Raw
+from benchmarks.images import Raw
 from benchmarks.table import Lines, Panel, Table, spread
 
 COLUMNS = ("what", "seconds", "power of time", "peak MB", "power of memory")
@@ -24,9 +24,9 @@ STEPS = {
     "load": "loader start",
     "order": "order of an epoch",
 }
-PICTURES = (1_000, 10_000, 100_000, 1_281_167)
-SHARDS = (20, 200, 2_000, 10_000)  # of _MIDDLE pictures
-CLASSES = (10, 1_000, 10_000)  # of _MIDDLE pictures in _FEW_SHARDS shards
+IMAGES = (1_000, 10_000, 100_000, 1_281_167)
+SHARDS = (20, 200, 2_000, 10_000)  # of _MIDDLE images
+CLASSES = (10, 1_000, 10_000)  # of _MIDDLE images in _FEW_SHARDS shards
 VERSIONS = (10, 100, 1_000)
 _MIDDLE = 100_000
 _PER_SHARD, _FEW_SHARDS, _USUAL_CLASSES = 5_005, 20, 1_000
@@ -60,7 +60,7 @@ class Series:
 def run(
     raw: Raw,
     rounds: int = 3,
-    pictures: Sequence[int] = PICTURES,
+    images: Sequence[int] = IMAGES,
     shards: Sequence[int] = SHARDS,
     classes: Sequence[int] = CLASSES,
     middle: int = _MIDDLE,
@@ -71,7 +71,7 @@ def run(
     measured = functools.cache(measure)  # one set belongs to two series
     over = functools.partial(_over, measured, rounds)
     series = [
-        *over("pictures", [(size, size, _PER_SHARD, _USUAL_CLASSES) for size in pictures]),
+        *over("pictures", [(size, size, _PER_SHARD, _USUAL_CLASSES) for size in images]),
         *over("shards", [(n, middle, -(-middle // n), _USUAL_CLASSES) for n in shards]),
         *over("classes", [(n, middle, -(-middle // _FEW_SHARDS), n) for n in classes]),
         Series("registry list", "versions", grown_registry.listed(versions, rounds)),
@@ -90,21 +90,21 @@ def _over(
     across: str,
     sizes: Sequence[tuple[int, int, int, int]],
 ) -> list[Series]:
-    """sizes: (size of the series, pictures, pictures per shard, classes)."""
+    """sizes: (size of the series, images, images per shard, classes)."""
     series = {step: Series(words, across) for step, words in STEPS.items()}
-    for size, pictures, per_shard, classes in sizes:
-        large = pictures > 10 * _MIDDLE or pictures / per_shard > 5_000
+    for size, images, per_shard, classes in sizes:
+        large = images > 10 * _MIDDLE or images / per_shard > 5_000
         few = min(rounds, _LARGE_ROUNDS) if large else rounds
-        figures = measured(pictures, per_shard, classes, few)
+        figures = measured(images, per_shard, classes, few)
         for step, one in series.items():
             one.points[size] = figures[step]
     return list(series.values())
 
 
-def measure(pictures: int, per_shard: int, classes: int, rounds: int) -> Figures:
+def measure(images: int, per_shard: int, classes: int, rounds: int) -> Figures:
     """Each round runs the steps in their order, on one set."""
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
-        request = {"pictures": pictures, "per_shard": per_shard, "classes": classes}
+        request = {"pictures": images, "per_shard": per_shard, "classes": classes}
         one = request | {"out": f"{folder}/set"}
         asked = [one | {"step": "plan"}, one | {"step": "tasks"}]
         for number in range(rounds):
@@ -147,8 +147,8 @@ def _setting(raw: Raw, rounds: int, middle: int, workers: grown_workers.Sizes | 
         f"Made-up sets whose tars are sparse; local disk, page cache warm; each step on one CPU "
         f"in a process of its own, without the time of imports, with their memory; {rounds} "
         f"rounds ({min(rounds, _LARGE_ROUNDS)} of the largest two sets), median "
-        f"[lowest..highest]. Pictures: {_PER_SHARD} in a shard, {_USUAL_CLASSES} classes. Shards: "
-        f"{middle:,} pictures. Classes: {middle:,} pictures in {_FEW_SHARDS} shards. "
+        f"[lowest..highest]. Images: {_PER_SHARD} in a shard, {_USUAL_CLASSES} classes. Shards: "
+        f"{middle:,} images. Classes: {middle:,} images in {_FEW_SHARDS} shards. "
         "Power: 1 is a straight line from the size before, "
         "0 is flat, -1 is twice as fast on twice the CPUs. Registry list: the whole command, on "
         f"SQLite. {'' if workers is None else workers.words(raw)}"

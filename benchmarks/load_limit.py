@@ -18,7 +18,7 @@ from benchmarks.peers import clock, tars
 
 
 def batches(request: dict[str, Any]) -> Iterator[tuple[np.ndarray, list[int]]]:
-    """The pictures of a batch are the same memory each time."""
+    """The images of a batch are the same memory each time."""
     samples = list(tars.samples(request["tars"]))
     jpegs, labels = [jpeg for jpeg, _ in samples], [label for _, label in samples]
     height, width, _, _ = simplejpeg.decode_jpeg_header(jpegs[0])

@@ -1,7 +1,7 @@
-"""Claim: training's loader feeds more pictures than its peers, near what decoding alone allows.
+"""Claim: training's loader feeds more images than its peers, near what decoding alone allows.
 
-Each contender runs one epoch over the same stored pictures in a process of its own and delivers
-uint8 batches, each picture mirrored with probability 1/2: the one augmentation that all of them
+Each contender runs one epoch over the same stored images in a process of its own and delivers
+uint8 batches, each image mirrored with probability 1/2: the one augmentation that all of them
 have for uint8, and a cheap one, so that reading, decoding and batching are what is compared.
 """
 
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import environments, processes
-from benchmarks.pictures import QUALITY, Raw, stored, write_shards
+from benchmarks.images import QUALITY, Raw, stored, write_shards
 from benchmarks.table import Bars, Table, spread
 from benchmarks.turns import in_turns, ratios
 
@@ -74,13 +74,13 @@ def run(
     missing = "".join(f" Not here: {name} ({reason})." for name, reason in absent.items())
     size = sum(map(len, jpegs)) / len(jpegs) / 1000
     setting = (
-        f"{samples} stored pictures of {CROP} px (copies of {len(jpegs)}, mean {size:.0f} kB; "
+        f"{samples} stored images of {CROP} px (copies of {len(jpegs)}, mean {size:.0f} kB; "
         f"{raw.origin}), page cache warm; uint8 batches of {batch}, mirrored at random; {threads} "
         f"decoding threads or worker processes on {threads} CPUs; one epoch in a fresh process, "
         f"{_EPOCHS[OURS]} of the faster ones, timed after the first batch; first batch: since the "
         "start of the process; "
         f"{rounds} rounds in alternating order, median [lowest..highest], ratios within a round. "
-        f"FFCV's file holds the pictures encoded once more.{missing}"
+        f"FFCV's file holds the images encoded once more.{missing}"
     )
     return Table(COLUMNS, rows, setting, Bars("stored JPEGs to uint8 batches, img/s", rates))
 
@@ -118,7 +118,7 @@ def contenders() -> tuple[dict[str, Ask], dict[str, str]]:
 
 
 def refuse_unequal(looks: dict[str, Answer], samples: int) -> None:
-    """Every contender must have delivered the same pictures and labels."""
+    """Every contender must have delivered the same images and labels."""
     wanted = looks[LIMIT]
     for name, look in looks.items():
         equal = look["images"] == samples and look["labels"] == wanted["labels"]
@@ -135,7 +135,7 @@ def _epochs(name: str) -> int:
 
 def _timed(ask: Ask, request: dict[str, Any], epochs: int, samples: int, _: int) -> Answer:
     answer = ask(request | {"action": "run", "epochs": epochs})
-    assert answer["images"] + answer["first_images"] == epochs * samples, "pictures were lost"
+    assert answer["images"] + answer["first_images"] == epochs * samples, "images were lost"
     return answer
 
 

@@ -33,7 +33,7 @@ def pack(
     quality: int,
     colours: Literal["RGB", "RGBX"] = "RGBX",
 ) -> None:
-    """Stored pictures of `files` in one tar, on one thread. colours: how pixels lie on their way;
+    """Stored images of `files` in one tar, on one thread. colours: how pixels lie on their way;
     RGBX, with an idle fourth byte, is Pillow's own layout and saves unpacking and packing."""
     torch.set_num_threads(1)
     with tarfile.open(out, "w", format=tarfile.USTAR_FORMAT) as tar:

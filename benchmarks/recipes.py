@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.fit_loop import Enough, never
-from benchmarks.pictures import Raw, stored, write_shards
+from benchmarks.images import Raw, stored, write_shards
 from benchmarks.table import Bars, Table, spread
 from pipelines.shards import load_manifest
 from training.config import TrainConfig

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from benchmarks.pictures import QUALITY, RESIZE, Raw
+from benchmarks.images import QUALITY, RESIZE, Raw
 from benchmarks.table import Bars, Table, spread
 from pipelines.transform import Stored, decode, to_stored
 
@@ -28,13 +28,13 @@ CROP = 227
 _LANCZOS = Image.Resampling.LANCZOS
 _SUPPORT = 3.0  # lobes of the Lanczos window
 
-Picture = NDArray[np.uint8]
-Result = tuple[Picture, bytes]  # (227, 227, 3), and its JPEG
+Pixels = NDArray[np.uint8]
+Result = tuple[Pixels, bytes]  # (227, 227, 3), and its JPEG
 Path = Callable[[bytes], Result]
 
 
 def run(raw: Raw, rounds: int = 5) -> Table:
-    """Each round runs every path over all pictures, in turn, in alternating order."""
+    """Each round runs every path over all images, in turn, in alternating order."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -70,7 +70,7 @@ def _rates(raw: Raw, rounds: int) -> dict[str, list[float]]:
 
 
 def usual(jpeg: bytes) -> Result:
-    """What every tutorial does: resize the whole picture, then crop."""
+    """What every tutorial does: resize the whole image, then crop."""
     image = Image.open(io.BytesIO(jpeg)).convert("RGB")
     width, height, left, top = _geometry(*image.size)
     image = image.resize((width, height), _LANCZOS)
@@ -146,7 +146,7 @@ def reference(jpeg: bytes, resize: int = RESIZE, crop: int = CROP) -> NDArray[np
 def _weights(source: int, target: int) -> NDArray[np.float64]:
     """(target, source): row i holds the share of every source sample in target sample i."""
     scale = source / target
-    stretch = max(scale, 1.0)  # antialiasing: the window grows when the picture shrinks
+    stretch = max(scale, 1.0)  # antialiasing: the window grows when the image shrinks
     centres = (np.arange(target) + 0.5) * scale
     distance = (np.arange(source)[None, :] + 0.5 - centres[:, None]) / stretch
     window = np.where(abs(distance) < _SUPPORT, np.sinc(distance / _SUPPORT), 0.0)
@@ -154,6 +154,6 @@ def _weights(source: int, target: int) -> NDArray[np.float64]:
     return np.asarray(weights / weights.sum(axis=1, keepdims=True))
 
 
-def psnr(pixels: Picture, wanted: NDArray[np.float64]) -> float:
+def psnr(pixels: Pixels, wanted: NDArray[np.float64]) -> float:
     error = float(np.mean((pixels.astype(np.float64) - wanted) ** 2))
     return 10 * float(np.log10(255**2 / error))

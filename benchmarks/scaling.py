@@ -186,7 +186,7 @@ def _data(cluster: Cluster) -> str:
         rate = min(cores * DECODE_PER_CORE, cluster.images_per_second)
         share = rate / cluster.images_per_second
         rows.append((f"{cores} cores a GPU decode", f"{rate:,.0f} img/s", f"{share:.0%}"))
-    return _table(("pictures come from", "per GPU", "of its rate"), rows)
+    return _table(("images come from", "per GPU", "of its rate"), rows)
 
 
 def _published(cluster: Cluster) -> str:

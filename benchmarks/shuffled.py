@@ -1,4 +1,4 @@
-"""The control of every accuracy here: the same pictures with their labels shuffled.
+"""The control of every accuracy here: the same images with their labels shuffled.
 
     python -m benchmarks.shuffled RAW OUT [--seed 0]
 
@@ -15,21 +15,21 @@ from pipelines import command
 
 
 def shuffle_labels(raw: Path, out: Path, seed: int) -> int:
-    """Links the pictures of RAW/train/CLASS to OUT/train, each under a class drawn by the seed, and
+    """Links the images of RAW/train/CLASS to OUT/train, each under a class drawn by the seed, and
     those of RAW/val as they are; returns how many have another class than before.
 
-    Classes keep their sizes. Train pictures are named by number, since a name such as
+    Classes keep their sizes. Train images are named by number, since a name such as
     n01440764_10026.JPEG would tell the class, and the builder would refuse the contradiction.
     Raises UserError for a RAW that has no class folders, and for an OUT that exists.
     """
-    pictures = sorted((raw / "train").glob("*/*"))
-    if not pictures:
-        raise UserError(f"{raw} has no train/CLASS/PICTURE; give a folder of class folders")
+    images = sorted((raw / "train").glob("*/*"))
+    if not images:
+        raise UserError(f"{raw} has no train/CLASS/IMAGE; give a folder of class folders")
     if out.exists():
         raise UserError(f"{out} exists; choose another OUT, or remove it first")
-    classes = [path.parent.name for path in pictures]
+    classes = [path.parent.name for path in images]
     drawn = random.Random(seed).sample(classes, len(classes))
-    for number, (path, name) in enumerate(zip(pictures, drawn, strict=True)):
+    for number, (path, name) in enumerate(zip(images, drawn, strict=True)):
         _link(path, out / "train" / name / f"{number:07d}{path.suffix}")
     for path in sorted((raw / "val").glob("*/*")):
         _link(path, out / "val" / path.parent.name / path.name)
@@ -54,7 +54,7 @@ def _shuffled(arguments: argparse.Namespace) -> int:
         moved = shuffle_labels(arguments.raw, arguments.out, arguments.seed)
     except OSError as error:
         raise UserError(str(error)) from error
-    print(f"{arguments.out}: {moved:,} train pictures under another class than before")
+    print(f"{arguments.out}: {moved:,} train images under another class than before")
     return 0
 
 

@@ -31,7 +31,7 @@ COMPARED = {
         "training/run.py, through Ray Train and MLflow",
         "img/s",
     ),
-    "resize": ("one picture's way, img/s per core", "pipelines.transform", "img/s per core"),
+    "resize": ("one image's way, img/s per core", "pipelines.transform", "img/s per core"),
 }
 # Contenders of the last results that were not measured fairly, by the beginnings of their names.
 # Their rows stay, with what was unfair, until they are measured again.

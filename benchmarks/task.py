@@ -12,8 +12,8 @@ from typing import Literal
 
 import torch
 
+from benchmarks.images import QUALITY, RESIZE, Raw, class_folders
 from benchmarks.parts import pack
-from benchmarks.pictures import QUALITY, RESIZE, Raw, class_folders
 from benchmarks.table import Bars, Table, spread
 from benchmarks.turns import ratios
 from pipelines import plan, plan_files, sources
@@ -27,7 +27,7 @@ _LIMIT, _PLAIN, _OURS = _NAMES
 
 
 def run(raw: Raw, rounds: int = 15) -> Table:
-    """Each round makes the same pictures into one tar by both paths, in alternating order."""
+    """Each round makes the same images into one tar by both paths, in alternating order."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     rates: dict[str, list[tuple[float, float]]] = {name: [] for name in _NAMES}
@@ -60,9 +60,9 @@ def run(raw: Raw, rounds: int = 15) -> Table:
 
 
 def _timed(
-    name: str, files: list[Path], folder: Path, number: int, pictures: int
+    name: str, files: list[Path], folder: Path, number: int, images: int
 ) -> tuple[float, float]:
-    """Pictures per second of CPU and of wall time. The plan, made once per set, is not counted."""
+    """Images per second of CPU and of wall time. The plan, made once per set, is not counted."""
     out = folder / f"{name.replace(' ', '-')}{number}"
     if name != _OURS:
         out.mkdir()
@@ -72,11 +72,11 @@ def _timed(
         pack(files, tar, resize=RESIZE, crop=CROP, quality=QUALITY, colours=colours)
     else:
         raw = str(folder / "raw")
-        recipe = plan.Recipe(samples_per_shard=pictures, splits=("train",))
+        recipe = plan.Recipe(samples_per_shard=images, splits=("train",))
         made = plan.make(sources.scan(raw, recipe.splits), recipe)
         plan_files.begin(str(out), raw, made)
         job = job_for(made, raw, str(out))
         start = time.process_time(), time.perf_counter()
         write_shard(job, 0, made.shards[0].name, made.shards[0].id)
     seconds = time.process_time() - start[0], time.perf_counter() - start[1]
-    return pictures / seconds[0], pictures / seconds[1]
+    return images / seconds[0], images / seconds[1]

@@ -1,6 +1,6 @@
 """Claim: Ray Train and our loop cost next to nothing beside a bare PyTorch loop's step.
 
-Network, batch, precision and optimizer are the same, pictures are random and resident, nothing is
+Network, batch, precision and optimizer are the same, images are random and resident, nothing is
 augmented: that is in recipes.py. Each run is a process of its own on all CPUs.
 """
 
@@ -20,7 +20,7 @@ from mlflow import MlflowClient
 
 from benchmarks import processes
 from benchmarks.fit_loop import LR, PLAIN, line_seconds
-from benchmarks.pictures import Raw, stored, write_shards
+from benchmarks.images import Raw, stored, write_shards
 from benchmarks.table import Bars, Table, spread
 from benchmarks.turns import in_turns, ratios
 from training.config import TrainConfig
@@ -32,7 +32,7 @@ COLUMNS = (
     "img/s",
     "ratio",
     "a log line, ms",
-    "GFLOP per picture",
+    "GFLOP per image",
     "the rest of the process, s",
 )
 BARE = "bare PyTorch loop"
@@ -46,7 +46,7 @@ _LINE_EVERY = TrainConfig.log_steps
 @dataclass(frozen=True)
 class Steps:
     """seconds: of a step, the mean; line: of what a log line takes between two steps; gflop: what
-    the process says that a picture needs; others: seconds of the process that were no timed step.
+    the process says that an image needs; others: seconds of the process that were no timed step.
     """
 
     seconds: float
@@ -126,8 +126,8 @@ def _command(request: dict[str, Any], folder: Path, number: int) -> Steps:
     began = time.time()
     done = processes.run(command, on=processes.cpus(), settings=settings)
     seconds, logged, phases = _logged(home, request, began, time.time())
-    told = re.search(r"([\d.]+) GFLOP per picture", done.stdout + done.stderr)
-    assert told is not None, "the loop says what a picture needs"
+    told = re.search(r"([\d.]+) GFLOP per image", done.stdout + done.stderr)
+    assert told is not None, "the loop says what an image needs"
     line = line_seconds(logged, [steps * each for each in seconds])
     return Steps(seconds[1], line, told[1], done.wall_seconds - steps * seconds[1], phases)
 
@@ -201,7 +201,7 @@ def _setting(request: dict[str, Any], rounds: int) -> str:
     return (
         f"Recipe baseline, width {request['width']}, {request['classes']} classes, batch "
         f"{request['batch']}, bf16 autocast, channels-last, fused SGD with momentum; random "
-        f"pictures in memory; {request['threads']} threads; mean of {request['steps']} steps "
+        f"images in memory; {request['threads']} threads; mean of {request['steps']} steps "
         f"after two that warm up, with Ray of {request['steps'] + 2} after as many, in a fresh "
         "process, all but the first row with those memory settings, with the share of a log line "
         f"every {_LINE_EVERY} steps; {rounds} rounds in alternating order, median "

@@ -78,23 +78,23 @@ PY
     return 1
 }
 
-picture=ILSVRC2012_val_00000001
+image=ILSVRC2012_val_00000001
 step "draw: ImageNet-like archives in .demo/raw" python -m pipelines demo-raw "$raw"
 step "build: shards in .demo/shards" \
     python -m pipelines build --raw "$raw" --out "$out" --samples-per-shard 100
-step "verify: every hash and every picture" python -m pipelines verify --full "$out"
+step "verify: every hash and every image" python -m pipelines verify --full "$out"
 step "report: .demo/shards/report/index.html" python -m pipelines report "$out"
 step "ray: a cluster of one node" start_ray
 step "train: recipe smoke through ray job submit" \
     "${ray[@]}" job submit --working-dir . -- python training/run.py smoke --data "$out"
 step "promote: the candidate, through the gate" python -m training.registry promote
-tar -xf "$raw/ILSVRC2012_img_val.tar" -C "$demo" "$picture.JPEG"
-step "predict: one val picture with the champion" python -m training.predict "$demo/$picture.JPEG" --top 3
+tar -xf "$raw/ILSVRC2012_img_val.tar" -C "$demo" "$image.JPEG"
+step "predict: one val image with the champion" python -m training.predict "$demo/$image.JPEG" --top 3
 
 echo
 grep -h 'step=.* val_top1=' "$logs/train.log" | tail -n 1 | sed 's/.*step=/last epoch: step=/'
 cat "$logs/promote.log"
-echo "truth:      $(python -m pipelines inspect "$picture" --out "$out" | head -n 1)"
+echo "truth:      $(python -m pipelines inspect "$image" --out "$out" | head -n 1)"
 echo "prediction:"
 grep '%' "$logs/predict.log"
 cat <<EOF

@@ -48,7 +48,7 @@ def build(
     Raises UserError before any long work for what the user can mend, BuildFailed afterwards.
     """
     done, missing = finish.finished_shards(out, made_plan)
-    progress = Progress(len(made_plan.shards), made_plan.pictures, max_rejected, as_json)
+    progress = Progress(len(made_plan.shards), made_plan.images, max_rejected, as_json)
     for _, status in done:
         progress.count(status, before=True)
     numbers = [number for number in missing if only is None or number in only]
@@ -113,7 +113,7 @@ def repair(
     storage.delete(storage.join(out, "manifest.json"))  # from here on the set is not complete
     for name in names:
         finish.remove(out, name)
-    no_limit = MaxRejected(number=made_plan.pictures)
+    no_limit = MaxRejected(number=made_plan.images)
     manifest = build(
         made_plan,
         raw,

@@ -142,7 +142,7 @@ def _build(arguments: argparse.Namespace) -> int:
     limit = MaxRejected.parse(arguments.max_rejected, plan.official)
     if arguments.retry_quarantined:
         again = pipelines.build.retry_quarantined(out, source.raw, plan)
-        _say(arguments, f"made again: {', '.join(again) or 'nothing, no picture is quarantined'}")
+        _say(arguments, f"made again: {', '.join(again) or 'nothing, no image is quarantined'}")
     plan = plan_files.begin(out, source.raw, plan)
     if storage.exists(storage.join(out, "manifest.json")):
         _say(arguments, f"{out} is finished already (plan {plan.plan_id[:12]}); nothing to do")
@@ -190,7 +190,7 @@ def _plan(arguments: argparse.Namespace) -> int:
     for split, entry in document["splits"].items():
         last = first + entry["shards"] - 1
         sizes = "-".join(f"{size:,}" for size in dict.fromkeys(entry["samples_per_shard"]))
-        print(f"{split}: {entry['pictures']:,} pictures in shards {first} to {last} of {sizes}")
+        print(f"{split}: {entry['pictures']:,} images in shards {first} to {last} of {sizes}")
         size = f" of {entry['mean_read_bytes'] / 1e6:.2f} MB" if entry["read_bytes"] else ""
         print(f"{split}: {entry['reads']:,} reads{size}")
         print(f"{split} labels: {entry['labels_from']}")
@@ -283,13 +283,13 @@ def _say(arguments: argparse.Namespace, line: str) -> None:
 
 
 def _in_words(source: Source, plan: Plan, out: str) -> str:
-    pictures = " + ".join(
+    images = " + ".join(
         f"{source.count(split):,} {split}" for split in plan.identity["recipe"]["splits"]
     )
     notes = "".join(f"\nnote: {note}" for note in source.notes)
     partial = " (partial)" if plan.identity["recipe"]["partial"] else ""
     return (
-        f"{source.raw}: {source.layout}{partial}, {pictures} pictures, {len(source.wnids)} classes"
+        f"{source.raw}: {source.layout}{partial}, {images} images, {len(source.wnids)} classes"
         f"{notes}\n{out}: {len(plan.shards)} shards, plan {plan.plan_id[:12]}"
     )
 
@@ -324,7 +324,7 @@ def _plan_document(source: Source, plan: Plan, out: str) -> dict[str, Any]:
         "notes": list(source.notes),
         "entries": plan.entries,
         "splits": splits,
-        "bytes": int(plan.pictures * plan.recipe.bytes_per_sample),
+        "bytes": int(plan.images * plan.recipe.bytes_per_sample),
         "plan_id": plan.plan_id,
         "identity": plan.identity,
     }

@@ -112,7 +112,7 @@ def _train_tar(classes: tuple[_Class, ...], drawing: Drawing, seed: int) -> byte
         images = []
         for index in range(drawing.per_class):
             rng = np.random.default_rng([seed, 1, number, index])
-            data = _encode(_picture(kind, rng), _train_form(number, index))
+            data = _encode(_image(kind, rng), _train_form(number, index))
             images.append((f"{kind.wnid}_{number + 17 * index}.JPEG", data))
         tars.append((f"{kind.wnid}.tar", _tar(images)))
     return _tar(tars)
@@ -127,14 +127,14 @@ def _train_form(number: int, index: int) -> str:
 def _val_tar(classes: tuple[_Class, ...], val_classes: _Array, seed: int) -> bytes:
     images = []
     for index, number in enumerate(val_classes.tolist()):
-        picture = _picture(classes[number], np.random.default_rng([seed, 2, index]))
+        image = _image(classes[number], np.random.default_rng([seed, 2, index]))
         form = "grey" if index == 7 else "plain"
-        images.append((f"ILSVRC2012_val_{index + 1:08d}.JPEG", _encode(picture, form)))
+        images.append((f"ILSVRC2012_val_{index + 1:08d}.JPEG", _encode(image, form)))
     order = np.random.default_rng([seed, 3]).permutation(len(images))
     return _tar(images[index] for index in order)
 
 
-def _picture(kind: _Class, rng: np.random.Generator) -> _Array:
+def _image(kind: _Class, rng: np.random.Generator) -> _Array:
     """uint8 (H, W, 3): one object, turned, anywhere near the middle, on a dull noisy ground."""
     height, width = (int(rng.normal(375, 35)), int(rng.normal(500, 45)))
     if rng.random() < 0.25:
@@ -184,7 +184,7 @@ def _devkit(classes: tuple[_Class, ...], drawing: Drawing, val_classes: _Array) 
     truth = "".join(f"{id_of_class[number]}\n" for number in val_classes.tolist())
     folder = devkit.NAME.removesuffix(".tar.gz")
     members = {
-        "readme.txt": b"Drawn pictures in the form of the ILSVRC2012 devkit.\n",
+        "readme.txt": b"Drawn images in the form of the ILSVRC2012 devkit.\n",
         "data/meta.mat": _meta(classes[::-1], drawing.per_class),
         "data/ILSVRC2012_validation_ground_truth.txt": truth.encode(),
     }

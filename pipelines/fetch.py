@@ -5,7 +5,7 @@ shorter side of 320 or 160 pixels. MD5 and class names of the archives are those
 torchvision/datasets/imagenette.py; their bytes are the same in fastai/fastai, data/checks.txt, and
 tensorflow/datasets, datasets/imagenette/checksums.tsv.
 
-Beside RAW, not in it, lie .RAW.FILE.part, which a later run continues, and .RAW.FILE.pictures; RAW
+Beside RAW, not in it, lie .RAW.FILE.part, which a later run continues, and .RAW.FILE.images; RAW
 itself appears by one rename, when all is there.
 """
 
@@ -204,7 +204,7 @@ def _receive(
 
 def _extract(part: Path, raw: Path, wanted: dict[str, str]) -> dict[str, int]:
     """Images of each split. Names are matched as a whole: nothing lands outside of `raw`."""
-    hidden = part.with_suffix(".pictures")
+    hidden = part.with_suffix(".images")
     if hidden.exists():  # of a run that was killed
         shutil.rmtree(hidden)
     command.say(f"extracting to {raw}")

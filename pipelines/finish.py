@@ -1,7 +1,7 @@
 """From a complete set of sidecars to a finished shard set: index, quarantine list, manifest.
 
 Sidecars are read one after the other, and only their status stays in memory: the driver needs no
-more of it for a million pictures than for a thousand, but for the index files while it writes them.
+more of it for a million images than for a thousand, but for the index files while it writes them.
 """
 
 from __future__ import annotations

@@ -80,7 +80,7 @@ def status(out: str) -> dict[str, Any]:
             part["bytes"] += facts["bytes"]
             rejected.update(entry["reason"] for entry in facts["rejected"])
     rate = _rate(done)
-    left = plan.pictures - sum(images for _, images in done)
+    left = plan.images - sum(images for _, images in done)
     return {
         "out": out,
         "plan_id": plan.plan_id,
@@ -196,7 +196,7 @@ def _stored(split: str, row: dict[str, Any], indexes: dict[str, pa.Table]) -> di
         files, images = (pc.equal(index[n], row[n]) for n in ("source_sha256", "sha256"))
         for found in index.filter(pc.or_(files, images)).to_pylist():
             if (other, found["key"]) != (split, row["key"]):
-                same = "file" if found["source_sha256"] == row["source_sha256"] else "picture"
+                same = "file" if found["source_sha256"] == row["source_sha256"] else "image"
                 copy = {"split": other, "key": found["key"], "wnid": found["wnid"] or None}
                 copies.append(copy | {"same": same})
     place = {name: row[name] for name in ("offset", "size", "sha256")}

@@ -1,13 +1,13 @@
-"""Which picture goes into which shard: a pure function of source, recipe and seed, with a name.
+"""Which image goes into which shard: a pure function of source, recipe and seed, with a name.
 
 `plan_id` is a hash of everything that decides the bytes of the output. Shard i is a function of
 (plan, i) alone, so a retry, a resumed build and a rebuild elsewhere give the same shard.
 
-Order of the pictures before they are cut into shards (`--shuffle`):
-  classes  within a class pictures keep the source's order, and picture r of a class of n sorts at
+Order of the images before they are cut into shards (`--shuffle`):
+  classes  within a class images keep the source's order, and image r of a class of n sorts at
            (r + ½) / n. Each shard gets a short contiguous run of every class: balanced shards,
            and few, long range reads.
-  global   a random permutation of all. About one read per picture.
+  global   a random permutation of all. About one read per image.
   source   as the source has them: the longest reads, for sources that are mixed already.
 Inside a shard the order is always shuffled.
 """
@@ -39,7 +39,7 @@ Orientation = Literal["ignore", "apply"]
 
 @dataclass(frozen=True)
 class Recipe:
-    """What is done to every picture, and how they are grouped."""
+    """What is done to every image, and how they are grouped."""
 
     resize: int = 256
     crop: int = 227
@@ -115,7 +115,7 @@ class Plan:
         return Recipe(**fields | {name: tuple(fields[name]) for name in ("splits", "subset")})
 
     @property
-    def pictures(self) -> int:
+    def images(self) -> int:
         return sum(shard.samples for shard in self.shards)
 
 
@@ -160,9 +160,9 @@ def make(source: Source, recipe: Recipe) -> Plan:
 
 
 def geometry(recipe: Recipe, stored: StoredAs | None) -> tuple[int, bool]:
-    """(the shorter side that a picture of the source is resized to, whether it can stay as it is).
+    """(the shorter side that an image of the source is resized to, whether it can stay as it is).
 
-    A picture that is stored already shows the centre of the raw one, its shorter side scaled to
+    An image that is stored already shows the centre of the raw one, its shorter side scaled to
     `stored.resize`; the same scale for the new one needs less than `recipe.resize` pixels.
     """
     if stored is None:
@@ -187,7 +187,7 @@ def _assign(table: pa.Table, split: str, recipe: Recipe) -> list[np.ndarray[Any,
     """Row numbers of `table` for each shard of the split."""
     rows = np.flatnonzero(pc.equal(table["split"], split).to_numpy())
     if not len(rows):
-        raise UserError(f"--splits {','.join(recipe.splits)}: there is no {split} picture to store")
+        raise UserError(f"--splits {','.join(recipe.splits)}: there is no {split} image to store")
     part = table.select(["label", "source", "offset"]).take(pa.array(rows))
     if recipe.shuffle == "classes":
         by_place = _sorted(part, "label", "source", "offset")
@@ -217,7 +217,7 @@ def _permutation(length: int, seed: int, split: str, number: int | str) -> np.nd
 
 
 def _table_sha256(source: Source) -> str:
-    """Over every picture's place, key and label, in an order of its own."""
+    """Over every image's place, key and label, in an order of its own."""
     digest = hashlib.sha256(shards.canonical_json([source.wnids, source.class_names]))
     _hash_rows(digest, source.table, pa.array(_sorted(source.table, "split", "key")))
     return digest.hexdigest()

@@ -74,7 +74,7 @@ def check_replaceable(out: str, plan: Plan, again: set[str]) -> None:
     changed = {name for name in before | after if before.get(name) != after.get(name)}
     if strangers := sorted(changed - again):
         raise UserError(
-            f"{out}: more has changed than quarantined pictures ({len(strangers)} other shards, "
+            f"{out}: more has changed than quarantined images ({len(strangers)} other shards, "
             f"first {strangers[0]}); build into another --out"
         )
 

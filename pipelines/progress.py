@@ -133,12 +133,12 @@ class Progress:
     """
 
     shards_total: int
-    pictures_total: int
+    images_total: int
     max_rejected: MaxRejected
     as_json: bool = False
     reasons: Tally[str] = field(default_factory=Tally)
     _shards: int = 0
-    _pictures: int = 0
+    _images: int = 0
     _read_bytes: int = 0
     _wait_seconds: float = 0.0
     _work_seconds: float = 0.0  # waiting included
@@ -154,7 +154,7 @@ class Progress:
         """
         with self._lock:
             self._shards += 1
-            self._pictures += row["samples"] + len(row["rejected"])
+            self._images += row["samples"] + len(row["rejected"])
             self.reasons.update(entry["reason"] for entry in row["rejected"])
             examples = [f"{entry['key']} ({entry['reason']})" for entry in row["rejected"]]
             self._examples = sorted(self._examples + examples)[:_EXAMPLES]
@@ -162,7 +162,7 @@ class Progress:
                 self._read_bytes += row["read_bytes"]
                 self._wait_seconds += row["wait_seconds"]
                 self._work_seconds += row["work_seconds"]
-            rejected, total = self.reasons.total(), self.pictures_total
+            rejected, total = self.reasons.total(), self.images_total
             if self.max_rejected.exceeded(rejected, total):
                 raise BuildFailed(
                     f"{rejected:,} of {total:,} images ({100 * rejected / total:.2g}%) are "
@@ -176,7 +176,7 @@ class Progress:
         return "  ".join(
             [
                 f"shards {facts['shards']:,}/{self.shards_total:,}",
-                f"images {facts['pictures']:,}/{self.pictures_total:,}",
+                f"images {facts['pictures']:,}/{self.images_total:,}",
                 f"{facts['images_per_second']:,.0f} img/s",
                 f"{facts['read_bytes_per_second'] / 1e6:,.1f} MB/s",
                 f"ETA {clock(facts['eta_seconds'])}",
@@ -188,18 +188,18 @@ class Progress:
     def json_line(self) -> dict[str, Any]:
         """The same for machines: rates per second, the ETA in seconds, None where unknown."""
         with self._lock:
-            self._pace.note(self._pictures, self._read_bytes)
+            self._pace.note(self._images, self._read_bytes)
             images_per_second, bytes_per_second = self._pace.rates()
             return {
                 "state": self._state,
                 "seconds": round(self._pace.seconds, 3),
                 "shards": self._shards,
                 "shards_total": self.shards_total,
-                "pictures": self._pictures,
-                "pictures_total": self.pictures_total,
+                "pictures": self._images,
+                "pictures_total": self.images_total,
                 "images_per_second": round(images_per_second, 3),
                 "read_bytes_per_second": round(bytes_per_second),
-                "eta_seconds": self._pace.eta(self.pictures_total),
+                "eta_seconds": self._pace.eta(self.images_total),
                 "rejected": self.reasons.total(),
                 "reasons": dict(sorted(self.reasons.items())),
                 "waiting_share": round(self._wait_seconds / self._work_seconds, 4)
@@ -211,7 +211,7 @@ class Progress:
     def running(self) -> Iterator[None]:
         """Reports every few seconds, from a thread since shards may take longer than that, and at
         the end how the body ended."""
-        self._pace = Pace(self._pictures, self._read_bytes)
+        self._pace = Pace(self._images, self._read_bytes)
         stop = threading.Event()
 
         def tell() -> None:

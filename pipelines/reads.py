@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 
 from alexnet.errors import UserError
 from pipelines import storage
-from pipelines.sources.table import PARQUET, picture_names
+from pipelines.sources.table import PARQUET, image_names
 
 _MAX_GAP = 16 << 10  # bytes between two images that are cheaper to read than to skip
 _MAX_READ = 8 << 20  # bytes per request, unless one image is larger
@@ -172,7 +172,7 @@ class Reader:
         row = self._rows[position]
         path = image["path"].as_py() if "path" in image else None
         number = pa.array([row["offset"]], pa.int64())
-        found = picture_names(pa.array([path], pa.string()), row["source"], number)[0].as_py()
+        found = image_names(pa.array([path], pa.string()), row["source"], number)[0].as_py()
         if found != row["name"]:
             raise UserError(
                 f"{uri} has changed: row {row['offset']:,} was {row['name']} and is {found}; "

@@ -18,7 +18,7 @@ from alexnet.errors import UserError
 from pipelines import fetch
 
 FILE = "imagenette2-160.tgz"
-PICTURES = {
+IMAGES = {
     f"{split}/{wnid}/{name}.JPEG": jpeg(seed)
     for seed, (split, wnid, name) in enumerate(
         [
@@ -47,7 +47,7 @@ def packed(members: dict[str, bytes | tarfile.TarInfo]) -> bytes:
 
 def published() -> bytes:
     """With the litter that an archive may hold; its bytes differ each time."""
-    members = {f"imagenette2-160/{name}": data for name, data in PICTURES.items()}
+    members = {f"imagenette2-160/{name}": data for name, data in IMAGES.items()}
     litter = {"noisy_imagenette.csv": b"path,noise\n", "train/.DS_Store": os.urandom(40)}
     return packed({f"imagenette2-160/{name}": data for name, data in litter.items()} | members)
 
@@ -132,6 +132,6 @@ def part_of(raw: Path) -> Path:
     return raw.with_name(f".{raw.name}.{FILE}.part")
 
 
-def pictures_in(raw: Path) -> dict[str, bytes]:
+def images_in(raw: Path) -> dict[str, bytes]:
     paths = [path for split in ("train", "val") for path in (raw / split).rglob("*")]
     return {str(path.relative_to(raw)): path.read_bytes() for path in paths if path.is_file()}

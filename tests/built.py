@@ -1,4 +1,4 @@
-"""Real shard sets for tests, from class folders of drawn pictures, made without Ray."""
+"""Real shard sets for tests, from class folders of drawn images, made without Ray."""
 
 from pathlib import Path
 
@@ -8,9 +8,9 @@ from made import made_shards
 from pipelines import plan
 
 
-def write_folders(raw: Path, pictures: dict[str, int | bytes]) -> str:
+def write_folders(raw: Path, images: dict[str, int | bytes]) -> str:
     """Files under `raw`, by relative name: a drawn JPEG of that seed, or these bytes."""
-    for name, what in pictures.items():
+    for name, what in images.items():
         path = raw / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(what if isinstance(what, bytes) else jpeg(seed=what))

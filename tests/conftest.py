@@ -42,16 +42,16 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture(scope="session")
 def data_folder() -> Path:
-    """Real pictures, which no checkout contains."""
+    """Real images, which no checkout contains."""
     folder = os.environ.get("ALEXNET_TEST_DATA")
     if not folder or not Path(folder).is_dir():
-        pytest.skip("ALEXNET_TEST_DATA names no folder with real pictures")
+        pytest.skip("ALEXNET_TEST_DATA names no folder with real images")
     return Path(folder)
 
 
 @pytest.fixture(scope="session")
 def drawn_raw(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """What demo-raw draws: archives with 4 classes of 8 train and 3 val pictures, one cut."""
+    """What demo-raw draws: archives with 4 classes of 8 train and 3 val images, one cut."""
     from pipelines.demo_raw import Drawing, draw
 
     folder = str(tmp_path_factory.mktemp("raw"))

@@ -1,4 +1,4 @@
-"""Pictures and raw sets drawn for tests, encoded by Pillow and packed by tarfile."""
+"""Images and raw sets drawn for tests, encoded by Pillow and packed by tarfile."""
 
 import gzip
 import io
@@ -12,7 +12,7 @@ from scipy.io import savemat
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def picture(height: int = 60, width: int = 80, seed: int = 0) -> Image.Image:
+def image(height: int = 60, width: int = 80, seed: int = 0) -> Image.Image:
     """RGB: a smooth ground with a few rectangles, so that JPEG keeps it nearly as it is."""
     rng = np.random.default_rng(seed)
     ramp = np.linspace(0, 60, width)[None, :, None] + np.linspace(0, 60, height)[:, None, None]
@@ -30,7 +30,7 @@ def encoded(image: Image.Image, form: str = "JPEG", **options: object) -> bytes:
 
 
 def jpeg(seed: int = 0) -> bytes:
-    return encoded(picture(seed=seed), quality=95)
+    return encoded(image(seed=seed), quality=95)
 
 
 def tar(members: list[tuple[str, bytes]]) -> bytes:
@@ -46,7 +46,7 @@ def tar(members: list[tuple[str, bytes]]) -> bytes:
 def devkit(
     wnids_by_id: list[str], announced: int | list[int], ground_truth: str, year: int = 2012
 ) -> bytes:
-    """A devkit whose leaf k + 1 is wnids_by_id[k], each with `announced` pictures."""
+    """A devkit whose leaf k + 1 is wnids_by_id[k], each with `announced` images."""
     meta = synsets(wnids_by_id, announced, f"ILSVRC{year}_ID")
     truth = (f"ILSVRC{year}_validation_ground_truth.txt", ground_truth.encode())
     return packed_devkit([("meta.mat", meta), truth])
@@ -74,7 +74,7 @@ A, B, C = "n00000010", "n00000020", "n00000030"
 
 
 def archives(folder: Path, **replaced: bytes | None) -> Path:
-    """Three classes of two train pictures, three val pictures; IDs C = 1, A = 2, B = 3.
+    """Three classes of two train images, three val images; IDs C = 1, A = 2, B = 3.
 
     `train`, `val` or `devkit` replace an archive; None leaves it out.
     """
@@ -101,7 +101,7 @@ def archives(folder: Path, **replaced: bytes | None) -> Path:
 
 
 def archives_2010(folder: Path, **replaced: bytes | None) -> Path:
-    """Two classes of two train pictures, two val and two test pictures, a patch for each split.
+    """Two classes of two train images, two val and two test images, a patch for each split.
 
     IDs B = 1, A = 2; val: A, B; test: B, A. `train`, `val`, `test`, `devkit`, `patches` or `truth`
     replace a file; None leaves it out.

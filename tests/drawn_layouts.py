@@ -16,9 +16,9 @@ IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 
 
 def kaggle(folder: Path, changes: dict[str, bytes | None] | None = None) -> Path:
-    """Three classes of two train pictures, three val pictures, two of test.
+    """Three classes of two train images, three val images, two of test.
 
-    `changes` replaces or adds files; None leaves one out. A picture's bytes are its own name.
+    `changes` replaces or adds files; None leaves one out. An image's bytes are its own name.
     """
     train = [f"{wnid}_{n}" for wnid in (A, B, C) for n in (7, 3)]
     val = [f"ILSVRC2012_val_{n:08d}" for n in (1, 2, 3)]
@@ -33,7 +33,7 @@ def kaggle(folder: Path, changes: dict[str, bytes | None] | None = None) -> Path
         lines = [f"{key} {number}\n" for number, key in enumerate(keys, start=1)]
         files[f"{SETS}/{name}.txt"] = "".join(lines).encode()
     files["LOC_synset_mapping.txt"] = f"{A} tench, Tinca tinca\n{B} jacamar\n{C} yurt\n".encode()
-    # Only some train pictures have boxes; the rows of both files are in no order.
+    # Only some train images have boxes; the rows of both files are in no order.
     files["LOC_train_solution.csv"] = (
         f"{HEADER}{C}_3,{C} 1 1 223 223 \n{A}_7,{A} 0 0 9 9 {A} 10 10 20 20 \n"
     ).encode()
@@ -55,7 +55,7 @@ def parquet(
     row_group: int = 2,
     size: int = 50,
 ) -> None:
-    """As `datasets` writes it. A picture is the canonical name, repeated to `size` bytes."""
+    """As `datasets` writes it. An image is the canonical name, repeated to `size` bytes."""
     metadata = {}
     if names:
         feature = {"label": {"names": list(names), "_type": "ClassLabel"}}

@@ -1,10 +1,10 @@
-"""Pictures that no encoder at hand writes, made of bytes: odd headers, absurd claims, odd PNGs."""
+"""Images that no encoder at hand writes, made of bytes: odd headers, absurd claims, odd PNGs."""
 
 import struct
 import zlib
 
 import numpy as np
-from drawn import encoded, picture
+from drawn import encoded, image
 from PIL import Image
 
 
@@ -82,9 +82,9 @@ def interlaced_rows(pixels: np.ndarray) -> bytes:
 
 def absurd() -> dict[str, bytes]:
     """A few hundred bytes each, with a claim of more than 89 million pixels."""
-    small = picture(16, 16)
+    small = image(16, 16)
     lossless, lossy = encoded(small, "WEBP", lossless=True), encoded(small, "WEBP")
-    animated = encoded(small, "WEBP", save_all=True, append_images=[picture(16, 16, seed=2)])
+    animated = encoded(small, "WEBP", save_all=True, append_images=[image(16, 16, seed=2)])
     gif, bmp = encoded(small.quantize(16), "GIF"), encoded(small, "BMP")
     frame = next(k for k in range(13, len(gif)) if gif[k : k + 5] == b",\0\0\0\0")
     many = encoded(small, "MPO", save_all=True, append_images=[small])

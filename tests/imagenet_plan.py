@@ -1,7 +1,7 @@
 """Plans ImageNet's archives from their kept indices, as a second run does, in a folder of its own.
 
 Usage: imagenet_plan.py FOLDER. The archives have the published sizes but are sparse files: nobody
-reads them once they are indexed. Prints: train pictures, train shards, official or not, seconds,
+reads them once they are indexed. Prints: train images, train shards, official or not, seconds,
 peak bytes of memory, of the planning alone.
 """
 

@@ -12,7 +12,7 @@ from pipelines.shards import Manifest, ShardInfo, load_manifest
 
 
 def uploaded(folder: Path, uri: str, seed: int = 0) -> tuple[Path, str, Manifest]:
-    """A new set of 5, 4 and 6 train pictures in `folder`, and at `uri` in the place of an older
+    """A new set of 5, 4 and 6 train images in `folder`, and at `uri` in the place of an older
     one."""
     write_shard_set(folder, train=(5, 4, 6), val=(3,), seed=seed)
     for path in folder.rglob("*"):

@@ -22,7 +22,7 @@ def write_shard_set(
 ) -> str:
     """A finished set with shards of the given sizes; returns its URI.
 
-    Sample i has label i % classes, and its picture is a noisy plane of that class's colour.
+    Sample i has label i % classes, and its image is a noisy plane of that class's colour.
     """
     rng = np.random.default_rng(seed)
     infos, pixels = [], []
@@ -52,9 +52,9 @@ def _sample(
 ) -> shards.Sample:
     label = number % classes
     hue = np.array([label * 255 // max(1, classes - 1), 255 * (label % 2), 128])
-    picture = np.clip(hue + rng.integers(-40, 40, (side, side, 3)), 0, 255).astype(np.uint8)
+    image = np.clip(hue + rng.integers(-40, 40, (side, side, 3)), 0, 255).astype(np.uint8)
     buffer = io.BytesIO()
-    Image.fromarray(picture).save(buffer, "JPEG", quality=90)
+    Image.fromarray(image).save(buffer, "JPEG", quality=90)
     wnid = f"n{label:08d}"
     return shards.Sample(
         key=f"{split}_{number:04d}",

@@ -19,7 +19,7 @@ from training.loader import Loader
 from training.network import build_model, input_spec
 
 CPU = torch.device("cpu")
-# Changes of small_config with which 16 pictures are learned in 2 s, by every seed that was tried.
+# Changes of small_config with which 16 images are learned in 2 s, by every seed that was tried.
 BY_HEART: dict[str, Any] = {
     "model_width": 1 / 16,
     "model_batch_norm": True,

@@ -18,8 +18,8 @@ from benchmarks import (
     environments,
     grown_workers,
     growth,
+    images,
     loader,
-    pictures,
     processes,
     recipes,
     resize,
@@ -32,18 +32,18 @@ PEERS = ("streaming", "litdata", "ffcv", "dali")
 
 
 @pytest.fixture(scope="module")
-def raw() -> pictures.Raw:
+def raw() -> images.Raw:
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("ALEXNET_TEST_DATA", raising=False)
-        return pictures.load(limit=6)
+        return images.load(limit=6)
 
 
 @pytest.fixture(scope="module")
-def shards(raw: pictures.Raw, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """64 pictures in two shards."""
+def shards(raw: images.Raw, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """64 images in two shards."""
     folder = tmp_path_factory.mktemp("shards")
-    jpegs = pictures.stored(raw, 227)
-    return pictures.write_shards(folder, jpegs, crop=227, train=64, classes=1000, per_shard=32)
+    jpegs = images.stored(raw, 227)
+    return images.write_shards(folder, jpegs, crop=227, train=64, classes=1000, per_shard=32)
 
 
 def cells(table: Table, column: str) -> list[str]:
@@ -69,19 +69,19 @@ def without_peers(patch: pytest.MonkeyPatch, folder: Path) -> None:
     patch.setenv("ALEXNET_BENCH_PEERS", str(folder / "none"))
 
 
-def test_without_photos_the_pictures_are_drawn_and_said_to_be(raw: pictures.Raw) -> None:
+def test_without_photos_the_images_are_drawn_and_said_to_be(raw: images.Raw) -> None:
     assert len(raw.jpegs) == 6
     assert "DRAWN" in raw.origin
 
 
-def test_resize_compares_three_paths(raw: pictures.Raw) -> None:
+def test_resize_compares_three_paths(raw: images.Raw) -> None:
     table = resize.run(raw, rounds=2)
     check(table, resize.COLUMNS)
     assert cells(table, "path") == list(resize.PATHS)
     assert cells(table, "ratio")[0] == "1.00 [1.00..1.00]"
 
 
-def test_every_resize_path_cuts_the_same_picture(raw: pictures.Raw) -> None:
+def test_every_resize_path_cuts_the_same_image(raw: images.Raw) -> None:
     for path in resize.PATHS.values():
         pixels, encoded = path(raw.jpegs[0])
         assert pixels.shape == (227, 227, 3) and encoded[:2] == b"\xff\xd8"
@@ -96,7 +96,7 @@ def test_the_reference_resize_is_lanczos_as_in_pillow() -> None:
         np.testing.assert_allclose(resize._weights(500, size) @ signal, wanted, atol=1e-3)
 
 
-def test_task_compares_a_builders_task_with_its_parts(raw: pictures.Raw) -> None:
+def test_task_compares_a_builders_task_with_its_parts(raw: images.Raw) -> None:
     table = task.run(raw, rounds=2)
     check(table, task.COLUMNS)
     parts = ["the parts alone", "the parts alone, RGB throughout"]
@@ -106,7 +106,7 @@ def test_task_compares_a_builders_task_with_its_parts(raw: pictures.Raw) -> None
 
 @pytest.mark.timeout(600)  # three starts of Ray
 def test_builder_compares_the_public_command_with_its_parts(
-    raw: pictures.Raw, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    raw: images.Raw, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     without_peers(monkeypatch, tmp_path)
     found, absent = builder.contenders()
@@ -122,10 +122,10 @@ def test_builder_compares_the_public_command_with_its_parts(
 
 
 def test_steady_rate_is_that_of_the_tars_behind_each_workers_first(tmp_path: Path) -> None:
-    for number, (pictures_in, second) in enumerate([(7, 9), (5, 10), (30, 12), (10, 20), (20, 15)]):
+    for number, (images_in, second) in enumerate([(7, 9), (5, 10), (30, 12), (10, 20), (20, 15)]):
         path = tmp_path / f"{number}.tar"
         with tarfile.open(path, "w") as tar:
-            for key in range(pictures_in):
+            for key in range(images_in):
                 tar.addfile(tarfile.TarInfo(f"{key}.jpg"))
                 tar.addfile(tarfile.TarInfo(f"{key}.json"))
         os.utime(path, (second, second))
@@ -137,38 +137,38 @@ def test_steady_rate_is_that_of_the_tars_behind_each_workers_first(tmp_path: Pat
     assert math.isnan(builder.steady(tmp_path, 2))
 
 
-def built(make: builder.Command, raw: pictures.Raw, folder: Path) -> builder.Quality:
-    source = pictures.class_folders(folder / "raw", raw, 6)
+def built(make: builder.Command, raw: images.Raw, folder: Path) -> builder.Quality:
+    source = images.class_folders(folder / "raw", raw, 6)
     make(source, folder / "out")
     return builder.examined(source, folder / "out")
 
 
-def test_ray_data_as_documented_makes_the_same_pictures(raw: pictures.Raw, tmp_path: Path) -> None:
+def test_ray_data_as_documented_makes_the_same_images(raw: images.Raw, tmp_path: Path) -> None:
     ours = built(builder._parts, raw, tmp_path / "parts")
     peer = built(builder._ray_data, raw, tmp_path / "ray")
-    assert ours.pictures == peer.pictures == 6
+    assert ours.images == peer.images == 6
     np.testing.assert_allclose(peer.psnr, ours.psnr, atol=0.3)
     assert peer.kilobytes == pytest.approx(ours.kilobytes, rel=0.02)
 
 
-def test_img2dataset_makes_as_many_pictures_of_the_same_geometry(
-    raw: pictures.Raw, tmp_path: Path
+def test_img2dataset_makes_as_many_images_of_the_same_geometry(
+    raw: images.Raw, tmp_path: Path
 ) -> None:
     python = python_of("img2dataset")
     peer = built(lambda *places: builder._img2dataset(python, *places), raw, tmp_path)
-    assert peer.pictures == 6
+    assert peer.images == 6
     assert min(peer.psnr) > 25  # another filter, the same cut
 
 
-def test_a_builder_that_loses_a_picture_is_refused(raw: pictures.Raw, tmp_path: Path) -> None:
+def test_a_builder_that_loses_a_image_is_refused(raw: images.Raw, tmp_path: Path) -> None:
     built(builder._parts, raw, tmp_path)
-    fewer = pictures.class_folders(tmp_path / "more", raw, 7)
+    fewer = images.class_folders(tmp_path / "more", raw, 7)
     with pytest.raises(AssertionError, match="lost"):
         builder.examined(fewer, tmp_path / "out")
 
 
 def test_loader_compares_ours_with_webdataset_and_the_limits(
-    raw: pictures.Raw, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    raw: images.Raw, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     without_peers(monkeypatch, tmp_path)
     table = loader.run(raw, rounds=1, samples=24, batch=8, threads=1)
@@ -179,7 +179,7 @@ def test_loader_compares_ours_with_webdataset_and_the_limits(
 
 
 @pytest.mark.parametrize("peer", PEERS)
-def test_a_peers_loader_delivers_the_same_pictures(peer: str, shards: str, tmp_path: Path) -> None:
+def test_a_peers_loader_delivers_the_same_images(peer: str, shards: str, tmp_path: Path) -> None:
     python = python_of(peer)
     request = loader.request_for(shards, tmp_path / "work", batch=8, threads=2)
     ask = loader._ask_peer
@@ -192,7 +192,7 @@ def test_a_peers_loader_delivers_the_same_pictures(peer: str, shards: str, tmp_p
     assert timed["images"] + timed["first_images"] == 64
 
 
-def test_a_loader_with_other_pictures_or_labels_is_refused() -> None:
+def test_a_loader_with_other_images_or_labels_is_refused() -> None:
     look: dict[str, Any] = {"images": 8, "labels": 28, "pixels": 100.0, "mixed": 450.0}
     look["shapes"] = [["uint8", 3, 227, 227]]
     loader.refuse_unequal({loader.LIMIT: look, "same": look}, 8)
@@ -204,11 +204,11 @@ def test_a_loader_with_other_pictures_or_labels_is_refused() -> None:
 
 @pytest.mark.timeout(600)  # Ray Train starts, on a machine that may be busy
 @pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy is deprecated")  # MLflow's
-def test_train_compares_ray_train_with_a_bare_loop_of_the_same_network(raw: pictures.Raw) -> None:
+def test_train_compares_ray_train_with_a_bare_loop_of_the_same_network(raw: images.Raw) -> None:
     table = train.run(raw, rounds=1, steps=2, batch=2, classes=3, width=0.1)
     check(table, train.COLUMNS)
     assert len(table.rows) == 4
-    assert len(set(cells(table, "GFLOP per picture"))) == 1
+    assert len(set(cells(table, "GFLOP per image"))) == 1
 
 
 def test_training_steps_of_different_networks_are_refused() -> None:
@@ -217,7 +217,7 @@ def test_training_steps_of_different_networks_are_refused() -> None:
         train.refuse_unequal(steps)
 
 
-def test_recipes_measures_the_real_loop(raw: pictures.Raw) -> None:
+def test_recipes_measures_the_real_loop(raw: images.Raw) -> None:
     table = recipes.run(raw, rounds=1, batch_size=2, classes=3, recipes=("smoke",), threads=1)
     check(table, recipes.COLUMNS)
     assert cells(table, "recipe")[0] == "smoke"
@@ -225,11 +225,11 @@ def test_recipes_measures_the_real_loop(raw: pictures.Raw) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy is deprecated")  # MLflow's
-def test_growth_follows_a_set_from_its_plan_to_the_loader(raw: pictures.Raw) -> None:
+def test_growth_follows_a_set_from_its_plan_to_the_loader(raw: images.Raw) -> None:
     table = growth.run(
         raw,
         rounds=1,
-        pictures=(50, 100),
+        images=(50, 100),
         shards=(4, 20),
         classes=(2, 5),
         middle=100,
@@ -238,7 +238,7 @@ def test_growth_follows_a_set_from_its_plan_to_the_loader(raw: pictures.Raw) -> 
     )
     check(table, growth.COLUMNS)
     told = cells(table, "what")
-    assert {"plan, 50 pictures", "verify, 20 shards", "order of an epoch, 5 classes"} <= set(told)
+    assert {"plan, 50 images", "verify, 20 shards", "order of an epoch, 5 classes"} <= set(told)
     assert told[-2:] == ["registry list, 1 versions", "registry list, 3 versions"]
     assert len(told) == 5 * (2 + 2 + 2) + 2
     power = cells(table, "power of time")
@@ -265,12 +265,12 @@ def test_spread_is_median_lowest_and_highest() -> None:
 
 
 def test_a_small_trial_prints_and_writes_only_where_told(
-    raw: pictures.Raw,
+    raw: images.Raw,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     tmp_path: Path,
 ) -> None:
-    monkeypatch.setattr(pictures, "load", lambda *_: raw)
+    monkeypatch.setattr(images, "load", lambda *_: raw)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(command, "SCRIPTS", {"resize": resize.run})
     assert command.main(["--small"]) == 0
@@ -283,7 +283,7 @@ def test_a_small_trial_prints_and_writes_only_where_told(
 
 
 def test_a_benchmark_that_fails_does_not_keep_the_others_from_running(
-    raw: pictures.Raw,
+    raw: images.Raw,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     tmp_path: Path,
@@ -291,7 +291,7 @@ def test_a_benchmark_that_fails_does_not_keep_the_others_from_running(
     def unequal(*_: object, **__: object) -> Table:
         raise AssertionError("a loader does other work")
 
-    monkeypatch.setattr(pictures, "load", lambda *_: raw)
+    monkeypatch.setattr(images, "load", lambda *_: raw)
     monkeypatch.setattr(command, "SCRIPTS", {"loader": unequal, "resize": resize.run})
     assert command.main(["--small", "--out", str(tmp_path)]) == 1
     told = capsys.readouterr()

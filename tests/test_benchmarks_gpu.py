@@ -45,7 +45,7 @@ def test_kernels_are_told_for_both_networks() -> None:
     assert any("convolution" in name for name in named)
 
 
-def test_feeding_compares_every_way_with_synthetic_pictures() -> None:
+def test_feeding_compares_every_way_with_synthetic_images() -> None:
     scale = gpu_feed.Scale(batch=2, steps=1, classes=3, width=0.05)
     table = gpu_feed.run(CPU, 1, scale)
     rows = {row[0]: row for row in table.rows}
@@ -54,7 +54,7 @@ def test_feeding_compares_every_way_with_synthetic_pictures() -> None:
     assert "extrapolated" in table.columns[-1] and "nobody ran an epoch" in table.setting
 
 
-def test_drawn_pictures_are_as_large_as_stored_photos(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_drawn_images_are_as_large_as_stored_photos(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("ALEXNET_TEST_DATA", raising=False)
     jpegs, origin = gpu_feed.jpegs_of(8)
     assert len(jpegs) == 8 and "DRAWN" in origin

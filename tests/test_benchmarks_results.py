@@ -147,10 +147,10 @@ def test_costs_follow_from_the_newest_results(
 ) -> None:
     assert cost.main(["--results", str(folder), "--price", "c7a.4xlarge=3.6"]) == 0
     out = capsys.readouterr().out
-    seconds = 1000 / (142 / 2 * 16)  # 142 pictures a second on 2 CPUs, 16 of the machine
+    seconds = 1000 / (142 / 2 * 16)  # 142 images a second on 2 CPUs, 16 of the machine
     row = next(line for line in out.splitlines() if "build | c7a.4xlarge" in line)
     assert f"| {seconds:.3g} | CPUs | {seconds * 3.6 / 3600:.6f} |" in row
-    assert "71 pictures/s per CPU built (builder_amd-epyc-9b14-2cpus_" in out
+    assert "71 images/s per CPU built (builder_amd-epyc-9b14-2cpus_" in out
     assert "assumed in benchmarks/cost_estimate.py" in out
 
 

@@ -91,7 +91,7 @@ def test_a_failing_task_fails_the_build_with_its_shard_and_the_rest_resumes(
     assert manifest.num_samples("train") == 6
 
 
-def test_too_many_rejected_pictures_fail_with_share_and_examples_and_no_manifest(
+def test_too_many_rejected_images_fail_with_share_and_examples_and_no_manifest(
     local_ray: str, tmp_path: Path
 ) -> None:
     names = [(f"{A}_1.JPEG", jpeg(1)), (f"{A}_2.JPEG", b""), (f"{A}_3.JPEG", b"<html>")]

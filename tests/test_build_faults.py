@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from drawn import A, B, encoded, imagefolder, jpeg, picture
+from drawn import A, B, encoded, image, imagefolder, jpeg
 from made import contents, made_shards, started
 from own_ray import own_ray
 
@@ -144,7 +144,7 @@ def test_repair_makes_what_is_damaged_again_and_nothing_else(
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
 
 
-def test_repair_from_other_pictures_is_told_by_the_changed_identity(
+def test_repair_from_other_images_is_told_by_the_changed_identity(
     local_ray: str,
     drawn_raw: str,
     undisturbed: str,
@@ -161,7 +161,7 @@ def test_repair_from_other_pictures_is_told_by_the_changed_identity(
         if row["shard"] == "train-000001"
     )
     archive = bytearray((raw / row["source"]).read_bytes())
-    replacement = encoded(picture(seed=99))[: row["source_size"]].ljust(row["source_size"], b"\0")
+    replacement = encoded(image(seed=99))[: row["source_size"]].ljust(row["source_size"], b"\0")
     archive[row["source_offset"] :][: row["source_size"]] = replacement
     place = slice(row["source_offset"], row["source_offset"] + row["source_size"])
     archive[place] = replacement
@@ -170,7 +170,7 @@ def test_repair_from_other_pictures_is_told_by_the_changed_identity(
     assert "but not the data set that it was" in capsys.readouterr().err
 
 
-def test_mended_pictures_are_taken_in_and_the_set_is_that_of_the_mended_source(
+def test_mended_images_are_taken_in_and_the_set_is_that_of_the_mended_source(
     local_ray: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     good = {
@@ -198,7 +198,7 @@ def test_mended_pictures_are_taken_in_and_the_set_is_that_of_the_mended_source(
     assert Path(out, "train-000000.tar").stat().st_mtime_ns == kept
 
 
-def test_more_than_mended_pictures_needs_another_folder(
+def test_more_than_mended_images_needs_another_folder(
     local_ray: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     files = {f"train/{A}/{A}_{n}.JPEG": jpeg(n) for n in range(8)}
@@ -211,5 +211,5 @@ def test_more_than_mended_pictures_needs_another_folder(
         imagefolder(raw, {f"train/{A}/{A}_{n}.JPEG": jpeg(50)})
     capsys.readouterr()
     assert main([*argv, "--retry-quarantined"]) == 2
-    assert "more has changed than quarantined pictures" in capsys.readouterr().err
+    assert "more has changed than quarantined images" in capsys.readouterr().err
     assert contents(str(tmp_path / "out")) == before

@@ -1,4 +1,4 @@
-"""Pictures of many kinds to tensors, and tensors to named classes."""
+"""Images of many kinds to tensors, and tensors to named classes."""
 
 import io
 import struct
@@ -23,7 +23,7 @@ SPEC = InputSpec(
 )
 
 
-def picture(height: int = 40, width: int = 60) -> Image.Image:
+def image(height: int = 40, width: int = 60) -> Image.Image:
     y, x = np.mgrid[:height, :width]
     return Image.fromarray(np.stack([4 * x, 4 * y, x + y], axis=-1).astype(np.uint8))
 
@@ -36,17 +36,17 @@ def encoded(image: Image.Image, kind: str = "PNG", **options) -> bytes:
 
 def test_a_file_and_its_bytes_decode_to_the_same_pixels(tmp_path):
     path = tmp_path / "a.png"
-    picture().save(path)
-    image = decode(path)
-    assert image.shape == (3, 40, 60) and image.dtype == torch.uint8
-    np.testing.assert_array_equal(image.permute(1, 2, 0).numpy(), np.asarray(picture()))
-    assert torch.equal(decode(str(path)), image)
-    assert torch.equal(decode(path.read_bytes()), image)
+    image().save(path)
+    pixels = decode(path)
+    assert pixels.shape == (3, 40, 60) and pixels.dtype == torch.uint8
+    np.testing.assert_array_equal(pixels.permute(1, 2, 0).numpy(), np.asarray(image()))
+    assert torch.equal(decode(str(path)), pixels)
+    assert torch.equal(decode(path.read_bytes()), pixels)
 
 
 @pytest.mark.parametrize(("mode", "kind"), [("L", "JPEG"), ("CMYK", "JPEG"), ("P", "GIF")])
 def test_other_colour_models_become_rgb(mode, kind):
-    content = encoded(picture().convert(mode), kind)
+    content = encoded(image().convert(mode), kind)
     expected = Image.open(io.BytesIO(content)).convert("RGB")
     np.testing.assert_array_equal(decode(content).permute(1, 2, 0).numpy(), np.asarray(expected))
 
@@ -54,11 +54,11 @@ def test_other_colour_models_become_rgb(mode, kind):
 def test_orientation_in_exif_is_ignored():
     exif = Image.Exif()
     exif[0x0112] = 6  # turned by 90 degrees
-    assert decode(encoded(picture(), "JPEG", exif=exif)).shape == (3, 40, 60)
+    assert decode(encoded(image(), "JPEG", exif=exif)).shape == (3, 40, 60)
 
 
 def test_odd_metadata_is_no_reason_to_warn():
-    palette = picture().convert("P")
+    palette = image().convert("P")
     content = encoded(palette, transparency=bytes(range(256)))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -69,17 +69,17 @@ def test_odd_metadata_is_no_reason_to_warn():
     "content",
     [
         b"",
-        b"no picture at all",
-        encoded(picture(), "JPEG")[:-200],
-        encoded(picture(), "PNG")[:-60],
-        encoded(picture(), "GIF")[:20],
-        encoded(picture(), "TIFF")[:30],
-        encoded(picture(), "BMP")[:40],
-        encoded(picture(), "PNG")[:33] + struct.pack(">I", 10) + b"IDAT" + bytes(10),
+        b"no image at all",
+        encoded(image(), "JPEG")[:-200],
+        encoded(image(), "PNG")[:-60],
+        encoded(image(), "GIF")[:20],
+        encoded(image(), "TIFF")[:30],
+        encoded(image(), "BMP")[:40],
+        encoded(image(), "PNG")[:33] + struct.pack(">I", 10) + b"IDAT" + bytes(10),
     ],
 )
-def test_damaged_pictures_are_refused_in_one_line(content):
-    with pytest.raises(UserError, match=r"^cannot decode the picture ") as caught:
+def test_damaged_images_are_refused_in_one_line(content):
+    with pytest.raises(UserError, match=r"^cannot decode the image ") as caught:
         decode(content)
     assert "\n" not in str(caught.value)
 
@@ -87,7 +87,7 @@ def test_damaged_pictures_are_refused_in_one_line(content):
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "TIFF", "BMP", "WEBP", "PPM"])
 def test_whatever_the_damage_the_answer_is_pixels_or_one_line(kind):
     rng = np.random.default_rng(0)
-    whole = np.frombuffer(encoded(picture(), kind), np.uint8)
+    whole = np.frombuffer(encoded(image(), kind), np.uint8)
     for _ in range(40):
         content = whole.copy()
         places = rng.integers(0, min(len(content), 200), 4)
@@ -98,7 +98,7 @@ def test_whatever_the_damage_the_answer_is_pixels_or_one_line(kind):
             assert "\n" not in str(error)
 
 
-def test_what_is_no_picture_is_told_which_kinds_are():
+def test_what_is_no_image_is_told_which_kinds_are():
     with pytest.raises(UserError, match="it is none of JPEG, PNG, WEBP, GIF, BMP, TIFF, PPM"):
         decode(b"GIT")
 
@@ -118,11 +118,11 @@ def test_a_missing_file_and_a_folder_are_named(tmp_path):
 
 
 @pytest.mark.parametrize("limit", [2000, 1000])
-def test_pictures_beyond_pillows_limit_of_pixels_are_refused(monkeypatch, limit):
+def test_images_beyond_pillows_limit_of_pixels_are_refused(monkeypatch, limit):
     """2400 pixels: Pillow itself warns above the limit, and raises above twice the limit."""
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
-    with pytest.raises(UserError, match=f"the picture has more than {limit} pixels"):
-        decode(encoded(picture()))
+    with pytest.raises(UserError, match=f"the image has more than {limit} pixels"):
+        decode(encoded(image()))
 
 
 class Fixed(nn.Module):
@@ -149,7 +149,7 @@ def test_top_k_names_the_likeliest_classes_with_their_probabilities():
     assert torch.equal(model.seen[0], centre_view(images, SPEC))
 
 
-def test_many_pictures_are_taken_in_batches_and_stay_in_order(monkeypatch):
+def test_many_images_are_taken_in_batches_and_stay_in_order(monkeypatch):
     monkeypatch.setattr("alexnet.classifier.BATCH_SIZE", 2)
     images = torch.zeros(5, 3, 240, 240, dtype=torch.uint8)
     images += torch.tensor([0, 50, 100, 150, 200], dtype=torch.uint8)[:, None, None, None]

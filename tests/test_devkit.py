@@ -111,14 +111,14 @@ def test_no_path_in_a_devkit_reaches_the_disk(tmp_path: Path) -> None:
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_pictures_are_labelled_by_the_number_in_their_name(tmp_path: Path) -> None:
+def test_images_are_labelled_by_the_number_in_their_name(tmp_path: Path) -> None:
     names = pa.array([f"ILSVRC2012_val_{n:08d}.JPEG" for n in (3, 1, 2)])
     wnids = kits.wnids_by_number("here", names, "ILSVRC2012_val", (B, C, A))
     assert wnids.to_pylist() == [A, B, C]
     for strange in ("ILSVRC2012_val_1.JPEG", "ILSVRC2010_val_00000001.JPEG", "x.JPEG"):
         with pytest.raises(UserError, match=f"here holds {strange}; expected only ILSVRC2012_val"):
             kits.wnids_by_number("here", pa.array([strange]), "ILSVRC2012_val", (B,))
-    with pytest.raises(UserError, match=r"3 pictures in all, but the ground truth has 2 lines"):
+    with pytest.raises(UserError, match=r"3 images in all, but the ground truth has 2 lines"):
         kits.wnids_by_number("here", names, "ILSVRC2012_val", (B, C))
 
 

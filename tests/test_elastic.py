@@ -30,7 +30,7 @@ from training.config import TrainConfig, to_dict
 pytestmark = [pytest.mark.timeout(480)]
 pytestmark += [pytest.mark.filterwarnings(line) for line in MLFLOW_WARNINGS]
 
-# 30 steps an epoch; in the end every val picture is told right. A checkpoint every 7 steps, so that
+# 30 steps an epoch; in the end every val image is told right. A checkpoint every 7 steps, so that
 # some steps are lost by a kill.
 CHANGES = {
     "model_width": 1 / 16,

@@ -114,7 +114,7 @@ def test_text_names_model_data_protocol_intervals_and_where_it_goes_wrong(models
     assert f"{pair['images']}  {pair['true']} taken for {pair['predicted']}" in text
 
 
-def test_ten_crop_is_another_measurement_on_larger_pictures(models, tmp_path, capsys):
+def test_ten_crop_is_another_measurement_on_larger_images(models, tmp_path, capsys):
     data = write_shard_set(tmp_path / "set", train=(4,), val=(9,), side=231)
     manifest = load_manifest(data)
     spec = checkpoint.load_state(models.checkpoint)["input_spec"] | {"resize": 231, "crop": 231}
@@ -185,7 +185,7 @@ def test_what_cannot_be_evaluated_is_one_line_and_exit_code_2(models, tmp_path, 
     assert "no finished shard set" in refusal(capsys, GOOD, "--data", str(tmp_path / "empty"))
     assert "--splits test" in refusal(capsys, GOOD, "--data", data, "--split", "test")
     assert "--batch-size 0" in refusal(capsys, GOOD, "--data", data, "--batch-size", "0")
-    assert "ten-crop needs pictures" in refusal(capsys, GOOD, "--data", data, "--ten-crop")
+    assert "ten-crop needs images" in refusal(capsys, GOOD, "--data", data, "--ten-crop")
     later = dict(checkpoint.load_state(models.checkpoint)["config"])
     later["model"] = later["model"] | {"depth": 9}
     other = altered(models, tmp_path / "other", config=later)

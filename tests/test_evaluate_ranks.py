@@ -27,7 +27,7 @@ WEIGHT = torch.randn(48, CLASSES, generator=torch.Generator().manual_seed(1)).do
 
 
 def write_set(folder: Path, sizes: tuple[int, ...]) -> str:
-    """Smooth pictures with random labels: quick to draw, where noise takes long."""
+    """Smooth images with random labels: quick to draw, where noise takes long."""
     rng = np.random.default_rng(3)
     infos, tables, number = [], [], 0
     for shard, size in enumerate(sizes):

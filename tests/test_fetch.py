@@ -14,11 +14,11 @@ from pathlib import Path
 import pytest
 from archive_server import (
     FILE,
-    PICTURES,
+    IMAGES,
     Server,
+    images_in,
     packed,
     part_of,
-    pictures_in,
     publish,
     refusal,
     run,
@@ -29,14 +29,14 @@ from alexnet.errors import UserError
 from pipelines import fetch, sources
 
 
-def test_the_pictures_and_no_litter_lie_in_class_folders_and_nothing_else_is_left(
+def test_the_images_and_no_litter_lie_in_class_folders_and_nothing_else_is_left(
     archives: Server, tmp_path: Path
 ) -> None:
     new, empty = tmp_path / "new" / "raw", tmp_path / "empty" / "raw"
     empty.mkdir(parents=True)
     for raw in (new, empty):
         assert run(archives, raw) == f"{raw}: fetched imagenette 160, 3 train + 2 val images"
-        assert pictures_in(raw) == PICTURES
+        assert images_in(raw) == IMAGES
         assert [path.name for path in raw.parent.iterdir()] == ["raw"]
     mapping = (new / "LOC_synset_mapping.txt").read_text().splitlines()
     assert (len(mapping), mapping[0]) == (10, "n01440764 tench, Tinca tinca")
@@ -72,7 +72,7 @@ def link(name: str, kind: bytes) -> tarfile.TarInfo:
 
 
 @pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE])
-def test_a_picture_that_is_no_plain_file_is_refused(
+def test_a_image_that_is_no_plain_file_is_refused(
     archives: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: bytes
 ) -> None:
     name = "imagenette2-160/train/n01440764/n01440764_1.JPEG"
@@ -95,11 +95,11 @@ def test_nothing_is_written_outside_of_raw(
         "x/train/out/out.JPEG",
     ]
     evil = dict.fromkeys(names, b"out") | {"x/train": link("x/train", tarfile.SYMTYPE)}
-    good = {f"./x/{name}": data for name, data in PICTURES.items()}
+    good = {f"./x/{name}": data for name, data in IMAGES.items()}
     publish(archives, packed(evil | good), monkeypatch)
     raw = tmp_path / "deep" / "er" / "raw"
     run(archives, raw)
-    assert pictures_in(raw) == PICTURES
+    assert images_in(raw) == IMAGES
     assert sorted(path.name for path in raw.iterdir()) == [
         "LOC_synset_mapping.txt",
         "fetch.json",
@@ -124,7 +124,7 @@ def test_a_run_killed_while_extracting_leaves_no_raw_and_is_repeated(
     assert not raw.exists()
     run(archives, raw)
     assert len(archives.seen) == 1  # the archive was whole
-    assert pictures_in(raw) == PICTURES
+    assert images_in(raw) == IMAGES
     assert list(tmp_path.iterdir()) == [raw]
 
 
@@ -154,7 +154,7 @@ def test_a_file_system_without_locks_is_fetched_to(
 
     monkeypatch.setattr(fcntl, "flock", refused)
     run(archives, tmp_path / "raw")
-    assert pictures_in(tmp_path / "raw") == PICTURES
+    assert images_in(tmp_path / "raw") == IMAGES
 
 
 def test_a_disk_that_is_too_small_is_told_before_the_download(
@@ -195,7 +195,7 @@ def test_a_dropped_connection_is_continued_where_it_broke_off(
     archives.cut_after = [700, 100]
     run(archives, tmp_path / "raw")
     assert archives.seen == [(None, 200), ("bytes=700-", 206), ("bytes=800-", 206)]
-    assert pictures_in(tmp_path / "raw") == PICTURES
+    assert images_in(tmp_path / "raw") == IMAGES
 
 
 def test_a_later_run_continues_what_a_former_one_left(
@@ -208,7 +208,7 @@ def test_a_later_run_continues_what_a_former_one_left(
     assert part_of(raw).read_bytes() == archives.data[:900]
     run(archives, raw)
     assert archives.seen == [(None, 200), ("bytes=900-", 206)]
-    assert pictures_in(raw) == PICTURES
+    assert images_in(raw) == IMAGES
 
 
 def test_a_file_that_changed_meanwhile_is_refused_and_fetched_anew(
@@ -222,14 +222,14 @@ def test_a_file_that_changed_meanwhile_is_refused_and_fetched_anew(
     assert "has MD5" in refusal(archives, raw)
     run(archives, raw)
     assert [asked for asked, _ in archives.seen] == [None, "bytes=900-", None]
-    assert pictures_in(raw) == PICTURES
+    assert images_in(raw) == IMAGES
 
 
 def test_a_server_that_ignores_ranges_sends_all_again(archives: Server, tmp_path: Path) -> None:
     archives.ranges, archives.cut_after = False, [900]
     run(archives, tmp_path / "raw")
     assert archives.seen == [(None, 200), ("bytes=900-", 200)]
-    assert pictures_in(tmp_path / "raw") == PICTURES
+    assert images_in(tmp_path / "raw") == IMAGES
 
 
 def test_a_server_without_ranges_that_always_breaks_off_is_given_up(

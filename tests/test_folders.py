@@ -1,4 +1,4 @@
-"""pipelines/sources/folders.py: pictures in class folders."""
+"""pipelines/sources/folders.py: images in class folders."""
 
 import re
 from pathlib import Path
@@ -101,10 +101,10 @@ def test_a_val_folder_that_contradicts_the_ground_truth_is_refused(tmp_path: Pat
         sources.scan(str(tmp_path), BOTH)
 
 
-def test_the_devkit_counts_the_pictures_unless_partial(tmp_path: Path) -> None:
+def test_the_devkit_counts_the_images_unless_partial(tmp_path: Path) -> None:
     kit = {DEVKIT: devkit([C, A, B], 1300, "3\n1\n2\n")}
     imagefolder(tmp_path, TRAIN | kit)
-    with pytest.raises(UserError, match=r"has 2 train pictures, the devkit announces 1,300"):
+    with pytest.raises(UserError, match=r"has 2 train images, the devkit announces 1,300"):
         sources.scan(str(tmp_path), ["train"])
     assert sources.scan(str(tmp_path), ["train"], partial=True).count("train") == 6
     imagefolder(tmp_path, {"train/n99999999/1.JPEG": b"x"})
@@ -112,7 +112,7 @@ def test_the_devkit_counts_the_pictures_unless_partial(tmp_path: Path) -> None:
         sources.scan(str(tmp_path), ["train"], partial=True)
 
 
-def test_test_pictures_are_unlabelled_unless_in_class_folders(tmp_path: Path) -> None:
+def test_test_images_are_unlabelled_unless_in_class_folders(tmp_path: Path) -> None:
     imagefolder(tmp_path / "flat", TRAIN | {"test/b.JPEG": b"x", "test/a.JPEG": b"x"})
     source = sources.scan(str(tmp_path / "flat"), ["train", "test"])
     test = source.table.filter(sources.table.pc.equal(source.table["split"], "test"))
@@ -129,7 +129,7 @@ def test_test_pictures_are_unlabelled_unless_in_class_folders(tmp_path: Path) ->
         sources.scan(str(tmp_path / "sorted"), ["test"])
 
 
-def test_classes_may_have_any_name_and_pictures_any_usual_extension(tmp_path: Path) -> None:
+def test_classes_may_have_any_name_and_images_any_usual_extension(tmp_path: Path) -> None:
     kinds = ("jpeg", "JPG", "Png", "webp", "BMP", "gif")
     files = {f"train/hot dog/{number}.{kind}": b"x" for number, kind in enumerate(kinds)}
     litter = {

@@ -20,21 +20,21 @@ def spec_of(crop: int, covariance=IDENTITY, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0,
     return InputSpec(resize=256, crop=crop, mean=mean, std=std, covariance=covariance)
 
 
-def smooth_picture(height: int, width: int) -> np.ndarray:
+def smooth_image(height: int, width: int) -> np.ndarray:
     """uint8 (height, width, 3): waves, sharp edges and a little noise."""
     y, x = np.mgrid[:height, :width]
     waves = 128 + 60 * np.sin(x / 9 + y / 17) + 40 * np.cos(y / 5)
-    picture = np.stack([waves, waves.T if height == width else 255 - waves, 0.7 * waves], axis=-1)
-    picture[height // 3 : height // 2, width // 4 : width // 2] = (250, 10, 60)
-    noise = np.random.default_rng(0).normal(0, 10, picture.shape)
-    return (picture + noise).clip(0, 255).astype(np.uint8)
+    image = np.stack([waves, waves.T if height == width else 255 - waves, 0.7 * waves], axis=-1)
+    image[height // 3 : height // 2, width // 4 : width // 2] = (250, 10, 60)
+    noise = np.random.default_rng(0).normal(0, 10, image.shape)
+    return (image + noise).clip(0, 255).astype(np.uint8)
 
 
-def pillow_resize_and_crop(picture: np.ndarray, resize: int, crop: int) -> np.ndarray:
-    height, width = picture.shape[:2]
+def pillow_resize_and_crop(image: np.ndarray, resize: int, crop: int) -> np.ndarray:
+    height, width = image.shape[:2]
     short = min(height, width)
     size = (math.floor(width * resize / short + 0.5), math.floor(height * resize / short + 0.5))
-    resized = Image.fromarray(picture).resize(size, Image.Resampling.LANCZOS)
+    resized = Image.fromarray(image).resize(size, Image.Resampling.LANCZOS)
     left, top = (size[0] - crop) // 2, (size[1] - crop) // 2
     return np.asarray(resized.crop((left, top, left + crop, top + crop)))
 
@@ -53,17 +53,17 @@ def pillow_resize_and_crop(picture: np.ndarray, resize: int, crop: int) -> np.nd
     ],
 )
 def test_resize_and_crop_gives_pillows_lanczos_pixels(height, width, resize, crop):
-    picture = smooth_picture(height, width)
-    ours = resize_and_crop(torch.from_numpy(picture).permute(2, 0, 1), resize, crop)
+    image = smooth_image(height, width)
+    ours = resize_and_crop(torch.from_numpy(image).permute(2, 0, 1), resize, crop)
     assert ours.shape == (3, crop, crop) and ours.dtype == torch.uint8
-    theirs = pillow_resize_and_crop(picture, resize, crop).transpose(2, 0, 1)
+    theirs = pillow_resize_and_crop(image, resize, crop).transpose(2, 0, 1)
     difference = np.abs(ours.numpy().astype(int) - theirs)
     assert difference.max() <= 2  # torch's integer weights have fewer bits than Pillow's
     assert difference.mean() < 0.02
 
 
 def test_memory_layout_does_not_change_the_pixels():
-    rows_of_pixels = torch.from_numpy(smooth_picture(301, 407)).permute(2, 0, 1)
+    rows_of_pixels = torch.from_numpy(smooth_image(301, 407)).permute(2, 0, 1)
     planes = rows_of_pixels.contiguous()
     assert rows_of_pixels.stride() != planes.stride()
     assert torch.equal(resize_and_crop(rows_of_pixels, 256, 227), resize_and_crop(planes, 256, 227))
@@ -82,9 +82,9 @@ def test_strips_do_not_explode(height, width, monkeypatch):
         return interpolate(*arguments, **options)
 
     monkeypatch.setattr(preprocess.F, "interpolate", recording)
-    picture = torch.full((3, height, width), 77, dtype=torch.uint8)
+    image = torch.full((3, height, width), 77, dtype=torch.uint8)
     assert torch.equal(
-        resize_and_crop(picture, 256, 227), torch.full((3, 227, 227), 77, dtype=torch.uint8)
+        resize_and_crop(image, 256, 227), torch.full((3, 227, 227), 77, dtype=torch.uint8)
     )
     assert max(sizes[0]) <= 8 * 256
 

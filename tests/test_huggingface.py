@@ -1,4 +1,4 @@
-"""pipelines/sources/huggingface.py: parquet files with embedded pictures."""
+"""pipelines/sources/huggingface.py: parquet files with embedded images."""
 
 import json
 from collections.abc import Sequence
@@ -58,7 +58,7 @@ def test_rows_name_file_and_row_and_have_the_canonical_name(tmp_path: Path) -> N
     assert source.containers == tuple((name, (tmp_path / name).stat().st_size) for name in names)
 
 
-def test_pictures_are_not_read(tmp_path: Path) -> None:
+def test_images_are_not_read(tmp_path: Path) -> None:
     raw = hugging_face(tmp_path, size=3000)
     expected = sources.scan(str(raw), BOTH).table
     for path in raw.rglob("*.parquet"):
@@ -112,7 +112,7 @@ def test_contradictions_are_refused_with_file_and_row(
         sources.scan(raw, BOTH, partial=True)
 
 
-def test_an_unlabelled_picture_with_a_wnid_is_refused(tmp_path: Path) -> None:
+def test_an_unlabelled_image_with_a_wnid_is_refused(tmp_path: Path) -> None:
     raw = hugging_face(tmp_path)
     parquet(tmp_path / TEST, [train_row(A, 9, -1)])
     with pytest.raises(UserError, match="has a WNID in its path, but no label"):

@@ -1,4 +1,4 @@
-"""pipelines/sources/ilsvrc.py, the archives of 2012: where each picture lies, what its label is."""
+"""pipelines/sources/ilsvrc.py, the archives of 2012: where each image lies, what its label is."""
 
 import csv
 import gzip
@@ -41,7 +41,7 @@ def test_labels_are_ranks_of_sorted_wnids_not_ids(tmp_path: Path) -> None:
     }
 
 
-def test_every_byte_range_is_the_picture_that_tarfile_extracts(drawn_raw: str) -> None:
+def test_every_byte_range_is_the_image_that_tarfile_extracts(drawn_raw: str) -> None:
     rows = sources.scan(drawn_raw, BOTH).table.to_pylist()
     expected = {}
     with tarfile.open(f"{drawn_raw}/ILSVRC2012_img_train.tar") as outer:
@@ -110,7 +110,7 @@ def test_an_unknown_layout_says_what_is_expected_and_found(tmp_path: Path) -> No
         sources.scan(str(tmp_path / "missing"), BOTH)
 
 
-def test_fewer_pictures_than_announced_are_refused_with_both_numbers(tmp_path: Path) -> None:
+def test_fewer_images_than_announced_are_refused_with_both_numbers(tmp_path: Path) -> None:
     raw = str(archives(tmp_path, devkit=devkit([C, A, B], 1300, "3\n1\n2\n")))
     with pytest.raises(UserError, match=r"has 2 train .* announces 1,300 .*6 of 3,900.*--partial"):
         sources.scan(raw, BOTH)
@@ -121,10 +121,10 @@ def test_fewer_pictures_than_announced_are_refused_with_both_numbers(tmp_path: P
 
 def test_ground_truth_of_another_length_is_refused_with_both_numbers(tmp_path: Path) -> None:
     short = archives(tmp_path / "short", devkit=devkit([C, A, B], 2, "3\n1\n"))
-    with pytest.raises(UserError, match=r"3 pictures in all, but .* ground truth has 2 lines"):
+    with pytest.raises(UserError, match=r"3 images in all, but .* ground truth has 2 lines"):
         sources.scan(str(short), BOTH)
     long = archives(tmp_path / "long", devkit=devkit([C, A, B], 2, "3\n1\n2\n2\n"))
-    with pytest.raises(UserError, match=r"3 pictures, .* ground truth has 4 lines.*--partial"):
+    with pytest.raises(UserError, match=r"3 images, .* ground truth has 4 lines.*--partial"):
         sources.scan(str(long), BOTH)
     assert sources.scan(str(long), BOTH, partial=True).count("val") == 3
 
@@ -149,7 +149,7 @@ def test_a_compressed_archive_is_refused(tmp_path: Path) -> None:
         ([(f"{A}.tar", tar([("readme.txt", b"x")]))], r"holds readme\.txt"),
         ([(f"{A}.tar", tar([]))], rf"{A}\.tar holds no file"),
         ([(f"{A}.tar", gzip.compress(tar([("x", b"x")])))], rf"{A}\.tar is gzip-compressed"),
-        ([("._x.tar", b"x")], r"img_train\.tar holds no picture"),
+        ([("._x.tar", b"x")], r"img_train\.tar holds no image"),
         ([("n1.tar", tar([("n1_1.JPEG", b"x")]))], r"holds n1\.tar; expected only nXXXXXXXX"),
         ([("readme.txt", b"x")], r"holds readme\.txt"),
         ([(f"{A}.tar", tar([(f"{A}_1.JPEG", b"x")]))] * 2, rf"holds {A}\.tar twice"),
@@ -180,8 +180,8 @@ def test_litter_of_desktop_systems_is_left_out_and_told(tmp_path: Path) -> None:
 )
 @pytest.mark.parametrize("prefix", ["", "test/"], ids=["flat", "folder"])
 def test_the_test_split_has_no_labels(tmp_path: Path, name: str, prefix: str) -> None:
-    pictures = [(f"{prefix}ILSVRC2012_test_{n:08d}.JPEG", jpeg(n)) for n in (2, 1)]
-    raw = imagefolder(archives(tmp_path), {name: tar(pictures)})
+    images = [(f"{prefix}ILSVRC2012_test_{n:08d}.JPEG", jpeg(n)) for n in (2, 1)]
+    raw = imagefolder(archives(tmp_path), {name: tar(images)})
     source = sources.scan(str(raw), ("train", "val", "test"))
     rows = [row for row in source.table.to_pylist() if row["split"] == "test"]
     assert [(row["name"], row["wnid"], row["label"], row["source"]) for row in rows] == [
@@ -239,11 +239,11 @@ def test_a_promise_is_checked_on_any_table_of_split_and_wnid(tmp_path: Path) -> 
     assert ilsvrc.announced(kit, BOTH) == {"train": 6, "val": 3}
     assert ilsvrc.announced(None, BOTH) is None
     ilsvrc.check_promise("RAW", kit, rows, BOTH)
-    with pytest.raises(UserError, match=f"RAW: {C} has 1 train pictures, the devkit announces 2"):
+    with pytest.raises(UserError, match=f"RAW: {C} has 1 train images, the devkit announces 2"):
         ilsvrc.check_promise("RAW", kit, rows.filter(pc.not_equal(rows["key"], f"{C}_3")), BOTH)
     without_val = rows.filter(pc.equal(rows["split"], "train"))
     ilsvrc.check_promise("RAW", kit, without_val, ["train"])
-    with pytest.raises(UserError, match=r"RAW: val has 0 pictures, .* 3 lines"):
+    with pytest.raises(UserError, match=r"RAW: val has 0 images, .* 3 lines"):
         ilsvrc.check_promise("RAW", kit, without_val, BOTH)
 
 

@@ -12,7 +12,7 @@ SPLITS = ("train", "val", "test")
 PATCHES = "patch_images.tar"
 
 
-def pictures(source: sources.Source) -> dict[str, tuple[str, str, int, bytes]]:
+def images(source: sources.Source) -> dict[str, tuple[str, str, int, bytes]]:
     return {
         row["name"]: (
             row["split"],
@@ -28,7 +28,7 @@ def test_every_split_is_labelled_and_every_patch_applied(tmp_path: Path) -> None
     source = sources.scan(str(archives_2010(tmp_path)), SPLITS)
     assert source.layout == "ilsvrc2010"
     assert source.wnids == (A, B)
-    assert pictures(source) == {
+    assert images(source) == {
         f"{A}_1.JPEG": ("train", A, 0, jpeg(1)),
         f"{A}_2.JPEG": ("train", A, 0, jpeg(2)),
         f"{B}_1.JPEG": ("train", B, 1, jpeg(11)),
@@ -40,7 +40,7 @@ def test_every_split_is_labelled_and_every_patch_applied(tmp_path: Path) -> None
         "ILSVRC2010_test_00000002.JPEG": ("test", A, 0, jpeg(303)),
     }
     assert source.announced == {"train": 4, "val": 2, "test": 2}
-    assert source.notes == tuple(f"{PATCHES}: replaced 1 pictures of {split}" for split in SPLITS)
+    assert source.notes == tuple(f"{PATCHES}: replaced 1 images of {split}" for split in SPLITS)
     assert PATCHES in dict(source.containers)
     assert "ILSVRC2010_ID" in source.labels_from["test"]
     assert not source.official
@@ -51,11 +51,11 @@ def test_patches_of_a_split_that_is_not_built_are_left_out(tmp_path: Path) -> No
     assert source.table["source"].to_pylist() == ["ILSVRC2010_images_val.tar", PATCHES]
 
 
-def test_blank_pictures_are_not_taken_for_good_ones_without_the_patches(tmp_path: Path) -> None:
+def test_blank_images_are_not_taken_for_good_ones_without_the_patches(tmp_path: Path) -> None:
     raw = str(archives_2010(tmp_path, patches=None))
     with pytest.raises(UserError, match=rf"{PATCHES} is not there, .* blank; add it or pass --par"):
         sources.scan(raw, SPLITS)
-    assert pictures(sources.scan(raw, SPLITS, partial=True))[f"{B}_2.JPEG"][3] == jpeg(12)
+    assert images(sources.scan(raw, SPLITS, partial=True))[f"{B}_2.JPEG"][3] == jpeg(12)
 
 
 @pytest.mark.parametrize(
@@ -70,14 +70,14 @@ def test_blank_pictures_are_not_taken_for_good_ones_without_the_patches(tmp_path
         ([(f"{A}_1.JPEG", b"x")], r"expected train/, val/ or test/"),
     ],
 )
-def test_a_patch_that_fits_no_picture_is_refused(
+def test_a_patch_that_fits_no_image_is_refused(
     tmp_path: Path, members: list[tuple[str, bytes]], message: str
 ) -> None:
     with pytest.raises(UserError, match=message):
         sources.scan(str(archives_2010(tmp_path, patches=tar(members))), SPLITS)
 
 
-def test_what_is_no_picture_in_the_patches_is_ignored_and_a_part_may_lack_some(
+def test_what_is_no_image_in_the_patches_is_ignored_and_a_part_may_lack_some(
     tmp_path: Path,
 ) -> None:
     patches = tar([("patch_images/readme.txt", b"x"), (f"patch_images/train/{A}_9.JPEG", b"x")])
@@ -104,8 +104,8 @@ def test_what_the_labels_need_is_named(tmp_path: Path, left_out: str, named: str
 
 def test_counts_are_checked_in_every_split(tmp_path: Path) -> None:
     for replaced, message in [
-        ({"truth": b"1\n2\n2\n"}, "test has 2 pictures, .* ground truth has 3 lines"),
-        ({"truth": b"1\n"}, "2 pictures in all, but the ground truth has 1 lines"),
+        ({"truth": b"1\n2\n2\n"}, "test has 2 images, .* ground truth has 3 lines"),
+        ({"truth": b"1\n"}, "2 images in all, but the ground truth has 1 lines"),
         ({"devkit": devkit([B, A], 3, "2\n1\n", year=2010)}, "has 2 train .* announces 3"),
     ]:
         with pytest.raises(UserError, match=message):

@@ -67,7 +67,7 @@ def test_a_home_that_cannot_be_written_costs_the_index_not_the_build(
     ("members", "message"),
     [
         ([("a/n1.tar", tar([("x", b"1")])), ("b/n1.tar", tar([("x", b"1")]))], r"n1\.tar twice"),
-        ([("n1.tar", tar([("._x.JPEG", b"1")]))], r"n1\.tar holds no picture"),
+        ([("n1.tar", tar([("._x.JPEG", b"1")]))], r"n1\.tar holds no image"),
         ([("n1.tar", b"")], r"n1\.tar is empty"),
         ([("n1.tar", tar([("x", b"1")])[:700])], r"n1\.tar is truncated"),
         ([("n1.tar", tar([("x", b"1")])), ("x.JPEG", b"1")], r"holds x\.JPEG; expected only nX"),
@@ -110,7 +110,7 @@ def test_inner_tars_on_s3_are_read_at_the_same_time(
     assert index.nested(uri)["outer"].to_pylist() == ["n0.tar", "n1.tar", "n2.tar", "n3.tar"]
 
 
-def test_a_kept_index_as_large_as_imagenets_is_loaded_without_an_object_per_picture(
+def test_a_kept_index_as_large_as_imagenets_is_loaded_without_an_object_per_image(
     archive: Path,
 ) -> None:
     rows, classes = 1_281_167, 1000

@@ -162,7 +162,7 @@ FAULTS = {
         {"build_wait_seconds_total": "0+40x60", "build_work_seconds_total": "0+60x60"},
         {"out": "s3://a/b"},
     ),
-    "ManyRejectedPictures": (
+    "ManyRejectedImages": (
         {"build_rejected_total": "0+3x60", "build_images_total": "0+100x60"},
         {"out": "s3://a/b"},
     ),

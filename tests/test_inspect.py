@@ -57,7 +57,7 @@ def test_a_sample_is_traced_to_the_bytes_it_came_from(drawn_shards: str, drawn_r
     assert f"label {row['label']}, {row['wnid']}" in said
 
 
-def test_a_rejected_picture_is_traced_with_its_reason(drawn_shards: str) -> None:
+def test_a_rejected_image_is_traced_with_its_reason(drawn_shards: str) -> None:
     sample = one(drawn_shards, "n09104412_19")
     assert (sample["fate"], sample["reason"]) == ("rejected", "truncated")
     assert (sample["wnid"], sample["label"]) == ("n09104412", 2)
@@ -68,8 +68,8 @@ def test_a_rejected_picture_is_traced_with_its_reason(drawn_shards: str) -> None
 
 
 def test_a_key_of_several_splits_is_shown_in_each_with_its_copies(tmp_path: Path) -> None:
-    pictures = {"train/a/same.jpg": 1, "train/b/other.jpg": 1, "val/b/same.jpg": 2}
-    raw = write_folders(tmp_path / "raw", pictures | {"test/same.jpg": 1})
+    images = {"train/a/same.jpg": 1, "train/b/other.jpg": 1, "val/b/same.jpg": 2}
+    raw = write_folders(tmp_path / "raw", images | {"test/same.jpg": 1})
     splits = ("train", "val", "test")
     out = build_set(raw, tmp_path / "out", Recipe(splits=splits, partial=True))
     document = inspect(out, "same")
@@ -95,7 +95,7 @@ def test_a_sample_is_found_by_its_file_in_raw(tmp_path: Path) -> None:
     assert len(inspect(out, "1.jpg")["samples"]) == 2
 
 
-def test_a_picture_from_a_parquet_file_is_traced_to_its_row(tmp_path: Path) -> None:
+def test_a_image_from_a_parquet_file_is_traced_to_its_row(tmp_path: Path) -> None:
     names = [f"n0000000{k}_{i}_n0000000{k}.JPEG" for i in range(3) for k in (1, 2)]
     rows = {
         "image": [{"bytes": jpeg(seed), "path": name} for seed, name in enumerate(names)],
@@ -114,9 +114,7 @@ def test_a_picture_from_a_parquet_file_is_traced_to_its_row(tmp_path: Path) -> N
     assert "row 3 of RAW/train-00000-of-00001.parquet" in said
 
 
-def test_a_picture_from_another_shard_set_points_on_to_it(
-    drawn_shards: str, tmp_path: Path
-) -> None:
+def test_a_image_from_another_shard_set_points_on_to_it(drawn_shards: str, tmp_path: Path) -> None:
     recipe = Recipe(splits=("val",), partial=True)
     out = build_set(drawn_shards, tmp_path / "out", recipe)
     key = shards.load_index(drawn_shards, "val")["key"][0].as_py()

@@ -52,7 +52,7 @@ GOOD_VAL = f"{VAL[0]},{C} 1 2 3 4\n{VAL[1]},{B} 1 2 3 4\n"
             rf"row of {VAL[2]} names {A} and {B}",
         ),
         ({"LOC_val_solution.csv": csv(GOOD_VAL)}, rf"{VAL[2]} has no row in LOC_val_solution"),
-        ({"LOC_val_solution.csv": None}, rf"{VAL[0]} has no row .*3 val pictures without"),
+        ({"LOC_val_solution.csv": None}, rf"{VAL[0]} has no row .*3 val images without"),
         ({"LOC_val_solution.csv": csv(GOOD_VAL * 2)}, "several rows for"),
         ({"LOC_val_solution.csv": csv(f"{VAL[0]};{C}\n")}, "is no row KEY,WNID"),
         ({"LOC_val_solution.csv": csv(f"{VAL[0]},{C} 1 2 3\n")}, "is no row KEY,WNID"),
@@ -83,11 +83,11 @@ def test_contradictions_are_refused_even_when_partial(
         ({f"{DATA}/train/{B}/{B}_9.JPEG": b"x"}, rf"{B}_9 in .* is not in {SETS}/train_cls\.txt"),
         (
             {"LOC_synset_mapping.txt": f"{A} a\n{B} b\n{C} c\nn99999999 z\n".encode()},
-            "n99999999 of LOC_synset_mapping.txt has no train pictures",
+            "n99999999 of LOC_synset_mapping.txt has no train images",
         ),
     ],
 )
-def test_missing_or_extra_pictures_are_refused_unless_partial(
+def test_missing_or_extra_images_are_refused_unless_partial(
     tmp_path: Path, changes: dict[str, bytes | None], named: str
 ) -> None:
     raw = str(kaggle(tmp_path, changes))

@@ -156,7 +156,7 @@ def test_bytes_that_do_not_decode_name_their_sample_and_shard(own_set):
             loader.read(np.array([1, 2, 3]))
 
 
-def test_picture_of_another_size_than_the_set_is_refused_and_not_half_filled(tmp_path):
+def test_image_of_another_size_than_the_set_is_refused_and_not_half_filled(tmp_path):
     small = Path(write_shard_set(tmp_path / "small", train=(2,), val=(1,), side=100))
     document = json.loads((small / "manifest.json").read_text())
     document["geometry"] = {"resize": 227, "crop": 227}

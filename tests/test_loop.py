@@ -204,7 +204,7 @@ def test_paper_divides_its_rate_at_epochs_25_51_and_79_of_91():
     config = recipes.paper()
     golden = [0.01] * 25 + [0.001] * 26 + [0.0001] * 28 + [0.00001] * 12
     assert config.optim.epochs == len(golden) == 91
-    for step in (0, 10008):  # the first and the last of an epoch of 1.28 M pictures
+    for step in (0, 10008):  # the first and the last of an epoch of 1.28 M images
         rates = [loop.learning_rates(config, e * 10009 + step, 10009) for e in range(91)]
         assert [rate.weights for rate in rates] == pytest.approx(golden)
         assert {rate.biases for rate in rates} == {0.02}
@@ -249,7 +249,7 @@ def test_logs_checkpoints_and_reports_come_when_they_are_due(uri, tmp_path):
         checkpoint.verify(folder)
 
 
-def test_sixteen_pictures_can_be_learned_by_heart(tmp_path):
+def test_sixteen_images_can_be_learned_by_heart(tmp_path):
     uri = write_shard_set(tmp_path / "set", train=(8, 8), val=(4,))
     run = fit(small_config(**BY_HEART), uri, tmp_path / "kept")
     assert evaluated(run.last, uri, "train", **BY_HEART).top1 == 1.0

@@ -204,7 +204,7 @@ def test_synthetic_run_takes_the_same_steps_without_reading_a_shard(uri, tmp_pat
     assert digests[0] == digests[1]
 
 
-def test_synthetic_pictures_have_the_shapes_of_the_real_and_belong_to_their_ids(uri):
+def test_synthetic_images_have_the_shapes_of_the_real_and_belong_to_their_ids(uri):
     manifest = load_manifest(uri)
     with Synthetic(manifest, "train", CPU) as source:
         assert (source.num_samples, source.shard_sizes) == (28, [*TRAIN])

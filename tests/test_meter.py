@@ -110,7 +110,7 @@ def test_exposed_communication_is_its_share_of_all_time(at, monkeypatch):
     assert metrics["grad_norm"] == 1.0 and metrics["loss"] == 2.0
 
 
-def test_sums_become_means_over_pictures_and_each_step_keeps_its_loss():
+def test_sums_become_means_over_images_and_each_step_keeps_its_loss():
     measured = Meter(CPU)
     one_step(measured, step(loss=1.0, images=3, norm=2.0))
     one_step(measured, step(loss=float("inf"), images=1, norm=4.0))
@@ -155,9 +155,7 @@ def by_hand(grouped: bool, classes: int) -> float:
 @pytest.mark.parametrize(
     ("recipe", "billions"), [("baseline", 6.6), ("paper", 4.13), ("fast", 6.6)]
 )
-def test_operations_are_those_of_the_layers_three_times_less_the_pictures_gradient(
-    recipe, billions
-):
+def test_operations_are_those_of_the_layers_three_times_less_the_images_gradient(recipe, billions):
     config = recipes.RECIPES[recipe]()
     with torch.device("meta"):
         model = build_model(config, 1000)

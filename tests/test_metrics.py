@@ -109,7 +109,7 @@ def test_counters_of_a_build_are_the_totals_of_its_manifest(node, drawn_raw, tmp
     said = built(node, drawn_raw, out, tmp_path, "--json")
     found = node.wait_for(lambda samples: len(samples) == 7, out=f"{tmp_path}/Gr%C3%B6%C3%9Fe")
     document = shards.load_manifest(out).document
-    assert sum(document["rejected"].values()) == 1, "one picture of the drawn set is cut"
+    assert sum(document["rejected"].values()) == 1, "one image of the drawn set is cut"
     for reason, number in document["rejected"].items():
         assert found.pop(("build_rejected_total", (("reason", reason),))) == number
     totals = document["totals"].values()

@@ -61,7 +61,7 @@ def test_another_size_is_refused_with_both_numbers() -> None:
 def test_another_count_is_refused_with_both_numbers() -> None:
     table = pa.table({"split": ["val"] * 50_000})
     official.check_counts("RAW", 2012, table, {"val": VAL})
-    with pytest.raises(UserError, match=r"RAW/.*val\.tar holds 49,999 pictures, .*one 50,000"):
+    with pytest.raises(UserError, match=r"RAW/.*val\.tar holds 49,999 images, .*one 50,000"):
         official.check_counts("RAW", 2012, table.slice(1), {"val": VAL})
 
 
@@ -70,9 +70,9 @@ def test_a_set_of_the_published_size_is_official_and_its_counts_are_checked(
 ) -> None:
     raw = archives(tmp_path, devkit=None, val=None)
     published_as(monkeypatch, {TRAIN: (raw / TRAIN).read_bytes()})
-    with pytest.raises(UserError, match=r"img_train\.tar holds 6 pictures, .* one 1,281,167"):
+    with pytest.raises(UserError, match=r"img_train\.tar holds 6 images, .* one 1,281,167"):
         sources.scan(str(raw), ["train"])
-    monkeypatch.setitem(official.PICTURES, 2012, {"train": 6, "val": 3, "test": 1})
+    monkeypatch.setitem(official.IMAGES, 2012, {"train": 6, "val": 3, "test": 1})
     assert sources.scan(str(raw), ["train"]).official
     archives(tmp_path)  # now with a devkit that announces 6 and 3, and a val tar
     published_as(monkeypatch, {name: (raw / name).read_bytes() for name in (TRAIN, VAL)})
@@ -81,7 +81,7 @@ def test_a_set_of_the_published_size_is_official_and_its_counts_are_checked(
     (raw / "ILSVRC2012_img_test.tar").write_bytes(
         tar([(f"ILSVRC2012_test_{n:08d}.JPEG", jpeg(n)) for n in (1, 2)])
     )
-    with pytest.raises(UserError, match=r"test has 2 pictures, the published set has 1; add"):
+    with pytest.raises(UserError, match=r"test has 2 images, the published set has 1; add"):
         sources.scan(str(raw), ("val", "test"))
 
 

@@ -78,10 +78,10 @@ def test_hours_of_a_training_are_those_of_the_cost_model():
 def test_figures_of_the_sizing_follow_from_the_measured_ones():
     build, decode = cost_estimate.BUILD_PER_CORE, cost_model.DECODE_PER_CORE
     read, written = (build * size / 1e6 for size in (113e3, 22.7e3))
-    assert f"{build:.0f} pictures/s, reading {read:.0f} MB/s and writing {written:.0f}" in DOCUMENT
-    assert f"{build:.0f} and {decode:,.0f} pictures/s per CPU" in DOCUMENT
+    assert f"{build:.0f} images/s, reading {read:.0f} MB/s and writing {written:.0f}" in DOCUMENT
+    assert f"{build:.0f} and {decode:,.0f} images/s per CPU" in DOCUMENT
     few, many = (math.ceil(rate / decode) for rate in (16_000, 50_000))
-    needed = f"its pictures/s / {decode:,.0f}: {many} for 50,000, {few} for 16,000"
+    needed = f"its images/s / {decode:,.0f}: {many} for 50,000, {few} for 16,000"
     assert needed in DOCUMENT
     assert round(1_331_167 * 22.7e3 / 1e9) == 30 and round(1_281_167 * 22.7e3 / 1e9) == 29
     assert round(50_000 * 22.7e3 * 8 / 1e9) == 9

@@ -183,7 +183,7 @@ def test_champion_answers_the_same_after_database_and_bucket_were_lost(
             assert torch.equal(load_model("champion").network(x), before)
             assert client.get_run(found.run_id).data.metrics == metrics != {}
             said = place.paste("Look at what came back", data, uri)
-            assert "champion" in said and "7 pictures" in said
+            assert "champion" in said and "7 images" in said
 
 
 def champion(client: MlflowClient, data: str, folder: Path, patch: pytest.MonkeyPatch) -> str:

@@ -44,9 +44,9 @@ def test_plan_says_what_build_would_do_and_changes_nothing(
     before = sorted(Path(raw).parent.rglob("*"))
     assert main(["plan", "--raw", raw, "--samples-per-shard", "4"]) == 0
     said = capsys.readouterr().out
-    assert "ilsvrc2012, 6 train + 3 val pictures, 3 classes" in said
-    assert "train: 6 pictures in shards 0 to 1 of 3" in said
-    assert "val: 3 pictures in shards 2 to 2 of 3" in said
+    assert "ilsvrc2012, 6 train + 3 val images, 3 classes" in said
+    assert "train: 6 images in shards 0 to 1 of 3" in said
+    assert "val: 3 images in shards 2 to 2 of 3" in said
     assert "train: 6 are announced" in said
     assert "MB of shards; plan_id " in said
     assert sorted(Path(raw).parent.rglob("*")) == before
@@ -108,7 +108,7 @@ def test_bad_raw_folders_are_one_line_and_exit_2(
     for folder, named in (
         (tmp_path / "nothing", "no folder with files"),
         (missing, "needs ILSVRC2012_devkit_t12.tar.gz, not there"),
-        (short, "has 2 train pictures, the devkit announces 3"),
+        (short, "has 2 train images, the devkit announces 3"),
         (both, "is ambiguous"),
     ):
         for command in ("plan", "build"):

@@ -1,4 +1,4 @@
-"""pipelines/plan.py: which picture goes where, and the plan's identity."""
+"""pipelines/plan.py: which image goes where, and the plan's identity."""
 
 import os
 import subprocess
@@ -17,7 +17,7 @@ from pipelines import plan, sources
 
 
 def drawn_source(counts: dict[str, int], *, raw: str = "/raw", val: int = 0) -> sources.Source:
-    """A source whose class k has counts[k] train pictures, one after the other in one file."""
+    """A source whose class k has counts[k] train images, one after the other in one file."""
     wnids = sorted(counts)
     rows = [
         ("train", f"{wnid}_{n}", f"{wnid}_{n}.JPEG", wnids.index(wnid), wnid, "train.tar")
@@ -47,7 +47,7 @@ def by_shard(made: plan.Plan) -> dict[str, list[dict[str, object]]]:
 
 
 @pytest.mark.parametrize("per_shard", [1, 7, 34, 101, 102, 5005])
-def test_every_picture_is_in_one_shard_and_sizes_differ_by_at_most_one(per_shard: int) -> None:
+def test_every_image_is_in_one_shard_and_sizes_differ_by_at_most_one(per_shard: int) -> None:
     recipe = plan.Recipe(samples_per_shard=per_shard)
     made = plan.make(drawn_source(UNEVEN, val=13), recipe)
     for split, total in (("train", 102), ("val", 13)):
@@ -138,7 +138,7 @@ def test_impossible_recipes_are_refused(change: dict[str, object], message: str)
         plan.Recipe(**change)
 
 
-def test_a_global_shuffle_takes_every_picture_once_and_mixes_the_classes() -> None:
+def test_a_global_shuffle_takes_every_image_once_and_mixes_the_classes() -> None:
     source = drawn_source({f"n0000000{k}": 100 for k in range(8)})
     recipe = plan.Recipe(samples_per_shard=100, shuffle="global", splits=("train",))
     made = plan.make(source, recipe)
@@ -163,7 +163,7 @@ def test_the_order_of_the_source_gives_each_shard_one_stretch_of_it() -> None:
         start += len(rows)
 
 
-def test_a_shard_s_identity_changes_with_its_pictures_and_recipe_alone() -> None:
+def test_a_shard_s_identity_changes_with_its_images_and_recipe_alone() -> None:
     source, recipe = drawn_source(UNEVEN, val=5), plan.Recipe(samples_per_shard=26)
     ids = [shard.id for shard in plan.make(source, recipe).shards]
     assert len(set(ids)) == 5
@@ -177,7 +177,7 @@ def test_a_shard_s_identity_changes_with_its_pictures_and_recipe_alone() -> None
     assert not {shard.id for shard in better.shards} & set(ids)
 
 
-def test_stored_pictures_scale_as_the_raw_ones_would_and_are_never_enlarged() -> None:
+def test_stored_images_scale_as_the_raw_ones_would_and_are_never_enlarged() -> None:
     stored = sources.StoredAs(resize=256, crop=256, quality=90, digest="d")
     assert plan.geometry(plan.Recipe(crop=256), stored) == (256, True)
     assert plan.geometry(plan.Recipe(crop=227), stored) == (256, False)
@@ -191,8 +191,8 @@ def test_stored_pictures_scale_as_the_raw_ones_would_and_are_never_enlarged() ->
             plan.make(source, replace(plan.Recipe(splits=("train",)), **change))
 
 
-def test_a_split_without_pictures_is_refused() -> None:
-    with pytest.raises(UserError, match="there is no val picture"):
+def test_a_split_without_images_is_refused() -> None:
+    with pytest.raises(UserError, match="there is no val image"):
         plan.make(drawn_source(UNEVEN), plan.Recipe())
 
 
@@ -206,7 +206,7 @@ def test_imagenet_is_planned_within_a_gibibyte_and_a_minute_of_one_core(tmp_path
         timeout=280,
     )
     assert run.returncode == 0, run.stderr
-    pictures, shards, official, seconds, peak_bytes = run.stdout.split()
-    assert (pictures, shards, official) == ("1281167", "256", "True")
+    images, shards, official, seconds, peak_bytes = run.stdout.split()
+    assert (images, shards, official) == ("1281167", "256", "True")
     assert float(seconds) < 60
     assert int(peak_bytes) < 1 << 30

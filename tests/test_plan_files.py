@@ -52,7 +52,7 @@ def test_a_folder_with_something_else_is_refused(tmp_path: Path) -> None:
 
 
 def mended(source: sources.Source, position: int) -> sources.Source:
-    """The same source, one picture of which has another size now."""
+    """The same source, one image of which has another size now."""
     column = source.table.schema.get_field_index("size")
     sizes = source.table["size"].to_pylist()
     sizes[position] += 1
@@ -121,7 +121,7 @@ def test_a_plan_read_back_says_what_was_planned(tmp_path: Path) -> None:
     plan_files.begin(str(tmp_path), source.raw, made)
     found = plan_files.load(str(tmp_path))
     assert found == replace(made, table=None, identity=found.identity)
-    assert found.recipe == recipe and found.pictures == 102
+    assert found.recipe == recipe and found.images == 102
     with pytest.raises(UserError, match="no shard set was begun here"):
         plan_files.load(str(tmp_path / "elsewhere"))
 

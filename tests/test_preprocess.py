@@ -1,4 +1,4 @@
-"""Views: colour noise against NumPy, positions on pictures that say where, draws by formula."""
+"""Views: colour noise against NumPy, positions on images that say where, draws by formula."""
 
 import math
 
@@ -30,16 +30,16 @@ def spec_of(crop: int, covariance=IDENTITY, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0,
 
 
 def coordinates(count: int, side: int) -> torch.Tensor:
-    """Pictures whose red says the row, green the column and blue which picture."""
+    """Images whose red says the row, green the column and blue which image."""
     axis = torch.arange(side, dtype=torch.uint8)
-    pictures = torch.zeros(count, 3, side, side, dtype=torch.uint8)
-    pictures[:, 0] = axis[:, None]
-    pictures[:, 1] = axis
-    pictures[:, 2] = torch.arange(count, dtype=torch.uint8)[:, None, None]
-    return pictures
+    images = torch.zeros(count, 3, side, side, dtype=torch.uint8)
+    images[:, 0] = axis[:, None]
+    images[:, 1] = axis
+    images[:, 2] = torch.arange(count, dtype=torch.uint8)[:, None, None]
+    return images
 
 
-def noise_pictures(count: int, side: int) -> torch.Tensor:
+def noise_images(count: int, side: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
     return torch.randint(0, 256, (count, 3, side, side), dtype=torch.uint8, generator=generator)
 
@@ -88,7 +88,7 @@ def test_uniforms_are_uniform_and_uncorrelated():
 
 @pytest.mark.parametrize("crop", ["random", "resized", "centre"])
 def test_a_view_depends_on_its_sample_alone(crop):
-    images = noise_pictures(6, 240)
+    images = noise_images(6, 240)
     augment = Augment(crop=crop, flip=True, colour_sigma=0.1)
     ids = [5, 99, 3, 1_000_000, 0, 17]
     together = view(images, augment, ids=ids)
@@ -101,7 +101,7 @@ def test_a_view_depends_on_its_sample_alone(crop):
 
 @pytest.mark.parametrize("crop", ["random", "resized"])
 def test_epoch_seed_and_sample_each_change_the_view(crop):
-    images = noise_pictures(1, 256)
+    images = noise_images(1, 256)
     augment = Augment(crop=crop, flip=True, colour_sigma=0.1)
     keys = [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1)]
     views = [view(images, augment, seed=s, epoch=e, ids=[i]) for s, e, i in keys]
@@ -111,7 +111,7 @@ def test_epoch_seed_and_sample_each_change_the_view(crop):
 def test_torchs_generator_is_not_consumed():
     torch.manual_seed(0)
     before = torch.get_rng_state()
-    view(noise_pictures(2, 256), EVERYTHING)
+    view(noise_images(2, 256), EVERYTHING)
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -119,7 +119,7 @@ def test_torchs_generator_is_not_consumed():
 
 
 def corners(x: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """Row and column shown at the top left of each view of a coordinate picture."""
+    """Row and column shown at the top left of each view of a coordinate image."""
     return x[:, 0, 0, 0].long().numpy(), x[:, 1, 0, 0].long().numpy()
 
 
@@ -132,7 +132,7 @@ def test_random_crops_reach_every_offset_equally():
         assert stats.chisquare(counts).pvalue > 1e-4
 
 
-def test_a_random_crop_is_a_window_of_its_own_picture():
+def test_a_random_crop_is_a_window_of_its_own_image():
     images = coordinates(8, 256)
     x = view(images, RANDOM)
     for i, (top, left) in enumerate(zip(*corners(x), strict=True)):
@@ -158,7 +158,7 @@ def test_switching_colour_noise_on_does_not_move_the_crops():
 
 
 def window_of(x: torch.Tensor) -> tuple[float, float, float, float]:
-    """Top, bottom, left, right of the stored picture that a view of a coordinate picture shows:
+    """Top, bottom, left, right of the stored image that a view of a coordinate image shows:
     its centre and its scale, from the inner part that no border touches."""
     rows, columns = x[0, :, 113].double(), x[1, 113].double()
     edges = []
@@ -185,7 +185,7 @@ def test_resized_crops_keep_the_promised_area_and_ratio():
 
 
 def test_a_resized_crop_is_scipys_bilinear_sample_of_its_window():
-    image = noise_pictures(1, 227)
+    image = noise_images(1, 227)
     augment = Augment(crop="resized", flip=False, colour_sigma=0.0)
     top, bottom, left, right = window_of(view(coordinates(1, 227), augment, ids=[11])[0])
     steps = (np.arange(227) + 0.5) / 227
@@ -208,15 +208,15 @@ def test_a_resized_crop_can_be_mirrored():
     raise AssertionError("none of 8 views was mirrored")
 
 
-def test_random_crops_of_pictures_stored_at_227_are_refused():
+def test_random_crops_of_images_stored_at_227_are_refused():
     with pytest.raises(UserError, match="--crop 256 or use crop 'resized'"):
-        view(noise_pictures(1, 227), RANDOM)
+        view(noise_images(1, 227), RANDOM)
 
 
 # ---- colour
 
 
-def test_colour_noise_has_the_pictures_covariance_times_sigma_squared():
+def test_colour_noise_has_the_images_covariance_times_sigma_squared():
     colours = np.random.default_rng(1).multivariate_normal((120, 110, 100), COVARIANCE, 50_000)
     covariance = tuple(map(tuple, np.cov(colours.T).tolist()))
     draws = preprocess.uniforms(0, 0, torch.arange(40_000), 4)
@@ -228,7 +228,7 @@ def test_colour_noise_has_the_pictures_covariance_times_sigma_squared():
         assert stats.kstest(alpha, "norm").pvalue > 1e-4
 
 
-def test_grey_pictures_get_grey_noise():
+def test_grey_images_get_grey_noise():
     grey = ((5000.0,) * 3,) * 3
     draws = preprocess.uniforms(0, 0, torch.arange(100), 4)
     noise = preprocess.colour_noise(spec_of(227, grey), 0.1, draws)
@@ -236,9 +236,9 @@ def test_grey_pictures_get_grey_noise():
     assert noise.std() > 1
 
 
-def test_noise_is_added_before_normalisation_and_once_per_picture():
+def test_noise_is_added_before_normalisation_and_once_per_image():
     spec = spec_of(227, COVARIANCE, mean=(123.0, 117.0, 104.0), std=(58.0, 57.0, 57.5))
-    images = noise_pictures(3, 227)
+    images = noise_images(3, 227)
     x = view(images, Augment("centre", flip=False, colour_sigma=0.1), spec).double()
     std, mean = (torch.tensor(v).double()[:, None, None] for v in (spec.std, spec.mean))
     added = x * std + mean - images
@@ -253,7 +253,7 @@ def test_noise_is_added_before_normalisation_and_once_per_picture():
 
 def test_centre_view_is_the_normalised_middle():
     spec = spec_of(256, mean=(123.0, 117.0, 104.0), std=(58.0, 57.0, 57.5))
-    images = noise_pictures(2, 256)
+    images = noise_images(2, 256)
     middle = images.numpy()[:, :, 14 : 14 + 227, 14 : 14 + 227].astype(np.float64)
     expected = (middle - np.reshape(spec.mean, (3, 1, 1))) / np.reshape(spec.std, (3, 1, 1))
     x = centre_view(images, spec)
@@ -269,18 +269,18 @@ def test_ten_crop_shows_corners_centre_and_their_mirror_images():
     assert rows[0].tolist() == [0, 0, 29, 29, 14] * 2
     assert columns[0].tolist() == [0, 29, 0, 29, 14, 226, 255, 226, 255, 240]
     assert torch.equal(x[:, 5:], x[:, :5].flip(-1))
-    assert x[:, :, 2].amax((1, 2, 3)).tolist() == [0, 1]  # the views stay with their picture
+    assert x[:, :, 2].amax((1, 2, 3)).tolist() == [0, 1]  # the views stay with their image
 
 
 def test_ten_crop_normalises_like_the_centre_view():
     spec = spec_of(256, mean=(123.0, 117.0, 104.0), std=(58.0, 57.0, 57.5))
-    images = noise_pictures(2, 256)
+    images = noise_images(2, 256)
     assert torch.equal(ten_crop(images, spec)[:, 4], centre_view(images, spec))
 
 
-def test_ten_crop_of_pictures_stored_at_227_is_refused():
+def test_ten_crop_of_images_stored_at_227_is_refused():
     with pytest.raises(UserError, match="--crop 256"):
-        ten_crop(noise_pictures(1, 227), spec_of(227))
+        ten_crop(noise_images(1, 227), spec_of(227))
 
 
 def test_probabilities_are_averaged_not_logits():

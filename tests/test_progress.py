@@ -52,7 +52,7 @@ def often(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "official", "pictures", "allowed"),
+    ("text", "official", "images", "allowed"),
     [
         (None, True, 1_281_167, 0),
         (None, False, 1000, 10),
@@ -63,12 +63,12 @@ def often(monkeypatch: pytest.MonkeyPatch) -> None:
         ("0", False, 1000, 0),
     ],
 )
-def test_so_many_rejected_pictures_are_allowed_and_not_one_more(
-    text: str | None, official: bool, pictures: int, allowed: int
+def test_so_many_rejected_images_are_allowed_and_not_one_more(
+    text: str | None, official: bool, images: int, allowed: int
 ) -> None:
     limit = MaxRejected.parse(text, official)
-    assert not limit.exceeded(allowed, pictures)
-    assert limit.exceeded(allowed + 1, pictures)
+    assert not limit.exceeded(allowed, images)
+    assert limit.exceeded(allowed + 1, images)
 
 
 @pytest.mark.parametrize("text", ["", "%", "-1", "-1%", "101%", "nan%", "inf%", "1.5", "a few"])

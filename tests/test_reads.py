@@ -41,7 +41,7 @@ def container(tmp_path: Path) -> bytes:
     return data
 
 
-def test_pictures_come_in_the_order_of_the_source_with_their_positions(
+def test_images_come_in_the_order_of_the_source_with_their_positions(
     tmp_path: Path, container: bytes
 ) -> None:
     rng = random.Random(0)
@@ -134,7 +134,7 @@ def test_damaged_pages_of_a_parquet_file_are_told(tmp_path: Path) -> None:
         list(reads.Reader(raw, rows))
 
 
-def test_a_picture_that_a_parquet_file_does_not_hold_is_empty(tmp_path: Path) -> None:
+def test_a_image_that_a_parquet_file_does_not_hold_is_empty(tmp_path: Path) -> None:
     schema = pa.schema([("image", pa.struct([("bytes", pa.binary()), ("path", pa.string())]))])
     images = pa.table([[{"bytes": None, "path": f"{A}_1_{A}.JPEG"}]], schema=schema)
     pa.parquet.write_table(images, tmp_path / "a.parquet")

@@ -26,12 +26,12 @@ def test_model_as_used_in_a_fresh_process_says_what_the_network_says(
 ):
     enter_whole_copy(registered_models, home, monkeypatch)
     uri, model = f"models:/{NAME}/{GOOD}", load(f"models:/{NAME}/{GOOD}")
-    pictures = gate._some_images(registered_models.data)
-    assert len(pictures) == 8 and all(content[:2] == b"\xff\xd8" for content in pictures)
-    found = checks.as_used(uri, tracking.tracking_uri(), model, pictures)
+    images = gate._some_images(registered_models.data)
+    assert len(images) == 8 and all(content[:2] == b"\xff\xd8" for content in images)
+    found = checks.as_used(uri, tracking.tracking_uri(), model, images)
     assert (found.value, found.passed) == ("8 of 8 images alike", True)
     other = dataclasses.replace(model, class_names=tuple(reversed(model.class_names)))
-    found = checks.as_used(uri, tracking.tracking_uri(), other, pictures)
+    found = checks.as_used(uri, tracking.tracking_uri(), other, images)
     assert not found.passed and found.value == "0 of 8 images alike"
 
 
@@ -78,19 +78,19 @@ def test_planted_compiled_code_is_refused_also_by_force_and_never_runs(
     found = gate.promote(client, GOOD, FORCED)
     assert [check.name for check in found.checks if not check.passed] == ["files"]
     assert "model.cpython" in found.reason and "__pycache__" in found.reason
-    pictures = gate._some_images(registered_models.data)
-    used = checks.as_used(uri, tracking.tracking_uri(), model, pictures)
+    images = gate._some_images(registered_models.data)
+    used = checks.as_used(uri, tracking.tracking_uri(), model, images)
     assert not used.passed and "__pycache__" in used.value
     # And where it is not refused it is not read either.
     before = sorted(folder.rglob("*"))
-    assert len(checks.in_fresh_process(folder, tracking.tracking_uri(), pictures)) == 8
+    assert len(checks.in_fresh_process(folder, tracking.tracking_uri(), images)) == 8
     assert not mark.exists() and sorted(folder.rglob("*")) == before and pyc in before
     code = "import sys; sys.path.insert(0, sys.argv[1]); import alexnet.model"
     subprocess.run([sys.executable, "-I", "-c", code, str(folder / "code")], check=True)
     assert mark.exists(), "it would have run"
 
 
-def test_pictures_for_that_are_those_of_the_shards(registered_models):
+def test_images_for_that_are_those_of_the_shards(registered_models):
     index = load_index(registered_models.data, "val")
     sizes = {len(content) for content in gate._some_images(registered_models.data)}
     assert sizes <= set(np.asarray(index["size"]).tolist())

@@ -35,7 +35,7 @@ def policy(tmp_path) -> Policy:
 def scored(labels: list[int], predicted: list[int], classes: int) -> Scored:
     right = np.equal(labels, predicted)
     return Scored(
-        keys=tuple(f"picture {i}" for i in range(len(labels))),
+        keys=tuple(f"image {i}" for i in range(len(labels))),
         num_classes=classes,
         labels=np.array(labels, dtype=np.int32),
         place=np.where(right, 0, 1).astype(np.int32),
@@ -119,12 +119,12 @@ def test_class_that_is_never_recognised_is_named(policy):
     assert (found.passed, found.value) == (True, "0.1000, b (1 of 10)")
 
 
-def test_classes_of_a_few_pictures_are_not_held_to_the_floor(policy):
+def test_classes_of_a_few_images_are_not_held_to_the_floor(policy):
     found = checks.worst_class(scored([0, 1, 2], [1, 2, 0], 3), "abc", policy)
     assert (found.passed, found.value) == (True, "none has 10 images")
 
 
-def test_no_worse_needs_enough_pictures_unless_the_answers_are_the_same(policy):
+def test_no_worse_needs_enough_images_unless_the_answers_are_the_same(policy):
     labels = [0] * 40
     one, other = [0] * 38 + [1, 0], [0] * 38 + [0, 1]
     check, paired = checks.no_worse(scored(labels, one, 2), scored(labels, other, 2), policy)
@@ -144,7 +144,7 @@ def test_one_hair_below_the_margin_is_refused(policy):
     assert paired.difference == -0.02 and not check.passed
 
 
-def test_size_is_that_of_the_weights_and_latency_that_of_one_picture(policy):
+def test_size_is_that_of_the_weights_and_latency_that_of_one_image(policy):
     network = AlexNet(num_classes=4, width=1 / 32).eval()
     size = checks.size(network, policy)
     weights = sum(tensor.numel() for tensor in network.state_dict().values())

@@ -40,7 +40,7 @@ def model(loaded: tuple[Any, Registered]) -> Any:
     return loaded[0]
 
 
-def picture(seed: int, kind: str = "PNG", size: tuple[int, int] = (227, 227)) -> bytes:
+def image(seed: int, kind: str = "PNG", size: tuple[int, int] = (227, 227)) -> bytes:
     pixels = np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8)
     content = io.BytesIO()
     Image.fromarray(pixels).save(content, kind)
@@ -68,8 +68,8 @@ def test_pixels_give_the_networks_own_probabilities_in_order(loaded):
         assert row.probabilities == pytest.approx(share[order], abs=1e-5)
 
 
-def test_every_form_of_a_picture_gives_the_same_answer(model):
-    content = picture(1)
+def test_every_form_of_a_image_gives_the_same_answer(model):
+    content = image(1)
     text = base64.b64encode(content).decode()
     wrapped = base64.encodebytes(content).decode()  # lines of 76 characters
     whole = model.predict(pixels_of(content)).to_dict("records")
@@ -89,13 +89,13 @@ def test_every_form_of_a_picture_gives_the_same_answer(model):
 
 @pytest.mark.parametrize("kind", ["PNG", "BMP", "GIF", "TIFF", "WEBP", "JPEG", "PPM"])
 def test_formats_are_read_as_pillow_reads_them(model, kind):
-    content = picture(2, kind)
+    content = image(2, kind)
     told, expected = model.predict(content), model.predict(pixels_of(content))
     assert told.to_dict("records") == expected.to_dict("records")
 
 
 def test_top_k_limits_the_classes_and_stops_at_all_of_them(model):
-    contents = [picture(3), picture(4)]
+    contents = [image(3), image(4)]
     every = model.predict(contents)
     assert [len(names) for names in every["classes"]] == [4, 4], "five asked, four there"
     two = model.predict(contents, params={"top_k": 2})
@@ -106,11 +106,11 @@ def test_top_k_limits_the_classes_and_stops_at_all_of_them(model):
 @pytest.mark.parametrize(
     ("given", "told"),
     [
-        ([picture(1), picture(2)[:300], picture(3)], "picture 2 of 3: cannot decode"),
-        ([picture(1)] * 66 + [b"x"], "picture 67 of 67: cannot decode"),
-        (["§"], "picture 1 of 1: it is no base64 text"),
-        ([1.5], "picture 1 of 1: it is float; give bytes or base64 text"),
-        ([], "there is no picture"),
+        ([image(1), image(2)[:300], image(3)], "image 2 of 3: cannot decode"),
+        ([image(1)] * 66 + [b"x"], "image 67 of 67: cannot decode"),
+        (["§"], "image 1 of 1: it is no base64 text"),
+        ([1.5], "image 1 of 1: it is float; give bytes or base64 text"),
+        ([], "there is no image"),
         (pd.DataFrame({"path": ["a.png"]}), "there is no column 'image', but path; name it so"),
         (np.zeros((1, 3, 224, 224), np.uint8), r"these are \(1, 3, 224, 224\)"),
         (np.zeros((3, 227, 227), np.uint8), r"these are \(3, 227, 227\)"),
@@ -119,7 +119,7 @@ def test_top_k_limits_the_classes_and_stops_at_all_of_them(model):
         (np.full((1, 3, 227, 227), 256), "these go from 256 to 256"),
     ],
 )
-def test_what_is_no_picture_is_refused_in_one_line(model, given, told):
+def test_what_is_no_image_is_refused_in_one_line(model, given, told):
     with pytest.raises(MlflowException, match=told) as refusal:
         model.predict(given)
     assert refusal.value.error_code == "INVALID_PARAMETER_VALUE"
@@ -128,7 +128,7 @@ def test_what_is_no_picture_is_refused_in_one_line(model, given, told):
 
 def test_top_k_below_one_is_refused(model):
     with pytest.raises(MlflowException, match="top_k 0 is below 1"):
-        model.predict([picture(1)], params={"top_k": 0})
+        model.predict([image(1)], params={"top_k": 0})
 
 
 def test_signature_says_what_comes_out_and_the_example_runs(model):

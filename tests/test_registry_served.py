@@ -62,7 +62,7 @@ def client(store: str, monkeypatch: pytest.MonkeyPatch) -> MlflowClient:
 
 
 @pytest.fixture(scope="module")
-def picture() -> bytes:
+def image() -> bytes:
     """A PNG file, wider than high."""
     pixels = np.random.default_rng(5).integers(0, 256, (240, 320, 3), dtype=np.uint8)
     content = io.BytesIO()
@@ -96,12 +96,10 @@ print(json.dumps([alexnet.__file__, sorted({"training", "pipelines"} & set(sys.m
 """
 
 
-def test_one_line_of_python_classifies_a_file_without_this_checkout(
-    client, store, picture, tmp_path
-):
-    (tmp_path / "picture.png").write_bytes(picture)
+def test_one_line_of_python_classifies_a_file_without_this_checkout(client, store, image, tmp_path):
+    (tmp_path / "image.png").write_bytes(image)
     done = subprocess.run(
-        [sys.executable, "-c", _PROGRAM, "picture.png"],
+        [sys.executable, "-c", _PROGRAM, "image.png"],
         cwd=tmp_path,
         env=elsewhere(store),
         capture_output=True,
@@ -112,20 +110,20 @@ def test_one_line_of_python_classifies_a_file_without_this_checkout(
     where, ours, (answer,) = json.loads(done.stdout.splitlines()[-1])
     assert Path(where).parts[-3:] == ("code", "alexnet", "__init__.py"), "the model's own copy"
     assert ours == []
-    names, shares = expected(picture)
+    names, shares = expected(image)
     assert answer["classes"] == names[:2]
     assert answer["probabilities"] == pytest.approx(shares[:2], abs=1e-5)
 
 
-def expected(picture: bytes) -> tuple[list[str], list[float]]:
+def expected(image: bytes) -> tuple[list[str], list[float]]:
     """Classes and probabilities, the likeliest first, by Pillow and NumPy around the network."""
     import torch
 
     model = load(CHAMPION)
     assert model.input_spec.resize == model.input_spec.crop == 227
-    with Image.open(io.BytesIO(picture)) as image:
-        width = round(image.width * 227 / image.height)
-        pixels = np.asarray(image.resize((width, 227), Image.Resampling.LANCZOS))
+    with Image.open(io.BytesIO(image)) as opened:
+        width = round(opened.width * 227 / opened.height)
+        pixels = np.asarray(opened.resize((width, 227), Image.Resampling.LANCZOS))
     left = (width - 227) // 2
     mean, std = (np.array(getattr(model.input_spec, name)) for name in ("mean", "std"))
     x = ((pixels[:, left : left + 227] - mean) / std).transpose(2, 0, 1)[None]
@@ -171,13 +169,13 @@ def answers(url: str) -> bool:
         return False
 
 
-def as_text(picture: bytes) -> str:
-    return base64.b64encode(picture).decode()
+def as_text(image: bytes) -> str:
+    return base64.b64encode(image).decode()
 
 
-def test_server_answers_a_json_request_with_a_base64_picture(client, serving, picture):
-    names, shares = expected(picture)
-    text = as_text(picture)
+def test_server_answers_a_json_request_with_a_base64_image(client, serving, image):
+    names, shares = expected(image)
+    text = as_text(image)
     for request in (
         {"dataframe_split": {"columns": ["image"], "data": [[text]]}},
         {"dataframe_records": [{"image": text}]},
@@ -203,13 +201,13 @@ def test_server_takes_top_k_and_pixels(client, serving):
 @pytest.mark.parametrize(
     ("images", "told"),
     [
-        ([None, "no picture"], "picture 2 of 2: cannot decode"),
-        (["%%%"], "picture 1 of 1: it is no base64 text"),
-        ([], "there is no picture"),
+        ([None, "no image"], "image 2 of 2: cannot decode"),
+        (["%%%"], "image 1 of 1: it is no base64 text"),
+        ([], "there is no image"),
     ],
 )
-def test_server_refuses_what_is_no_picture_and_says_which(serving, picture, images, told):
-    good = as_text(picture)
+def test_server_refuses_what_is_no_image_and_says_which(serving, image, images, told):
+    good = as_text(image)
     texts = [good if i is None else as_text(i.encode()) if " " in i else i for i in images]
     request = {"dataframe_split": {"columns": ["image"], "data": [[text] for text in texts]}}
     answer = requests.post(f"{serving}/invocations", json=request, timeout=200)
@@ -219,7 +217,7 @@ def test_server_refuses_what_is_no_picture_and_says_which(serving, picture, imag
 
 @pytest.mark.timeout(480)
 def test_lines_of_the_readme_work_as_they_stand_with_the_embedded_store(
-    registered_models, tmp_path, monkeypatch, picture
+    registered_models, tmp_path, monkeypatch, image
 ):
     client = enter_whole_copy(registered_models, tmp_path / ".alexnet", monkeypatch)
     client.set_registered_model_alias("alexnet", "champion", GOOD)
@@ -239,7 +237,7 @@ def test_lines_of_the_readme_work_as_they_stand_with_the_embedded_store(
     environment |= {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     folder = tmp_path / "elsewhere"
     folder.mkdir()
-    (folder / "cat.jpg").write_bytes(picture)
+    (folder / "cat.jpg").write_bytes(image)
     process = subprocess.Popen(
         ["bash", "-c", script],
         cwd=folder,

@@ -35,16 +35,16 @@ def test_parameters_are_those_of_the_network(network):
 
 
 def test_operations_are_those_that_torch_counts(network):
-    picture = torch.zeros(2, 3, 227, 227, device="meta")
+    image = torch.zeros(2, 3, 227, 227, device="meta")
     with FlopCounterMode(display=False) as counter:
-        pooled = network.features(picture)
+        pooled = network.features(image)
         forward = counter.get_total_flops()
         network.classifier(pooled.flatten(1)).sum().backward()
     whole, counts = counter.get_total_flops() / 2, counter.get_flop_counts()["Global"]
     assert whole == pytest.approx(cost_model.FLOPS, rel=1e-3)
     backward = counts[torch.ops.aten.convolution_backward] / 2
     assert backward == pytest.approx(cost_model.CONV_BACKWARD_FLOPS, rel=1e-3)
-    assert backward < forward, "of two pictures against one"
+    assert backward < forward, "of two images against one"
 
 
 def ring(members: int, size: int) -> tuple[list[int], bool, int]:

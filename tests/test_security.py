@@ -126,7 +126,7 @@ def test_shard_named_as_a_path_is_refused(copy: Path, name: str) -> None:
         ("split", "../val"),
     ],
 )
-def test_planned_picture_that_leads_out_of_its_folder_is_refused(
+def test_planned_image_that_leads_out_of_its_folder_is_refused(
     copy: Path, column: str, value: str
 ) -> None:
     plan = plan_files.load(str(copy))
@@ -203,7 +203,7 @@ def test_report_shows_hostile_names_as_text(tmp_path: Path) -> None:
     files = {
         f"train/{hostile}/{hostile}.JPEG": jpeg(1),
         f"train/{hostile}/{attribute}.JPEG": jpeg(2),
-        f"train/{attribute}/a.JPEG": b"<html>no picture",
+        f"train/{attribute}/a.JPEG": b"<html>no image",
         f"train/{attribute}/{hostile}2.JPEG": jpeg(3)[:500],
         f"train/{attribute}/good.JPEG": jpeg(1),
     }

@@ -131,9 +131,9 @@ def test_the_whole_road_from_drawn_archives_to_a_prediction_through_a_ray_job(ma
     raw = shard_set.parent / "raw"
     with tarfile.open(raw / "ILSVRC2012_img_val.tar") as tar:
         content = tar.extractfile("ILSVRC2012_val_00000001.JPEG").read()
-    picture = str(raw / "picture.JPEG")
-    Path(picture).write_bytes(content)
-    predicted = ok(machine.run("python", "-m", "training.predict", picture, "--top", "3"))
+    image = str(raw / "image.JPEG")
+    Path(image).write_bytes(content)
+    predicted = ok(machine.run("python", "-m", "training.predict", image, "--top", "3"))
     shares = [float(line.split("%")[0]) for line in predicted.splitlines() if "%" in line]
     assert len(shares) == 3
     assert sum(shares) == pytest.approx(100, abs=0.05)

@@ -130,7 +130,7 @@ def test_the_wids_index_tells_md5_and_size_of_each_tar(drawn_shards: str, split:
 
 
 @pytest.mark.parametrize("streaming", [False, True], ids=["converted", "streaming"])
-def test_hugging_face_reads_pictures_labels_and_descriptions(
+def test_hugging_face_reads_images_labels_and_descriptions(
     drawn_shards: str, hugging_face: Any, tmp_path: Path, streaming: bool
 ) -> None:
     data = hugging_face.load_dataset(
@@ -183,7 +183,7 @@ def test_every_range_of_the_dali_index_holds_the_member_it_names(
             by_extension = {ext: (offset, size) for ext, offset, size, _ in sample}
             assert sorted(by_extension) == ["cls", "jpg", "json"]
             offset, size = by_extension["jpg"]
-            with Image.open(io.BytesIO(data[offset : offset + size])) as picture:
-                assert picture.format == "JPEG"
+            with Image.open(io.BytesIO(data[offset : offset + size])) as image:
+                assert image.format == "JPEG"
             keys.append(key)
     assert keys == [row["key"] for row in index_rows(drawn_shards, split)]

@@ -1,4 +1,4 @@
-"""pipelines/sources/table.py: fewer classes, or fewer pictures of each."""
+"""pipelines/sources/table.py: fewer classes, or fewer images of each."""
 
 from collections import Counter
 from pathlib import Path
@@ -33,11 +33,11 @@ def test_labels_become_ranks_within_the_subset(source: sources.Source) -> None:
         ("val", C, 1): 1,
         ("test", "", -1): 2,  # nobody can tell their classes
     }
-    assert less.notes == ("subset: 2 of 3 classes, 8 of 11 pictures; the rest is left out",)
+    assert less.notes == ("subset: 2 of 3 classes, 8 of 11 images; the rest is left out",)
     assert less.announced is None
 
 
-def test_the_first_pictures_of_each_class_and_split_stay(source: sources.Source) -> None:
+def test_the_first_images_of_each_class_and_split_stay(source: sources.Source) -> None:
     less = sources.select(source, (), 1)
     assert less.wnids == source.wnids
     assert keys(less, "train") == [f"{A}_3", f"{B}_3", f"{C}_3"]
@@ -64,7 +64,7 @@ def test_an_unknown_class_and_an_empty_split_are_refused(
         sources.select(source, (A, "n99999999"), None)
     raw = tmp_path / "other"
     imagefolder(raw, {f"train/{A}/1.jpg": b"x", f"train/{B}/2.jpg": b"x", f"val/{A}/1.jpg": b"x"})
-    with pytest.raises(UserError, match=r"--subset: no val picture is left of 1"):
+    with pytest.raises(UserError, match=r"--subset: no val image is left of 1"):
         sources.select(sources.scan(str(raw), ("train", "val")), (B,), None)
 
 

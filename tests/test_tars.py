@@ -16,7 +16,7 @@ from alexnet.errors import UserError
 from pipelines import storage
 from pipelines.sources import tars
 
-PICTURES = [(f"val/ILSVRC2012_val_{n:08d}.JPEG", jpeg(n)) for n in range(1, 4)]
+IMAGES = [(f"val/ILSVRC2012_val_{n:08d}.JPEG", jpeg(n)) for n in range(1, 4)]
 
 
 def written(folder: Path, data: bytes) -> str:
@@ -78,12 +78,12 @@ def test_members_are_those_of_tarfile_in_every_format(
 
 
 def test_an_inner_tar_is_found_by_its_range(tmp_path: Path) -> None:
-    path = written(tmp_path, tar([("a.tar", tar(PICTURES[:1])), ("b.tar", tar(PICTURES[1:]))]))
-    for row, pictures in zip(
-        tars.members(path, "it").to_pylist(), (PICTURES[:1], PICTURES[1:]), strict=True
+    path = written(tmp_path, tar([("a.tar", tar(IMAGES[:1])), ("b.tar", tar(IMAGES[1:]))]))
+    for row, images in zip(
+        tars.members(path, "it").to_pylist(), (IMAGES[:1], IMAGES[1:]), strict=True
     ):
         inner = tars.members(path, "it", row["offset"], row["size"]).to_pylist()
-        assert [(r["name"], storage.read(path, r["offset"], r["size"])) for r in inner] == pictures
+        assert [(r["name"], storage.read(path, r["offset"], r["size"])) for r in inner] == images
 
 
 def test_a_size_that_needs_gnus_binary_form_is_read(tmp_path: Path) -> None:
@@ -104,9 +104,9 @@ def test_checksums_of_signed_bytes_are_accepted(tmp_path: Path) -> None:
 
 
 def test_a_tar_cut_anywhere_is_refused(tmp_path: Path) -> None:
-    whole = tar(PICTURES)
+    whole = tar(IMAGES)
     offsets = tars.members(written(tmp_path, whole), "it")["offset"].to_pylist()
-    last_end = offsets[-1] + len(PICTURES[-1][1])
+    last_end = offsets[-1] + len(IMAGES[-1][1])
     for length in [300, *(at - 512 for at in offsets[1:]), *(at + 5 for at in offsets), last_end]:
         refused(tmp_path, whole[:length], "it is truncated: .*fetch it again")
     refused(tmp_path, b"", r"it is empty \(0 bytes\)")
@@ -117,14 +117,14 @@ def test_a_tar_cut_anywhere_is_refused(tmp_path: Path) -> None:
 def test_rubbish_inside_a_tar_is_not_taken_for_its_end(
     tmp_path: Path, rubbish: bytes, member: int
 ) -> None:
-    whole = bytearray(tar(PICTURES))
+    whole = bytearray(tar(IMAGES))
     at = tars.members(written(tmp_path, bytes(whole)), "it")["offset"][member].as_py() - 512
     whole[at : at + 1024] = rubbish
     refused(tmp_path, bytes(whole), rf"it is damaged: no valid member at byte {at:,}")
 
 
 def test_one_wrong_bit_in_a_header_is_found(tmp_path: Path) -> None:
-    whole = bytearray(tar(PICTURES))
+    whole = bytearray(tar(IMAGES))
     at = tars.members(written(tmp_path, bytes(whole)), "it")["offset"][1].as_py() - 512
     for place in (0, 30, 130, 150, 156, 260):
         damaged = bytearray(whole)
@@ -133,20 +133,20 @@ def test_one_wrong_bit_in_a_header_is_found(tmp_path: Path) -> None:
 
 
 def test_what_follows_the_end_mark_is_refused(tmp_path: Path) -> None:
-    end = tars.members(written(tmp_path, tar(PICTURES)), "it")
-    refused(tmp_path, tar(PICTURES) + tar(PICTURES), "an end mark, and .* bytes follow")
-    refused(tmp_path, tar(PICTURES) + b"x", "an end mark, and .* bytes follow")
-    refused(tmp_path, tar(PICTURES) + bytes(2 << 20), "an end mark, and .* bytes follow")
-    padded = written(tmp_path, tar(PICTURES) + bytes(10240))
+    end = tars.members(written(tmp_path, tar(IMAGES)), "it")
+    refused(tmp_path, tar(IMAGES) + tar(IMAGES), "an end mark, and .* bytes follow")
+    refused(tmp_path, tar(IMAGES) + b"x", "an end mark, and .* bytes follow")
+    refused(tmp_path, tar(IMAGES) + bytes(2 << 20), "an end mark, and .* bytes follow")
+    padded = written(tmp_path, tar(IMAGES) + bytes(10240))
     assert tars.members(padded, "it").equals(end)
 
 
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (gzip.compress(tar(PICTURES)), "it is gzip-compressed; gunzip it first"),
-        (bz2.compress(tar(PICTURES)), "it is bzip2-compressed"),
-        (lzma.compress(tar(PICTURES)), "it is xz-compressed"),
+        (gzip.compress(tar(IMAGES)), "it is gzip-compressed; gunzip it first"),
+        (bz2.compress(tar(IMAGES)), "it is bzip2-compressed"),
+        (lzma.compress(tar(IMAGES)), "it is xz-compressed"),
         (b"PK\x03\x04" + bytes(600), "it is zip-compressed"),
         (b"\n<!DOCTYPE html><title>Log in</title>" + b" " * 600, "HTML or XML page, not a tar"),
         (b"<html>", "HTML or XML page, not a tar"),
@@ -175,27 +175,27 @@ def test_what_is_no_tar_says_what_it_is(tmp_path: Path, data: bytes, message: st
         (info("../" * 60 + "evil.JPEG"), r"evil\.JPEG is an absolute path or holds '\.\.'"),
     ],
 )
-def test_members_that_are_no_picture_of_the_archive_are_refused(
+def test_members_that_are_no_image_of_the_archive_are_refused(
     tmp_path: Path, member: tarfile.TarInfo, message: str
 ) -> None:
     refused(tmp_path, packed([info("good.JPEG", size=3), member]), message)
 
 
 def test_a_name_that_appears_twice_is_refused(tmp_path: Path) -> None:
-    refused(tmp_path, tar([*PICTURES, PICTURES[1]]), rf"it holds {PICTURES[1][0]} twice")
+    refused(tmp_path, tar([*IMAGES, IMAGES[1]]), rf"it holds {IMAGES[1][0]} twice")
 
 
 @pytest.mark.parametrize("record", [b"99 path=a\n", b"path=a\n", b"0 path=a\n", b"8 path=a", b"x"])
 def test_an_unreadable_pax_record_is_refused(tmp_path: Path, record: bytes) -> None:
     pax = info("records", tarfile.XHDTYPE, size=len(record)).tobuf(tarfile.USTAR_FORMAT)
-    data = pax + record.ljust(512, b"\0") + tar(PICTURES)
+    data = pax + record.ljust(512, b"\0") + tar(IMAGES)
     refused(tmp_path, data, "a pax record at byte 512")
 
 
 def test_an_absurd_extension_is_refused_before_it_is_read(tmp_path: Path) -> None:
     long_name = info("././@LongLink", tarfile.GNUTYPE_LONGNAME, size=5 << 30)
     header = long_name.tobuf(tarfile.GNU_FORMAT)
-    refused(tmp_path, header + tar(PICTURES), "a name of 5,368,709,120 bytes")
+    refused(tmp_path, header + tar(IMAGES), "a name of 5,368,709,120 bytes")
 
 
 def test_random_damage_is_refused_in_one_line_or_leaves_every_range_inside(tmp_path: Path) -> None:
@@ -217,7 +217,7 @@ def test_random_damage_is_refused_in_one_line_or_leaves_every_range_inside(tmp_p
     assert refusals > 50
 
 
-def test_close_headers_cost_few_requests_on_s3_and_distant_ones_no_pictures(
+def test_close_headers_cost_few_requests_on_s3_and_distant_ones_no_images(
     s3: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reads: list[int] = []
@@ -247,12 +247,12 @@ def test_size_that_is_no_octal_number_is_refused(tmp_path: Path, size: bytes) ->
     header[124:136] = size.ljust(12, b"\0")
     header[148:156] = b" " * 8
     header[148:156] = b"%06o\0 " % sum(header)
-    refused(tmp_path, bytes(header) + tar(PICTURES), "no valid member at byte 0 .*not octal")
+    refused(tmp_path, bytes(header) + tar(IMAGES), "no valid member at byte 0 .*not octal")
 
 
 def with_records(records: bytes) -> bytes:
     pax = info("records", tarfile.XHDTYPE, size=len(records)).tobuf(tarfile.USTAR_FORMAT)
-    return pax + records + bytes(-len(records) % 512) + tar(PICTURES)
+    return pax + records + bytes(-len(records) % 512) + tar(IMAGES)
 
 
 def test_numbers_of_thousands_of_digits_are_refused(tmp_path: Path) -> None:
@@ -264,12 +264,12 @@ def test_numbers_of_thousands_of_digits_are_refused(tmp_path: Path) -> None:
 def test_hundred_thousand_records_are_read_in_one_pass(tmp_path: Path) -> None:
     """Each was once cut off by a copy of all that follows: time grew with the square."""
     found = tars.members(written(tmp_path, with_records(b"7 a=bc\n" * 100_000)), "it")
-    assert found["name"].to_pylist() == [name for name, _ in PICTURES]
+    assert found["name"].to_pylist() == [name for name, _ in IMAGES]
 
 
-def test_folder_hides_no_picture_whatever_its_size_says(tmp_path: Path) -> None:
+def test_folder_hides_no_image_whatever_its_size_says(tmp_path: Path) -> None:
     folder = info("folder", tarfile.DIRTYPE, size=512).tobuf(tarfile.USTAR_FORMAT)
-    path = written(tmp_path, folder + tar(PICTURES))
+    path = written(tmp_path, folder + tar(IMAGES))
     assert tars.members(path, "it")["name"].to_pylist() == [name for name, _ in by_tarfile(path)]
 
 

@@ -1,4 +1,4 @@
-"""`python -m training.predict` on a registered model that knows its pictures by heart."""
+"""`python -m training.predict` on a registered model that knows its images by heart."""
 
 import json
 import re
@@ -35,7 +35,7 @@ def draw(path: Path, colour: tuple[int, int, int], height: int, width: int) -> s
 
 
 def answers(out: str) -> list[tuple[str, list[tuple[str, float]]]]:
-    """(picture, [(class name, percent)]) as printed."""
+    """(image, [(class name, percent)]) as printed."""
     found: list[tuple[str, list[tuple[str, float]]]] = []
     for line in out.splitlines():
         if match := re.fullmatch(r"  +(\d+\.\d\d)%  (.+)", line):
@@ -47,14 +47,14 @@ def answers(out: str) -> list[tuple[str, list[tuple[str, float]]]]:
 
 @pytest.mark.parametrize("model", ["1" * 300, "x" * 300, f"a/{'b' * 300}", f"s3://{'b' * 300}/x"])
 def test_model_of_an_impossible_name_is_one_line(model, tmp_path, capsys):
-    picture = draw(tmp_path / "a.jpg", COLOURS[0], 227, 227)
-    assert main([picture, "--model", model]) == 2
+    image = draw(tmp_path / "a.jpg", COLOURS[0], 227, 227)
+    assert main([image, "--model", model]) == 2
     assert capsys.readouterr().err.count("\n") == 1
     assert main([f"{'p' * 300}.jpg"]) in (1, 2)
     assert "Traceback" not in capsys.readouterr().err
 
 
-def test_pictures_of_other_sizes_and_formats_get_their_class_names(tmp_path, capsys):
+def test_images_of_other_sizes_and_formats_get_their_class_names(tmp_path, capsys):
     sizes = [(300, 260), (227, 227), (240, 500), (90, 100)]
     paths = [
         draw(tmp_path / f"{i}.{'png' if i % 2 else 'jpg'}", COLOURS[i], *sizes[i]) for i in range(4)
@@ -72,7 +72,7 @@ def test_pictures_of_other_sizes_and_formats_get_their_class_names(tmp_path, cap
 
 
 def by_pillow(path: Path, resize: int) -> list[float]:
-    """Percent of each class for the centre 227×227 of the picture at `resize`."""
+    """Percent of each class for the centre 227×227 of the image at `resize`."""
     model = load("models:/alexnet@champion")
     with Image.open(path) as image:
         width, height = (round(side * resize / min(image.size)) for side in image.size)
@@ -87,7 +87,7 @@ def by_pillow(path: Path, resize: int) -> list[float]:
 
 def test_percentages_are_those_of_the_models_own_geometry(tmp_path, capsys):
     paths = [tmp_path / f"{edge}.png" for edge in (140, 160, 200, 240)]
-    for path in paths:  # an edge that lies elsewhere where the picture is resized to more than 227
+    for path in paths:  # an edge that lies elsewhere where the image is resized to more than 227
         pixels = np.full((300, 400, 3), COLOURS[0], dtype=np.uint8)
         pixels[: int(path.stem)] = COLOURS[3]
         Image.fromarray(pixels).save(path)
@@ -120,7 +120,7 @@ def refusal(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 
 def test_a_bad_file_is_told_in_one_line_and_the_others_are_predicted(tmp_path, capsys):
     good = [draw(tmp_path / f"{i}.png", COLOURS[i], 250, 250) for i in range(2)]
-    (tmp_path / "text.jpg").write_text("not a picture")
+    (tmp_path / "text.jpg").write_text("not an image")
     missing, text = str(tmp_path / "nowhere.jpg"), str(tmp_path / "text.jpg")
     assert main([good[0], missing, text, good[1], "--top", "1"]) == 1
     out, err = capsys.readouterr()
@@ -141,7 +141,7 @@ def test_wrong_usage_and_missing_models_are_one_line_and_exit_code_2(tmp_path, c
         refusal(argv, capsys)
 
 
-def test_folders_are_walked_and_what_is_no_picture_is_counted(tmp_path, capsys):
+def test_folders_are_walked_and_what_is_no_image_is_counted(tmp_path, capsys):
     folder = tmp_path / "pictures"
     (folder / "b" / "deep").mkdir(parents=True)
     expected = [
@@ -149,8 +149,8 @@ def test_folders_are_walked_and_what_is_no_picture_is_counted(tmp_path, capsys):
         draw(folder / "a.png", COLOURS[0], 230, 230),
         draw(folder / "b" / "deep" / "c.webp", COLOURS[2], 230, 230),
     ]
-    (folder / "notes.txt").write_text("no picture")
-    (folder / "b" / ".hidden.jpg").write_text("no picture")
+    (folder / "notes.txt").write_text("no image")
+    (folder / "b" / ".hidden.jpg").write_text("no image")
     alone = draw(tmp_path / "alone.gif", COLOURS[3], 230, 230)
     assert main([str(folder), alone, "--top", "1", "--model", GOOD]) == 0
     out, err = capsys.readouterr()
@@ -159,7 +159,7 @@ def test_folders_are_walked_and_what_is_no_picture_is_counted(tmp_path, capsys):
     assert err == "skipped 2 entries that are not images\n"
 
 
-def test_json_is_a_line_for_each_picture_with_names_wnids_and_errors(tmp_path, capsys):
+def test_json_is_a_line_for_each_image_with_names_wnids_and_errors(tmp_path, capsys):
     path = draw(tmp_path / "a.png", COLOURS[2], 250, 250)
     missing = str(tmp_path / "nowhere.png")
     assert main([path, missing, "--json", "--top", "2"]) == 1
@@ -171,7 +171,7 @@ def test_json_is_a_line_for_each_picture_with_names_wnids_and_errors(tmp_path, c
     assert best["probability"] > second["probability"] > 0
 
 
-def test_more_pictures_than_a_batch_are_the_same_one_by_one(tmp_path, monkeypatch, capsys):
+def test_more_images_than_a_batch_are_the_same_one_by_one(tmp_path, monkeypatch, capsys):
     paths = [draw(tmp_path / f"{i}.png", COLOURS[i % 4], 230, 230) for i in range(5)]
     assert main(paths) == 0
     together = capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""pipelines/transform/: every good picture is converted right, with Pillow as the oracle."""
+"""pipelines/transform/: every good image is converted right, with Pillow as the oracle."""
 
 import csv
 import gzip
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from drawn import encoded, picture
+from drawn import encoded, image
 from forged import (
     interlaced_rows,
     patched,
@@ -54,8 +54,8 @@ def turned(value: int, form: str = "JPEG", **options: object) -> bytes:
     return encoded(PLAIN, form, exif=exif, **options)
 
 
-PLAIN = picture(120, 160, seed=1)
-OTHER = picture(120, 160, seed=2)
+PLAIN = image(120, 160, seed=1)
+OTHER = image(120, 160, seed=2)
 GREY = PLAIN.convert("L")
 RGBA = PLAIN.copy()
 RGBA.putalpha(128)
@@ -130,20 +130,20 @@ GREYS = {
 
 
 @pytest.mark.parametrize("name", COLOUR)
-def test_every_way_to_write_a_colour_picture_gives_its_colours(name: str) -> None:
+def test_every_way_to_write_a_colour_image_gives_its_colours(name: str) -> None:
     raw, fixes = COLOUR[name]
     made = stored(raw)
     assert " ".join(made.fixes) == fixes
     pixels = decode(raw)[0]
     assert np.abs(mean(pixels) - mean(np.asarray(PLAIN))).max() < 1.5
     plain = raw if "gzip" not in fixes else gzip.decompress(raw)
-    if name != "png of 16 bits":  # which Pillow reads too, but whose oracle is the picture itself
+    if name != "png of 16 bits":  # which Pillow reads too, but whose oracle is the image itself
         assert np.abs(pixels.astype(int) - opened(plain)).max() <= 1
     assert (made.height, made.width) == pixels.shape[:2] == (120, 160)
 
 
 @pytest.mark.parametrize("name", GREYS)
-def test_a_grey_picture_becomes_rgb_with_equal_channels(name: str) -> None:
+def test_a_grey_image_becomes_rgb_with_equal_channels(name: str) -> None:
     raw, fixes = GREYS[name]
     made, pixels = stored(raw), decode(raw)[0]
     assert " ".join(made.fixes) == fixes
@@ -192,7 +192,7 @@ HARMLESS = {
 
 
 @pytest.mark.parametrize("name", HARMLESS)
-def test_oddities_that_touch_no_pixel_are_no_reason_to_lose_a_picture(name: str) -> None:
+def test_oddities_that_touch_no_pixel_are_no_reason_to_lose_a_image(name: str) -> None:
     pixels, fixes = decode(HARMLESS[name])
     assert fixes == {"jpeg_warning_ignored"}
     np.testing.assert_array_equal(pixels, decode(CLEAN)[0])
@@ -240,7 +240,7 @@ def test_the_jpeg_is_strict_rgb_420_of_the_crop_and_carries_nothing_else() -> No
 
 @pytest.mark.parametrize("size", [(1, 1), (2, 2), (1, 4000), (3000, 3), (20, 17)])
 def test_tiny_and_extreme_shapes_are_enlarged_and_cropped(size: tuple[int, int]) -> None:
-    made = stored(encoded(picture(*size)))
+    made = stored(encoded(image(*size)))
     assert made.pixels.shape == (3, 227, 227)
     assert (made.height, made.width) == size
 

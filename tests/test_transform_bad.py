@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from drawn import encoded, picture
+from drawn import encoded, image
 from forged import absurd, interlaced_rows, patched, png, resized_jpeg, segment, unusual_sampling
 from PIL import Image
 
@@ -30,7 +30,7 @@ GEOMETRY = (256, 227, 90)
 
 
 def verdict(raw: bytes) -> str:
-    """The reason, or "" for a picture that passes."""
+    """The reason, or "" for an image that passes."""
     made = to_stored(raw, *GEOMETRY)
     assert not isinstance(made, Rejected) or made.reason in REASONS
     return made.reason if isinstance(made, Rejected) else ""
@@ -51,7 +51,7 @@ def memory_limit(megabytes: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_AS, before)
 
 
-PLAIN, OTHER = picture(48, 64, seed=1), picture(48, 64, seed=2)
+PLAIN, OTHER = image(48, 64, seed=1), image(48, 64, seed=2)
 GRAIN = np.random.default_rng(0).normal(0, 20, (48, 64, 3))
 PHOTO = Image.fromarray((np.asarray(PLAIN) + GRAIN).clip(0, 255).astype(np.uint8))
 PALETTE = PHOTO.quantize(64)
@@ -171,7 +171,7 @@ def test_more_pixels_than_the_bytes_can_hold_are_refused_before_allocation() -> 
 
 @pytest.mark.parametrize("size", [(1, 30_000), (30_000, 1), (1, 1), (2, 2)])
 def test_extreme_shapes_take_little_memory(size: tuple[int, int]) -> None:
-    raw = encoded(picture(*size))
+    raw = encoded(image(*size))
     with memory_limit(64):
         made = to_stored(raw, *GEOMETRY)
     assert isinstance(made, Stored) and (made.height, made.width) == size
@@ -225,7 +225,7 @@ SCAN = segment(JPEGS["baseline"], 0xDA).start
         (patched(OTHERS["webp"], 12, b"ABCD"), "corrupt"),
     ],
 )
-def test_what_is_no_usable_picture_is_rejected(raw: bytes, reason: str) -> None:
+def test_what_is_no_usable_image_is_rejected(raw: bytes, reason: str) -> None:
     assert verdict(raw) == reason
 
 

@@ -1,4 +1,4 @@
-"""pipelines/transform/: what resizing costs in quality, and keeping stored pictures, nothing."""
+"""pipelines/transform/: what resizing costs in quality, and keeping stored images, nothing."""
 
 import gzip
 import io
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from drawn import encoded, picture
+from drawn import encoded, image
 from forged import resized_jpeg
 from PIL import Image
 
@@ -53,10 +53,10 @@ def loss_of_quality(raw: bytes) -> float:
 
 
 @pytest.mark.parametrize("size", [(375, 500), (600, 450), (200, 260)])
-def test_stored_pictures_are_within_a_tenth_of_a_decibel_of_full_precision(size: tuple) -> None:
+def test_stored_images_are_within_a_tenth_of_a_decibel_of_full_precision(size: tuple) -> None:
     grain = np.random.default_rng(0).normal(0, 12, (*size, 3))
-    image = (np.asarray(picture(*size, seed=3)) + grain).clip(0, 255).astype(np.uint8)
-    assert loss_of_quality(encoded(Image.fromarray(image), quality=95)) < 0.1
+    grainy = (np.asarray(image(*size, seed=3)) + grain).clip(0, 255).astype(np.uint8)
+    assert loss_of_quality(encoded(Image.fromarray(grainy), quality=95)) < 0.1
 
 
 def test_real_photos_lose_on_average_a_fraction_of_a_tenth_of_a_decibel(data_folder: Path) -> None:
@@ -66,8 +66,8 @@ def test_real_photos_lose_on_average_a_fraction_of_a_tenth_of_a_decibel(data_fol
     assert np.mean(losses) < 0.05 and max(losses) < 0.5  # of 200: 0.015 and 0.30
 
 
-def test_own_pictures_are_kept_byte_for_byte() -> None:
-    jpeg = stored(encoded(picture(120, 160), quality=95)).jpeg
+def test_own_images_are_kept_byte_for_byte() -> None:
+    jpeg = stored(encoded(image(120, 160), quality=95)).jpeg
     kept = keep_stored(jpeg, 227)
     assert isinstance(kept, Stored) and kept.jpeg is jpeg
     assert (kept.width, kept.height, kept.fixes) == (227, 227, ())
@@ -75,15 +75,15 @@ def test_own_pictures_are_kept_byte_for_byte() -> None:
     np.testing.assert_array_equal(kept.pixels.transpose(1, 2, 0), opened(jpeg))
 
 
-OWN = encoded(picture(227, 227))
+OWN = encoded(image(227, 227))
 
 
 @pytest.mark.parametrize(
     ("raw", "reason", "detail"),
     [
-        (encoded(picture(227, 228)), "not_as_stored", "228×227 in 3 components, not 227×227 in 3"),
-        (encoded(picture(227, 227).convert("L")), "not_as_stored", "in 1 components"),
-        (encoded(picture(227, 227), "PNG"), "not_as_stored", "PNG"),
+        (encoded(image(227, 228)), "not_as_stored", "228×227 in 3 components, not 227×227 in 3"),
+        (encoded(image(227, 227).convert("L")), "not_as_stored", "in 1 components"),
+        (encoded(image(227, 227), "PNG"), "not_as_stored", "PNG"),
         (gzip.compress(OWN), "not_as_stored", "bytes beginning"),
         (b"", "zero_bytes", ""),
         (OWN[:-2], "truncated", "Premature end"),
@@ -92,6 +92,6 @@ OWN = encoded(picture(227, 227))
         (resized_jpeg(OWN, 60000, 60000), "too_many_pixels", ""),
     ],
 )
-def test_what_is_no_stored_picture_is_not_kept(raw: bytes, reason: str, detail: str) -> None:
+def test_what_is_no_stored_image_is_not_kept(raw: bytes, reason: str, detail: str) -> None:
     kept = keep_stored(raw, 227)
     assert isinstance(kept, Rejected) and kept.reason == reason and detail in kept.detail

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
-from drawn import encoded, picture
+from drawn import encoded, image
 
 from pipelines import shards
 from pipelines.verify import Findings, verify
@@ -137,12 +137,12 @@ def test_a_wrong_label_is_found_although_the_whole_set_agrees_on_it(copy: Path) 
 
 
 @pytest.mark.parametrize("spoiled", ["cut", "small", "grey"])
-def test_a_picture_that_was_stored_badly_is_found(copy: Path, spoiled: str) -> None:
+def test_a_image_that_was_stored_badly_is_found(copy: Path, spoiled: str) -> None:
     samples = stored_samples(copy)
     jpeg = {
         "cut": samples[0].jpeg[:-400] + b"\xff\xd9",
-        "small": encoded(picture(226, 227)),
-        "grey": encoded(picture(227, 227).convert("L")),
+        "small": encoded(image(226, 227)),
+        "grey": encoded(image(227, 227).convert("L")),
     }[spoiled]
     forge_shard(copy, [changed(samples[0], jpeg=jpeg), *samples[1:]])
     line, *rest = told(verify(str(copy), full=True))
@@ -155,7 +155,7 @@ def test_a_picture_that_was_stored_badly_is_found(copy: Path, spoiled: str) -> N
     assert re.fullmatch(rf"val-000000\.tar: {samples[0].key}: {expected}", line)
 
 
-def test_a_lost_picture_is_missed_although_the_whole_set_agrees_on_it(copy: Path) -> None:
+def test_a_lost_image_is_missed_although_the_whole_set_agrees_on_it(copy: Path) -> None:
     samples = stored_samples(copy)
     forge_shard(copy, samples[1:])
     lines = told(verify(str(copy), full=True))

@@ -1,4 +1,4 @@
-"""pipelines/verify.py: labels looked up in RAW again, unlabelled pictures, S3, large shards."""
+"""pipelines/verify.py: labels looked up in RAW again, unlabelled images, S3, large shards."""
 
 import re
 import shutil
@@ -16,7 +16,7 @@ from pipelines import verify as module
 from pipelines.plan import Recipe
 from pipelines.verify import Findings, verify
 
-# No WNIDs: nothing but the folder says what the class is. Every picture is another one.
+# No WNIDs: nothing but the folder says what the class is. Every image is another one.
 TRAIN = {f"train/{c}/{c}{i}.jpg": 10 * k + i for k, c in enumerate("ab") for i in range(4)}
 VAL = {f"val/{c}/v{c}{i}.jpg": 50 + 10 * k + i for k, c in enumerate("ab") for i in range(2)}
 
@@ -45,7 +45,7 @@ def test_labels_that_raw_gives_otherwise_now_are_told_with_both(raw: Path, out: 
     assert re.fullmatch(rf"{start}a[12]: a here, b in {re.escape(str(raw))}", line)
 
 
-def test_pictures_that_came_to_raw_or_went_are_counted(raw: Path, out: str) -> None:
+def test_images_that_came_to_raw_or_went_are_counted(raw: Path, out: str) -> None:
     (raw / "val/a/va0.jpg").unlink()
     write_folders(raw, {"val/a/vnew1.jpg": 90, "val/a/vnew2.jpg": 91})
     assert told(verify(out, full=True, raw=str(raw))) == [
@@ -110,7 +110,7 @@ def test_archives_are_counted_again_by_other_readers(
     assert (split, text) == ("train", f"{count} images counted, {count - 1} found")
 
 
-def test_test_pictures_may_be_unlabelled(raw: Path, tmp_path: Path) -> None:
+def test_test_images_may_be_unlabelled(raw: Path, tmp_path: Path) -> None:
     write_folders(raw, {"test/t0.jpg": 80, "test/t1.jpg": 81})
     out = build_set(
         str(raw), tmp_path / "unlabelled", Recipe(splits=("train", "val", "test"), partial=True)
@@ -200,7 +200,7 @@ def test_a_set_whose_manifest_is_damaged_is_still_hashed(out: str) -> None:
     assert "index/val.parquet" in verify(out).bad_files
 
 
-def test_a_set_of_real_pictures_is_whole(data_folder: Path, tmp_path: Path) -> None:
+def test_a_set_of_real_images_is_whole(data_folder: Path, tmp_path: Path) -> None:
     raw = str(data_folder / "tiny20" / "imagefolder")
     out = build_set(raw, tmp_path / "real", Recipe(samples_per_shard=50, partial=True))
     findings = verify(out, full=True, raw=raw)

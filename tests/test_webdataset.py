@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 import webdataset as wds
-from drawn import A, B, C, encoded, imagefolder, jpeg, picture, tar
+from drawn import A, B, C, encoded, image, imagefolder, jpeg, tar
 from made import made_shards
 
 from alexnet.errors import UserError
@@ -208,7 +208,7 @@ def test_tars_that_are_sorted_by_class_are_mixed(tmp_path: Path) -> None:
 
 def test_every_kind_of_image_label_and_key_is_read(tmp_path: Path) -> None:
     kinds = {"png": "PNG", "webp": "WEBP", "jpeg": "JPEG", "JPG": "JPEG"}
-    members = [(f"deep/er/{k}.{k}", encoded(picture(), form)) for k, form in kinds.items()]
+    members = [(f"deep/er/{k}.{k}", encoded(image(), form)) for k, form in kinds.items()]
     members += [(f"deep/er/{k}.json", b'{"label": %d}' % n) for n, k in enumerate(kinds)]
     members += [("deep/er/png.txt", b"a caption"), ("deep/._x.jpg", b"x"), ("README", b"x")]
     raw = imagefolder(tmp_path / "raw", {"my.Train.tar": tar(members)})

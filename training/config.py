@@ -78,7 +78,7 @@ class AugmentConfig:
     crop: Literal["auto", "random", "resized", "centre"] = "auto"
     """random: 227 crops, as the paper; resized: random area; auto: random where there is room."""
     flip: bool = True
-    """Mirror half of the pictures."""
+    """Mirror half of the images."""
     colour_sigma: float = 0.1
     """Standard deviation of the paper's PCA colour noise; 0 is off."""
     colour_epochs: int | None = None
@@ -94,7 +94,7 @@ class TrainConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     """How its weights are found."""
     augment: AugmentConfig = field(default_factory=AugmentConfig)
-    """What happens to pictures on their way into it."""
+    """What happens to images on their way into it."""
     normalise: Literal["mean", "mean_std"] = "mean_std"
     """mean: subtract the train split's mean RGB, as the paper; mean_std: divide by std too."""
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -102,7 +102,7 @@ class TrainConfig:
     compress_gradients: bool = False
     """Send gradients between workers as bfloat16: half the bytes."""
     synthetic: bool = False
-    """Train on random pictures that stay on the device: the ceiling. Never registered."""
+    """Train on random images that stay on the device: the ceiling. Never registered."""
     seed: int = 0
     """Fixes initialisation, order, augmentation and dropout."""
     flat_loss_steps: int = 20_000

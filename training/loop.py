@@ -300,15 +300,16 @@ def _augment(config: TrainConfig, stored_side: int, epoch: int) -> Augment:
 def _seconds_at_peak(config: TrainConfig, num_classes: int, place: Place) -> float | None:
     """Seconds in which all devices at their measured peak would learn from one image; None on CPUs,
     whose peak is of whatever else computes on them."""
-    if place.device.type != "cuda":
-        return None
     with torch.device("meta"):
         flops = training_flops(build_model(config, num_classes))
-    dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
-    peak = measured_peak(place.device, dtype)
-    if place.rank == 0:
-        logger.info(
-            f"{flops / 1e9:.2f} GFLOP per image; a {config.precision} matrix product does "
-            f"{peak / 1e12:.3g} TFLOP/s here, to which mfu is relative"
+    line, peak = f"{flops / 1e9:.2f} GFLOP per image", None
+    if place.device.type == "cuda":
+        dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+        peak = measured_peak(place.device, dtype)
+        line += (
+            f"; a {config.precision} matrix product does {peak / 1e12:.3g} TFLOP/s here, to which "
+            "mfu is relative"
         )
-    return flops / (peak * place.world_size)
+    if place.rank == 0:
+        logger.info(line)
+    return None if peak is None else flops / (peak * place.world_size)

@@ -78,11 +78,11 @@ def load_model(model: str) -> LoadedModel:
 
 def check_fits(model: LoadedModel, manifest: Manifest, data: str) -> None:
     """Raises UserError, one line with what differs, when accuracy on these shards would mean
-    nothing: other classes, or pictures cut in another way."""
+    nothing: other classes, or images cut in another way."""
     spec, differs = model.input_spec, []
     if (spec.resize, spec.crop) != (manifest.resize, manifest.crop):
         differs.append(
-            f"pictures resized to {manifest.resize} and cut to {manifest.crop}, where it learned "
+            f"images resized to {manifest.resize} and cut to {manifest.crop}, where it learned "
             f"from {spec.resize} and {spec.crop}"
         )
     if model.wnids != manifest.wnids:

@@ -2,8 +2,8 @@
 
 Nothing here has been run on ImageNet by this project: an accuracy below is the cited source's, and
 "unmeasured" is said where there is none. Hours are modelled for ILSVRC-2012 on H200s with 16 cores
-each: 50,000 pictures/s of 6.6 GFLOP per GPU in bfloat16 (40 TFLOP/s in float32) and decoding 46,000
-pictures/s, whichever is slower. benchmarks/README.md holds what was measured.
+each: 50,000 images/s of 6.6 GFLOP per GPU in bfloat16 (40 TFLOP/s in float32) and decoding 46,000
+images/s, whichever is slower. benchmarks/README.md holds what was measured.
 """
 
 from collections.abc import Callable
@@ -40,8 +40,8 @@ def paper() -> TrainConfig:
       in conv3-5, bias 1 in conv2/4/5 and the hidden layers, only the mean subtracted, 227 crops of
       256, flips, colour noise 0.1 until epoch 67, ten-crop test.
     - Known differences: LRN after the ReLU, as in the paper's text, and none within a map of conv2;
-      one mean colour, not a mean picture; each picture has its own crop and each epoch its own
-      order, where the source moved 32 pictures alike and kept one order.
+      one mean colour, not a mean image; each image has its own crop and each epoch its own
+      order, where the source moved 32 images alike and kept one order.
     - Command: `python training/run.py paper`. As the paper's text has it, a tenth when the val
       error stops improving and one rate for all: `--optim.schedule plateau --optim.bias-lr-factor 1
       --optim.bias-lr-constant False --optim.conv1-slow-epoch None --optim.conv1-freeze-epoch None
@@ -80,7 +80,7 @@ def fast() -> TrainConfig:
     - Source of the idea: AlexNet-BN of You et al. 2017 (arXiv 1709.05011 and LARS, 1708.03888), who
       report 58.5 % top-1 after 100 epochs in batches of 32,768. Here: 40 epochs in batches of
       4,096, LARS, warm-up and cosine, label smoothing 0.1, averaged weights, bfloat16, compiled.
-    - Command: `python training/run.py fast`; for sets of about ten thousand pictures add
+    - Command: `python training/run.py fast`; for sets of about ten thousand images add
       `--optim.batch-size 256`, and on a CPU `--compile False`.
     - Hours, modelled: 0.3 on one H200, 0.04 on eight; 0.34 EFLOP. Unmeasured.
     - Top-1 on ImageNet: unmeasured.

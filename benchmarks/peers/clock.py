@@ -64,7 +64,7 @@ def looked_at(batches):
     images, labels, pixels, mixed, shapes = 0, 0, 0.0, 0.0, set()
     for batch, classes in batches:
         values, classes = np.asarray(batch), np.asarray(classes).reshape(-1).astype(np.int64)
-        assert len(values) == len(classes), f"{len(values)} pictures, {len(classes)} labels"
+        assert len(values) == len(classes), f"{len(values)} images, {len(classes)} labels"
         means = values.reshape(len(values), -1).mean(axis=1, dtype=np.float64)
         images, labels = images + len(values), labels + int(classes.sum())
         pixels, mixed = pixels + means.sum(), mixed + float((means * (classes + 1)).sum())

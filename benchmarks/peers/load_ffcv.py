@@ -1,4 +1,4 @@
-"""FFCV: its own file with JPEGs, its compiled pipeline, uint8 batches. It encodes each picture once
+"""FFCV: its own file with JPEGs, its compiled pipeline, uint8 batches. It encodes each image once
 more when it writes the file, at the quality of the shards."""
 
 import itertools
@@ -15,11 +15,11 @@ def prepare(request):
         "image": RGBImageField(write_mode="jpg", jpeg_quality=request["quality"]),
         "label": IntField(),
     }
-    writer = DatasetWriter(f"{request['work']}/pictures.beton", fields, num_workers=1)
-    writer.from_indexed_dataset(Pictures(list(tars.samples(request["tars"]))))
+    writer = DatasetWriter(f"{request['work']}/images.beton", fields, num_workers=1)
+    writer.from_indexed_dataset(Images(list(tars.samples(request["tars"]))))
 
 
-class Pictures:
+class Images:
     def __init__(self, samples):
         self.samples = samples
 
@@ -47,7 +47,7 @@ def batches(request):
         ToTorchImage(convert_back_int16=False),
     ]
     loader = Loader(
-        f"{request['work']}/pictures.beton",
+        f"{request['work']}/images.beton",
         batch_size=request["batch"],
         num_workers=request["threads"],
         order=OrderOption.QUASI_RANDOM,

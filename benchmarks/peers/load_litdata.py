@@ -29,12 +29,12 @@ def batches(request):
 
     torch.set_num_threads(1)
 
-    class Pictures(StreamingDataset):
+    class Images(StreamingDataset):
         def __getitem__(self, at):
             sample = super().__getitem__(at)
-            return tars.picture(sample["jpg"], random.random() < 0.5), sample["label"]
+            return tars.image(sample["jpg"], random.random() < 0.5), sample["label"]
 
-    dataset = Pictures(f"{request['work']}/chunks", shuffle=True, drop_last=False)
+    dataset = Images(f"{request['work']}/chunks", shuffle=True, drop_last=False)
     return StreamingDataLoader(
         dataset, batch_size=request["batch"], num_workers=request["threads"], drop_last=False
     )

@@ -39,12 +39,12 @@ def batches(request):
 
     torch.set_num_threads(1)
 
-    class Pictures(StreamingDataset):
+    class Images(StreamingDataset):
         def __getitem__(self, at):
             sample = super().__getitem__(at)
-            return tars.picture(sample["jpg"], random.random() < 0.5), sample["label"]
+            return tars.image(sample["jpg"], random.random() < 0.5), sample["label"]
 
-    dataset = Pictures(local=f"{request['work']}/mds", shuffle=True, batch_size=request["batch"])
+    dataset = Images(local=f"{request['work']}/mds", shuffle=True, batch_size=request["batch"])
     return DataLoader(dataset, batch_size=request["batch"], num_workers=request["threads"])
 
 

@@ -9,13 +9,13 @@ def samples(paths):
         with tarfile.open(path) as tar:
             label = -1
             for member in tar:
-                if member.name.endswith(".cls"):  # stands before the picture
+                if member.name.endswith(".cls"):  # stands before the image
                     label = int(tar.extractfile(member).read())
                 elif member.name.endswith(".jpg"):
                     yield tar.extractfile(member).read(), label
 
 
-def picture(jpeg, mirror):
+def image(jpeg, mirror):
     """uint8 (3, H, W) of torch, decoded by Pillow."""
     import io
 

@@ -1,4 +1,4 @@
-"""RAW, in any layout known here, as one table: where each picture lies and what its label is."""
+"""RAW, in any layout known here, as one table: where each image lies and what its label is."""
 
 from __future__ import annotations
 

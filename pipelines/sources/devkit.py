@@ -2,7 +2,7 @@
 
 ILSVRC2012_devkit_t12.tar.gz and ILSVRC2010_devkit-1.0.tar.gz have one form: data/meta.mat with the
 struct array `synsets` (its leaves, num_children 0, have the IDs 1 to 1,000) and a ground truth
-with one ID per line, in the order of the pictures' numbers. Source: their readme.txt.
+with one ID per line, in the order of the images' numbers. Source: their readme.txt.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Devkit:
     wnids: tuple[str, ...]  # of the leaves, sorted: the position is the label
     words: dict[str, str]
     train_images: dict[str, int]  # announced, per WNID
-    val_wnids: tuple[str, ...]  # entry k belongs to picture number k + 1
+    val_wnids: tuple[str, ...]  # entry k belongs to image number k + 1
     test_wnids: tuple[str, ...] = ()  # of 2010 alone: nobody has published those of 2012
 
 
@@ -56,7 +56,7 @@ def find(raw: str, files: dict[str, int]) -> Devkit | None:
 def load(uri: str) -> Devkit:
     """Members are read in memory, by base name: no path of the archive touches the disk.
 
-    The labels of the 2010 test pictures are taken from their file in the same folder, if there.
+    The labels of the 2010 test images are taken from their file in the same folder, if there.
     Raises UserError when the devkit is damaged, lacks a file, is that of another year than its
     name says, or its files contradict each other.
     """
@@ -125,13 +125,13 @@ def _synsets(uri: str, meta: bytes, id_field: str) -> list[dict[str, Any]]:
     if other and id_field not in other:
         raise UserError(
             f"{uri}: {_META} has {other[0]}, not {id_field}: it is the devkit of another year; "
-            "take the one that was published with the pictures"
+            "take the one that was published with the images"
         )
     for row in rows:
         if not _WNID.fullmatch(row["WNID"]) or row["num_train_images"] < 0:
             raise UserError(
                 f"{uri}: {_META} has class {row['WNID'][:20]!r} with {row['num_train_images']} "
-                "train pictures; fetch it again"
+                "train images; fetch it again"
             )
     if not rows:
         raise UserError(f"{uri}: {_META} lists no class by {id_field}; fetch it again")
@@ -202,7 +202,7 @@ def _truth(where: str, text: bytes, wnid_of_id: dict[int, str], year: int) -> tu
     return tuple(wnids)
 
 
-# Pictures that carry a number instead of their class: ILSVRC2012_val_00000001.JPEG
+# Images that carry a number instead of their class: ILSVRC2012_val_00000001.JPEG
 
 
 def numbers(where: str, names: pa.Array, prefix: str) -> pa.Array:
@@ -215,7 +215,7 @@ def numbers(where: str, names: pa.Array, prefix: str) -> pa.Array:
 
 
 def wnids_by_number(where: str, names: pa.Array, prefix: str, truth: Sequence[str]) -> pa.Array:
-    """WNIDs (string) of such pictures; `truth` holds that of number 1 first.
+    """WNIDs (string) of such images; `truth` holds that of number 1 first.
 
     Raises UserError for other names, and for a number that the truth lacks.
     """
@@ -223,7 +223,7 @@ def wnids_by_number(where: str, names: pa.Array, prefix: str, truth: Sequence[st
     outside = pc.or_(pc.less(number, 1), pc.greater(number, len(truth)))
     if pc.any(outside).as_py():
         raise UserError(
-            f"{where} holds {names.filter(outside)[0].as_py()} and {len(names):,} pictures in all, "
+            f"{where} holds {names.filter(outside)[0].as_py()} and {len(names):,} images in all, "
             f"but the ground truth has {len(truth):,} lines; take both from the same release"
         )
     return pa.array(truth, pa.string()).take(pc.subtract(number, 1))

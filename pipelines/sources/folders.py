@@ -1,6 +1,6 @@
-"""Pictures in folders: train/WNID/, val/WNID/ and test/WNID/, or flat val/ and test/.
+"""Images in folders: train/WNID/, val/WNID/ and test/WNID/, or flat val/ and test/.
 
-Flat val pictures get their labels from a devkit beside the folders; flat test pictures have none,
+Flat val images get their labels from a devkit beside the folders; flat test images have none,
 unless it is the devkit of 2010 with its test ground truth.
 """
 
@@ -220,15 +220,15 @@ def require(raw: str, found: Found, splits: Sequence[str], below: str) -> None:
 
 
 def check_folders(raw: str, split: str, rows: pa.RecordBatch, wanted: bool) -> set[str]:
-    """The class folders of one split's `pictures`.
+    """The class folders of one split's `images`.
 
-    Raises UserError for pictures below a class folder or in that of another class, and, if the
-    split is wanted, when only some are in class folders, or a train picture is in none.
+    Raises UserError for images below a class folder or in that of another class, and, if the
+    split is wanted, when only some are in class folders, or a train image is in none.
     """
     deep = rows.filter(pc.match_substring(rows["folder"], "/"))
     if deep.num_rows:
         raise UserError(
-            f"{raw}: {deep['source'][0].as_py()} lies too deep ({deep.num_rows:,} such pictures); "
+            f"{raw}: {deep['source'][0].as_py()} lies too deep ({deep.num_rows:,} such images); "
             f"expected {split}/WNID/NAME"
         )
     (prefix,) = pc.extract_regex(rows["name"], r"^(?P<wnid>n\d{8})_\d+\.[^.]+$").flatten()
@@ -237,14 +237,14 @@ def check_folders(raw: str, split: str, rows: pa.RecordBatch, wanted: bool) -> s
     if pc.any(astray).as_py():
         raise UserError(
             f"{raw}: {rows.filter(astray)['source'][0].as_py()} contradicts its folder: the name "
-            f"says {prefix.filter(astray)[0].as_py()} ({pc.sum(astray).as_py():,} such pictures); "
+            f"says {prefix.filter(astray)[0].as_py()} ({pc.sum(astray).as_py():,} such images); "
             "put it where it belongs"
         )
     flat = rows.filter(pc.invert(foldered))
     if wanted and flat.num_rows and (split == "train" or flat.num_rows < rows.num_rows):
         raise UserError(
             f"{raw}: {flat['source'][0].as_py()} lies in no class folder "
-            f"({flat.num_rows:,} such pictures); expected {split}/WNID/"
+            f"({flat.num_rows:,} such images); expected {split}/WNID/"
         )
     return set(pc.unique(rows["folder"]).to_pylist()) - {""}
 
@@ -252,7 +252,7 @@ def check_folders(raw: str, split: str, rows: pa.RecordBatch, wanted: bool) -> s
 def _wnids(
     raw: str, split: str, rows: pa.RecordBatch, kit: devkit.Devkit | None
 ) -> tuple[pa.Array | str, str]:
-    """The WNIDs of one split's pictures, "" without a label, and where they come from."""
+    """The WNIDs of one split's images, "" without a label, and where they come from."""
     truth = {"val": kit.val_wnids, "test": kit.test_wnids}.get(split, ()) if kit else ()
     prefix = f"ILSVRC{kit.year}_{split}" if kit else ""
     where = f"{raw}/{split}"
@@ -266,12 +266,12 @@ def _wnids(
         return "", NO_LABELS
     raise UserError(
         f"{where} has no class folders and {raw} no devkit with its labels; add {devkit.NAME}, "
-        f"or sort the pictures into {split}/WNID/"
+        f"or sort the images into {split}/WNID/"
     )
 
 
 def _check_truth(where: str, rows: pa.RecordBatch, prefix: str, truth: Sequence[str]) -> None:
-    """Raises UserError when a folder contradicts the ground truth of a numbered picture."""
+    """Raises UserError when a folder contradicts the ground truth of a numbered image."""
     rows = rows.filter(pc.match_substring_regex(rows["name"], rf"^{prefix}_\d{{8}}\.[^.]+$"))
     told = devkit.wnids_by_number(where, rows["name"], prefix, truth)
     wrong = pc.not_equal(rows["folder"], told)
@@ -280,7 +280,7 @@ def _check_truth(where: str, rows: pa.RecordBatch, prefix: str, truth: Sequence[
         raise UserError(
             f"{name} in {where.rpartition('/')[0]} contradicts the devkit, whose ground truth says "
             f"{told.filter(wrong)[0].as_py()} ({pc.sum(wrong).as_py():,} such "
-            "pictures); take both from the same release"
+            "images); take both from the same release"
         )
 
 
@@ -291,7 +291,7 @@ def _check_classes(raw: str, classes: dict[str, set[str]]) -> None:
         if strangers := sorted(classes.get(split, set()) - train if train else ()):
             raise UserError(
                 f"{raw}: {split}/{strangers[0]} is no class of train ({len(strangers)} such "
-                "folders); add train pictures of it, remove it, or pass --partial"
+                "folders); add train images of it, remove it, or pass --partial"
             )
     if len(train) == _FULL_SET and val and val != train:
         missing = min(train - val)

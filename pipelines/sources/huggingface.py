@@ -30,9 +30,9 @@ from pipelines.sources.table import (
     Layout,
     Source,
     fewer,
+    image_names,
     labelled,
     part,
-    picture_names,
     ranked,
     with_own_keys,
 )
@@ -192,7 +192,7 @@ def _read(raw: str, file: _File) -> _Found:
         file,
         part(
             file.split,
-            picture_names(rows["path"], file.name, number),
+            image_names(rows["path"], file.name, number),
             wnid,
             file.name,
             number,
@@ -220,7 +220,7 @@ def _check_schema(uri: str, schema: pa.Schema) -> None:
     if "bytes" not in fields:
         raise UserError(
             f"{uri}: column image is {image or 'not there'}, expected a struct of bytes and path; "
-            "take the files of a data set whose pictures are embedded"
+            "take the files of a data set whose images are embedded"
         )
     label = schema.field("label").type if "label" in schema.names else None
     if label is None or not pa.types.is_integer(label):
@@ -262,7 +262,7 @@ def _named(uri: str, split: str, rows: pa.Table, names: Sequence[str]) -> pa.Arr
 
 
 def _wnids(uri: str, split: str, rows: pa.Table, names: Sequence[str]) -> pa.Array:
-    """The WNID that each path tells, "" for an unlabelled picture.
+    """The WNID that each path tells, "" for an unlabelled image.
 
     Raises UserError for a row without a path, for a path with two WNIDs, and for a label without
     a WNID or a WNID without a label.

@@ -2,7 +2,7 @@
 
 Both years: a train tar of one tar a class, flat val and test tars, a devkit with class list and
 ground truth. 2012: test without labels. 2010: test with labels, and patch_images.tar, whose
-pictures replace blank ones of the same name; its publishers ask that all of them are applied.
+images replace blank ones of the same name; its publishers ask that all of them are applied.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def _scan(raw: str, listing: entries.Listing, splits: Sequence[str], partial: bo
 
 
 def announced(kit: devkit.Devkit | None, splits: Sequence[str]) -> dict[str, int] | None:
-    """Pictures per split; a split that nobody announced (2012's test without labels, when the
+    """Images per split; a split that nobody announced (2012's test without labels, when the
     devkit is not the published one) is left out. None without a devkit."""
     if kit is None:
         return None
@@ -113,13 +113,13 @@ def announced(kit: devkit.Devkit | None, splits: Sequence[str]) -> dict[str, int
     if kit.test_wnids:
         counts["test"] = len(kit.test_wnids)
     elif official.announces_published(kit):
-        counts["test"] = official.PICTURES[kit.year]["test"]
+        counts["test"] = official.IMAGES[kit.year]["test"]
     return {split: counts[split] for split in splits if split in counts}
 
 
 def check_promise(raw: str, kit: devkit.Devkit, table: pa.Table, splits: Sequence[str]) -> None:
     """`table`: rows of `part` or `labelled`. Raises UserError when there are fewer or more
-    pictures than the devkit announces, of a class in train or of a whole split elsewhere."""
+    images than the devkit announces, of a class in train or of a whole split elsewhere."""
     expected = announced(kit, splits) or {}
     if "train" in splits:
         wnids = table.filter(pc.equal(table["split"], "train"))["wnid"]
@@ -127,7 +127,7 @@ def check_promise(raw: str, kit: devkit.Devkit, table: pa.Table, splits: Sequenc
         wrong = [w for w in kit.wnids if found.get(w, 0) != kit.train_images[w]]
         if wrong:
             raise UserError(
-                f"{raw}: {wrong[0]} has {found.get(wrong[0], 0):,} train pictures, the devkit "
+                f"{raw}: {wrong[0]} has {found.get(wrong[0], 0):,} train images, the devkit "
                 f"announces {kit.train_images[wrong[0]]:,} ({len(wrong)} of {len(kit.wnids)} "
                 f"classes differ; {len(wnids):,} of {expected['train']:,} in all); add "
                 "the missing ones or pass --partial"
@@ -138,7 +138,7 @@ def check_promise(raw: str, kit: devkit.Devkit, table: pa.Table, splits: Sequenc
             truth = split == "val" or bool(kit.test_wnids)
             by = "the devkit's ground truth has" if truth else "the published set has"
             raise UserError(
-                f"{raw}: {split} has {count:,} pictures, {by} {expected[split]:,}"
+                f"{raw}: {split} has {count:,} images, {by} {expected[split]:,}"
                 f"{' lines' * truth}; add the missing ones or pass --partial"
             )
 
@@ -186,7 +186,7 @@ def _needed(
         )
     if edition.patches and edition.patches not in files and not partial:
         raise UserError(
-            f"{raw}: {edition.patches} is not there, and without it some pictures of "
+            f"{raw}: {edition.patches} is not there, and without it some images of "
             f"ILSVRC{edition.year} are blank; add it or pass --partial"
         )
     return used
@@ -212,7 +212,7 @@ def _read(
         name, index.nested(uri) if split == "train" else index.flat(uri), notes, ignored
     )
     if not found.num_rows:
-        raise UserError(f"{uri} holds no picture; fetch it again")
+        raise UserError(f"{uri} holds no image; fetch it again")
     names = index.base_names(found["name"].combine_chunks())
     if split == "train":
         wnids = _wnids_of_train(uri, found["outer"].combine_chunks(), names)
@@ -229,7 +229,7 @@ def _read(
 
 
 def _wnids_of_train(uri: str, outer: pa.Array, names: pa.Array) -> pa.Array:
-    """The name of the inner tar, which each picture's name must repeat."""
+    """The name of the inner tar, which each image's name must repeat."""
     if (
         strange := index.first_but(outer, pc.match_substring_regex(outer, r"^n\d{8}\.tar$"))
     ) is not None:
@@ -255,14 +255,14 @@ def _labels_from(edition: _Edition, split: str) -> str:
     if split == "train":
         return "name of the inner tar, equal to the prefix of the file name"
     if split == "test" and edition.year == 2012:
-        return "nothing: these pictures were published without labels"
+        return "nothing: these images were published without labels"
     return (
         "number in the file name, line of the ground truth, "
         f"ILSVRC{edition.year}_ID, WNID of meta.mat"
     )
 
 
-# patch_images.tar of 2010: pictures that replace those of the same name
+# patch_images.tar of 2010: images that replace those of the same name
 
 
 def _patched(
@@ -276,17 +276,17 @@ def _patched(
     """The rows of each split (as `part` gives them) with the places of their replacements: the
     members {train,val,test}/NAME of the archive `name`. Adds to `notes` and `ignored`.
 
-    Raises UserError for another member, for two replacements of one picture and, unless `partial`,
-    for a replacement of a picture that is not there.
+    Raises UserError for another member, for two replacements of one image and, unless `partial`,
+    for a replacement of an image that is not there.
     """
     uri = storage.join(raw, name)
     found = index.without_litter(name, index.flat(uri), notes, ignored)
-    pictures = pc.match_substring_regex(found["name"], r"(?i)\.jpe?g$")
-    if (other := index.first_but(found["name"], pictures)) is not None:
-        strange = found.num_rows - int(pc.sum(pictures).as_py())
+    images = pc.match_substring_regex(found["name"], r"(?i)\.jpe?g$")
+    if (other := index.first_but(found["name"], images)) is not None:
+        strange = found.num_rows - int(pc.sum(images).as_py())
         ignored[name] = ignored.get(name, 0) + strange
         notes.append(f"{name}: ignored {strange:,} members that are no images, first {other}")
-    found = found.filter(pictures)
+    found = found.filter(images)
     place = pc.extract_regex(found["name"], r"(?:^|/)(?P<split>train|val|test)/(?P<name>[^/]+)$")
     if (strange := index.first_but(found["name"], pc.is_valid(place))) is not None:
         raise UserError(f"{uri} holds {strange}; expected train/, val/ or test/ and a name")
@@ -310,7 +310,7 @@ def _patched(
             values = pc.coalesce(by[column].take(row), rows[column])
             rows = rows.set_column(rows.schema.get_field_index(column), column, values)
         patched[split] = rows
-        notes.append(f"{name}: replaced {by.num_rows:,} pictures of {split}")
+        notes.append(f"{name}: replaced {by.num_rows:,} images of {split}")
     return patched
 
 

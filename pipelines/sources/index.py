@@ -35,7 +35,7 @@ _FORM = "members-2"  # change it when the columns below or their meaning change
 _SCHEMA = pa.schema(
     [("outer", pa.string()), *tars.MEMBERS]  # outer: base name of the inner tar; else empty
 )
-# What desktop systems leave in archives and folders: never a picture.
+# What desktop systems leave in archives and folders: never an image.
 _LITTER = r"(^|/)(\._[^/]*|\.DS_Store|Thumbs\.db|desktop\.ini|__MACOSX(/.*)?)$"
 
 
@@ -52,7 +52,7 @@ def nested(uri: str) -> pa.Table:
     outer tar, size. Litter beside the inner tars has the outer "".
 
     Raises UserError as `tars.members` does, for a member that is no .tar, and for an inner tar
-    that holds no picture or is there twice.
+    that holds no image or is there twice.
     """
     return once(uri, "nested", _SCHEMA, _read_nested)
 
@@ -110,7 +110,7 @@ def _read_nested(uri: str) -> pa.Table:
         label = f"{uri}: {name}"
         inner = tars.members(uri, label, member["offset"], member["size"], passed)
         if pc.all(litter(inner["name"])).as_py():
-            raise UserError(f"{label} holds no picture; fetch {uri} again")
+            raise UserError(f"{label} holds no image; fetch {uri} again")
         return _with_outer(name, inner)
 
     parts = read_each(uri, sum(member["size"] for member in outer), read, names, outer)

@@ -1,8 +1,8 @@
 """The layout of Kaggle's "ImageNet Object Localization Challenge".
 
-Pictures lie in ILSVRC/Data/CLS-LOC/{train/WNID,val,test}/. LOC_synset_mapping.txt has the classes,
-LOC_val_solution.csv the labels of val. LOC_train_solution.csv repeats those of the train pictures
-with boxes, about two fifths. ILSVRC/ImageSets/CLS-LOC/{train_cls,val,test}.txt list the pictures.
+Images lie in ILSVRC/Data/CLS-LOC/{train/WNID,val,test}/. LOC_synset_mapping.txt has the classes,
+LOC_val_solution.csv the labels of val. LOC_train_solution.csv repeats those of the train images
+with boxes, about two fifths. ILSVRC/ImageSets/CLS-LOC/{train_cls,val,test}.txt list the images.
 """
 
 from __future__ import annotations
@@ -146,7 +146,7 @@ def _lines(uri: str) -> pa.Array:
 def _check_complete(
     raw: str, split: str, keys: pa.Array, listed: pa.Array | None, solution: pa.Table | None
 ) -> None:
-    """Raises UserError when a picture of a list is not there, or one that is on no list."""
+    """Raises UserError when an image of a list is not there, or one that is on no list."""
     expected = {_SOLUTION.format(split): None if solution is None else solution["key"]}
     expected[_LISTS[split]] = listed
     for name, wanted in expected.items():
@@ -185,7 +185,7 @@ def _wnids(
         if pc.any(wrong).as_py():
             raise UserError(
                 f"{raw}: {rows.filter(wrong)['source'][0].as_py()} contradicts {file}, which says "
-                f"{told.filter(wrong)[0].as_py()} ({pc.sum(wrong).as_py():,} such pictures); "
+                f"{told.filter(wrong)[0].as_py()} ({pc.sum(wrong).as_py():,} such images); "
                 "take both from the original download"
             )
         return folder, "name of the class folder" + f", equal to {file}" * (solution is not None)
@@ -194,7 +194,7 @@ def _wnids(
     if told.null_count:
         raise UserError(
             f"{raw}: {keys.filter(pc.is_null(told))[0].as_py()} has no row in {file} "
-            f"({told.null_count:,} {split} pictures without a label); add it from the original "
+            f"({told.null_count:,} {split} images without a label); add it from the original "
             "download"
         )
     return told, file
@@ -205,11 +205,11 @@ def _check_classes(
 ) -> None:
     known = pc.is_in(table["wnid"], value_set=pa.array([*wnids, ""], pa.string()))
     if strange := table["wnid"].filter(pc.invert(known))[:1].to_pylist():
-        raise UserError(f"{raw}: {strange[0]} is no class of {SYNSET_MAPPING}; remove its pictures")
+        raise UserError(f"{raw}: {strange[0]} is no class of {SYNSET_MAPPING}; remove its images")
     found = set(pc.unique(table["wnid"].filter(pc.equal(table["split"], "train"))).to_pylist())
     if "train" in splits and not partial and len(found) < len(wnids):
         raise UserError(
-            f"{raw}: {min(set(wnids) - found)} of {SYNSET_MAPPING} has no train pictures "
+            f"{raw}: {min(set(wnids) - found)} of {SYNSET_MAPPING} has no train images "
             f"({len(wnids) - len(found)} such classes); add them or pass --partial"
         )
 

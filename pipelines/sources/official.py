@@ -1,8 +1,8 @@
-"""The published ILSVRC archives: names, bytes, MD5 sums and numbers of pictures.
+"""The published ILSVRC archives: names, bytes, MD5 sums and numbers of images.
 
 Sources. MD5 sums of 2012: torchvision's datasets/imagenet.py (train, val, devkit) and the download
 page of image-net.org as many repositories quote it (test). Bytes: train and val as several
-downloaders check them, and as the server's Content-Length. Numbers of pictures of 2012:
+downloaders check them, and as the server's Content-Length. Numbers of images of 2012:
 torchvision's prototype builder; of 2010: readme.txt of its devkit. What no two sources agree on
 is left out: the bytes of the test archive and of the devkits, bytes and sums of 2010.
 """
@@ -38,7 +38,7 @@ ARCHIVES = {
     "ILSVRC2012_img_test_v10102019.tar": Published("e1b8681fff3d63731c599df9b4b6fc02"),
     "ILSVRC2012_devkit_t12.tar.gz": Published("fa75699e90414af021442c21a62c3abf"),
 }
-PICTURES = {
+IMAGES = {
     2012: {"train": 1_281_167, "val": 50_000, "test": 100_000},
     2010: {"train": 1_261_406, "val": 50_000, "test": 150_000},
 }
@@ -47,7 +47,7 @@ _MEND = "fetch it again, or pass --partial when it is meant to be another set"
 
 def announces_published(kit: devkit.Devkit) -> bool:
     """Whether a devkit describes the published set, not one that was drawn or cut."""
-    counts = PICTURES[kit.year]
+    counts = IMAGES[kit.year]
     return (sum(kit.train_images.values()), len(kit.val_wnids)) == (counts["train"], counts["val"])
 
 
@@ -66,9 +66,9 @@ def check_counts(raw: str, year: int, table: pa.Table, used: dict[str, str]) -> 
     """Raises UserError for a split (key of `used`; value: its archive) of another length."""
     for split, name in used.items():
         found = int(pc.sum(pc.equal(table["split"], split)).as_py() or 0)
-        if found != (expected := PICTURES[year][split]):
+        if found != (expected := IMAGES[year][split]):
             raise UserError(
-                f"{storage.join(raw, name)} holds {found:,} pictures, the published one "
+                f"{storage.join(raw, name)} holds {found:,} images, the published one "
                 f"{expected:,}; {_MEND}"
             )
 

@@ -1,4 +1,4 @@
-"""What every layout of RAW is turned into: one row per picture, with its place and its label.
+"""What every layout of RAW is turned into: one row per image, with its place and its label.
 
 Labels are the 0-based rank of the sorted WNIDs, as in torchvision, timm and Keras; never the ID
 order of meta.mat. Everything is done by columns: ImageNet has 1.28 million rows.
@@ -23,7 +23,7 @@ from pipelines import entries, shards, storage
 
 SPLITS = shards.SPLITS
 NO_LABELS = "none: the images are unlabelled"  # where the labels of a split are from
-UNLABELLED = -1  # of a test picture whose class nobody has published; its WNID is ""
+UNLABELLED = -1  # of a test image whose class nobody has published; its WNID is ""
 
 TABLE = pa.schema(
     [
@@ -48,7 +48,7 @@ Shuffle = Literal["classes", "global", "source"]
 
 @dataclass(frozen=True)
 class StoredAs:
-    """How pictures that are shards already were made."""
+    """How images that are shards already were made."""
 
     resize: int
     crop: int
@@ -95,7 +95,7 @@ class Layout:
 def part(split: str, names: Any, wnids: Any, source: Any, offset: Any, size: Any) -> pa.Table:
     """Rows of one split from columns (arrays, lists, or one value for all but `names`).
 
-    `names` are base names with extension; a picture without a label has the WNID "".
+    `names` are base names with extension; an image without a label has the WNID "".
     """
     given = {"split": split, "name": names, "wnid": wnids}
     given |= {"source": source, "offset": offset, "size": size}
@@ -149,7 +149,7 @@ def ranked(
     return labels, wnids, class_names, () if labels == list(range(len(labels))) else (note,)
 
 
-def picture_names(paths: pa.Array, source: str, rows: pa.Array) -> pa.Array:
+def image_names(paths: pa.Array, source: str, rows: pa.Array) -> pa.Array:
     """Names of the raw files from `image.path` in a parquet file, which repeats the WNID in
     Hugging Face's: n01440764_10026_n01440764.JPEG, ILSVRC2012_val_00000293_n01440764.JPEG. Where
     it is null, the name is that of the parquet file with the number of the row."""
@@ -223,7 +223,7 @@ def check(raw: str, table: pa.Table) -> None:
                 f"{len(twice):,} files too many in all); rename or remove them"
             )
     unlabelled = pc.and_(pc.equal(table["label"], UNLABELLED), pc.not_equal(table["split"], "test"))
-    assert not pc.any(unlabelled).as_py(), "a train or val picture has no label"
+    assert not pc.any(unlabelled).as_py(), "a train or val image has no label"
 
 
 def _column(value: Any, kind: pa.DataType, rows: int) -> pa.Array:
@@ -238,12 +238,12 @@ def _column(value: Any, kind: pa.DataType, rows: int) -> pa.Array:
 
 
 def select(source: Source, wnids: Sequence[str], per_class: int | None) -> Source:
-    """Only these classes (all when empty), at most `per_class` pictures of each in each split.
+    """Only these classes (all when empty), at most `per_class` images of each in each split.
 
-    Labels become ranks among the classes kept. Of a class the first pictures in the source's
-    order stay. Nobody can tell which unlabelled test pictures belong to the classes: they stay,
+    Labels become ranks among the classes kept. Of a class the first images in the source's
+    order stay. Nobody can tell which unlabelled test images belong to the classes: they stay,
     at most per_class times the number of classes. Raises UserError for a class that the source
-    lacks, and when a split loses all its pictures.
+    lacks, and when a split loses all its images.
     """
     if not wnids and per_class is None:
         return source
@@ -261,7 +261,7 @@ def select(source: Source, wnids: Sequence[str], per_class: int | None) -> Sourc
     for split in SPLITS:
         if source.count(split) and not pc.any(pc.equal(table["split"], split)).as_py():
             raise UserError(
-                f"--subset: no {split} picture is left of {source.count(split):,}; "
+                f"--subset: no {split} image is left of {source.count(split):,}; "
                 "choose other classes or fewer --splits"
             )
     names = dict(zip(source.wnids, source.class_names, strict=True))
@@ -314,5 +314,5 @@ def _first(table: pa.Table, per_class: int, classes: int) -> pa.Table:
 def _left_out(source: Source, table: pa.Table, kept: Sequence[str]) -> str:
     return (
         f"subset: {len(kept):,} of {len(source.wnids):,} classes, "
-        f"{table.num_rows:,} of {source.table.num_rows:,} pictures; the rest is left out"
+        f"{table.num_rows:,} of {source.table.num_rows:,} images; the rest is left out"
     )

@@ -1,7 +1,7 @@
 """Where the members of a tar lie, found by reading its headers only: nothing is extracted.
 
 A member of a tar inside a tar lies at the outer member's data offset plus its own, so one byte
-range of the outer file is the picture. Headers are read here, not by `tarfile`, which ends quietly
+range of the outer file is the image. Headers are read here, not by `tarfile`, which ends quietly
 at a cut or overwritten archive and needs a tenth of a millisecond for each: every archive must be
 whole up to its end mark, or it is refused with the place of the damage.
 
@@ -31,7 +31,7 @@ MEMBERS = pa.schema(
 _BLOCK = 512
 _MAX_PADDING = 1 << 20  # tar pads to 10 KiB; more than this after the end mark is lost data
 _MAX_EXTENSION = 1 << 20  # bytes of a long name, a pax record or a member that is read
-_LOCAL_READ = 4096  # bytes per read: one header, not the picture behind it
+_LOCAL_READ = 4096  # bytes per read: one header, not the image behind it
 # On S3 a request takes as long as reading a few hundred kB: where headers lie closer together
 # than that, what lies between is read too, in ever larger pieces.
 _S3_READ, _S3_LARGEST_READ, _S3_NEAR = 1 << 16, 1 << 22, 1 << 18
@@ -222,7 +222,7 @@ def _check(header: _Header, label: str, length: int) -> None:
     if header.kind == _SPARSE:
         raise UserError(f"{label}: {name} is stored sparse; pack it again without --sparse")
     if header.kind not in (*_REGULAR, _FOLDER):
-        raise UserError(f"{label}: {name} is a link or device, not a picture")
+        raise UserError(f"{label}: {name} is a link or device, not an image")
     if header.name.startswith("/") or ".." in header.name.split("/"):
         raise _unsound(f"{label}: {name} is an absolute path or holds '..'")
     if header.kind in _REGULAR and header.name.endswith("/") and header.size:

@@ -1,6 +1,6 @@
-"""One raw picture to its stored JPEG, or the reason why not. Pure: no files, no ray.
+"""One raw image to its stored JPEG, or the reason why not. Pure: no files, no ray.
 
-Every picture has a fate. What ImageNet's copies are known to hold besides plain RGB JPEGs is
+Every image has a fate. What ImageNet's copies are known to hold besides plain RGB JPEGs is
 converted, and each departure is named in `fixes` and explained in FIXES; everything else is
 rejected for one of REASONS. Rules that are choices:
 
@@ -10,7 +10,7 @@ rejected for one of REASONS. Rules that are choices:
 - Claimed sizes are checked before anything is allocated, in every format. At the limit of
   MAX_PIXELS decoding takes, as measured, 0.4 GB for a plain JPEG, 0.9 GB for a progressive one
   without subsampling, 1.0 GB for four inks, 0.6 GB for PNG and BMP and 1.4 GB for WebP.
-- There is no smallest size: a picture of 1×1 becomes a stored picture of one colour. Long strips
+- There is no smallest size: an image of 1×1 becomes a stored image of one colour. Long strips
   are cut to their centre (see `resize_and_crop`).
 - Orientation in EXIF is ignored unless asked for, as torchvision, Caffe, TensorFlow and so every
   published result do.
@@ -42,18 +42,18 @@ __all__ = ["FIXES", "MAX_PIXELS", "REASONS", "Pixels", "Rejected", "Stored"]
 __all__ += ["decode", "keep_stored", "to_stored"]
 
 Orientation = Literal["ignore", "apply"]
-MAX_UNPACKED = 64 << 20  # bytes inside a gzip; the largest picture file of ImageNet has a quarter
+MAX_UNPACKED = 64 << 20  # bytes inside a gzip; the largest image file of ImageNet has a quarter
 
 REASONS = {
     "zero_bytes": "The file is empty.",
     "not_an_image": "The bytes begin like no image that is read: JPEG, PNG, GIF, WebP, "
     "BMP, TIFF or PPM.",
-    "unsupported": "A real picture of a kind whose wholeness cannot be judged or that cannot be "
+    "unsupported": "A real image of a kind whose wholeness cannot be judged or that cannot be "
     "decoded: arithmetic-coded, lossless or 12-bit JPEG, run-length BMP, HEIF, TIFF "
     "in LZW, Deflate or JPEG, with inks or with fractions, PPM of text.",
     "too_many_bytes": f"A gzip that unpacks to more than {MAX_UNPACKED >> 20} MiB.",
     "too_many_pixels": f"The header claims more than {MAX_PIXELS} pixels; nothing was decoded.",
-    "truncated": "Picture data is missing, so that a part would have to be invented.",
+    "truncated": "Image data is missing, so that a part would have to be invented.",
     "corrupt": "The data contradicts itself: wrong checksums, impossible codes or headers.",
     "not_as_stored": "Asked to be kept as it is, but no RGB JPEG of exactly the stored side.",
 }
@@ -73,9 +73,9 @@ FIXES = {
     "mpo_first_frame": "A JPEG followed by others (MPO, as of 3D cameras): the first was taken.",
     "first_frame": "The file is animated: the first frame was taken.",
     "jpeg_warning_ignored": "Stray bytes or odd header values that cannot touch the pixels.",
-    "gzip": "The picture was packed with gzip and has been unpacked.",
+    "gzip": "The image was packed with gzip and has been unpacked.",
     "exif_orientation_ignored": "EXIF asks for a turn; the pixels were taken as they lie.",
-    "exif_orientation_applied": "The picture was turned upright, as EXIF asks.",
+    "exif_orientation_applied": "The image was turned upright, as EXIF asks.",
 }
 
 _EXIF_ORIENTATION = 0x0112
@@ -89,7 +89,7 @@ _BROKEN = (*_BROKEN_EXIF, EOFError, OverflowError, zlib.error)
 @dataclass(frozen=True)
 class Stored:
     jpeg: bytes
-    width: int  # of the whole picture, after turning it upright if that was asked for
+    width: int  # of the whole image, after turning it upright if that was asked for
     height: int
     fixes: tuple[str, ...]  # sorted, of FIXES
     pixels: Pixels  # uint8 (3, crop, crop), a view of what the encoder was given
@@ -150,7 +150,7 @@ def keep_stored(raw: bytes, crop: int) -> Stored | Rejected:
 
 
 def _rejected(unusable: Unusable) -> Rejected:
-    """Decoders tell a lack of memory like any damage; that is no fault of the picture, which must
+    """Decoders tell a lack of memory like any damage; that is no fault of the image, which must
     not be lost by it. Raises MemoryError."""
     if _NO_MEMORY.search(unusable.detail):
         raise MemoryError(unusable.detail)
@@ -158,7 +158,7 @@ def _rejected(unusable: Unusable) -> Rejected:
 
 
 def decode(raw: bytes, exif_orientation: Orientation = "ignore") -> tuple[Pixels, set[str]]:
-    """Whole picture as uint8 (H, W, 3) RGB, or (H, W, 4) with any fourth, and what had to be
+    """Whole image as uint8 (H, W, 3) RGB, or (H, W, 4) with any fourth, and what had to be
     mended. Raises Unusable."""
     fixes: set[str] = set()
     if (form := headers.form(raw)) == "GZIP":
@@ -221,30 +221,30 @@ def _decode_other(raw: bytes, form: str) -> tuple[Pixels, set[str], Any]:
     if header.sixteen_bit:
         fixes.add("16bit")
     try:
-        with Image.open(io.BytesIO(raw), formats=[form]) as picture:
-            picture.load()
+        with Image.open(io.BytesIO(raw), formats=[form]) as image:
+            image.load()
             orientation = 1
             if form != "TIFF":  # there it is no EXIF, and Pillow has turned the image
                 with contextlib.suppress(*_BROKEN_EXIF):
-                    orientation = picture.getexif().get(_EXIF_ORIENTATION, 1)
-            return _colours(picture, fixes), fixes, orientation
+                    orientation = image.getexif().get(_EXIF_ORIENTATION, 1)
+            return _colours(image, fixes), fixes, orientation
     except Image.DecompressionBombError as error:
         raise Unusable("too_many_pixels", error) from error
     except _BROKEN as error:
         raise Unusable("truncated" if "truncated" in str(error) else "corrupt", error) from error
 
 
-def _colours(picture: Image.Image, fixes: set[str]) -> Pixels:
-    if picture.mode in ("P", "PA"):
+def _colours(image: Image.Image, fixes: set[str]) -> Pixels:
+    if image.mode in ("P", "PA"):
         fixes.add("palette")
-    if picture.has_transparency_data:
+    if image.has_transparency_data:
         fixes.add("alpha_dropped")
-    if picture.mode in ("1", "L", "LA", "I", "I;16"):
+    if image.mode in ("1", "L", "LA", "I", "I;16"):
         fixes.add("grey")
-    if picture.mode.startswith("I"):
-        high = (np.asarray(picture) >> 8).astype(np.uint8)
+    if image.mode.startswith("I"):
+        high = (np.asarray(image) >> 8).astype(np.uint8)
         return np.repeat(high[..., None], 3, axis=2)
-    return jpegs.to_rgb(picture)
+    return jpegs.to_rgb(image)
 
 
 def _upright(pixels: Pixels, orientation: int) -> Pixels:

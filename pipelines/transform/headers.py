@@ -1,4 +1,4 @@
-"""What a picture file claims, and whether its bytes are all there, read from its headers alone.
+"""What an image file claims, and whether its bytes are all there, read from its headers alone.
 
 Nothing is decoded or allocated here, so that absurd claims are refused before they cost anything.
 A PNG, GIF, WebP, BMP, TIFF or PPM must be whole up to its end, with every frame, even though only
@@ -13,7 +13,7 @@ import struct
 import zlib
 from typing import NamedTuple
 
-# Pillow's own threshold for decompression bombs: 268 MB once decoded. The largest picture of
+# Pillow's own threshold for decompression bombs: 268 MB once decoded. The largest image of
 # ImageNet is several times smaller.
 MAX_PIXELS = 89_478_485
 _PNG_CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # by colour type
@@ -37,7 +37,7 @@ _MAX_TIFF_FRAMES = 10_000
 
 
 class Unusable(Exception):
-    """No stored picture can come of these bytes. `reason` is one of `transform.REASONS`."""
+    """No stored image can come of these bytes. `reason` is one of `transform.REASONS`."""
 
     def __init__(self, reason: str, detail: object) -> None:
         super().__init__(reason, detail)
@@ -157,7 +157,7 @@ def _gif(raw: bytes) -> Header:
         else:
             raise Unusable("corrupt", f"GIF has a block of unknown kind {kind} at byte {position}")
     if not frames:
-        raise Unusable("corrupt", "GIF without a picture")
+        raise Unusable("corrupt", "GIF without an image")
     return Header(frames)
 
 

@@ -7,7 +7,7 @@ their cause is gone, must decode without any. Layouts: ITU-T T.81, annex B; Adob
 
 Two kinds of loss go without a warning and are looked for here: whole scans that are missing, and
 everything in arithmetic-coded data, whose decoder goes on with zeros by design (so: unsupported).
-What follows the end mark, such as the later pictures of an MPO, is not looked at.
+What follows the end mark, such as the later images of an MPO, is not looked at.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Pixels = np.ndarray[tuple[int, ...], np.dtype[np.uint8]]
 
 # A block of 64 samples takes at least one bit, and at least half of them are at full resolution.
 MAX_PIXELS_PER_BYTE = 1024
-MAX_SCANS = 100  # libjpeg's own progressions have 10; each costs a pass over the whole picture
+MAX_SCANS = 100  # libjpeg's own progressions have 10; each costs a pass over the whole image
 _BASELINE, _EXTENDED, _PROGRESSIVE = 0xC0, 0xC1, 0xC2
 _FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
 _START, _END, _SCAN = 0xD8, 0xD9, 0xDA
@@ -44,7 +44,7 @@ _CONTINUED = bytes(167 * i % 255 for i in range(1, 255))  # no marker among them
 @dataclass(frozen=True)
 class Frame:
     """components: their ids; adobe_transform: None without an Adobe marker;
-    exif: the Exif segment without its name; several: an MPO's list of pictures is present."""
+    exif: the Exif segment without its name; several: an MPO's list of images is present."""
 
     progressive: bool
     width: int
@@ -70,7 +70,7 @@ def read(raw: bytes) -> Frame:
         elif marker == _APP14 and body.startswith(b"Adobe") and len(body) >= 12:
             transform = body[11]
         elif marker == _END or (marker == _SCAN and frame is None):
-            raise Unusable("corrupt", "JPEG without a picture")
+            raise Unusable("corrupt", "JPEG without an image")
         elif marker == _SCAN and frame:
             sequential, width, height, ids = frame
             if width * height > MAX_PIXELS_PER_BYTE * len(raw):
@@ -181,7 +181,7 @@ def _mended(raw: bytes, said: str, frame: Frame) -> bytes:
         if "Adobe color transform" in said and marker == _APP14:
             mended[start + 15] = 2 if len(frame.components) == 4 else 1  # as libjpeg assumes
         if "Invalid SOS parameters" in said and marker == _SCAN:
-            mended[end - 3 : end] = 0, 63, 0  # what a sequential picture has anyway
+            mended[end - 3 : end] = 0, 63, 0  # what a sequential image has anyway
     if mended == raw:
         raise Unusable("corrupt", said)
     return bytes(mended)
@@ -225,20 +225,20 @@ def _decode_unusual(raw: bytes, frame: Frame) -> Pixels:
 def _pillow(raw: bytes) -> Pixels:
     """RGB, or CMYK as it was stored."""
     try:
-        with Image.open(io.BytesIO(raw), formats=["JPEG"]) as picture:
-            picture.load()
-            return 255 - np.asarray(picture) if picture.mode == "CMYK" else to_rgb(picture)
+        with Image.open(io.BytesIO(raw), formats=["JPEG"]) as image:
+            image.load()
+            return 255 - np.asarray(image) if image.mode == "CMYK" else to_rgb(image)
     except (OSError, SyntaxError, ValueError) as error:
         raise Unusable("corrupt", error) from error
 
 
-def to_rgb(picture: Image.Image) -> Pixels:
-    """uint8 (H, W, 3), writable, of a loaded picture in any mode that `convert` takes.
+def to_rgb(image: Image.Image) -> Pixels:
+    """uint8 (H, W, 3), writable, of a loaded image in any mode that `convert` takes.
 
     By bands of rows: Pillow keeps 4 bytes per pixel, and a whole copy or two would add up.
     """
-    pixels = np.empty((picture.height, picture.width, 3), np.uint8)
-    for top in range(0, picture.height, _BAND):
-        box = (0, top, picture.width, min(top + _BAND, picture.height))
-        pixels[top : top + _BAND] = np.asarray(picture.crop(box).convert("RGB"))
+    pixels = np.empty((image.height, image.width, 3), np.uint8)
+    for top in range(0, image.height, _BAND):
+        box = (0, top, image.width, min(top + _BAND, image.height))
+        pixels[top : top + _BAND] = np.asarray(image.crop(box).convert("RGB"))
     return pixels

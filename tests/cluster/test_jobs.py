@@ -21,7 +21,7 @@ def last_lines(cluster: Machines, log: Path, *command: str) -> str:
 def test_a_failed_build_ends_with_its_cause(cluster: Machines, built: Job, tmp_path: Path) -> None:
     build = [*BUILD, "--raw", RAW, "--out", "s3://alexnet/strict", "--max-rejected", "0"]
     told = last_lines(cluster, tmp_path / "log", *build)
-    assert "failed: 1 of 240 pictures" in told and "more than --max-rejected 0" in told
+    assert "failed: 1 of 240 images" in told and "more than --max-rejected 0" in told
 
 
 def test_a_failed_training_ends_with_its_cause(

@@ -91,10 +91,10 @@ def test_run_and_version_are_rows_in_postgresql_and_files_on_the_s3_server(
     assert any("/models/" in key and key.endswith(".safetensors") for key in keys), keys
 
 
-def test_the_candidate_is_promoted_and_names_a_picture(
+def test_the_candidate_is_promoted_and_names_a_image(
     cluster: Machines, trained: Job, raw: Path, tmp_path: Path
 ) -> None:
-    # What so few pictures teach depends on the processor; the road is the claim here.
+    # What so few images teach depends on the processor; the road is the claim here.
     policy = tmp_path / "policy.toml"
     shipped = (ROOT / "training" / "registry" / "policy.toml").read_text()
     policy.write_text(shipped.replace("above_chance = 0.8", "above_chance = 0.25"))
@@ -107,9 +107,9 @@ def test_the_candidate_is_promoted_and_names_a_picture(
     with tarfile.open(raw / "ILSVRC2012_img_val.tar") as tar:
         member = tar.extractfile("ILSVRC2012_val_00000001.JPEG")
         assert member is not None
-        picture = tmp_path / "picture.JPEG"
-        picture.write_bytes(member.read())
-    said = ok(cluster.run("python", "-m", "training.predict", str(picture), "--top", "4"))
+        image = tmp_path / "image.JPEG"
+        image.write_bytes(member.read())
+    said = ok(cluster.run("python", "-m", "training.predict", str(image), "--top", "4"))
     shares = [float(line.split("%")[0]) for line in said.splitlines() if "%" in line]
     assert len(shares) == 4 and sum(shares) == pytest.approx(100, abs=0.05)
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 from build_lives import Lives
-from build_set import CUT, Undisturbed, pictures, undisturbed
+from build_set import CUT, Undisturbed, images, undisturbed
 from drawn import archives, imagefolder, jpeg
 
 
@@ -17,9 +17,9 @@ def lives(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lives]:
 
 @pytest.fixture(scope="session")
 def folders(lives: Lives, tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
-    """Class folders: seven shards, three pictures in quarantine."""
+    """Class folders: seven shards, three images in quarantine."""
     root = tmp_path_factory.mktemp("folders")
-    raw = imagefolder(root / "raw", pictures())
+    raw = imagefolder(root / "raw", images())
     flags = ["--samples-per-shard", "4", "--max-rejected", "3"]
     return undisturbed(lives, raw, root / "out", flags)
 
@@ -28,9 +28,9 @@ def folders(lives: Lives, tmp_path_factory: pytest.TempPathFactory) -> Undisturb
 def mended(
     lives: Lives, folders: Undisturbed, tmp_path_factory: pytest.TempPathFactory
 ) -> Undisturbed:
-    """The same folders, the two cut pictures whole."""
+    """The same folders, the two cut images whole."""
     root = tmp_path_factory.mktemp("mended")
-    raw = imagefolder(root / "raw", pictures() | dict.fromkeys(CUT, jpeg(999)))
+    raw = imagefolder(root / "raw", images() | dict.fromkeys(CUT, jpeg(999)))
     return undisturbed(lives, raw, root / "out", folders.flags)
 
 

@@ -13,7 +13,7 @@ from build_lives import Life, Lives
 from drawn import A, B, C, jpeg
 from made import contents
 
-TRAIN, VAL = 6, 2  # pictures of each class
+TRAIN, VAL = 6, 2  # images of each class
 CUT = (f"train/{A}/{A}_train3.JPEG", f"val/{B}/{B}_val1.JPEG")
 EMPTY = f"train/{C}/{C}_train0.JPEG"
 
@@ -47,7 +47,7 @@ class Undisturbed:
 
 
 def check_fates(raw: Path, out: Path) -> None:
-    """By Python's own tarfile: each picture of a RAW of class folders has one fate, its own class
+    """By Python's own tarfile: each image of a RAW of class folders has one fate, its own class
     and its own source."""
     wnids = sorted({path.parent.name for path in raw.glob("train/*/*")})
     fates: Counter[tuple[str, int, str]] = Counter()
@@ -64,10 +64,10 @@ def check_fates(raw: Path, out: Path) -> None:
     for path in out.glob("quarantine/*/*.bin"):
         key, digest = path.stem, hashlib.sha256(path.read_bytes()).hexdigest()
         fates[key, wnids.index(key.partition("_")[0]), digest] += 1
-    pictures = [path for path in raw.glob("*/*/*") if path.is_file()]
+    images = [path for path in raw.glob("*/*/*") if path.is_file()]
     truth = Counter(
         (path.stem, wnids.index(path.parent.name), hashlib.sha256(path.read_bytes()).hexdigest())
-        for path in pictures
+        for path in images
     )
     assert fates == truth
     assert set(truth.values()) == {1}
@@ -78,8 +78,8 @@ def unfinished(folder: Path) -> list[str]:
     return sorted(str(path) for path in folder.rglob(".*.tmp"))
 
 
-def pictures() -> dict[str, bytes]:
-    """Three classes, 24 pictures, of which three are no pictures."""
+def images() -> dict[str, bytes]:
+    """Three classes, 24 images, of which three are no images."""
     drawn = {
         f"{split}/{wnid}/{wnid}_{split}{n}.JPEG": jpeg(100 * k + 10 * count + n)
         for split, count in (("train", TRAIN), ("val", VAL))

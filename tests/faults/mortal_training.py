@@ -88,7 +88,7 @@ def train(
 
 
 def fetch(uri: str, signalled: list[str] | None = None) -> int:
-    """Reads each train picture once, as the loader of a worker does. 2, and one line, where the
+    """Reads each train image once, as the loader of a worker does. 2, and one line, where the
     user must mend. signalled: as `train`."""
     _answer(signalled)
     manifest = load_manifest(uri)

@@ -191,7 +191,7 @@ def test_build_whose_raw_vanishes_for_a_while_goes_on_afterwards(
 
 
 def change(raw: Path, draw: random.Random) -> None:
-    """A picture cut, or exchanged for a longer one; an archive cut, or its members in another
+    """An image cut, or exchanged for a longer one; an archive cut, or its members in another
     order and at other places."""
     file = draw.choice(sorted(path for path in raw.rglob("*") if path.suffix in (".JPEG", ".tar")))
     data = file.read_bytes()

@@ -111,7 +111,7 @@ def test_repair_killed_again_and_again_ends_with_the_same_bytes(
     attack.survived("SIGKILL", "verify --repair", faults=hits)
 
 
-def test_taking_in_mended_pictures_killed_again_and_again_ends_as_undisturbed(
+def test_taking_in_mended_images_killed_again_and_again_ends_as_undisturbed(
     lives: Lives, attack: Attack, folders: Undisturbed, mended: Undisturbed, tmp_path: Path
 ) -> None:
     hits = sets = 0

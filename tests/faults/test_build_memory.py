@@ -16,7 +16,7 @@ MIB = 1 << 20
 DAY = 86400
 
 
-def test_build_without_memory_rejects_no_picture_and_goes_on_with_more(
+def test_build_without_memory_rejects_no_image_and_goes_on_with_more(
     lives: Lives, attack: Attack, folders: Undisturbed, tmp_path: Path
 ) -> None:
     hits = 0
@@ -53,7 +53,7 @@ def test_clock_that_jumps_changes_no_byte_and_no_command_fails(
     attack.survived("clock jumps", f"build, status, report (since {place})", faults=len(jumps))
 
 
-def test_good_picture_that_finds_no_memory_is_not_rejected() -> None:
+def test_good_image_that_finds_no_memory_is_not_rejected() -> None:
     """A progressive JPEG needs several times its pixels; libjpeg says so like of any damage."""
     said = subprocess.run(
         [sys.executable, "-c", _DECODE],

@@ -23,7 +23,7 @@ pytest_plugins = ["build_fixtures"]
 def test_repair_that_was_stopped_is_continued_and_no_build_takes_the_damage_for_good(
     lives: Lives, folders: Undisturbed, tmp_path: Path
 ) -> None:
-    """A tar, and a quarantined picture of another shard, have one byte changed; the repair got as
+    """A tar, and a quarantined image of another shard, have one byte changed; the repair got as
     far as the manifest."""
     out = shutil.copytree(folders.out, tmp_path / "out")
     tar = out / "train-000002.tar"
@@ -40,7 +40,7 @@ def test_repair_that_was_stopped_is_continued_and_no_build_takes_the_damage_for_
 def test_verify_does_not_end_a_build_that_was_never_finished(
     lives: Lives, folders: Undisturbed, tmp_path: Path
 ) -> None:
-    """Only the build command knows how many rejected pictures are a success."""
+    """Only the build command knows how many rejected images are a success."""
     out = tmp_path / "out"
     lives.run(*folders.argv(out), "--only", "0-2")
     life = lives.start("verify", str(out), "--repair")
@@ -102,7 +102,7 @@ def test_what_killed_writers_left_is_removed_when_a_command_starts(
 
 
 def test_archive_that_changed_behind_the_plan_gives_no_shard(tmp_path: Path) -> None:
-    """Its size is the same: at the planned places now lie other pictures, or none."""
+    """Its size is the same: at the planned places now lie other images, or none."""
     raw, out = archives(tmp_path / "raw"), tmp_path / "out"
     made = plan.make(sources.scan(str(raw), ("train", "val")), plan.Recipe(samples_per_shard=2))
     plan_files.begin(str(out), str(raw), made)
@@ -116,7 +116,7 @@ def test_archive_that_changed_behind_the_plan_gives_no_shard(tmp_path: Path) -> 
     assert not list(out.glob("*.tar")) and not (out / "quarantine").exists()
 
 
-def test_picture_that_grew_behind_the_plan_gives_no_shard(tmp_path: Path) -> None:
+def test_image_that_grew_behind_the_plan_gives_no_shard(tmp_path: Path) -> None:
     """Read to its planned end, it would be stored, or rejected, as a cut one."""
     files = {f"train/{wnid}/{wnid}_{n}.JPEG": jpeg(n) for wnid in (A, B) for n in range(2)}
     raw, out = imagefolder(tmp_path / "raw", files), str(tmp_path / "out")

@@ -33,7 +33,7 @@ STOPPED = "stopped; what is finished is kept, the same command continues"
 def singles(
     lives: Lives, folders: Undisturbed, tmp_path_factory: pytest.TempPathFactory
 ) -> Undisturbed:
-    """A shard for each picture."""
+    """A shard for each image."""
     flags = ["--samples-per-shard", "1", "--max-rejected", "3"]
     return undisturbed(lives, folders.raw, tmp_path_factory.mktemp("singles") / "out", flags)
 

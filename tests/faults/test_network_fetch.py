@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from archive_server import PICTURES, Server, part_of, pictures_in, run
+from archive_server import IMAGES, Server, images_in, part_of, run
 from attacks import Attack
 
 from alexnet.errors import UserError
@@ -29,7 +29,7 @@ def test_an_archive_arrives_whole_through_breaks_and_errors(
             have = part_of(raw).stat().st_size if part_of(raw).exists() else 0
             assert have >= had or not archives.ranges, "what came was thrown away"
             had = have
-    assert pictures_in(raw) == PICTURES
+    assert images_in(raw) == IMAGES
     assert not part_of(raw).exists()
     refused = sum(status >= 400 for _, status in archives.seen)
     attack.survived("server: errors, breaks", "fetch", faults=refused + planned - len(cuts))

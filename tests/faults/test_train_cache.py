@@ -39,7 +39,7 @@ def whole(mortals: Mortals, stored, tmp_path_factory: pytest.TempPathFactory) ->
 
 
 def check_fed(stored: tuple[Path, str, Manifest], home: Path) -> None:
-    """Each cached shard is what its name says, and a reader gets the pictures of the local set."""
+    """Each cached shard is what its name says, and a reader gets the images of the local set."""
     folder, uri, manifest = stored
     cached(home, manifest)
     with open_loader(uri) as loader:

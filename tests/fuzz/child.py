@@ -23,7 +23,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 SECONDS = 15.0  # per input, most of which take milliseconds; a loaded machine included
-# The largest picture that is decoded takes 1.4 GB by the docstring of pipelines/transform.
+# The largest image that is decoded takes 1.4 GB by the docstring of pipelines/transform.
 MAX_GROWTH = 2 << 30
 MAX_ADDRESSES = 6 << 30  # beyond what the libraries take: more is a MemoryError, and a find
 MAX_LINE = 2000  # characters of a message

@@ -1,4 +1,4 @@
-"""Archives, lists, parquet files and pictures as a raw set has them."""
+"""Archives, lists, parquet files and images as a raw set has them."""
 
 import contextlib
 import csv
@@ -167,23 +167,23 @@ def webdataset_tar(data: bytes, folder: Path) -> None:
 
 
 def parquet(data: bytes, folder: Path) -> None:
-    """Paths and labels must be those that Arrow reads as whole rows; pictures too."""
+    """Paths and labels must be those that Arrow reads as whole rows; images too."""
     raw = hugging_face(folder / "raw")
     (raw / "data" / "train-00001-of-00002.parquet").write_bytes(data)
     source = sources.scan(str(raw), ("train",))
     rows = source.table.to_pylist()
     with reads.Reader(str(raw), rows) as reader:
-        pictures = {rows[position]["name"]: picture for position, picture in reader}
+        images = {rows[position]["name"]: image for position, image in reader}
     expected = pq.read_table(io.BytesIO(data), use_threads=False).to_pylist()
     mine = [row for row in rows if row["source"].endswith("00001-of-00002.parquet")]
     assert [row["label"] for row in mine] == [row["label"] for row in expected]
     for row, other in zip(mine, expected, strict=True):
         wnid = re.search(r"n\d{8}", other["image"]["path"].rsplit("/", 1)[-1])
         assert wnid and wnid[0] == row["wnid"] == source.wnids[row["label"]]
-        assert pictures[row["name"]] == (other["image"]["bytes"] or b"")
+        assert images[row["name"]] == (other["image"]["bytes"] or b"")
 
 
-def picture(data: bytes, _folder: Path) -> None:
+def image(data: bytes, _folder: Path) -> None:
     """The pixels must be those that Pillow alone decodes, for the kinds that it converts alike."""
     made = transform.to_stored(data, 256, 227, 90)
     if isinstance(made, transform.Rejected):
@@ -204,7 +204,7 @@ def picture(data: bytes, _folder: Path) -> None:
             assert differs.mean() < 2, f"pixels differ by {differs.mean():.1f} from Pillow's"
 
 
-def kept_picture(data: bytes, _folder: Path) -> None:
+def kept_image(data: bytes, _folder: Path) -> None:
     made = transform.keep_stored(data, 227)
     if isinstance(made, transform.Rejected):
         assert made.reason in transform.REASONS, made
@@ -271,8 +271,8 @@ RAW: dict[str, Callable[[bytes, Path], None]] = {
     function.__name__: function
     for function in (
         *(tar, tar_summed, tar_nested, kept_index, devkit_packed, devkit_tar, devkit_meta),
-        *(devkit_truth, kaggle_solution, kaggle_mapping, kaggle_list, parquet, picture),
+        *(devkit_truth, kaggle_solution, kaggle_mapping, kaggle_list, parquet, image),
         webdataset_tar,
-        *(kept_picture, folders),
+        *(kept_image, folders),
     )
 }

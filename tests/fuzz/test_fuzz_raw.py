@@ -1,4 +1,4 @@
-"""Garbage for what a raw set holds: archives, devkits, lists, parquet files, pictures, names."""
+"""Garbage for what a raw set holds: archives, devkits, lists, parquet files, images, names."""
 
 import gzip
 import io
@@ -6,7 +6,7 @@ import tarfile
 from pathlib import Path
 
 import pytest
-from drawn import A, B, C, archives, encoded, jpeg, picture, synsets, tar
+from drawn import A, B, C, archives, encoded, image, jpeg, synsets, tar
 from drawn_layouts import HEADER, hugging_face
 from forged import absurd, ycck
 from hypothesis import strategies as st
@@ -52,9 +52,9 @@ NAMES = [f"train/{w}/{w}_{n}.JPEG" for w in (A, B) for n in (1, 2)]
 NAMES += [f"val/{A}/ILSVRC2012_val_00000001.JPEG", f"val/{B}/x.png"]
 
 
-def pictures() -> list[bytes]:
-    small = picture(24, 40)
-    animated = {"save_all": True, "append_images": [picture(24, 40, seed=2)]}
+def images() -> list[bytes]:
+    small = image(24, 40)
+    animated = {"save_all": True, "append_images": [image(24, 40, seed=2)]}
     return [
         *(jpeg(1), encoded(small, progressive=True), encoded(small.convert("L"))),
         *(encoded(small.convert("CMYK")), ycck(small), encoded(small, "MPO", **animated)),
@@ -112,10 +112,10 @@ def test_damaged_index_of_an_archive_is_made_anew(attack, tmp_path, monkeypatch)
     attack("kept_index", mutated([kept.read_bytes()]))
 
 
-def test_pictures_become_the_pixels_that_pillow_decodes_or_are_rejected(attack) -> None:
-    attack("picture", st.one_of(mutated(pictures()), st.binary(max_size=200)))
+def test_images_become_the_pixels_that_pillow_decodes_or_are_rejected(attack) -> None:
+    attack("image", st.one_of(mutated(images()), st.binary(max_size=200)))
 
 
-def test_stored_pictures_are_kept_as_they_are_or_rejected(attack) -> None:
-    sides = [encoded(picture(227, 227, seed=n), subsampling=n) for n in (0, 2)]
-    attack("kept_picture", mutated(sides))
+def test_stored_images_are_kept_as_they_are_or_rejected(attack) -> None:
+    sides = [encoded(image(227, 227, seed=n), subsampling=n) for n in (0, 2)]
+    attack("kept_image", mutated(sides))

@@ -204,12 +204,12 @@ def size(network: torch.nn.Module, policy: Policy) -> Check:
 
 @torch.inference_mode()
 def latency(network: torch.nn.Module, policy: Policy) -> Check:
-    """Median time of one picture on this CPU, with as many threads as torch takes."""
-    picture = torch.zeros(1, 3, NETWORK_SIDE, NETWORK_SIDE)
+    """Median time of one image on this CPU, with as many threads as torch takes."""
+    image = torch.zeros(1, 3, NETWORK_SIDE, NETWORK_SIDE)
     seconds = []
     for _ in range(3 + _TIMED):
         began = time.perf_counter()
-        network(picture)
+        network(image)
         seconds.append(time.perf_counter() - began)
     found = statistics.median(seconds[3:]) * 1000
     limit = f"{policy.latency_ms:g} ms or less"

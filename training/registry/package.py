@@ -211,7 +211,7 @@ def _signature() -> ModelSignature:
 
 
 def _example() -> Any:
-    """A data frame with one small picture, a gradient, as base64 text of its PNG file."""
+    """A data frame with one small image, a gradient, as base64 text of its PNG file."""
     import base64
     import io
 

@@ -30,13 +30,13 @@ class Raw:
 
 
 def load(limit: int = 200) -> Raw:
-    """photos-200.tar of $ALEXNET_TEST_DATA, or as many drawn pictures."""
+    """photos-200.tar of $ALEXNET_TEST_DATA, or as many drawn images."""
     folder = os.environ.get("ALEXNET_TEST_DATA")
     photos = Path(folder or "/nonexistent") / "photos-200.tar"
     if photos.exists():
         jpegs, kind = _members(photos.read_bytes()), "photos from ImageNet's train split"
     else:
-        kind = "DRAWN pictures (no $ALEXNET_TEST_DATA/photos-200.tar), unlike photos in detail"
+        kind = "DRAWN images (no $ALEXNET_TEST_DATA/photos-200.tar), unlike photos in detail"
         jpegs = _drawn(limit)
     jpegs = [jpeg for jpeg in jpegs if _plain(jpeg)][:limit]
     sizes = [Image.open(io.BytesIO(jpeg)).size for jpeg in jpegs]

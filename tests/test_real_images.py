@@ -1,4 +1,4 @@
-"""Shard sets of real pictures, read back by tarfile, csv and Pillow alone."""
+"""Shard sets of real images, read back by tarfile, csv and Pillow alone."""
 
 import csv
 import io
@@ -38,7 +38,7 @@ def read_back(out: Path, split: str) -> dict[str, tuple[int, str, bytes]]:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_layout_of_the_same_pictures_gives_the_labels_of_the_ground_truth(
+def test_every_layout_of_the_same_images_gives_the_labels_of_the_ground_truth(
     data_folder: Path, tmp_path: Path, layout: str
 ) -> None:
     raw = data_folder / "tiny20" / layout
