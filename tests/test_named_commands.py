@@ -25,8 +25,6 @@ MEANT = {
     "flags": "",
     "python …": "python -m pipelines status",
     "training/run.py …": "training/run.py",
-    "training.scaling": "benchmarks.scaling",  # moved
-    "training.cost_estimate": "benchmarks.cost_estimate",
 }
 
 
