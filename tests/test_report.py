@@ -70,7 +70,7 @@ class Page(HTMLParser):
         if "td" in self.open:
             self.rows[self.section][-1][-1] += data
 
-    def images(self, section: str) -> dict[str, Image.Image]:
+    def decoded(self, section: str) -> dict[str, Image.Image]:
         return {alt: Image.open(io.BytesIO(data)) for alt, data in self.images[section]}
 
 
@@ -132,7 +132,7 @@ def test_the_same_set_gives_the_same_page_on_disk_and_on_s3(s3: str, copy: Path)
 
 
 def test_every_image_of_a_small_set_is_shown_as_it_is_stored(copy: Path) -> None:
-    shown = page(copy).images("images")
+    shown = page(copy).decoded("images")
     tables = [shards.load_index(str(copy), split) for split in ("train", "val")]
     rows = {row["key"]: row for table in tables for row in table.to_pylist()}
     assert sorted(shown) == sorted(rows)
@@ -162,7 +162,7 @@ def test_totals_and_classes_are_those_of_the_manifest_and_the_index(copy: Path) 
         for label, (wnid, name) in enumerate(zip(manifest.wnids, manifest.class_names, strict=True))
     ]
     for section in ("classes", "sizes"):
-        charts = found.images(section)
+        charts = found.decoded(section)
         assert len(charts) == 2 and all(
             len(chart.getcolors(1 << 20)) > 2 for chart in charts.values()
         )
