@@ -48,7 +48,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "train": {"steps": 2, "batch": 4, "classes": 5, "width": 0.1},
     "recipes": {"batch_size": 2, "classes": 3, "recipes": ("smoke",)},
     "growth": {
-        "pictures": (100, 300),
+        "images": (100, 300),
         "shards": (2, 20),
         "classes": (2, 10),
         "middle": 300,

@@ -124,7 +124,7 @@ AIMS = (
     Aim(
         "time of what is done once per set: its power of the number of images, shards or classes",
         "growth",
-        r".*, (1,281,167 images|10,000 shards|10,000 classes)$",
+        r".*, (1,281,167 (images|pictures)|10,000 shards|10,000 classes)$",
         "power of time",
         "≤",
         1.1,

@@ -183,7 +183,7 @@ def _request(raw: Path, out: Path) -> dict[str, object]:
         "quality": QUALITY,
         "processes": len(processes.cpus()),
         "per_shard": _per_shard(raw),
-        "pictures": True,
+        "images": True,
     }
 
 
@@ -220,7 +220,7 @@ def _img2dataset(python: Path, raw: Path, out: Path) -> processes.Finished:
 
 
 def _ray_alone(folder: Path, _: int) -> _Pair:
-    request = _request(folder, folder) | {"pictures": False}
+    request = _request(folder, folder) | {"images": False}
     done = processes.ask(sys.executable, "build_ray_data.py", request, on=processes.cpus())
     return _Pair((done.wall_seconds, done.cpu_seconds), (0, 0), 0, 0)
 

@@ -5,7 +5,7 @@ size that their sidecars say. Also the steps whose time and memory `benchmarks.g
 after the other, each in a process of its own, forked from one that only imported what they need:
 
     python -m benchmarks.grown \
-        '[{"step": "plan", "pictures": …, "per_shard": …, "classes": …, "out": …}, …]'
+        '[{"step": "plan", "images": …, "per_shard": …, "classes": …, "out": …}, …]'
 """
 
 import hashlib
@@ -88,21 +88,21 @@ def _load(request: dict[str, Any]) -> Callable[[], None]:
     def loaded() -> None:
         manifest = shards.load_manifest(request["out"])
         with Loader(request["out"], manifest, "train", threads=1) as loader:
-            assert loader.num_samples == request["pictures"]
+            assert loader.num_samples == request["images"]
 
     return loaded
 
 
 def _order(request: dict[str, Any]) -> Callable[[], None]:
     """The batches of an epoch, as the training asks its loader for them."""
-    whole, rest = divmod(request["pictures"], request["per_shard"])
+    whole, rest = divmod(request["images"], request["per_shard"])
     sizes = [request["per_shard"]] * whole + [rest] * bool(rest)
 
     def ordered() -> None:
         order = epoch_order(sizes, seed=0, epoch=1)
         steps = steps_per_epoch(len(order), _BATCH)
         batches = [global_batch(order, step, steps) for step in range(steps)]
-        assert sum(map(len, batches)) == request["pictures"]
+        assert sum(map(len, batches)) == request["images"]
 
     return ordered
 
@@ -119,7 +119,7 @@ STEPS: dict[str, Callable[[dict[str, Any]], Callable[[], None]]] = {
 
 def _source(request: dict[str, Any]) -> Source:
     """As scanning archives leaves it: one container, classes of equal size one after another."""
-    images = request["pictures"]
+    images = request["images"]
     classes = min(request["classes"], images)
     wnids = [f"n{label:08d}" for label in range(classes)]
     labels = np.sort(np.arange(images) % classes)

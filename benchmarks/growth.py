@@ -71,7 +71,7 @@ def run(
     measured = functools.cache(measure)  # one set belongs to two series
     over = functools.partial(_over, measured, rounds)
     series = [
-        *over("pictures", [(size, size, _PER_SHARD, _USUAL_CLASSES) for size in images]),
+        *over("images", [(size, size, _PER_SHARD, _USUAL_CLASSES) for size in images]),
         *over("shards", [(n, middle, -(-middle // n), _USUAL_CLASSES) for n in shards]),
         *over("classes", [(n, middle, -(-middle // _FEW_SHARDS), n) for n in classes]),
         Series("registry list", "versions", grown_registry.listed(versions, rounds)),
@@ -104,7 +104,7 @@ def _over(
 def measure(images: int, per_shard: int, classes: int, rounds: int) -> Figures:
     """Each round runs the steps in their order, on one set."""
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
-        request = {"pictures": images, "per_shard": per_shard, "classes": classes}
+        request = {"images": images, "per_shard": per_shard, "classes": classes}
         one = request | {"out": f"{folder}/set"}
         asked = [one | {"step": "plan"}, one | {"step": "tasks"}]
         for number in range(rounds):

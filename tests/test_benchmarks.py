@@ -246,7 +246,7 @@ def test_growth_follows_a_set_from_its_plan_to_the_loader(raw: images.Raw) -> No
 
 
 def test_power_is_that_of_the_size() -> None:
-    series = growth.Series("plan", "pictures", {10: [(1.0, 5.0)], 1000: [(100.0, 50.0)]})
+    series = growth.Series("plan", "images", {10: [(1.0, 5.0)], 1000: [(100.0, 50.0)]})
     assert series.power(10, 0) == "–"
     assert (series.power(1000, 0), series.power(1000, 1)) == ("1.00", "0.50")
 

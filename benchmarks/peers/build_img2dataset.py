@@ -28,7 +28,7 @@ def main():
         compute_hash=None,
         enable_wandb=False,
     )
-    print(json.dumps({"pictures": len(files)}))
+    print(json.dumps({"images": len(files)}))
 
 
 if __name__ == "__main__":  # img2dataset spawns its processes, which import this file

@@ -1,6 +1,6 @@
 """Ray Data as its documentation shows it: read_images, map a Pillow function, write_webdataset.
 
-With {"pictures": false} nothing but Ray's own start: a map over one empty row.
+With {"images": false} nothing but Ray's own start: a map over one empty row.
 """
 
 import io
@@ -29,9 +29,9 @@ def main():
     request = json.loads(sys.argv[1])
     ray.init("local", num_cpus=request["processes"], include_dashboard=False, log_to_driver=False)
     ray.data.DataContext.get_current().enable_progress_bars = False
-    if not request["pictures"]:
+    if not request["images"]:
         ray.data.range(1).map(lambda row: row).materialize()
-        print(json.dumps({"pictures": 0}))
+        print(json.dumps({"images": 0}))
         return
     images = ray.data.read_images(
         f"{request['raw']}/train",
@@ -42,7 +42,7 @@ def main():
     arguments = {"side": request["side"], "quality": request["quality"]}
     # encoder=None: the default one would encode what is encoded already once more.
     images.map(stored, fn_kwargs=arguments).write_webdataset(request["out"], encoder=None)
-    print(json.dumps({"pictures": images.count()}))
+    print(json.dumps({"images": images.count()}))
 
 
 main()
