@@ -258,7 +258,7 @@ def test_metrics_wait_on_disk_while_the_server_is_gone(server, home, manifest, d
     starting = threading.Timer(1, server.start)
     starting.start()
     restarted = tracking.Tracker(server.uri, run_id)  # as after a restart of the worker
-    restarted.finish()  # waits for the server
+    restarted.finish(patience=240)  # waits for the server
     starting.join()
     assert not spool.exists()
     client = MlflowClient(tracking_uri=server.uri)
