@@ -21,6 +21,7 @@ import torch._dynamo  # the first step of an optimizer would import it, in every
 import torch.distributed as dist
 from small_training import CPU, small_config, without_dropout
 
+from pipelines.shards import load_manifest
 from training import checkpoint, loop
 
 
@@ -91,7 +92,8 @@ def _train(
         without_dropout(setattr)
     saved = sorted(keep.glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))
     resume = saved[-1] if saved else None
-    loop.fit(small_config(**fields), uri, place, log=log, report=report, resume=resume)
+    manifest = load_manifest(uri)
+    loop.fit(small_config(**fields), uri, manifest, place, log=log, report=report, resume=resume)
 
 
 if __name__ == "__main__":
