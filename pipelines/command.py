@@ -117,7 +117,7 @@ def answered(
             raise
         _report(stopped)
         return INTERRUPTED
-    except Exception as error:
+    except Exception as error:  # raised again, but for what `failed` names and the machine's limits
         for kind, word in (failed or {}).items():
             if isinstance(error, kind):
                 _report(f"{word}: {UserError(error)}")
