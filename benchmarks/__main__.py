@@ -101,11 +101,7 @@ def _end(moved: list[str], names: list[str], folder: Path) -> None:
 
 
 def _parsed(argv: list[str] | None) -> argparse.Namespace:
-    parser = command.Parser(
-        prog="python -m benchmarks",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command.Parser("python -m benchmarks", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(SCRIPTS))
     parser.add_argument("--rounds", type=int, help="5 by default, 1 with --small")
     parser.add_argument("--small", action="store_true", help="a trial; its figures mean nothing")

@@ -112,11 +112,7 @@ def _origins(known: Mapping[str, Rate], batch: int) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = command.Parser(
-        prog="python -m benchmarks.cost",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command.Parser("python -m benchmarks.cost", description=__doc__)
     parser.add_argument("--results", type=Path, default=results.FOLDER, metavar="FOLDER")
     parser.add_argument("--batch", type=int, default=256, help="global, of a training")
     parser.add_argument(

@@ -67,11 +67,7 @@ def _measured(arguments: argparse.Namespace) -> int:
 
 
 def _parsed(argv: list[str] | None) -> argparse.Namespace:
-    parser = command.Parser(
-        prog="python -m benchmarks.gpu",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command.Parser("python -m benchmarks.gpu", description=__doc__)
     parser.add_argument("parts", nargs="*", metavar="PART", help=", ".join(PARTS))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--small", action="store_true", help="a trial; its figures mean nothing")

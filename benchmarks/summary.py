@@ -148,11 +148,7 @@ def _reasons(found: Sequence[Result]) -> list[str]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = command.Parser(
-        prog="python -m benchmarks.summary",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command.Parser("python -m benchmarks.summary", description=__doc__)
     parser.add_argument("--results", type=Path, default=results.FOLDER, metavar="FOLDER")
     parser.add_argument("--write", action="store_true", help="into benchmarks/README.md")
     return command.answered(lambda: _written(parser.parse_args(argv)))

@@ -39,7 +39,12 @@ _noting = threading.Lock()
 
 class Parser(argparse.ArgumentParser):
     """Says a mistake in one line, like every other; argparse would print its usage first. A flag
-    that it does not know comes before what is missing, such as the flag that was meant."""
+    that it does not know comes before what is missing, such as the flag that was meant. A
+    description keeps its lines."""
+
+    def __init__(self, prog: str | None = None, **settings: Any) -> None:
+        settings.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        super().__init__(prog, **settings)
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see `{self.prog} --help`")

@@ -210,10 +210,9 @@ def test_interval_covers_the_true_difference_in_95_of_100_cases(images, first, s
 
 def test_interval_stays_within_what_a_difference_can_be():
     assert checks.interval(0, 3, 3)[0] >= -1 and checks.interval(3, 0, 3)[1] <= 1
-    assert checks.interval(0, 1, 1, 0.9999) == (
-        -1.0,
-        pytest.approx(checks.interval(0, 1, 1, 0.9999)[1]),
-    )
+    half = 1.959964 * math.sqrt((1 - 1 / 9) / 3)  # 1.07: beyond -1 from -1/3, were it not cut
+    assert checks.interval(0, 1, 1) == (-1.0, pytest.approx(-1 / 3 + half, abs=1e-6))
+    assert checks.interval(1, 0, 1) == (pytest.approx(1 / 3 - half, abs=1e-6), 1.0)
 
 
 def test_answers_to_different_images_are_a_defect():

@@ -14,6 +14,8 @@ from pipelines.shards import Manifest
 
 Interval = tuple[float, float]
 
+Z95 = NormalDist().inv_cdf(0.975)  # half the length of a 95 % interval, in standard deviations
+
 _ERRORS = 24  # of the most confident
 _PAIRS = 20
 _NAME_LENGTH = 20
@@ -166,15 +168,14 @@ def short(name: str) -> str:
     return first if len(first) <= _NAME_LENGTH else f"{first[: _NAME_LENGTH - 1]}…"
 
 
-def wilson(correct: int, images: int, confidence: float = 0.95) -> Interval:
-    """The shares in 0..1 that `correct` of `images` does not contradict (Wilson 1927): honest also
-    near 0 and 1, where the usual p ± 1.96·σ leaves 0..1. (0, 1) when there are no images."""
+def wilson(correct: int, images: int) -> Interval:
+    """The shares in 0..1 that `correct` of `images` does not contradict at 95 % (Wilson 1927):
+    honest also near 0 and 1, where the usual p ± 1.96·σ leaves 0..1. (0, 1) without images."""
     if images == 0:
         return 0.0, 1.0
-    z = NormalDist().inv_cdf(0.5 + confidence / 2)
-    share, shrink = correct / images, 1 + z**2 / images
-    centre = (share + z**2 / (2 * images)) / shrink
-    half = z / shrink * (share * (1 - share) / images + z**2 / (4 * images**2)) ** 0.5
+    share, shrink = correct / images, 1 + Z95**2 / images
+    centre = (share + Z95**2 / (2 * images)) / shrink
+    half = Z95 / shrink * (share * (1 - share) / images + Z95**2 / (4 * images**2)) ** 0.5
     low = 0.0 if correct == 0 else centre - half  # exactly, where rounding leaves 1e-18
     high = 1.0 if correct == images else centre + half
     return low, high

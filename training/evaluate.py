@@ -183,11 +183,7 @@ def _answer(args: argparse.Namespace) -> int:
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = command.Parser(
-        "python -m training.evaluate",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command.Parser("python -m training.evaluate", description=__doc__)
     parser.add_argument("model", metavar="MODEL")
     parser.add_argument("--data", required=True, help="folder or s3:// prefix of the shards")
     parser.add_argument("--split", default="val")

@@ -53,11 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = command.Parser(
-        "python -m training export",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command.Parser("python -m training export", description=__doc__)
     parser.add_argument("model", metavar="MODEL")
     parser.add_argument("--format", choices=list(ENDINGS), default="onnx", help="%(default)s")
     parser.add_argument("--out", metavar="FILE", help="alexnet.onnx or alexnet.pt2 by default")

@@ -119,9 +119,9 @@ class Loader:
         now, ahead = self._samples.uses(ids_of_batches).advance(0)
         self._files.open([], ahead=[*now, *ahead])
 
-    def read(self, ids: Ids, *, pin: bool = False) -> Batch:
+    def read(self, ids: Ids) -> Batch:
         """The samples of `ids` (int64 (B,)) in that order."""
-        return self._finish(self._begin(ids, pin, [], []))
+        return self._finish(self._begin(ids, False, [], []))
 
     def _begin(self, ids: Ids, pin: bool, keep: list[str], ahead: list[str]) -> _Begun:
         """`keep`, `ahead`: the shards to keep and to open ahead, besides those of `ids`."""
@@ -175,7 +175,7 @@ class Synthetic(Loader):
     def prefetch(self, ids_of_batches: Sequence[Ids]) -> None:
         """There is nothing to fetch."""
 
-    def read(self, ids: Ids, *, pin: bool = False) -> Batch:
+    def read(self, ids: Ids) -> Batch:
         """The samples of `ids` (int64 (B,)), on the device; `pin` has nothing to do."""
         sample_ids = torch.from_numpy(np.ascontiguousarray(ids))
         rows = (sample_ids % len(self._pixels)).to(self._device)

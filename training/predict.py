@@ -58,11 +58,7 @@ def _predict(args: argparse.Namespace) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = command.Parser(
-        "python -m training.predict",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command.Parser("python -m training.predict", description=__doc__)
     parser.add_argument("images", nargs="*", metavar="IMAGE|FOLDER")
     parser.add_argument("--model", default="champion", help="default: %(default)s")
     parser.add_argument("--top", type=int, default=5, help="how many classes to name (5)")

@@ -63,11 +63,7 @@ def _told(error: BaseException) -> str:
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = command.Parser(
-        "python -m training.registry",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command.Parser("python -m training.registry", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     listed = commands.add_parser("list", help="all versions with their aliases and accuracy")
     listed.set_defaults(run=_list)

@@ -12,7 +12,6 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import NormalDist
 from typing import Annotated
 
 import numpy as np
@@ -24,7 +23,7 @@ from alexnet import FORMER_RECIPES, NETWORK_SIDE
 from alexnet.classifier import decode, top_k
 from alexnet.errors import UserError
 from alexnet.preprocess import resize_and_crop
-from training.accuracy import Metrics, Scored
+from training.accuracy import Z95, Metrics, Scored
 from training.registry.versions import Registered, verified
 
 SHIPPED = Path(__file__).with_name("policy.toml")
@@ -168,16 +167,13 @@ def compare(first: NDArray[np.bool_], second: NDArray[np.bool_]) -> Paired:
     )
 
 
-def interval(
-    only_first: int, only_second: int, images: int, confidence: float = 0.95
-) -> tuple[float, float]:
-    """Of the difference of two paired shares, as Bonett and Price (2012, J. Educ. Behav. Stat. 37,
-    479-488) adjust Wald's: one image is added to each kind of disagreement, so that it covers
-    what it says also for a dozen images, and is not of length 0 where none disagreed."""
+def interval(only_first: int, only_second: int, images: int) -> tuple[float, float]:
+    """At 95 %, of the difference of two paired shares, as Bonett and Price (2012, J. Educ. Behav.
+    Stat. 37, 479-488) adjust Wald's: one image is added to each kind of disagreement, so that it
+    covers what it says also for a dozen images, and is not of length 0 where none disagreed."""
     first, second = (only_first + 1) / (images + 2), (only_second + 1) / (images + 2)
     difference = first - second
-    z = NormalDist().inv_cdf(0.5 + confidence / 2)
-    half = z * ((first + second - difference**2) / (images + 2)) ** 0.5
+    half = Z95 * ((first + second - difference**2) / (images + 2)) ** 0.5
     return max(-1.0, difference - half), min(1.0, difference + half)
 
 
