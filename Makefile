@@ -1,4 +1,4 @@
-.PHONY: setup demo test test-cluster test-faults test-fuzz check bench bench-peers clean
+.PHONY: setup demo test test-all test-cluster test-faults test-fuzz check bench bench-peers clean
 BIN := .venv/bin
 
 setup: .venv/installed  ## virtual environment with every pinned dependency
@@ -6,8 +6,13 @@ setup: .venv/installed  ## virtual environment with every pinned dependency
 	python3 -m venv .venv && $(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]' && touch $@
 demo: setup  ## draw raw archives, build shards, train, promote, predict
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash infra/demo.sh
-test: setup
-	$(BIN)/python -m pytest
+test: setup  ## every unit, the road with real parts (MLflow goes away on it), a build and a training killed
+	$(BIN)/python -m pytest -n 2 tests/unit
+	$(BIN)/python -m pytest tests/system
+	$(BIN)/python -m pytest tests/faults -m first
+test-all: test  ## and every other attack, garbage for the parsers, a cluster
+	$(BIN)/python -m pytest tests/faults tests/fuzz -m "not first"
+	$(BIN)/python -m pytest tests/cluster
 test-cluster: setup  ## the whole road on several Ray nodes, S3 and MLflow on PostgreSQL; see infra/local
 	$(BIN)/python -m pytest tests/cluster
 test-faults: setup  ## kills, full disks, broken stores and networks; RUNS=N of each attack, SEED=N to have them again
@@ -15,7 +20,7 @@ test-faults: setup  ## kills, full disks, broken stores and networks; RUNS=N of 
 test-fuzz: setup  ## garbage for every parser, 4,000 inputs each; INPUTS=N for others
 	$(BIN)/python -m pytest tests/fuzz --fuzz-inputs $(or $(INPUTS),4000)
 check: setup
-	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/python -m pytest tests/test_layout.py
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/python -m pytest tests/unit/test_layout.py
 bench: setup  ## every measurement, to benchmarks/results; 46 minutes on a quiet machine when last timed as a whole
 	$(BIN)/python -m benchmarks
 bench-peers: setup  ## what the benchmarks compare with, each in an environment of its own: 5 GB

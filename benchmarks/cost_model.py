@@ -62,7 +62,7 @@ CONSTANTS = (
         "parameters, operations per image",
         "62,378,344; 6.60 GFLOP",
         "measured",
-        "counted on the network by tests/test_scaling.py",
+        "counted on the network by tests/unit/test_scaling.py",
     ),
     Constant(
         "decoding, 227 px shards",

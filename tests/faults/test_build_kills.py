@@ -46,7 +46,7 @@ def attacked(
 @pytest.mark.parametrize(
     ("number", "layout"),
     [
-        (signal.SIGKILL, "folders"),
+        pytest.param(signal.SIGKILL, "folders", marks=pytest.mark.first),
         (signal.SIGKILL, "tars"),
         (signal.SIGTERM, "folders"),
         (signal.SIGINT, "folders"),

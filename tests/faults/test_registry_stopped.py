@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from gated import enter_whole_copy
 from mlflow.tracking import MlflowClient
+from mlflow_server import Server
 from registered import GOOD, MLFLOW_WARNINGS, Built
 from scripts import Script, only_in_long_runs
-from test_tracking import Server
 
 from training.registry.versions import aliases
 

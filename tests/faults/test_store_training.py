@@ -9,10 +9,9 @@ import pytest
 from attacks import Attack
 from bad_weather import survived, weather_of
 from s3_shards import cached
-from shard_sets import write_shard_set
+from shard_sets import decoded, write_shard_set
 from small_training import CPU, small_config
 from store_proxy import ANYWHERE, FAULTS, FLIPS, OF_READS, Proxy, Weather
-from test_loader import decoded
 
 from alexnet.errors import UserError
 from pipelines import storage

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from mortal import Mortals
 from s3_shards import cached, uploaded
-from test_loader import assert_equal_to_tars, open_loader
+from shard_sets import assert_equal_to_tars, open_loader
 from tmpfs import tmpfs
 
 from pipelines.shards import Manifest

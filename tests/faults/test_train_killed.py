@@ -48,6 +48,7 @@ def training(mortals: Mortals, uri: str, tmp_path: Path) -> Training:
     return Training(mortals, uri, tmp_path / "training")
 
 
+@pytest.mark.first
 def test_killed_at_any_instant_a_training_ends_with_the_same_bits(attack, whole, training):
     # Later lives begin later in the training: they reach its end before those of the first do.
     longest = 0.7 * whole.lives[0].seconds

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 from mlflow.tracking import MlflowClient
+from mlflow_server import Server
 from registered import MLFLOW_WARNINGS
 from scripts import only_in_long_runs
 from shard_sets import write_shard_set
 from small_training import small_config
-from test_tracking import Server
 from tmpfs import filled, tmpfs
 
 from pipelines.shards import load_manifest

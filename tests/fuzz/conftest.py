@@ -17,7 +17,7 @@ from child import Child
 from hypothesis import HealthCheck, Phase, configuration
 from hypothesis.strategies import SearchStrategy
 
-SHORT = 40  # inputs of each target in `make test`
+SHORT = 40  # inputs of each target in `make test-all`
 BATCH = 1000  # inputs that one seed makes: Hypothesis remembers all of a batch
 
 Attack = Callable[[str, SearchStrategy[bytes]], None]

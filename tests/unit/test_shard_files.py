@@ -7,8 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from shard_sets import write_shard_set
-from test_loader import SIZES, assert_equal_to_tars, decoded, open_loader
+from shard_sets import SIZES, assert_equal_to_tars, decoded, open_loader, write_shard_set
 
 from alexnet.errors import UserError
 from training.order import WINDOW_SHARDS, epoch_order, global_batch, rank_part, steps_per_epoch

@@ -23,7 +23,6 @@ from pipelines.verify import verify
 if TYPE_CHECKING:
     from seaweed import Seaweed
 
-pytest_plugins = ["seaweed"]
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:ray.data.context")
 
 FOUR = Recipe(samples_per_shard=4)

@@ -1,19 +1,15 @@
 """What MLflow is told: in the embedded store, through a real server, and while there is none."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import requests
 from mlflow.entities import Param, RunTag
 from mlflow.tracking import MlflowClient
+from mlflow_server import Server
 from ports import free_ports
 from registered import MLFLOW_WARNINGS
 from shard_sets import write_shard_set
@@ -186,42 +182,6 @@ def test_attached_files_come_back_as_they_were(client, manifest, data, tmp_path)
 
 
 # A server that comes and goes
-
-
-class Server:
-    """A real `mlflow server` on a port of its own, in a session of its own."""
-
-    def __init__(self, folder: Path) -> None:
-        (port,) = free_ports(1)
-        self.uri = f"http://127.0.0.1:{port}"
-        self._command = [sys.executable, "-m", "mlflow", "server", "--workers", "1"]
-        self._command += ["--host", "127.0.0.1", "--port", str(port)]
-        self._command += ["--backend-store-uri", f"sqlite:///{folder / 'server.db'}"]
-        self._command += ["--artifacts-destination", str(folder / "artifacts")]
-        self._log = folder / "server.log"
-        self._process: subprocess.Popen[bytes] | None = None
-
-    def start(self) -> None:
-        environment = os.environ | {"MLFLOW_DISABLE_TELEMETRY": "true"}
-        with self._log.open("ab") as log:
-            self._process = subprocess.Popen(
-                self._command, stdout=log, stderr=log, env=environment, start_new_session=True
-            )
-        deadline = time.monotonic() + 120
-        while time.monotonic() < deadline:
-            assert self._process.poll() is None, self._log.read_text()
-            try:
-                if requests.get(f"{self.uri}/health", timeout=30).ok:
-                    return
-            except requests.RequestException:
-                time.sleep(0.2)
-        raise TimeoutError(self._log.read_text())
-
-    def kill(self) -> None:
-        if self._process is not None:
-            os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
-            self._process = None
 
 
 @pytest.fixture

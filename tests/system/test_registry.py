@@ -252,7 +252,7 @@ class Failing:
 def test_server_that_dies_while_promoting_is_told_and_the_next_promote_does_it(
     client, home, tmp_path, capsys, monkeypatch
 ):
-    from test_tracking import Server
+    from mlflow_server import Server
 
     (home / "mlflow.db").rename(tmp_path / "server.db")
     server = Server(tmp_path)

@@ -8,7 +8,7 @@ import time
 import numpy as np
 import pytest
 from s3_shards import cached, info_of
-from test_loader import assert_equal_to_tars, open_loader
+from shard_sets import assert_equal_to_tars, open_loader
 
 from alexnet.errors import UserError
 from pipelines import storage

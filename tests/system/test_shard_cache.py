@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from drawn import ROOT
 from s3_shards import cached, info_of, uploaded
-from test_loader import assert_equal_to_tars, open_loader
+from shard_sets import assert_equal_to_tars, open_loader
 
 from alexnet.errors import UserError
 from pipelines import command, storage

@@ -2,10 +2,9 @@
 
 import random
 import threading
-from pathlib import Path
 
 import pytest
-import torch
+from made_checkpoints import made, steps_in
 from waiting import wait_until
 
 from alexnet.errors import UserError
@@ -14,23 +13,8 @@ from training import checkpoint
 from training.uploads import Uploader, prune
 
 
-def made(folder: Path, step: int, top1: float | None = None, measured: int | None = None) -> Path:
-    """measured: the step whose evaluation gave top1; by default this one."""
-    metrics = {} if top1 is None else {"val_top1": top1}
-    state = {"step": step, "metrics": metrics}
-    state["evaluated_step"] = step if measured is None else measured
-    tensors = {"model": {"w": torch.full((3,), float(step))}, "optimizer": {}}
-    checkpoint.save(folder, tensors, state)
-    return folder
-
-
 def uploader(run: str, **changes) -> Uploader:
     return Uploader(run, **{"keep_last": 2, "keep_best": 1, "patience": 0.5} | changes)
-
-
-def steps_in(run: str) -> list[int]:
-    names = [name for name, _ in storage.list_files(run) if name.endswith("/hashes.json")]
-    return sorted(int(name.split("-")[1]) for name in names)
 
 
 # Uploads

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
-from test_plan import UNEVEN, by_shard, drawn_source
+from planned import UNEVEN, by_shard, drawn_source
 
 from alexnet.errors import UserError
 from pipelines import plan, plan_files, shards, sources, storage

@@ -22,7 +22,6 @@ from training import run, tracking
 if TYPE_CHECKING:
     from seaweed import Seaweed
 
-pytest_plugins = ["seaweed"]
 pytestmark = [pytest.mark.filterwarnings(line) for line in MLFLOW_WARNINGS]
 
 

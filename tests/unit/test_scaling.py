@@ -15,7 +15,7 @@ from benchmarks import cost_model
 from benchmarks.cost_model import H200, NETWORKS, Cluster, all_reduce, minutes, smallest_batch, step
 from benchmarks.scaling import PUBLISHED, SUN_SPEED_UP, main, tables
 
-DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "scaling.md"
+DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "scaling.md"
 # Nothing but bytes counts, one byte takes a second.
 PLAIN = Cluster(gpus_per_node=1, network=1.0, hop_inside=0, hop_network=0)
 

@@ -32,7 +32,6 @@ from training.registry.versions import NAME
 if TYPE_CHECKING:
     from seaweed import Seaweed
 
-pytest_plugins = ["seaweed"]
 pytestmark = [pytest.mark.filterwarnings(line) for line in MLFLOW_WARNINGS]
 
 DOCUMENT = (ROOT / "docs" / "operations.md").read_text()

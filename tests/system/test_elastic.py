@@ -18,11 +18,11 @@ from clusters import BIN, Cluster
 from drawn import ROOT
 from mlflow.entities import Run
 from mlflow.tracking import MlflowClient
+from mlflow_server import Server
 from ranks import run_ranks
 from registered import MLFLOW_WARNINGS
 from shard_sets import write_shard_set
 from small_training import fit, small_config
-from test_tracking import Server
 
 from training import checkpoint, loop
 from training.config import TrainConfig, to_dict

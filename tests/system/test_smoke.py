@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from ports import free_ports
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
 CLASSES, TRAIN, VAL = 3, 24, 6
 

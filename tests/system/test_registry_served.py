@@ -20,10 +20,10 @@ import requests
 from drawn import ROOT
 from gated import enter_whole_copy
 from mlflow.tracking import MlflowClient
+from mlflow_server import Server
 from PIL import Image
 from ports import free_ports
 from registered import GOOD, GOOD_CONFIG, MLFLOW_WARNINGS, Built
-from test_tracking import Server
 
 from pipelines.shards import load_manifest
 from training import tracking

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from test_uploads import made, steps_in
+from made_checkpoints import made, steps_in
 from waiting import wait_until
 
 from alexnet.errors import UserError

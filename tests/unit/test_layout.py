@@ -1,11 +1,10 @@
-"""The architecture as tests: who may import whom, how large a file may be, what importing does.
+"""The architecture as tests: who may import whom, how large a file may be.
 
 Each rule lists all its offenders in one assertion.
 """
 
 import ast
 import re
-import subprocess
 import sys
 from collections import Counter
 from graphlib import CycleError, TopologicalSorter
@@ -13,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("alexnet", "pipelines", "training")
 PATHS = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 TREES = {str(path.relative_to(ROOT)): ast.parse(path.read_text()) for path in PATHS}
@@ -112,44 +111,6 @@ def test_only_the_named_files_import_these_libraries():
         for library in {imported.split(".")[0] for imported in imports(tree)} & ALLOWED.keys()
         if name not in ALLOWED[library]
     ] == []
-
-
-def test_importing_the_model_loads_no_ray_mlflow_or_boto3():
-    code = "import sys, alexnet.model; print({'ray', 'mlflow', 'boto3'} & set(sys.modules))"
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    assert done.stdout.strip() == "set()"
-
-
-def test_importing_every_module_makes_no_file_starts_no_ray_and_prints_nothing(tmp_path):
-    modules = [name for name in MODULES if not name.endswith("__main__")]
-    code = (
-        "import sys, importlib, logging, threading, os\n"
-        f"sys.path.insert(0, {str(ROOT)!r})\n"
-        "path, env = list(sys.path), set(k for k in os.environ if k.startswith('ALEXNET'))\n"
-        f"for name in {modules!r}: importlib.import_module(name)\n"
-        "import ray\n"
-        "assert not ray.is_initialized()\n"
-        "assert [p for p in sys.path if p in path] == path, 'sys.path changed'\n"
-        "assert env == set(k for k in os.environ if k.startswith('ALEXNET')), 'env changed'\n"
-        "assert not logging.getLogger('training').handlers, 'logging configured'\n"
-    )
-    home = tmp_path / "home"
-    work = tmp_path / "work"
-    home.mkdir()
-    work.mkdir()
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code],
-        cwd=work,
-        env={"PATH": "/usr/bin:/bin", "HOME": str(home), "MPLCONFIGDIR": str(tmp_path / "mpl")},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == ""
-    assert list(work.iterdir()) == []
-    assert not (home / ".alexnet").exists()
 
 
 def test_no_file_has_more_than_500_lines_and_no_function_more_than_60():

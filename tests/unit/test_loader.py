@@ -1,7 +1,6 @@
 """What the loader hands over is what lies in the tars; what is wrong with them is told."""
 
 import hashlib
-import io
 import json
 import tarfile
 import threading
@@ -12,16 +11,12 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from PIL import Image
-from shard_sets import write_shard_set
+from shard_sets import SIZES, assert_equal_to_tars, decoded, open_loader, write_shard_set
 
 from alexnet.errors import UserError
-from pipelines.shards import load_manifest
-from training.loader import Buffers, Loader
+from training.loader import Buffers
 
 pytestmark = pytest.mark.usefixtures("home")
-
-SIZES = (5, 4, 6)
 
 
 @pytest.fixture(scope="module")
@@ -35,11 +30,6 @@ def own_set(tmp_path: Path) -> Path:
     return Path(write_shard_set(tmp_path / "own", train=SIZES, val=(3,)))
 
 
-def open_loader(uri: str | Path, split: str = "train", **options: float) -> Loader:
-    manifest = load_manifest(str(uri))
-    return Loader(str(uri), manifest, split, **({"threads": 2, "cache_gb": 1} | options))
-
-
 def promise(folder: Path, shard: str, **changes: object) -> None:
     """Lets the manifest say something else about a shard."""
     path = folder / "manifest.json"
@@ -47,29 +37,6 @@ def promise(folder: Path, shard: str, **changes: object) -> None:
     row = next(row for row in document["shards"] if row["name"] == shard)
     row.update(changes)
     path.write_text(json.dumps(document))
-
-
-def decoded(folder: str | Path, split: str) -> tuple[np.ndarray, np.ndarray]:
-    """Pixels (N,H,W,3) and labels (N,) straight from the tars' members, by Pillow."""
-    pixels, labels = [], []
-    for path in sorted(Path(folder).glob(f"{split}-*.tar")):
-        with tarfile.open(path) as tar:
-            contents = {m.name: tar.extractfile(m).read() for m in tar.getmembers()}
-        for name in (name for name in contents if name.endswith(".jpg")):
-            pixels.append(np.asarray(Image.open(io.BytesIO(contents[name])).convert("RGB")))
-            labels.append(int(contents[name.replace(".jpg", ".cls")]))
-    return np.stack(pixels), np.array(labels)
-
-
-def assert_equal_to_tars(folder: str | Path, loader: Loader, split: str, ids: list[int]) -> None:
-    pixels, labels = decoded(folder, split)
-    batch = loader.read(np.array(ids))
-    assert (batch.images.shape, batch.images.dtype) == ((len(ids), 3, 227, 227), torch.uint8)
-    assert batch.labels.tolist() == labels[ids].tolist()
-    assert batch.sample_ids.tolist() == ids
-    found = batch.images.permute(0, 2, 3, 1).numpy()
-    # Two decoders of one libjpeg family: equal up to a rounding of the inverse DCT.
-    assert np.abs(found.astype(int) - pixels[ids].astype(int)).max() <= 1
 
 
 @pytest.mark.parametrize("threads", [1, 2, 7])

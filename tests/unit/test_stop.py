@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from test_uploads import made
+from made_checkpoints import made
 
 from alexnet.errors import UserError
 from pipelines import command

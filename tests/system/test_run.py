@@ -27,7 +27,7 @@ from training.recipes import RECIPES
 from training.run import main, worker_settings
 from training.worker import FinalErrors, said
 
-SCRIPT = [sys.executable, str(Path(__file__).resolve().parents[1] / "training" / "run.py")]
+SCRIPT = [sys.executable, str(Path(__file__).resolve().parents[2] / "training" / "run.py")]
 
 pytestmark = [pytest.mark.filterwarnings(line) for line in MLFLOW_WARNINGS]
 

@@ -1,0 +1,47 @@
+"""A real MLflow server that a test may end and start again."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import requests
+from ports import free_ports
+
+
+class Server:
+    """A real `mlflow server` on a port of its own, in a session of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        (port,) = free_ports(1)
+        self.uri = f"http://127.0.0.1:{port}"
+        self._command = [sys.executable, "-m", "mlflow", "server", "--workers", "1"]
+        self._command += ["--host", "127.0.0.1", "--port", str(port)]
+        self._command += ["--backend-store-uri", f"sqlite:///{folder / 'server.db'}"]
+        self._command += ["--artifacts-destination", str(folder / "artifacts")]
+        self._log = folder / "server.log"
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        environment = os.environ | {"MLFLOW_DISABLE_TELEMETRY": "true"}
+        with self._log.open("ab") as log:
+            self._process = subprocess.Popen(
+                self._command, stdout=log, stderr=log, env=environment, start_new_session=True
+            )
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline:
+            assert self._process.poll() is None, self._log.read_text()
+            try:
+                if requests.get(f"{self.uri}/health", timeout=30).ok:
+                    return
+            except requests.RequestException:
+                time.sleep(0.2)
+        raise TimeoutError(self._log.read_text())
+
+    def kill(self) -> None:
+        if self._process is not None:
+            os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+            self._process = None
