@@ -13,6 +13,7 @@ import shutil
 import signal
 import sys
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -81,8 +82,9 @@ def _train(
         if "loss" in metrics and step == kill:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    def report(metrics: dict[str, float], folder: Path | None) -> None:
-        if folder is not None:
+    def report(metrics: dict[str, float], write: Callable[[], Path] | None) -> None:
+        if write is not None:
+            folder = write()
             step = checkpoint.load_state(folder)["step"]
             shutil.move(folder, keep / "moving")
             (keep / "moving").rename(keep / f"step-{step}")

@@ -61,12 +61,10 @@ class Record:
     def log(self, metrics: dict[str, float], step: int) -> None:
         self.logged.append((step, dict(metrics)))
 
-    def report(self, metrics: dict[str, float], folder: Path | None) -> None:
+    def report(self, metrics: dict[str, float], write: Callable[[], Path] | None) -> None:
+        folder = None if self.keep is None or write is None else write()
         self.reported.append((dict(metrics), folder))
-        if folder is None:
-            return
-        if self.keep is None:
-            shutil.rmtree(folder)
+        if folder is None or self.keep is None:
             return
         step = checkpoint.load_state(folder)["step"]
         self.folders[step] = self.keep / f"step-{step}"

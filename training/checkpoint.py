@@ -19,7 +19,7 @@ import re
 import shutil
 import socket
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,8 @@ from training.config import TrainConfig, science
 from training.order import Ids
 
 logger = logging.getLogger("training")
+
+Tensors = Mapping[str, Mapping[str, torch.Tensor]]
 
 _HASHES = "hashes.json"
 _FILE = re.compile(r"[A-Za-z0-9_-]+\.(safetensors|json)")  # no path: nothing outside is looked at
@@ -76,9 +78,25 @@ class Position:
         return float(int(self.samples[:12], 16))
 
 
-def save(
-    folder: Path, tensors: Mapping[str, Mapping[str, torch.Tensor]], state: dict[str, Any]
-) -> None:
+def held(tensors: Tensors, state: dict[str, Any]) -> Callable[[], Path]:
+    """Copies the tensors where they are and gives what writes them, as `save` does, into a new
+    folder on the local disk: in any thread, while the steps that follow change the originals."""
+    copies = {
+        name: {key: value.detach().clone() for key, value in entry.items()}
+        for name, entry in tensors.items()
+    }
+    device = next(iter(copies["model"].values())).device
+    copied = torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
+
+    def write() -> Path:
+        folder = temporary_folder()
+        save(folder, copies if copied is None else _on_host(copies, device, copied), state)
+        return folder
+
+    return write
+
+
+def save(folder: Path, tensors: Tensors, state: dict[str, Any]) -> None:
     """Writes a complete checkpoint into `folder`: NAME.safetensors for each entry of `tensors`,
     "model" and "optimizer" (see `momentum`) at least. `state` is JSON-ready.
 
@@ -98,6 +116,24 @@ def save(
             f"a checkpoint cannot be written to {folder.parent} ({error}); make room there or set "
             "TMPDIR, then run the same command again"
         ) from error
+
+
+def _on_host(tensors: Tensors, device: torch.device, copied: torch.cuda.Event) -> Tensors:
+    """Beside the steps on the GPU, on a stream of its own."""
+    side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    side.wait_event(copied)
+    with torch.cuda.stream(side):
+        on_host = {
+            name: {
+                key: torch.empty_like(value, device="cpu", pin_memory=True).copy_(
+                    value, non_blocking=True
+                )
+                for key, value in entry.items()
+            }
+            for name, entry in tensors.items()
+        }
+    side.synchronize()
+    return on_host
 
 
 def temporary_folder() -> Path:

@@ -129,9 +129,9 @@ class TrainConfig:
     deterministic: bool = False
     """Only algorithms that give the same bits again on the same machine; slower on GPUs."""
     checkpoint_steps: int | None = None
-    """Checkpoint every so many steps too, not only at the end of each epoch."""
+    """Checkpoint every so many steps too."""
     checkpoint_minutes: float | None = 10.0
-    """Checkpoint when so many minutes have passed since the last one; None never does."""
+    """Checkpoint when the last one is so old, besides the best epochs and the end; None: never."""
     keep_last: int = 2
     """Newest checkpoints to keep."""
     keep_best: int = 1
@@ -192,7 +192,11 @@ def _check_ranges(config: TrainConfig) -> None:
     for name, rate, usual in [
         ("optim.lr", optim.lr, "the paper starts at 0.01"),
         ("optim.lars-trust", optim.lars_trust, "its paper takes 0.001"),
-        ("checkpoint-minutes", config.checkpoint_minutes, "pass None to save by epoch only"),
+        (
+            "checkpoint-minutes",
+            config.checkpoint_minutes,
+            "pass None to save the best epochs and the end alone",
+        ),
     ]:
         if rate is not None and not 0 < rate < math.inf:
             raise UserError(f"--{name} {rate} is not positive; {usual}")

@@ -15,9 +15,9 @@ from training.steps import Place, summed
 
 _FLAT_SHARE = 0.99  # of ln(num_classes), the loss of guessing: nothing was learned
 _USEFUL_UTILIZATION = 0.9  # what MLPerf Storage asks for from the image models
-ASK_STEPS = 20  # between two looks at clock and notice, for which the ranks meet each other
-# Seconds between two looks for a stop, which slow steps must not delay, and steps at most.
+# Seconds between two meetings of the ranks, which slow steps must not delay, and steps at most.
 _LOOK_SECONDS, _MOST_STEPS = 1.0, 100
+_NOTICE_SECONDS = 10.0  # between two looks for a notice that the machine will be taken away
 
 
 class TrainingStopped(Exception):
@@ -96,51 +96,65 @@ def starved(metrics: Mapping[str, float], loader: Mapping[str, float]) -> str | 
     )
 
 
-class CheckpointTimer:
-    """minutes: since the last checkpoint, by rank 0's clock; None for never. preempted: whether the
-    machine is about to be taken away, asked on every rank since the question may be a meeting."""
+class Requests:
+    """What is wanted from outside after a step: to end, or to save. About once a second the ranks
+    meet for it, in one reduction.
+
+    minutes: since the last checkpoint, by rank 0's clock; None for never. stopping, preempted:
+    asked on every rank, of which one yes is enough: the first at each meeting, the second, which
+    may be a meeting of its own, in about every tenth second.
+    """
 
     def __init__(
-        self, minutes: float | None, preempted: Callable[[], bool] | None, place: Place
+        self,
+        minutes: float | None,
+        place: Place,
+        *,
+        stopping: Callable[[], bool] | None = None,
+        preempted: Callable[[], bool] | None = None,
     ) -> None:
-        self._seconds = math.inf if minutes is None else 60 * minutes
-        self._preempted, self._place = preempted, place
+        self._patience = math.inf if minutes is None else 60 * minutes
+        self._place, self._stopping, self._preempted = place, stopping, preempted
+        self._last: tuple[int, float] | None = None  # step and time of the last meeting
+        self._next = 0  # the step of the next one, in which `_asks` for notices
+        self._asks, self._asked_at = False, time.monotonic()
         self.saved()
 
     def saved(self) -> None:
         self._saved_at = time.monotonic()
 
-    def is_due(self, step: int) -> bool:
-        """The same answer on all ranks; they must all ask after the same steps."""
-        if step % ASK_STEPS:
-            return False
-        late = self._place.rank == 0 and time.monotonic() - self._saved_at >= self._seconds
-        notice = self._preempted is not None and self._preempted()
-        return summed([late or notice], self._place.device, self._place.world_size)[0] > 0
-
-
-class StopRequest:
-    """Whether the run is to end after this step. stopping: asked on every rank, one yes is enough;
-    None never stops."""
-
-    def __init__(self, stopping: Callable[[], bool] | None, place: Place) -> None:
-        self._stopping, self._place = stopping, place
-        self._last: tuple[int, float] | None = None  # step and time of the last look
-        self._next = 0  # the step of the next one
-
-    def is_made(self, step: int) -> bool:
-        """The same answer on all ranks; they must all ask after the same steps."""
-        if self._stopping is None or step < self._next:
-            return False
+    def made(self, step: int) -> tuple[bool, bool]:
+        """Whether to end after this step, and whether to save. The same answer on all ranks; they
+        must all ask after the same steps."""
+        if step < self._next:
+            return False, False
         now, every = time.monotonic(), 1
         if self._last is not None:
             seconds = (now - self._last[1]) / (step - self._last[0])
             every = min(_MOST_STEPS, max(1, int(_LOOK_SECONDS / max(seconds, 1e-9))))
         self._last = step, now
-        mine = [self._stopping(), every if self._place.rank == 0 else 0]
-        stop, every = summed(mine, self._place.device, self._place.world_size)
-        self._next = step + every  # by rank 0's pace
-        return stop > 0
+        stop = self._stopping is not None and self._stopping()
+        save = self._is_late()
+        if self._asks:
+            self._asked_at = now
+            save |= self._preempted is not None and self._preempted()
+        # When they meet again, and what for, is by rank 0's pace and clock.
+        first = self._place.rank == 0
+        asks = first and now - self._asked_at >= _NOTICE_SECONDS
+        votes = self._summed([stop, save, every if first else 0, asks])
+        self._next, self._asks = step + votes[2], votes[3] > 0
+        return votes[0] > 0, votes[1] > 0
+
+    def late(self) -> bool:
+        """Whether a checkpoint is due by the clock. The same answer on all ranks, which must all
+        ask."""
+        return self._summed([self._is_late()])[0] > 0
+
+    def _is_late(self) -> bool:
+        return self._place.rank == 0 and time.monotonic() - self._saved_at >= self._patience
+
+    def _summed(self, votes: list[int]) -> list[int]:
+        return summed(votes, self._place.device, self._place.world_size)
 
 
 def _named(ids: Ids) -> str:

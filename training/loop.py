@@ -32,7 +32,7 @@ from training.steps import Stepper, algorithms, ended_early, learning_rates
 logger = logging.getLogger("training")
 
 Log = Callable[[dict[str, float], int], None]
-Report = Callable[[dict[str, float], Path | None], None]
+Report = Callable[[dict[str, float], Callable[[], Path] | None], None]
 
 
 def fit(
@@ -53,11 +53,12 @@ def fit(
 
     data: URI of a finished shard set, whose manifest is `manifest`. resume: a checkpoint folder to
     go on from, at its next step.
-    `log(metrics, step)` is called on rank 0; `report(metrics, checkpoint folder)` on every rank, at
-    the same steps, with a folder on rank 0 only, which the receiver deletes once it is kept.
-    `preempted()` is asked every 20 steps on every rank; one yes makes all save at once and go on.
-    `stopping()` is asked about once a second, also during an evaluation; one yes makes all save and
-    return, wherever the run stands.
+    `log(metrics, step)` is called on rank 0; `report(metrics, write)` on every rank, at the same
+    steps. On rank 0 `write` makes a checkpoint folder of that step, in any thread and at any time,
+    which the receiver deletes; on the others it is None.
+    On every rank, `preempted()` is asked about every ten seconds, of which one yes makes all save
+    at once and go on, and `stopping()` about once a second, also during an evaluation, of which one
+    yes makes all save and return, wherever the run stands.
     profile_to: folder for the trace of a few steps. Raises TrainingStopped for a loss, gradient or
     weights that are not finite and for a loss that stays flat.
     """
@@ -108,8 +109,10 @@ class _Run:
         self.evaluation_seconds = 0.0  # of the last one
         self.loader_seconds: Mapping[str, float] = {}  # spent until the last log line
         self.has_warned = False
-        self.timer = guards.CheckpointTimer(config.checkpoint_minutes, self.preempted, place)
-        self.request, self.stopped = guards.StopRequest(self.stopping, place), False
+        self.requests = guards.Requests(
+            config.checkpoint_minutes, place, stopping=self.stopping, preempted=self.preempted
+        )
+        self.stopped, self.is_due = False, False  # is_due: a checkpoint
 
     @property
     def finished(self) -> bool:
@@ -169,12 +172,13 @@ class _Run:
         """After a step: the log line and the checkpoint that are due, if any."""
         step = self.position.step
         every = self.config.checkpoint_steps or self.total_steps
-        end = step % self.steps_per_epoch == 0  # finish_epoch saves there
-        asked, self.stopped = self.timer.is_due(step), self.request.is_made(step)
-        due = self.stopped or (not end and (asked or step % every == 0))
-        if due or end or step % self.config.log_steps == 0:
+        end = step % self.steps_per_epoch == 0  # evaluated before it is saved
+        self.stopped, asked = self.requests.made(step)
+        self.is_due |= asked or step % every == 0
+        now = self.stopped or (self.is_due and not end)
+        if now or end or step % self.config.log_steps == 0:
             self.log_progress(epoch)
-        if due:
+        if now:
             self.save()
             self.meter.start()
 
@@ -196,6 +200,7 @@ class _Run:
         self.meter.start()
 
     def finish_epoch(self, epoch: int) -> None:
+        """Evaluates, and saves what is the end, among the best so far, or due."""
         position, began = self.position, time.monotonic()
         if not self.finished:
             self.train.prefetch(self._parts(self._batches(epoch + 1)))  # while val is read
@@ -221,17 +226,19 @@ class _Run:
         position.val_errors = [*position.val_errors, 1 - result.top1]
         if self.place.rank == 0:
             self.log(position.metrics, position.step)
-        self.save()
+        best = sorted(position.val_errors)[: self.config.keep_best]
+        if self.is_due or self.finished or position.val_errors[-1] in best or self.requests.late():
+            self.save()
 
     def save(self) -> None:
-        """Reports the current state to the outside, with a checkpoint folder on rank 0."""
+        """Reports the current state to the outside, with what writes a checkpoint on rank 0."""
         guards.check_weights(self.stepper.model, self.position.step, self.config)
-        folder = None
+        write = None
         if self.place.rank == 0:
-            folder = checkpoint.temporary_folder()
-            checkpoint.save(folder, self.stepper.tensors(), self._state())
-        self.report(self.position.metrics, folder)
-        self.timer.saved()
+            write = checkpoint.held(self.stepper.tensors(), self._state())
+        self.report(self.position.metrics, write)
+        self.requests.saved()
+        self.is_due = False
 
     def _line(self, metrics: dict[str, float], epoch: int) -> dict[str, float]:
         """`metrics` of the steps since the last line, with where the run stands."""

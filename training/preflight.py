@@ -42,8 +42,8 @@ _BELOW = len("/checkpoint-00000000-000000/optimizer.safetensors") + 96
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes that one worker needs: weights with what is kept for each, and every image of its part
-    of a batch. `checkpoint` is what one takes on disk."""
+    """Bytes that one worker needs: weights with what is kept for each, every image of its part of a
+    batch, and a checkpoint's copy while it is written. `checkpoint`: of one, on disk as well."""
 
     parameters: int
     weights: int
@@ -53,7 +53,7 @@ class Memory:
 
     @property
     def total(self) -> int:
-        return self.weights + self.batch * self.image
+        return self.weights + self.checkpoint + self.batch * self.image
 
 
 @dataclass(frozen=True)
@@ -263,10 +263,10 @@ def _check_folders(job: Job) -> None:
 
 def check_node(job: Job) -> None:
     """Raises UserError where this node's own disk is too full: for the cache of shards on S3, of
-    which `--cache-gb` or all are kept, or for two checkpoints on their way to storage."""
+    which `--cache-gb` or all are kept, or for a checkpoint on its way to storage."""
     remedy = "make room on this node, or set TMPDIR to another disk"
-    two = 2 * job.memory.checkpoint
-    _refuse_full(tempfile.gettempdir(), two, "two checkpoints on their way", remedy)
+    one = job.memory.checkpoint
+    _refuse_full(tempfile.gettempdir(), one, "a checkpoint on its way to storage", remedy)
     if job.config.synthetic or not storage.is_s3(job.data):
         return
     cache = str(storage.home() / "cache")
@@ -346,7 +346,8 @@ def _saved_bytes(model: nn.Module, *, half: bool) -> list[int]:
 def _refuse_too_large(config: TrainConfig, memory: Memory, total: int, device: str) -> None:
     if memory.total > total:
         workers = config.min_workers or config.workers
-        fits = int((total - memory.weights) / memory.image * workers * 0.99)
+        beside = memory.weights + memory.checkpoint
+        fits = int((total - beside) / memory.image * workers * 0.99)
         raise UserError(
             f"a batch of {config.optim.batch_size} over {workers} worker(s) needs about "
             f"{_gb(memory.total)} each, {device} has {_gb(total)}; pass --optim.batch-size "
@@ -458,7 +459,8 @@ def _another(client: Any, owner: str, config: TrainConfig, run: Any | None) -> s
 def _checkpoints(job: Job) -> str:
     config = job.config
     steps, minutes = config.checkpoint_steps, config.checkpoint_minutes
-    when = ["every epoch"]
+    when = ["at the end"]
+    when += ["after the best epochs"] if config.keep_best else []
     when += [f"every {steps} steps"] if steps else []
     when += [f"every {minutes:g} minutes"] if minutes else []
     free = storage.free_bytes(str(config.storage))

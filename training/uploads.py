@@ -1,8 +1,8 @@
 """Checkpoints on their way to storage, and which of them stay there.
 
-Uploads run behind the training's back, one at a time, so that a slow store costs no steps and a
-local disk never holds more than two checkpoints. The files of one go first, its hashes.json last:
-whatever is killed in between leaves a folder that nobody takes for a checkpoint.
+They are written and uploaded behind the training's back, one at a time, so that a slow store costs
+no steps and the local disk never holds more than one. The files of one go first, its hashes.json
+last: whatever is killed in between leaves a folder that nobody takes for a checkpoint.
 """
 
 import contextlib
@@ -25,10 +25,6 @@ logger = logging.getLogger("training")
 _PREFIX = "checkpoint-"
 _LAST = "hashes.json"
 _LONGEST_PAUSE = 20.0  # seconds between two tries
-_LEAVE_IT = (
-    "keep this host's temporary folder from being cleaned, or set TMPDIR to another one, and run "
-    "the same command again"
-)
 
 
 class Uploader:
@@ -58,15 +54,11 @@ class Uploader:
         self._stored: int | None = None  # the last step that arrived
         self._has_complained = False  # that old ones stay
 
-    def send(self, folder: Path) -> None:
-        """Uploads a checkpoint folder in the background and deletes it; waits for the one before.
-        Raises UserError when that one could not be stored: `folder` is deleted then as well."""
-        try:
-            self.wait()
-        except BaseException:
-            shutil.rmtree(folder, ignore_errors=True)
-            raise
-        self._under_way = self._pool.submit(self._upload, folder)
+    def send(self, write: Callable[[], Path]) -> None:
+        """In the background: uploads the checkpoint folder that `write` makes, and deletes it.
+        Waits for the one before. Raises UserError when that one could not be stored."""
+        self.wait()
+        self._under_way = self._pool.submit(self._upload, write)
 
     def tidy(self, newest: str) -> None:
         """Deletes in the background what a killed run left beside `newest`, the checkpoint that
@@ -93,12 +85,8 @@ class Uploader:
         finally:
             self._pool.shutdown()
 
-    def _upload(self, folder: Path) -> None:
-        try:
-            checkpoint.verify(folder)  # what cleans temporary folders may have been there
-        except UserError as error:
-            shutil.rmtree(folder, ignore_errors=True)
-            raise UserError(f"{error}; {_LEAVE_IT}") from error
+    def _upload(self, write: Callable[[], Path]) -> None:
+        folder = write()
         try:
             step = int(checkpoint.load_state(folder)["step"])
             name = f"{_PREFIX}{step:08d}-{secrets.token_hex(3)}"  # a repeated step: another folder
@@ -107,7 +95,10 @@ class Uploader:
                 target = storage.join(self._run, name, path.name)
                 self._patiently(functools.partial(storage.write, target, path.read_bytes()))
         except FileNotFoundError as error:
-            raise UserError(f"{error.filename} vanished; {_LEAVE_IT}") from error
+            raise UserError(
+                f"{error.filename} vanished; keep this host's temporary folder from being cleaned, "
+                "or set TMPDIR to another one, and run the same command again"
+            ) from error
         finally:
             shutil.rmtree(folder, ignore_errors=True)
         self._stored = step

@@ -183,10 +183,10 @@ def _reporting(uploads: Uploader | None) -> loop.Report:
     """Checkpoints go through our own uploads and not through Ray's, which deletes no folder that
     it has not registered and refuses to go on when a registered one is gone."""
 
-    def report(metrics: dict[str, float], folder: Path | None) -> None:
-        if folder is not None:
+    def report(_: dict[str, float], write: Callable[[], Path] | None) -> None:
+        if write is not None:
             assert uploads is not None, "only rank 0 is handed checkpoints"
-            uploads.send(folder)
+            uploads.send(write)
 
     return report
 

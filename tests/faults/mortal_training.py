@@ -6,6 +6,7 @@ import resource
 import signal
 import subprocess
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -52,9 +53,9 @@ def train(
         with Path(log).open("a") as file:
             file.write(json.dumps({"step": step, "pid": os.getpid(), **metrics}) + "\n")
 
-    def report(metrics: dict[str, float], folder: Path | None) -> None:
-        assert folder is not None
-        uploads.send(folder)
+    def report(metrics: dict[str, float], write: Callable[[], Path] | None) -> None:
+        assert write is not None
+        uploads.send(write)
 
     keep_last, keep_best = config.keep_last, config.keep_best
     try:

@@ -1,6 +1,7 @@
 """Trainings on shards and checkpoints of a bad store: the undisturbed one's weights in the end."""
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -100,9 +101,9 @@ class Training:
         ):
             self.starts.append(0 if resume is None else checkpoint.load_state(resume)["step"])
 
-            def report(_: dict[str, float], saved: Path | None) -> None:
-                assert saved is not None
-                uploads.send(saved)
+            def report(_: dict[str, float], write: Callable[[], Path] | None) -> None:
+                assert write is not None
+                uploads.send(write)
 
             place = loop.Place(CPU, threads=2)
             loop.fit(
@@ -169,7 +170,7 @@ def test_a_checkpoint_that_was_deleted_since_it_was_listed_is_passed_over(
         for step in (1, 2):
             state = {"step": step, "metrics": {}, "evaluated_step": 0}
             checkpoint.save(tmp_path / "here", {"model": {}, "optimizer": {}}, state)
-            uploads.send(tmp_path / "here")
+            uploads.send(lambda: tmp_path / "here")
             uploads.wait()
     proxy.foul(Weather())
     with checkpoint.newest_good(run) as newest:

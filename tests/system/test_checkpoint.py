@@ -99,6 +99,20 @@ def test_the_step_after_loading_is_the_step_that_would_have_followed(folder):
         assert torch.equal(mine, theirs)
 
 
+def test_what_is_held_is_written_as_it_was_whatever_the_next_steps_do(monkeypatch, tmp_path):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    model, optimizer = fresh(0)
+    train_step(model, optimizer, 1)
+    save(tmp_path / "then", model, optimizer, STATE)
+    tensors = {"model": model.state_dict(), "optimizer": checkpoint.momentum(model, optimizer)}
+    write = checkpoint.held(tensors, STATE)
+    train_step(model, optimizer, 2)
+    folder = write()
+    for name in FILES:
+        assert (folder / name).read_bytes() == (tmp_path / "then" / name).read_bytes(), name
+    checkpoint.verify(folder)
+
+
 def test_further_tensors_travel_and_are_guarded_like_the_others(trained, tmp_path):
     averaged = {name: value.float() / 2 for name, value in trained[0].state_dict().items()}
     tensors = {"model": averaged, "optimizer": {}, "raw": trained[0].state_dict()}

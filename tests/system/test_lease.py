@@ -9,6 +9,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -220,11 +221,11 @@ def test_superseded_uploader_stores_and_deletes_nothing(tmp_path):
     first = lease.held(run)
     check = lambda: lease.refuse_superseded(run, first.number, first.token)  # noqa: E731
     uploads = Uploader(run, keep_last=1, keep_best=0, check=check)
-    uploads.send(made(tmp_path / "here", 1))
+    uploads.send(partial(made, tmp_path / "here", 1))
     uploads.wait()
     left(run, number=2)
     made(tmp_path / "run" / "checkpoint-00000003-other", 3)
-    uploads.send(made(tmp_path / "here", 2))
+    uploads.send(partial(made, tmp_path / "here", 2))
     with pytest.raises(Superseded):
         uploads.wait()
     uploads.tidy("checkpoint-00000001-any")

@@ -114,31 +114,49 @@ def test_rules_move_the_weights_as_they_say(uri, tmp_path):
 # When it saves
 
 
-def test_checkpoints_come_by_the_clock_at_the_steps_where_ranks_meet(uri, tmp_path):
-    config = small_config(optim_batch_size=1, optim_epochs=2)
-    timed = dataclasses.replace(config, checkpoint_minutes=1e-9)
-    assert guards.ASK_STEPS == 20
-    assert sorted(fit(timed, uri, tmp_path / "timed").folders) == [20, 28, 40, 56]
-    patient = dataclasses.replace(config, checkpoint_minutes=60.0)
-    assert sorted(fit(patient, uri, tmp_path / "patient").folders) == [28, 56]
-    never = dataclasses.replace(config, checkpoint_minutes=None)
-    assert sorted(fit(never, uri, tmp_path / "never").folders) == [28, 56]
+@pytest.mark.parametrize(
+    ("changes", "saved"),
+    [
+        ({"checkpoint_minutes": 1e-9}, [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12]),
+        ({"checkpoint_minutes": 60.0}, [4, 12]),
+        ({"checkpoint_minutes": None}, [4, 12]),
+        ({"checkpoint_minutes": 60.0, "checkpoint_steps": 8}, [4, 8, 12]),
+        ({"checkpoint_minutes": 60.0, "keep_best": 0}, [12]),
+        ({"checkpoint_minutes": 60.0, "keep_best": 2}, [4, 8, 12]),
+    ],
+    ids=["late", "not late", "never late", "by steps", "best not kept", "two best"],
+)
+def test_saved_are_the_end_the_best_epochs_and_what_is_due_by_clock_or_steps(
+    uri, tmp_path, monkeypatch, changes, saved
+):
+    monkeypatch.setattr(guards, "_MOST_STEPS", 1)  # looks at the clock after every step
+    errors = iter([0.5, 0.7, 0.6])
+    measured = loop.evaluate
+
+    def worse_after_the_first(*args: Any, **rest: Any) -> Any:
+        return dataclasses.replace(measured(*args, **rest), top1=1 - next(errors))
+
+    monkeypatch.setattr(loop, "evaluate", worse_after_the_first)
+    run = fit(small_config(optim_epochs=3, **changes), uri, tmp_path / "kept")
+    assert sorted(run.folders) == saved
 
 
-def test_notice_of_preemption_saves_at_once_and_goes_on(uri, tmp_path):
+def test_notice_of_preemption_saves_at_once_and_goes_on(uri, tmp_path, monkeypatch):
+    monkeypatch.setattr(guards, "_MOST_STEPS", 1)
+    monkeypatch.setattr(guards, "_NOTICE_SECONDS", 0.0)
     asked: list[bool] = []
 
-    def preempted() -> bool:
-        asked.append(len(asked) == 1)
+    def preempted() -> bool:  # first asked after the second step: the first one agrees on it
+        asked.append(len(asked) == 4)
         return asked[-1]
 
-    config = small_config(optim_batch_size=1, optim_epochs=2, log_steps=50)
+    config = small_config(log_steps=50)
     record = fit(config, uri, tmp_path / "kept", preempted=preempted)
-    assert asked == [False, True]
-    assert sorted(record.folders) == [28, 40, 56]
-    assert [step for step, metrics in record.logged if "loss" in metrics] == [28, 40, 50, 56]
-    state = json.loads((record.folders[40] / "state.json").read_text())
-    assert state["evaluated_step"] == 28, "its val figures are those of older weights"
+    assert asked == [False] * 4 + [True] + [False] * 2
+    assert sorted(record.folders) == [4, 6, 8]
+    assert [step for step, metrics in record.logged if "loss" in metrics] == [4, 6, 8]
+    state = json.loads((record.folders[6] / "state.json").read_text())
+    assert state["evaluated_step"] == 4, "its val figures are those of older weights"
 
 
 # How it computes

@@ -58,7 +58,7 @@ def test_table_has_data_steps_checkpoints_and_state_and_nothing_is_started(
     manifest = load_manifest(data)
     assert f"{data} ({manifest.digest[:12]}): 21 train and 4 val samples of 4 classes, 227" in told
     assert "3 in an epoch, 6 in 2 epochs; batches of 8 over 1 worker(s)" in told
-    assert "every epoch, every 2 steps, every 10 minutes" in told
+    assert "at the end, after the best epochs, every 2 steps, every 10 minutes" in told
     assert f"to {tmp_path / 'home' / 'runs'}/small" in told
     assert "run small is new" in told
     client = tracking.connect(tracking.tracking_uri())
@@ -141,7 +141,10 @@ def test_memory_is_that_of_the_fewest_workers(data):
     alone = estimate(config_of(data), manifest)
     assert estimate(config_of(data, workers=4), manifest).batch == alone.batch / 4
     few = estimate(config_of(data, workers=4, min_workers=2), manifest)
-    assert few.batch == alone.batch / 2 and few.total == few.weights + few.batch * few.image
+    assert (
+        few.batch == alone.batch / 2
+        and few.total == few.weights + few.checkpoint + few.batch * few.image
+    )
 
 
 def test_batch_beyond_the_memory_is_refused_with_one_that_fits(data):

@@ -9,7 +9,8 @@ from ranks import run_ranks
 from small_training import CPU, small_config, without_dropout
 
 from alexnet.optim import Rates
-from training.guards import ASK_STEPS, CheckpointTimer, StopRequest
+from training import guards
+from training.guards import Requests
 from training.meter import GRAD_NORM, IMAGES, LOSS
 from training.network import build_model
 from training.order import rank_part
@@ -44,21 +45,24 @@ def stepped(place: Place, dtype: torch.dtype = torch.float32, **changes: Any) ->
 def on_rank(rank: int, world_size: int) -> dict[str, Any]:
     without_dropout(setattr)
     place = Place(CPU, rank=rank, world_size=world_size)
-    clocks = {
-        "rank 0 late": CheckpointTimer(1e-9 if rank == 0 else None, None, place),
-        "others late": CheckpointTimer(None if rank == 0 else 1e-9, None, place),
-        "last noticed": CheckpointTimer(None, lambda: rank == world_size - 1, place),
-        "nobody": CheckpointTimer(60.0, lambda: False, place),
+    setattr(guards, "_NOTICE_SECONDS", 0.0 if rank == 0 else 1e9)  # noqa: B010  rank 0's clock
+    last = lambda: rank == world_size - 1  # noqa: E731
+    asked = {
+        "rank 0 late": Requests(1e-9 if rank == 0 else None, place),
+        "others late": Requests(None if rank == 0 else 1e-9, place),
+        "last noticed": Requests(None, place, preempted=last),
+        "last stopped": Requests(None, place, stopping=last),
+        "nobody": Requests(60.0, place, stopping=lambda: False, preempted=lambda: False),
     }
     return {
-        "stop": StopRequest(lambda: rank == world_size - 1, place).is_made(1),
         "looks": looks(place),
         "plain": stepped(place),
         "double": stepped(place, torch.float64),
         "compressed": stepped(place, compress_gradients=True),
         "normed": stepped(place, model_batch_norm=True),
-        "due": {
-            name: (clock.is_due(ASK_STEPS), clock.is_due(21)) for name, clock in clocks.items()
+        "requests": {
+            name: (requests.made(1), requests.made(2), requests.late())
+            for name, requests in asked.items()
         },
     }
 
@@ -71,10 +75,10 @@ def looks(place: Place) -> list[int]:
         asked.append(step)
         return False
 
-    stop = StopRequest(stopping, place)
+    requests = Requests(None, place, stopping=stopping)
     for step in range(1, 13):
         time.sleep(0.15 if place.rank == 0 else 0)
-        assert not stop.is_made(step)
+        assert requests.made(step) == (False, False)
     return asked
 
 
@@ -147,13 +151,17 @@ def test_running_statistics_are_the_means_over_all_ranks(ranks, world_size):
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
-def test_all_ranks_save_by_the_clock_of_the_first_or_a_notice_of_any(ranks, world_size):
+def test_all_ranks_stop_and_save_by_the_clock_of_the_first_or_a_request_to_any(ranks, world_size):
+    """(stop, save) after two steps, and whether it is late. Notices are asked for from the second
+    on, when rank 0's clock has told all of them to."""
+    nothing, save, stop = (False, False), (False, True), (True, False)
     for rank in ranks[world_size]:
-        assert rank["due"] == {
-            "rank 0 late": (True, False),
-            "others late": (False, False),
-            "last noticed": (True, False),
-            "nobody": (False, False),
+        assert rank["requests"] == {
+            "rank 0 late": (save, save, True),
+            "others late": (nothing, nothing, False),
+            "last noticed": (nothing, save, False),
+            "last stopped": (stop, stop, False),
+            "nobody": (nothing, nothing, False),
         }
 
 
@@ -164,15 +172,7 @@ def test_communication_is_measured_where_there_are_others(ranks, alone):
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
-def test_one_ranks_yes_stops_all_and_all_look_at_the_pace_of_the_first(ranks, world_size):
-    assert [rank["stop"] for rank in ranks[world_size]] == [True] * world_size
+def test_all_ranks_meet_at_the_pace_of_the_first(ranks, world_size):
     first, *others = [rank["looks"] for rank in ranks[world_size]]
     assert all(asked == first for asked in others)
     assert first[:2] == [1, 2] and len(first) < 12
-
-
-def test_one_process_asks_nobody():
-    late = CheckpointTimer(1e-9, None, Place(CPU))
-    assert [late.is_due(step) for step in (19, 20, 21, 40)] == [False, True, False, True]
-    late = CheckpointTimer(60.0, None, Place(CPU))
-    assert not late.is_due(20)

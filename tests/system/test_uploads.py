@@ -2,6 +2,7 @@
 
 import random
 import threading
+from functools import partial
 
 import pytest
 from made_checkpoints import made, steps_in
@@ -26,7 +27,7 @@ def test_uploaded_checkpoint_is_the_newest_good_one_and_its_folder_is_gone(where
     folder = made(tmp_path / "here", 7)
     files = {path.name: path.read_bytes() for path in folder.iterdir()}
     with uploader(run) as uploads:
-        uploads.send(folder)
+        uploads.send(lambda: folder)
     assert not folder.exists()
     with checkpoint.newest_good(run) as found:
         assert {path.name: path.read_bytes() for path in found.iterdir()} == files
@@ -36,7 +37,7 @@ def test_each_checkpoint_is_told_once_it_is_whole(tmp_path):
     run, told = str(tmp_path / "run"), []
     with uploader(run, stored=lambda step: told.append((step, steps_in(run)))) as uploads:
         for step in (7, 9):
-            uploads.send(made(tmp_path / f"here-{step}", step))
+            uploads.send(partial(made, tmp_path / f"here-{step}", step))
     assert told == [(7, [7]), (9, [7, 9])]
 
 
@@ -44,7 +45,7 @@ def test_hashes_are_written_last_so_that_a_killed_upload_is_no_checkpoint(tmp_pa
     written, write = [], storage.write
     monkeypatch.setattr(storage, "write", lambda uri, data: (written.append(uri), write(uri, data)))
     with uploader(str(tmp_path / "run")) as uploads:
-        uploads.send(made(tmp_path / "here", 7))
+        uploads.send(partial(made, tmp_path / "here", 7))
     assert len(written) == 4 and written[-1].endswith("/hashes.json")
 
 
@@ -58,8 +59,8 @@ def test_training_goes_on_during_an_upload_and_waits_before_a_second(tmp_path, m
     monkeypatch.setattr(storage, "write", slowly)
     run = str(tmp_path / "run")
     with uploader(run) as uploads:
-        uploads.send(made(tmp_path / "first", 1))  # returns although the store stands still
-        second = threading.Thread(target=uploads.send, args=[made(tmp_path / "second", 2)])
+        uploads.send(partial(made, tmp_path / "first", 1))  # returns: the store stands still
+        second = threading.Thread(target=uploads.send, args=[partial(made, tmp_path / "second", 2)])
         second.start()
         second.join(0.2)
         assert second.is_alive() and steps_in(run) == []
@@ -81,7 +82,7 @@ def test_store_that_comes_back_within_the_patience_loses_nothing(tmp_path, monke
 
     monkeypatch.setattr(storage, "write", away_once)
     with uploader(str(run), patience=120) as uploads:
-        uploads.send(made(tmp_path / "here", 3))
+        uploads.send(partial(made, tmp_path / "here", 3))
     assert steps_in(str(run)) == [3]
     assert caplog.text.count("trying again") == 1
 
@@ -89,15 +90,15 @@ def test_store_that_comes_back_within_the_patience_loses_nothing(tmp_path, monke
 def test_store_that_stays_away_ends_with_one_line_at_the_next_checkpoint(tmp_path):
     run = tmp_path / "run"
     uploads = uploader(str(run))
-    uploads.send(made(tmp_path / "first", 1))
+    uploads.send(partial(made, tmp_path / "first", 1))
     uploads.wait()
     for path in run.iterdir():
         path.rename(tmp_path / path.name)
     run.rmdir()
     run.write_text("")
-    uploads.send(made(tmp_path / "second", 2))
+    uploads.send(partial(made, tmp_path / "second", 2))
     with pytest.raises(UserError) as told:
-        uploads.send(made(tmp_path / "third", 3))
+        uploads.send(partial(made, tmp_path / "third", 3))
     assert "could not be stored for 0 s" in str(told.value) or "for 1 s" in str(told.value)
     assert "step 1 is stored" in str(told.value) and "\n" not in str(told.value)
     assert not (tmp_path / "second").exists() and not (tmp_path / "third").exists()
@@ -107,7 +108,7 @@ def test_full_disk_is_waited_for_and_leaves_no_half_written_files(small_disk, tm
     (small_disk / "filler").write_bytes(bytes(60_000))
     run = small_disk / "run"
     with uploader(str(run), patience=120) as uploads:
-        uploads.send(made(tmp_path / "here", 3))
+        uploads.send(partial(made, tmp_path / "here", 3))
         wait_until(lambda: "No space left on device" in caplog.text)
         (small_disk / "filler").unlink()
     assert steps_in(str(run)) == [3]
@@ -118,7 +119,7 @@ def test_full_disk_is_waited_for_and_leaves_no_half_written_files(small_disk, tm
 def test_what_ended_the_training_is_not_hidden_by_a_failed_upload(tmp_path, caplog):
     (tmp_path / "run").write_text("")
     with pytest.raises(ZeroDivisionError), uploader(str(tmp_path / "run")) as uploads:
-        uploads.send(made(tmp_path / "here", 1))
+        uploads.send(partial(made, tmp_path / "here", 1))
         raise ZeroDivisionError
     assert "could not be stored" in caplog.text
 
@@ -185,7 +186,7 @@ def test_upload_survives_a_store_that_cannot_delete(tmp_path, monkeypatch, caplo
     run = str(tmp_path / "run")
     with uploader(run, keep_last=1) as uploads:
         for step in (1, 2, 3):
-            uploads.send(made(tmp_path / f"here-{step}", step))
+            uploads.send(partial(made, tmp_path / f"here-{step}", step))
             uploads.wait()
     assert steps_in(run) == [1, 2, 3]
     assert caplog.text.count("old checkpoints stay for now") == 1
