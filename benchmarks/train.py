@@ -24,7 +24,7 @@ from benchmarks.images import Raw, stored, write_shards
 from benchmarks.table import Bars, Table, spread
 from benchmarks.turns import in_turns, ratios
 from training.config import TrainConfig
-from training.run import worker_settings
+from training.driver import worker_settings
 from training.tracking import EXPERIMENT
 
 COLUMNS = (

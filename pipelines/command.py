@@ -2,7 +2,8 @@
 disk or terminal can turn into a traceback.
 
 A program calls `begin` before its heavy imports (this module takes milliseconds), lets `answered`
-turn what its work raises into an exit code, and leaves by `leave`.
+turn what its work raises into an exit code, and leaves by `leave`. What it imports only for some of
+its work, it imports in `importing`.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ UNREAD = 141  # as a shell says of a program that died of a closed pipe
 # What Ctrl-C and SIGTERM raise: since it was joined, Ray answers SIGTERM in its own way.
 KINDS = (KeyboardInterrupt, SystemExit)
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_at_once: Any = None  # the handler of `begin`
 _noted: set[str] = set()
 _noting = threading.Lock()
 
@@ -84,6 +86,8 @@ def begin(stopped: str = "interrupted") -> None:
             os.write(2, f"{stopped}\n".encode())
         os._exit(INTERRUPTED)
 
+    global _at_once
+    _at_once = end
     for number in _SIGNALS:
         signal.signal(number, end)
     _open_missing()
@@ -175,15 +179,29 @@ def note(text: str, about: str) -> None:
 @contextlib.contextmanager
 def raised() -> Iterator[None]:
     """Ctrl-C and SIGTERM raise KeyboardInterrupt inside. Only in the main thread."""
+    with _handled(signal.default_int_handler):
+        yield
+
+
+@contextlib.contextmanager
+def importing() -> Iterator[None]:
+    """Heavy imports within `answered`: inside, Ctrl-C and SIGTERM end the process at once, as they
+    do before it."""
+    with _handled(_at_once or signal.default_int_handler):
+        yield
+
+
+@contextlib.contextmanager
+def _handled(handler: Any) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    previous = {number: signal.signal(number, signal.default_int_handler) for number in _SIGNALS}
+    previous = {number: signal.signal(number, handler) for number in _SIGNALS}
     try:
         yield
     finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+        for number, before in previous.items():
+            signal.signal(number, before)
 
 
 class _Output(io.FileIO):

@@ -38,7 +38,9 @@ def _run(words: list[str]) -> int:
             f"{name!r} is not a command; choose one of {', '.join(COMMANDS)}, or see "
             "`python -m training --help`"
         )
-    code: int = importlib.import_module(COMMANDS[name]).main(rest)
+    with command.importing():
+        program = importlib.import_module(COMMANDS[name])
+    code: int = program.main(rest)
     return code
 
 

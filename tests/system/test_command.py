@@ -22,7 +22,7 @@ from pipelines import command
 # answer are a line of JSON. "gone" is a pipe whose reader has left.
 _PROGRAMS = """
 import io, json, os, runpy, sys
-import benchmarks.__main__, gc, pipelines.cli, pipelines.verify, traceback, training.run
+import benchmarks.__main__, gc, pipelines.cli, pipelines.verify, traceback, training.driver
 import training.evaluate, training.figures, training.predict
 import training.registry.__main__
 
@@ -272,11 +272,40 @@ def test_a_uid_without_an_entry_has_a_name_and_the_home_that_was_given(monkeypat
         storage.write(str(storage.home() / "x"), b"")
 
 
-def test_importing_the_door_imports_nothing_heavy():
-    code = "import sys, pipelines.command; print(*sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    modules = {name.partition(".")[0] for name in done.stdout.split()}
-    assert not modules & {"numpy", "torch", "ray", "mlflow", "pyarrow", "boto3", "PIL"}
+HEAVY = {"torch", "ray", "mlflow", "pandas", "scipy", "matplotlib", "boto3", "PIL"}
+AT_ONCE = """
+import contextlib, runpy, sys
+words = sys.argv = sys.argv[1:]
+with contextlib.suppress(SystemExit):
+    if words[0].endswith(".py"):
+        runpy.run_path(words[0], run_name="__main__")
+    else:
+        runpy.run_module(words[0], run_name="__main__", alter_sys=True)
+print(*{name.partition(".")[0] for name in sys.modules}, file=sys.stderr)
+"""
+
+
+@pytest.mark.parametrize(
+    ("words", "without"),
+    [
+        (("pipelines.command",), HEAVY | {"numpy", "pyarrow"}),
+        (("pipelines", "--help"), HEAVY),
+        ((SCRIPT, "--help"), HEAVY | {"numpy", "pyarrow"}),
+        ((SCRIPT, "--print-config"), HEAVY | {"numpy", "pyarrow"}),
+        (("training.registry", "list"), {"torch", "ray", "scipy", "matplotlib", "boto3", "PIL"}),
+    ],
+)
+def test_a_quick_answer_imports_nothing_heavy(words, without, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", AT_ONCE, *words],
+        cwd=ROOT,
+        env=os.environ | {"ALEXNET_HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    imported = set(done.stderr.splitlines()[-1].split())
+    assert "pipelines" in imported and not imported & without
 
 
 @pytest.mark.parametrize(

@@ -22,9 +22,10 @@ from shard_sets import write_shard_set
 from alexnet.errors import UserError
 from training import lease
 from training.config import to_dict
+from training.driver import worker_settings
 from training.loop import TrainingStopped
 from training.recipes import RECIPES
-from training.run import main, worker_settings
+from training.run import main
 from training.worker import FinalErrors, said
 
 SCRIPT = [sys.executable, str(Path(__file__).resolve().parents[2] / "training" / "run.py")]

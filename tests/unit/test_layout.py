@@ -24,7 +24,7 @@ ALLOWED = {
         "pipelines/build.py",
         "pipelines/cluster.py",
         "pipelines/progress.py",
-        "training/run.py",
+        "training/driver.py",
         "training/worker.py",
         "training/evaluate.py",
     },
@@ -38,9 +38,9 @@ ALLOWED = {
     "webdataset": {"pipelines/shards.py"},
 }
 # training knows the shard format, storage, what is ignored by its name, what every program does at
-# its ends and how figures are labelled; the script may also join a cluster.
+# its ends and how figures are labelled; the driver may also join a cluster.
 FROM_PIPELINES = {"command", "entries", "progress", "shards", "storage"}
-JOINS_A_CLUSTER = {"training/run.py", "training/evaluate.py"}
+JOINS_A_CLUSTER = {"training/driver.py", "training/evaluate.py"}
 
 
 def imports(tree: ast.AST) -> set[str]:

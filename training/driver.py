@@ -1,0 +1,199 @@
+"""The driver of a run: from a checked config to a registered version, or what a dry run says.
+
+Takes seconds to import (Ray, torch, MLflow), which a wrong flag and --help need not wait for.
+"""
+
+import dataclasses
+import logging
+import os
+import sys
+from typing import Any
+
+import ray
+import ray.train
+from ray.train.torch import TorchTrainer
+
+from alexnet.errors import UserError
+from pipelines import cluster, command, storage
+from pipelines.progress import label
+from training import checkpoint, lease, preflight, stop, store, tracking
+from training.command_line import again
+from training.config import TrainConfig
+from training.preflight import Job, placed, workers_of
+from training.registry.package import register
+from training.worker import FinalErrors, said, train_worker
+
+logger = logging.getLogger("training")
+
+# As torch says it of the host and of a GPU, oneDNN, Python and Ray's own watch.
+_OUT_OF_MEMORY = (
+    "can't allocate memory",
+    "out of memory",
+    "could not create a primitive",
+    "can't start new thread",
+    "MemoryError",
+    "OutOfMemoryError",
+)
+
+
+def train(config: TrainConfig) -> int:
+    """Exit code: 0 trained, 1 training failed, 130 interrupted. Raises UserError for what can be
+    known before it starts."""
+    job, client = preflight.preflight(config, alone=not cluster.is_known())
+    config = job.config
+    if job.status == "FINISHED":
+        logger.info(f"run {config.name} is finished; train again under another --name")
+        return 0
+    try:
+        # Left before anything is reported, so that the last line is ours, after all that workers
+        # say.
+        with lease.held(job.folder) as writer, cluster.connected(dashboard=True):
+            version = _trained(job, client, writer)
+    except lease.Superseded as error:
+        logger.error(f"error: {error}")
+        return 1
+    except ray.train.TrainingFailedError as error:
+        logger.error(f"error: {_cause(error, config)}")
+        return 1
+    except tracking.FAILURES as error:
+        logger.error(
+            f"error: the run could not be recorded ({store.remedy(job.tracking_uri, error)}; its "
+            f"checkpoints are safe: once that is mended, continue with: {again(config)}"
+        )
+        return 1
+    except command.KINDS as left:
+        why = f": {left}" if isinstance(left, stop.Stopped) else ""
+        logger.error(f"interrupted{why}; continue with: {again(config)}")
+        return command.INTERRUPTED
+    if version is not None:
+        logger.info(f"registered alexnet version {version} as candidate; promote it with:")
+        logger.info("  python -m training.registry promote")
+    return 0
+
+
+def dry_run(config: TrainConfig) -> str:
+    """What a run would do, on the cluster where one is known. Starts nothing; raises UserError."""
+    return preflight.dry_run(config, _on_cluster if cluster.is_known() else None)
+
+
+def _trained(job: Job, client: Any, writer: lease.Lease) -> str | None:
+    """Trains on the cluster that was joined; the number of the version it registers, if any."""
+    config, manifest = job.config, job.manifest
+    cpus, use_gpu = _places(config, job.tracking_uri)
+    run_id = job.run_id or tracking.open_run(client, config, manifest, job.data).info.run_id
+    job = dataclasses.replace(
+        job,
+        run_id=run_id,
+        cpus=cpus,
+        terminal=sys.stderr.isatty(),
+        lease=(writer.number, writer.token),
+    )
+    _announce(job, use_gpu)
+    # Ray Train's own print would put an empty line after each state of the progress bar.
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
+    with command.raised(), tracking.run_status(client, run_id):
+        stop.fit(_trainer(job, use_gpu).fit, writer)
+        writer.check()
+        with checkpoint.newest_good(job.folder) as last:
+            if last is None:
+                raise UserError(
+                    f"the checkpoints of run {config.name} are gone from {config.storage}; put "
+                    "them back, or train anew under another --name"
+                )
+            wanted = config.register and not config.synthetic  # random images: never
+            final = dataclasses.replace(config, register=wanted)
+            return register(client, run_id, last, manifest, final)
+
+
+def _on_cluster(config: TrainConfig) -> str:
+    """What the cluster would give to this run, for the dry run. Raises UserError where it could
+    not start there."""
+    with cluster.connected():
+        cpus, use_gpu = _places(config, tracking.tracking_uri())
+        nodes = sum(node["Alive"] for node in ray.nodes())
+    return f"a cluster of {nodes} nodes: {_workers(config, cpus, use_gpu)}"
+
+
+def _places(config: TrainConfig, uri: str) -> tuple[int, bool]:
+    """CPUs of each worker on the joined cluster, and whether it has a GPU. Raises UserError where
+    the cluster cannot run this at all."""
+    paths = [str(config.data), str(config.storage)]
+    cluster.refuse_local_paths(paths, shared_fs=config.shared_fs)
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    # Rank 0 may run on another node, where the store's file would be another, empty one.
+    if uri.startswith("sqlite:") and len(nodes) > 1:
+        raise UserError(
+            f"{uri} is a file of this node and the cluster has {len(nodes)}; start `mlflow server` "
+            "and set MLFLOW_TRACKING_URI to it"
+        )
+    return placed(config, nodes)
+
+
+def _trainer(job: Job, use_gpu: bool) -> TorchTrainer:
+    config, least = job.config, job.config.min_workers
+    if least:
+        # A node that just died still counts for a while, and a worker that waits for a place on it
+        # keeps the others waiting; with a fixed number there is nothing to do but wait.
+        os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "20")
+    settings = worker_settings(use_gpu)
+    if "TMPDIR" in os.environ and not cluster.is_known():
+        # Checkpoints wait in the user's TMPDIR, also where a Ray of our own has a shorter one.
+        settings["TMPDIR"] = os.environ["TMPDIR"]
+    return TorchTrainer(
+        train_worker,
+        train_loop_config={"job": job},
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=(least, config.workers) if least else config.workers,
+            use_gpu=use_gpu,
+            resources_per_worker={"CPU": job.cpus, **({"GPU": 1} if use_gpu else {})},
+        ),
+        run_config=ray.train.RunConfig(
+            name=label(str(config.name)),  # Ray makes a label of its metrics of it
+            storage_path=str(storage.home() / "ray"),  # Ray's own notes; see training/uploads.py
+            failure_config=ray.train.FailureConfig(max_failures=config.max_failures),
+            callbacks=[FinalErrors()],
+            worker_runtime_env={"env_vars": settings},
+        ),
+    )
+
+
+def worker_settings(use_gpu: bool) -> dict[str, str]:
+    """Environment of the workers, which their C library reads before any code runs there.
+
+    On CPUs each step would give its memory back to the system and take it again, page by page
+    (benchmarks/LOG.md). So malloc keeps what it has, in one heap for all threads; blocks from 1 GiB
+    on still come and go. What the driver's own environment says about
+    these variables comes first. The bits of the results are the same.
+    """
+    keep = {"MALLOC_ARENA_MAX": 1, "MALLOC_MMAP_THRESHOLD_": 2**30}
+    keep["MALLOC_TRIM_THRESHOLD_"] = 2**40
+    return {} if use_gpu else {name: os.environ.get(name, str(keep[name])) for name in keep}
+
+
+def _announce(job: Job, use_gpu: bool) -> None:
+    config, manifest = job.config, job.manifest
+    train, val = (manifest.num_samples(split) for split in ("train", "val"))
+    logger.info(
+        f"run {config.name}: recipe {config.recipe} ({config.model.variant} network, width "
+        f"{config.model.width}), {train} train and {val} val samples of {manifest.num_classes} "
+        f"classes from {job.data}"
+    )
+    logger.info(f"{_workers(config, job.cpus, use_gpu)}; checkpoints in {job.folder}")
+
+
+def _workers(config: TrainConfig, cpus: int, use_gpu: bool) -> str:
+    has_gpu = " and a GPU" if use_gpu else ""
+    return f"{workers_of(config)} worker(s) with {cpus} CPU(s){has_gpu} each"
+
+
+def _cause(error: ray.train.TrainingFailedError, config: TrainConfig) -> str:
+    """What failed, in a worker's own words where it has any; the traceback is in the log above."""
+    if (cause := said(error)) is not None:
+        return str(cause)
+    last = (str(error).strip() or type(error).__name__).splitlines()[-1]
+    if any(word in str(error) for word in _OUT_OF_MEMORY):
+        return (
+            f"a worker ran out of memory ({last[:200]}); give each more: fewer --workers on a node "
+            f"or machines with more; continue with: {again(config)}"
+        )
+    return f"{last}; the traceback is above; continue with: {again(config)}"
