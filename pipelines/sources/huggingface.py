@@ -204,7 +204,7 @@ def _read(raw: str, file: _File) -> _Found:
     )
 
 
-_EMPTY = pa.table({"path": pa.array([], pa.string()), "label": pa.array([], pa.int64())})
+_EMPTY = pa.Table.from_batches([], pa.schema([("path", pa.string()), ("label", pa.int64())]))
 
 
 def _columns(group: pa.Table) -> pa.Table:
