@@ -39,7 +39,7 @@ def train(request: dict[str, Any]) -> dict[str, float]:
 
     def log(metrics: dict[str, float], step: int) -> None:
         logged.append(time.perf_counter())
-        seconds.append(request["batch"] / metrics["images_per_second"])
+        seconds.append(request["batch"] / metrics["step_images_per_second"])
         if step == request["steps"] + 2:
             raise Enough
 

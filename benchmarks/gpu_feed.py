@@ -72,7 +72,7 @@ def run(device: torch.device, rounds: int, scale: Scale) -> Table:
             except (ImportError, UserError) as error:
                 rows.append((name, f"not here: {error}", *["–"] * (len(COLUMNS) - 2)))
             else:
-                rates[name] = [metrics["images_per_second"] for metrics in seen]
+                rates[name] = [metrics["step_images_per_second"] for metrics in seen]
                 rows.append(_row(name, seen, rates.get(SYNTHETIC, rates[name])))
             print(" | ".join(rows[-1]), file=sys.stderr, flush=True)
     setting = (
@@ -138,7 +138,7 @@ def _fed(
     seen: list[dict[str, float]] = []
 
     def log(metrics: dict[str, float], step: int) -> None:
-        if "images_per_second" in metrics and step > 2 * scale.steps:
+        if "step_images_per_second" in metrics and step > 2 * scale.steps:
             seen.append(metrics)
         if len(seen) == rounds:
             raise _Enough
@@ -284,7 +284,7 @@ def _rate(decode: Decode, jpegs: Sequence[bytes], calls: int, device: torch.devi
 
 
 def _row(name: str, seen: list[dict[str, float]], synthetic: list[float]) -> tuple[str, ...]:
-    rates = [metrics["images_per_second"] for metrics in seen]
+    rates = [metrics["step_images_per_second"] for metrics in seen]
     shares = [metrics["mfu"] for metrics in seen if "mfu" in metrics]  # on GPUs
     middle = statistics.median(rates)
     epoch = _IMAGENET / middle

@@ -130,7 +130,7 @@ def _mfu(timed: list[dict[str, float]]) -> str:
 
 
 def _rates(timed: list[dict[str, float]]) -> list[float]:
-    return [metrics["images_per_second"] for metrics in timed]
+    return [metrics["step_images_per_second"] for metrics in timed]
 
 
 def _device(place: Place) -> str:

@@ -160,7 +160,7 @@ def _logged(
     client = MlflowClient(f"sqlite:///{home}/mlflow.db")
     experiment = client.get_experiment_by_name(EXPERIMENT)
     (run,) = client.search_runs([experiment.experiment_id], f"attributes.run_name = '{_RUN}'")
-    history = client.get_metric_history(run.info.run_id, "images_per_second")
+    history = client.get_metric_history(run.info.run_id, "step_images_per_second")
     lines = sorted(history, key=lambda metric: metric.step)
     assert len(lines) == 2, f"{len(lines)} lines were logged"
     (workers,) = client.get_metric_history(run.info.run_id, "workers")

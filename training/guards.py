@@ -82,9 +82,11 @@ def starved(metrics: Mapping[str, float], loader: Mapping[str, float]) -> str | 
     utilization = metrics.get("utilization", 1.0)
     if utilization >= _USEFUL_UTILIZATION:
         return None
-    if metrics["data_copy"] > metrics["data_wait"]:
+    wait, copy = metrics["data_wait"], metrics["data_copy"]
+    between_kernels = wait + copy < 0.5 * (1 - utilization)
+    if copy > wait and not between_kernels:
         cause = "copying images to the device, over a slow bus"
-    elif loader["wait"] < 0.5 * metrics["data_wait"] * metrics["seconds"]:
+    elif between_kernels or loader["wait"] < 0.5 * wait * metrics["seconds"]:
         cause = "the loop itself, not its data; try a larger --optim.batch-size"
     elif loader["read"] > loader["decode"]:
         cause = "the store; try shards on a local disk or a larger --cache-gb"

@@ -256,7 +256,7 @@ class _Run:
             "eta_seconds": left + (epochs - epoch) * self.evaluation_seconds,
         }
         if self.seconds_at_peak is not None:
-            line["mfu"] = metrics["images_per_second"] * self.seconds_at_peak
+            line["mfu"] = metrics["step_images_per_second"] * self.seconds_at_peak
         return line
 
     def _warn_if_starved(self, metrics: Mapping[str, float]) -> None:

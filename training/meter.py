@@ -6,14 +6,19 @@ Every step has three parts on the accelerator's own time line:
     copying     from there until its images and labels are on the device
     computing   augmentation, forward, backward with its communication, and the update
 
-Utilization is MLPerf Storage's: computing time / all time, without the first step of the run.
+images_per_second is what the clock on the wall saw since the last line, whatever held it up:
+evaluations, checkpoints, the start. step_images_per_second is that of the steps alone, without the
+first step of the run. Utilization on CPUs is MLPerf Storage's: computing time / all time of these
+steps. A GPU may idle between two kernels of a step; there it is the share of about the last second
+in which any kernel ran, by its driver (NVML), and left out where nvidia-ml-py or NVML is not there.
 Exposed communication is the part of `computing` between a rank's last own gradient and the moment
 when those of all ranks are in, the wait for the slowest included: what did not hide behind the
-backward pass. MFU, on GPUs alone, is the operations per second that training needs / the peak
+backward pass. MFU, on GPUs alone, is the operations per second that the steps need / the peak
 measured here: a plain matrix product of the run's precision.
 """
 
 import contextlib
+import math
 import platform
 import time
 from collections.abc import Callable, Iterator
@@ -84,6 +89,7 @@ class Meter:
         self._clock, self._device = Clock(device), device
         self._first_step = True
         self.start()
+        self._line = self._started
 
     def start(self) -> None:
         """Begins again; call it after anything between two steps that is not part of them."""
@@ -105,14 +111,14 @@ class Meter:
         """Waits for the device and, over several ranks, for the others: call it on all of them."""
         self._clock.wait()
         sums = torch.stack([step.sums for step in self._steps])
-        times = torch.tensor(self._times(), dtype=torch.float64, device=self._device)
-        both = torch.cat([sums.flatten(), times])
+        times = [*self._times(), _busy(self._device)]
+        both = torch.cat([sums.flatten(), sums.new_tensor(times)])
         if world_size > 1:
             torch.distributed.all_reduce(both)
         values = both.tolist()
         rows = [values[i : i + 5] for i in range(0, sums.numel(), 5)]
         reading = Reading(
-            metrics=self._metrics(rows, [value / world_size for value in values[-4:]], world_size),
+            metrics=self._metrics(rows, [value / world_size for value in values[-5:]], world_size),
             losses=[row[LOSS] / row[IMAGES] for row in rows],
             grad_norms=[row[GRAD_NORM] / world_size for row in rows],
         )
@@ -124,22 +130,26 @@ class Meter:
         self, rows: list[list[float]], times: list[float], world_size: int
     ) -> dict[str, float]:
         loss, top1, top5, images, grad_norm = map(sum, zip(*rows, strict=True))
-        wait, copy, compute, exposed = times
+        wait, copy, compute, exposed, busy = times
         steps, all_time = len(rows), wait + copy + compute
+        now = time.perf_counter()
         timed = rows[1:] if self._leaves_out_first() else rows
         metrics = {
             "loss": loss / images,
             "top1": top1 / images,
             "top5": top5 / images,
             "grad_norm": grad_norm / world_size / steps,
-            "images_per_second": sum(row[IMAGES] for row in timed) / all_time,
+            "images_per_second": images / (now - self._line),
+            "step_images_per_second": sum(row[IMAGES] for row in timed) / all_time,
             "data_wait": wait / all_time,
             "data_copy": copy / all_time,
-            "seconds": time.perf_counter() - self._started,
+            "seconds": now - self._started,
             "steps": float(steps),
         }
-        if not self._first_step or self._leaves_out_first():
-            metrics["utilization"] = compute / all_time
+        self._line = now
+        used = busy if self._device.type == "cuda" else compute / all_time
+        if not math.isnan(used) and (not self._first_step or self._leaves_out_first()):
+            metrics["utilization"] = used
         if world_size > 1:
             metrics["exposed_communication"] = exposed / all_time
         if self._device.type == "cuda":
@@ -169,10 +179,25 @@ class Meter:
         return self._first_step and len(self._steps) > 1
 
 
+def _busy(device: torch.device) -> float:
+    """The share of about the last second in which a kernel ran on a GPU; NaN where nobody knows."""
+    if device.type != "cuda":
+        return math.nan
+    try:
+        from pynvml import NVMLError
+    except ImportError:
+        return math.nan
+    try:
+        return torch.cuda.utilization(device) / 100
+    except (NVMLError, RuntimeError):  # parts of a GPU have none, nor has every container NVML
+        return math.nan
+
+
 _TRAINED = (
     "epoch={epoch:.2f} loss={loss:.4f} top1={top1:.3f} top5={top5:.3f} lr={lr:.5f} "
-    "grad={grad_norm:.3g} img/s={images_per_second:.0f} util={utilization:.0%} "
-    "wait={data_wait:.0%} comm={exposed_communication:.0%} mfu={mfu:.1%} mem={gpu_memory_gb:.1f}GB"
+    "grad={grad_norm:.3g} img/s={images_per_second:.0f} step_img/s={step_images_per_second:.0f} "
+    "util={utilization:.0%} wait={data_wait:.0%} comm={exposed_communication:.0%} mfu={mfu:.1%} "
+    "mem={gpu_memory_gb:.1f}GB"
 )
 _EVALUATED = (
     "epoch={epoch:.0f} val_images={val_images:.0f} val_loss={val_loss:.4f} "

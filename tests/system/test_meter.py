@@ -1,5 +1,6 @@
 """What a log line says; the clock is a script, everything else is real."""
 
+import math
 import subprocess
 from collections.abc import Iterator
 
@@ -27,6 +28,7 @@ TRAINED = {
     "lr": 0.01,
     "grad_norm": 1.234,
     "images_per_second": 99.6,
+    "step_images_per_second": 120.4,
     "data_wait": 0.02,
     "eta_seconds": 61.0,
     "sample_digest": float(0xAB12),
@@ -69,7 +71,8 @@ def test_time_is_waiting_copying_or_computing_and_the_runs_first_step_does_not_c
     assert metrics["utilization"] == pytest.approx(16 / 20)
     assert metrics["data_wait"] == pytest.approx(1.5 / 20)
     assert metrics["data_copy"] == pytest.approx(2.5 / 20)
-    assert metrics["images_per_second"] == pytest.approx(8 / 20)
+    assert metrics["step_images_per_second"] == pytest.approx(8 / 20)
+    assert metrics["images_per_second"] == pytest.approx(12 / 81)
     assert (metrics["seconds"], metrics["steps"]) == (81.0, 3.0)
 
 
@@ -79,7 +82,7 @@ def test_first_step_alone_has_a_rate_and_no_utilization_and_later_ones_have_both
     at += [1.0, 1.0, 2.0, 2.0, 2.0, 2.0]
     one_step(measured, step())
     first = measured.read(1).metrics
-    assert first["images_per_second"] == 2.0 and "utilization" not in first
+    assert first["step_images_per_second"] == 2.0 and "utilization" not in first
     at += [2.0, 2.0, 4.0, 4.0, 4.0, 4.0]
     one_step(measured, step())
     assert measured.read(1).metrics["utilization"] == 1.0
@@ -95,7 +98,9 @@ def test_what_happens_between_steps_is_not_theirs_after_start(at):
     measured.start()
     at += [101.0, 101.0, 102.0, 102.0, 102.0, 102.0]
     one_step(measured, step())
-    assert measured.read(1).metrics["data_wait"] == 0.5
+    metrics = measured.read(1).metrics
+    assert metrics["data_wait"] == 0.5 and metrics["step_images_per_second"] == 2
+    assert metrics["images_per_second"] == pytest.approx(4 / 101), "of the wall's clock they are"
 
 
 def test_exposed_communication_is_its_share_of_all_time(at, monkeypatch):
@@ -106,7 +111,8 @@ def test_exposed_communication_is_its_share_of_all_time(at, monkeypatch):
     one_step(measured, Step(step().sums, (7.0, 9.5)))
     metrics = measured.read(2).metrics
     assert metrics["exposed_communication"] == 0.25
-    assert metrics["images_per_second"] == 0.8, "of both ranks"
+    assert metrics["step_images_per_second"] == 0.8, "of both ranks"
+    assert metrics["images_per_second"] == 8 / 11
     assert metrics["grad_norm"] == 1.0 and metrics["loss"] == 2.0
 
 
@@ -123,12 +129,17 @@ def test_sums_become_means_over_images_and_each_step_keeps_its_loss():
 def test_a_log_line_is_words_with_an_equals_sign():
     assert log_line(TRAINED, 7) == (
         "step=7 epoch=1.50 loss=2.2500 top1=0.500 top5=0.750 lr=0.01000 grad=1.23 img/s=100 "
-        "wait=2% eta=1:01 ids=00000000ab12"
+        "step_img/s=120 wait=2% eta=1:01 ids=00000000ab12"
     )
     more = {"utilization": 0.97, "exposed_communication": 0.011, "mfu": 0.4321}
     line = log_line(TRAINED | more | {"gpu_memory_gb": 3.14}, 7)
     assert " util=97% wait=2% comm=1% mfu=43.2% mem=3.1GB eta=" in line
     assert log_line(EVALUATED, 8).startswith("step=8 epoch=2 val_images=50 val_loss=1.0000")
+
+
+def test_gpu_without_a_driver_that_answers_has_no_utilization():
+    busy = meter._busy(torch.device("cuda"))
+    assert 0 <= busy <= 1 if torch.cuda.is_available() else math.isnan(busy)
 
 
 # Operations and the peak

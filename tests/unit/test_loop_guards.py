@@ -76,13 +76,15 @@ def test_weights_that_are_not_finite_are_not_saved():
         (0.4, 0.0, {"wait": 4.0, "read": 9.0, "decode": 2.0}, "the store"),
         (0.4, 0.0, {"wait": 4.0, "read": 2.0, "decode": 9.0}, "decoding"),
         (0.4, 0.0, {"wait": 0.1, "read": 2.0, "decode": 9.0}, "the loop itself"),
+        (0.0, 0.0, {"wait": 0.0, "read": 2.0, "decode": 9.0}, "the loop itself"),
     ],
 )
 def test_starved_accelerator_is_told_with_its_cause(wait, copy, spent, cause):
-    metrics = {"utilization": 1 - wait - copy, "data_wait": wait, "data_copy": copy, "seconds": 10}
+    used = 1 - (wait + copy or 0.5)  # a GPU that idles between the kernels of its steps
+    metrics = {"utilization": used, "data_wait": wait, "data_copy": copy, "seconds": 10}
     said = starved(metrics, spent)
     assert said is not None
-    assert f"waits for {cause}" in said and f"computes for {1 - wait - copy:.0%}" in said
+    assert f"waits for {cause}" in said and f"computes for {used:.0%}" in said
 
 
 def test_busy_or_unmeasured_accelerator_is_not_complained_about():
