@@ -56,6 +56,18 @@ def test_champion_that_changes_while_tags_are_written_is_not_moved(client, monke
     assert champion(client) == "3"
 
 
+def test_champion_that_changes_while_it_is_judged_against_is_not_moved(client, monkeypatch):
+    def judged(candidate, run, before, asked):
+        client.set_registered_model_alias(NAME, "champion", "3")  # by somebody else
+        check = gate.Check("files", "as registered", "as registered", True)
+        return gate.Verdict(str(candidate.version), before, gate._now(), "", None, (check,))
+
+    monkeypatch.setattr(gate, "_judge", judged)
+    with pytest.raises(Refused, match="changed from version 1 to version 3 meanwhile"):
+        gate.promote(client, "2", gate.Asked())
+    assert state(client) == ("3", BEFORE[1])
+
+
 class Faulty:
     """A client whose call number k fails, before or after the store did it, and all later ones."""
 

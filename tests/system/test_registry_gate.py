@@ -174,6 +174,21 @@ def test_other_data_set_is_refused_also_by_force(client, tmp_path, asked):
     assert found.checks[2].limit.endswith(other)
 
 
+@pytest.mark.parametrize("which", ["description", "run"])
+def test_model_that_names_two_data_sets_is_refused_also_by_force(client, monkeypatch, which):
+    """Where only one of the two names the set on which it is to be judged."""
+    if which == "run":
+        run_id = client.get_model_version(NAME, GOOD).run_id
+        client.set_tag(run_id, "manifest_sha256", "0" * 64)
+    else:
+        model = gate.load(f"models:/{NAME}/{GOOD}")
+        other = model.description | {"manifest_sha256": "0" * 64}
+        other_model = dataclasses.replace(model, description=other)
+        monkeypatch.setattr(gate, "load", lambda uri: other_model)
+    found = refused(client, GOOD, FORCED)
+    assert failed(found) == ["data set"] and "learned from 000000000000" in found.reason
+
+
 def test_mislabelled_model_is_refused_also_by_force(client):
     found = refused(client, FOREIGN, FORCED)
     assert failed(found) == ["classes"]

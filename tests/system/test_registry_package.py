@@ -11,10 +11,11 @@ from mlflow.entities import Metric, Param
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 from registered import AGAIN, GOOD, GOOD_CONFIG, MLFLOW_WARNINGS, POOR, Built
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from pipelines.shards import load_manifest
 from training.network import input_spec
+from training.registry import package
 from training.registry.package import register
 from training.registry.versions import aliases, load, versions
 
@@ -133,6 +134,19 @@ def test_a_run_that_is_registered_again_keeps_its_version(registry, registered_m
     again = register(registry, run_id, registered_models.checkpoint, manifest, GOOD_CONFIG)
     assert again == GOOD and len(versions(registry)) == 4
     assert aliases(registry) == {"candidate": GOOD}
+
+
+def test_a_later_checkpoint_of_a_registered_run_is_another_version(
+    registry, registered_models, tmp_path
+):
+    run_id = registry.get_model_version("alexnet", GOOD).run_id
+    assert package._registered_before(registry, run_id, registered_models.checkpoint) == GOOD
+    weights = load_file(registered_models.checkpoint / "model.safetensors")
+    weights["classifier.fc8.bias"] += 1
+    save_file(weights, tmp_path / "model.safetensors")
+    assert package._registered_before(registry, run_id, tmp_path) is None
+    other = registry.get_model_version("alexnet", POOR).run_id
+    assert package._registered_before(registry, other, registered_models.checkpoint) is None
 
 
 def test_last_figures_that_never_reached_the_run_come_from_the_checkpoint(

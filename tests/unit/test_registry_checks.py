@@ -1,14 +1,19 @@
 """The policy file, the checks that follow it and the paired comparison, without MLflow."""
 
 import math
+from contextlib import nullcontext
 from itertools import product
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from drawn import jpeg
 
+from alexnet.classifier import decode, top_k
 from alexnet.errors import UserError
 from alexnet.model import AlexNet
+from alexnet.preprocess import InputSpec, resize_and_crop
 from training.accuracy import Metrics, Scored
 from training.recipes import RECIPES
 from training.registry import checks
@@ -152,6 +157,28 @@ def test_size_is_that_of_the_weights_and_latency_that_of_one_image(policy):
     latency = checks.latency(network, policy)
     assert latency.passed and 0 < float(latency.value.split()[0]) < 500
     assert not checks.size(torch.nn.Linear(10_000, 6_500, device="meta"), policy).passed
+
+
+@pytest.mark.parametrize("wrong", [0, 1, 7])
+def test_a_model_that_answers_otherwise_to_a_single_image_is_not_as_used(monkeypatch, wrong):
+    model = SimpleNamespace(
+        network=AlexNet(num_classes=4, width=1 / 32).eval(),
+        input_spec=InputSpec(256, 227, (120.0,) * 3, (60.0,) * 3, ((1.0, 0.0, 0.0),) * 3),
+        class_names=("a", "b", "c", "d"),
+    )
+    files = [jpeg(seed) for seed in range(8)]
+    images = torch.stack([resize_and_crop(decode(file), 256, 227) for file in files])
+    rows = []
+    for own in top_k(model.network, images, model.input_spec, model.class_names, k=5):
+        names, shares = zip(*own, strict=True)
+        rows.append((list(names), list(shares)))
+    for row in rows[:wrong]:
+        row[0][0] = row[0][-1]
+        row[1][0] = 0.9
+    monkeypatch.setattr(checks, "verified", nullcontext)
+    monkeypatch.setattr(checks, "in_fresh_process", lambda *_: rows)
+    found = checks.as_used("models:/alexnet/1", "", model, files)
+    assert (found.value, found.passed) == (f"{8 - wrong} of 8 images alike", wrong == 0)
 
 
 # The paired comparison, against arithmetic by hand and against every possible outcome
