@@ -1,12 +1,13 @@
 """Shared by the tests: a drawn raw set and its shards, a Ray, an S3 store, the data folder."""
 
+import contextlib
 import os
 import secrets
 import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from drawn import ROOT
@@ -209,3 +210,24 @@ def local_ray(s3: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str
         )
         yield str(context.address_info["address"])
         ray.shutdown()
+
+
+@pytest.fixture
+def without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tasks of a build run here, one after the other. That it makes no difference is a claim of
+    tests/system/test_build.py."""
+    from pipelines import build, cluster
+
+    def statuses(job: Any, plan: Any, numbers: list[int], _: Any) -> Iterator[dict[str, Any]]:
+        for number in numbers:
+            shard = plan.shards[number]
+            row = {"number": number, "name": shard.name, "shard_id": shard.id}
+            status = build._task(job, row)
+            if status["error"]:
+                raise build.BuildFailed(f"shard {shard.name}: {status['error']}")
+            yield status
+
+    monkeypatch.setattr(build, "_statuses", statuses)
+    monkeypatch.setattr(build, "export", lambda *_: None)
+    monkeypatch.setattr(cluster, "connected", lambda *_: contextlib.nullcontext())
+    monkeypatch.setattr(cluster, "refuse_local_paths", lambda *_, **__: None)

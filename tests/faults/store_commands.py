@@ -3,41 +3,19 @@
 A module that has it needs the plugin `bad_store` too.
 """
 
-import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from made import contents, made_shards
 from store_proxy import Proxy, Weather
 
-import pipelines.build
-from pipelines import cluster, storage
+from pipelines import storage
 from pipelines.cli import main
 from pipelines.plan import Recipe
-from pipelines.progress import BuildFailed
 
 _MOST_LIVES = 8
-
-
-@pytest.fixture
-def without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tasks run here, one after the other: a store fails alike wherever they run."""
-
-    def statuses(job: Any, plan: Any, numbers: list[int], _: Any) -> Iterator[dict[str, Any]]:
-        for number in numbers:
-            shard = plan.shards[number]
-            row = {"number": number, "name": shard.name, "shard_id": shard.id}
-            status = pipelines.build._task(job, row)
-            if status["error"]:
-                raise BuildFailed(f"shard {shard.name}: {status['error']}")
-            yield status
-
-    monkeypatch.setattr(pipelines.build, "_statuses", statuses)
-    monkeypatch.setattr(cluster, "connected", lambda *_: contextlib.nullcontext())
-    monkeypatch.setattr(cluster, "refuse_local_paths", lambda *_, **__: None)
 
 
 @pytest.fixture(scope="module")

@@ -42,6 +42,19 @@ def test_a_job_server_is_no_cluster_to_join(nobody):
         cluster.connect("http://head:8265")
 
 
+def test_several_nodes_with_local_paths_are_refused_unless_shared(monkeypatch):
+    for nodes, paths, shared in (
+        ([True, True], ["s3://bucket/out"], False),
+        ([True, True], ["/out"], True),
+        ([True, False], ["/out"], False),  # the other is gone
+    ):
+        monkeypatch.setattr(ray, "nodes", lambda nodes=nodes: [{"Alive": node} for node in nodes])
+        cluster.refuse_local_paths(paths, shared_fs=shared)
+    monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True}, {"Alive": True}])
+    with pytest.raises(UserError, match=r"/out is local and .* has 2 nodes; .*--shared-fs"):
+        cluster.refuse_local_paths(["s3://bucket/raw", "/out"], shared_fs=False)
+
+
 def test_build_takes_the_flag_before_the_variable(nobody, monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
     raw, out = str(archives(tmp_path / "raw")), str(tmp_path / "out")

@@ -1,4 +1,4 @@
-"""pipelines/storage.py on SeaweedFS: a server on disk, which checks signatures and checksums."""
+"""pipelines/storage.py on SeaweedFS, which checks signatures and checksums, as on a disk."""
 
 import base64
 import contextlib
@@ -11,12 +11,14 @@ import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
 from drawn import ROOT
+from promises import check_that_new_names_keep_their_bytes, check_that_one_writer_wins
 
 from alexnet.errors import UserError
 from pipelines import s3, storage
@@ -24,6 +26,7 @@ from pipelines import s3, storage
 if TYPE_CHECKING:
     from seaweed import Seaweed
 
+pytest_plugins = ["seaweed"]
 
 MIB = 2**20
 
@@ -40,38 +43,50 @@ def noise(size: int, seed: int = 0) -> bytes:
     return np.random.default_rng(seed).bytes(size)
 
 
-def test_the_same_bytes_again_are_fine_and_others_are_refused(seaweed_bucket: str) -> None:
-    uri = f"{seaweed_bucket}/set/train-000000.tar"
-    storage.write_new(uri, noise(5 * MIB))
-    storage.write_new(uri, noise(5 * MIB))  # a retry
-    with pytest.raises(UserError, match="already exists with different contents"):
-        storage.write_new(uri, noise(5 * MIB, seed=1))
-    assert storage.read(uri) == noise(5 * MIB)
-    storage.write(uri, b"other")
-    assert storage.read(uri) == b"other"
-    storage.delete(uri)
-    storage.delete(uri)
-    assert not storage.exists(uri)
+@pytest.fixture(params=["disk", "seaweed"])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    if request.param == "disk":
+        return str(tmp_path)
+    return f"{request.getfixturevalue('seaweed_bucket')}/set"
 
 
-def test_of_eight_writers_of_one_name_one_wins_and_seven_are_told(seaweed_bucket: str) -> None:
-    uri = f"{seaweed_bucket}/contested"
-    start = threading.Barrier(8)
+def test_any_range_is_read_also_one_that_starts_or_ends_beyond_the_end(place: str) -> None:
+    data = noise(9 * MIB + 17)  # of several chunks of the server
+    uri = storage.join(place, "folder", "file.bin")
+    storage.write_new(uri, data)
+    assert storage.exists(uri) and storage.size(uri) == len(data)
+    end = len(data)
+    for offset in (0, 5, 4 * MIB - 3, end - 4, end, end + 9):
+        for length in (None, 0, 1, 10, 6 * MIB):
+            stop = None if length is None else offset + length
+            assert storage.read(uri, offset, length) == data[offset:stop], (offset, length)
 
-    def write(number: int) -> str:
-        start.wait()
-        try:
-            storage.write_new(uri, noise(MIB, seed=number))
-        except UserError as error:
-            return str(error)
-        return ""
 
-    with ThreadPoolExecutor(8) as pool:
-        answers = list(pool.map(write, range(8)))
-    (winner,) = [number for number, answer in enumerate(answers) if not answer]
-    assert storage.read(uri) == noise(MIB, seed=winner)
-    for answer in answers[:winner] + answers[winner + 1 :]:
-        assert "already exists with different contents" in answer
+def test_a_new_name_is_never_given_other_bytes(place: str) -> None:
+    check_that_new_names_keep_their_bytes(place)
+
+
+def test_of_many_writers_of_one_name_one_wins_and_no_other_bytes_appear(place: str) -> None:
+    check_that_one_writer_wins(place)
+
+
+def test_listing_is_recursive_sorted_and_relative(place: str) -> None:
+    for name in ("b/2", "a", "b/1", "b/c/3"):
+        storage.write(storage.join(place, *name.split("/")), name.encode())
+    assert storage.list_files(place) == [("a", 1), ("b/1", 3), ("b/2", 3), ("b/c/3", 5)]
+    assert storage.list_files(storage.join(place, "b")) == [("1", 3), ("2", 3), ("c/3", 5)]
+    assert storage.list_files(storage.join(place, "nothing")) == []
+
+
+def test_what_is_not_there_is_told_by_its_name_and_deleting_it_is_no_news(place: str) -> None:
+    uri = storage.join(place, "missing")
+    storage.write(uri, b"x")
+    for _ in range(2):
+        storage.delete(uri)
+        assert not storage.exists(uri)
+    for function in (storage.read, storage.size):
+        with pytest.raises(UserError, match=r"missing: not there$"):
+            function(uri)
 
 
 def test_an_object_is_stored_with_the_sha256_of_its_bytes(
@@ -96,30 +111,6 @@ def test_bytes_that_differ_from_their_announced_checksum_are_not_stored(
         storage.write_new(uri, b"what arrived")
     assert "\n" not in str(refused.value)
     assert not storage.exists(uri)
-
-
-def test_any_range_is_read_also_one_that_starts_or_ends_beyond_the_end(
-    seaweed_bucket: str,
-) -> None:
-    data = noise(9 * MIB + 17)  # of several chunks of the server
-    uri = f"{seaweed_bucket}/ranges"
-    storage.write_new(uri, data)
-    assert storage.size(uri) == len(data)
-    for offset, length in (
-        (0, None),
-        (0, 1),
-        (4 * MIB - 3, 10),
-        (5, 6 * MIB),
-        (len(data) - 4, 4),
-        (len(data) - 4, 400),
-        (len(data) - 4, None),
-        (len(data), 4),
-        (len(data), None),
-        (len(data) + 9, 4),
-        (7, 0),
-    ):
-        end = None if length is None else offset + length
-        assert storage.read(uri, offset, length) == data[offset:end], (offset, length)
 
 
 def test_a_listing_of_more_than_a_page_is_whole_sorted_and_of_its_prefix_alone(

@@ -8,6 +8,7 @@ import json
 import re
 import tarfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -15,6 +16,7 @@ import pytest
 from drawn import encoded, image
 
 from pipelines import shards
+from pipelines import verify as module
 from pipelines.verify import Findings, verify
 
 
@@ -69,23 +71,36 @@ def test_a_list_of_rejected_images_that_contradicts_the_sidecars_is_found(copy: 
     assert name in verify(str(copy)).bad_files
 
 
-def test_full_compares_every_sample_with_the_index(copy: Path) -> None:
-    forge_index(copy, lambda rows: rows[0].update(sha256="0" * 64, width=7))
-    key = shards.load_index(str(copy), "val")["key"][0].as_py()
-    lines = told(verify(str(copy), full=True))
-    assert [line.partition(": ")[2] for line in lines if line.startswith("val-000000.tar")] == [
-        f"{key}: another sha256 than in the index",
-        f"{key}: its JSON and the index disagree",
+def test_full_compares_every_sample_with_the_index(
+    copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_SHOWN", 100)
+    forge_index(copy, lambda rows: [row.update(sha256="0" * 64) for row in rows])
+    lines = [line for line in told(verify(str(copy), full=True)) if ".tar: " in line]
+    assert lines == [
+        f"{row['shard']}.tar: {row['key']}: another sha256 than in the index"
+        for row in shards.load_index(str(copy), "val").to_pylist()
     ]
 
 
-def forge_shard(copy: Path, samples: list[shards.Sample]) -> None:
-    """val-000000 with other contents, and everything that describes it changed with it."""
+def forge_shard(
+    copy: Path, samples: list[shards.Sample], change: Callable[[list[dict]], object] | None = None
+) -> None:
+    """val-000000 with other contents, and everything that describes it changed with it. change: of
+    its rows in index and sidecar alone."""
     packed = shards.pack("val-000000", samples)
+    if change is not None:
+        rows = packed.index.to_pylist()
+        change(rows)
+        packed = replace(packed, index=pa.Table.from_pylist(rows, schema=shards.INDEX))
+    publish_forged(copy, packed)
+
+
+def publish_forged(copy: Path, packed: shards.Packed) -> None:
     path = copy / "_meta" / "val-000000.parquet"
     _, status = shards.unpack_sidecar(path.read_bytes())
     digest = hashlib.sha256(packed.tar).hexdigest()
-    status |= {"sha256": digest, "bytes": len(packed.tar), "samples": len(samples)}
+    status |= {"sha256": digest, "bytes": len(packed.tar), "samples": packed.index.num_rows}
     status["dali_index_sha256"] = hashlib.sha256(packed.dali_index).hexdigest()
     path.write_bytes(shards.pack_sidecar(packed.index, status))
     forge(copy, "val-000000.idx", packed.dali_index)
@@ -97,7 +112,7 @@ def forge_shard(copy: Path, samples: list[shards.Sample]) -> None:
     manifest["totals"]["val"]["samples"] = sum(rows)
     forge(copy, "manifest.json", json.dumps(manifest).encode())
     wids = json.loads((copy / "shardindex-val.json").read_text())
-    wids["shardlist"][0] |= {"filesize": len(packed.tar), "nsamples": len(samples)}
+    wids["shardlist"][0] |= {"filesize": len(packed.tar), "nsamples": packed.index.num_rows}
     forge(copy, "shardindex-val.json", json.dumps(wids).encode())
     index = shards.load_index(str(copy), "val")
     rest = index.filter(pa.compute.not_equal(index["shard"], "val-000000"))
@@ -122,6 +137,61 @@ def stored_samples(copy: Path) -> list[shards.Sample]:
 
 def changed(sample: shards.Sample, **fields: object) -> shards.Sample:
     return shards.Sample(**(vars(sample) | fields))
+
+
+def test_a_class_in_the_tar_that_all_else_contradicts_is_found(copy: Path) -> None:
+    samples = stored_samples(copy)
+    packed = shards.pack("val-000000", samples)
+    label, other = f"{samples[0].label}".encode(), f"{(samples[0].label + 1) % 4}".encode()
+    assert packed.tar[512:513] == label
+    publish_forged(copy, replace(packed, tar=packed.tar[:512] + other + packed.tar[513:]))
+    assert told(verify(str(copy))) == []
+    assert told(verify(str(copy), full=True)) == [
+        f"val-000000.tar: {samples[0].key}: label {other!r}, the index says {label.decode()}"
+    ]
+
+
+@pytest.mark.parametrize(("field", "step"), [("offset", 512), ("size", -1)])
+def test_a_place_that_index_and_sidecar_give_wrongly_is_found(
+    copy: Path, field: str, step: int
+) -> None:
+    samples = stored_samples(copy)
+    forge_shard(copy, samples, lambda rows: rows[1].update({field: rows[1][field] + step}))
+    assert told(verify(str(copy))) == []
+    (line,) = told(verify(str(copy), full=True))
+    start = (
+        rf"val-000000\.tar: {samples[1].key}: lies at \d+ with {len(samples[1].jpeg)} bytes, the"
+    )
+    assert re.fullmatch(f"{start} index says otherwise", line)
+
+
+def test_each_fact_that_index_and_sidecar_give_wrongly_is_found(
+    copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    facts: list[dict[str, object]] = [{"source": "x"}, {"source_offset": 1}, {"source_size": 1}]
+    facts += [{"source_sha256": "0" * 64}, {"width": 1}, {"height": 1, "fixes": ["grey"]}]
+    samples = stored_samples(copy)
+    monkeypatch.setattr(module, "_SHOWN", 100)
+    forge_shard(
+        copy, samples, lambda rows: [r.update(fact) for r, fact in zip(rows, facts, strict=True)]
+    )
+    assert told(verify(str(copy), full=True)) == [
+        f"val-000000.tar: {sample.key}: its JSON and the index disagree" for sample in samples
+    ]
+
+
+def test_an_image_that_is_stored_and_in_quarantine_as_well_is_found(copy: Path) -> None:
+    name, (stored, *_) = "quarantine/train.jsonl", shards.load_index(str(copy), "train")["key"]
+    (entry,) = shards.load_quarantine(str(copy), "train")
+    before, after = (shards.rejected_name("train", key) for key in (entry["key"], str(stored)))
+    forge(copy, name, shards.canonical_json(entry | {"key": str(stored)}))
+    (copy / before).rename(copy / after)
+    sums = copy / "SHA256SUMS"
+    sums.write_text(sums.read_text().replace(before, after))
+    lines = told(verify(str(copy), full=True))
+    assert f"{name}: 1 image (first {stored}) stored as well" in lines
+    lost = f"1 image (first {entry['key']}) planned, but neither stored nor in quarantine"
+    assert f"index/train.parquet: {lost}" in lines
 
 
 def test_a_wrong_label_is_found_although_the_whole_set_agrees_on_it(copy: Path) -> None:
@@ -175,7 +245,11 @@ def test_members_that_tar_allows_and_the_format_does_not_are_found(copy: Path) -
         ),
         (
             "train-000001.tar",
-            lambda data: data[:-512] + b"x" * 512,
+            lambda data: (
+                data[: (end := -(-len(data.rstrip(b"\0")) // 512) * 512) + 512]
+                + b"x" * 512
+                + data[end + 1024 :]
+            ),  # of the two blocks of the end mark the second
             "something follows the end mark",
         ),
         ("train-000002.tar", lambda data: b"\0" * len(data), "its end its end its end where"),

@@ -15,7 +15,7 @@ from PIL import Image
 from pipelines.cli import main
 from pipelines.plan import Recipe
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:ray.data.context")
+pytestmark = pytest.mark.usefixtures("without_ray")
 LAYOUTS = ("ilsvrc", "imagefolder", "kaggle", "hf_parquet")
 
 
@@ -81,7 +81,6 @@ def nasty(data_folder: Path, tmp_path: Path) -> Path:
 
 
 def test_bad_files_are_quarantined_and_odd_ones_stored_in_their_colours(
-    local_ray: str,
     nasty: Path,
     data_folder: Path,
     tmp_path: Path,
@@ -113,7 +112,7 @@ def test_bad_files_are_quarantined_and_odd_ones_stored_in_their_colours(
 
 
 def test_too_many_bad_files_are_refused_by_default_with_their_share(
-    local_ray: str, nasty: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    nasty: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
     argv = ["build", "--raw", str(nasty), "--out", str(out), "--splits", "train"]

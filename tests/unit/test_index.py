@@ -1,16 +1,13 @@
 """pipelines/sources/index.py: archives are read once, and again when they change."""
 
 import os
-import threading
 from pathlib import Path
 
-import numpy as np
-import pyarrow as pa
 import pytest
 from drawn import tar
 
 from alexnet.errors import UserError
-from pipelines import shards, storage
+from pipelines import shards
 from pipelines.sources import index, tars
 
 
@@ -92,46 +89,6 @@ def test_litter_is_kept_apart_and_counted(archive: Path) -> None:
     assert ignored == {"outer.tar": 4}
     assert found.select(["outer", "name"]).to_pylist() == [{"outer": "n1.tar", "name": "a.JPEG"}]
     assert notes == ["outer.tar: ignored 4 files that desktop systems leave behind, first ._n1.tar"]
-
-
-def test_inner_tars_on_s3_are_read_at_the_same_time(
-    s3: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    uri, read = f"{s3}/index/outer.tar", storage.read
-    storage.write(uri, tar([(f"n{n}.tar", tar([("x.JPEG", b"1")])) for n in range(4)]))
-    together = threading.Barrier(4, timeout=120)  # breaks unless four reads are under way
-
-    def waiting(uri: str, offset: int = 0, length: int | None = None) -> bytes:
-        if threading.current_thread() is not threading.main_thread():
-            together.wait()
-        return read(uri, offset, length)
-
-    monkeypatch.setattr(storage, "read", waiting)
-    assert index.nested(uri)["outer"].to_pylist() == ["n0.tar", "n1.tar", "n2.tar", "n3.tar"]
-
-
-def test_a_kept_index_as_large_as_imagenets_is_loaded_without_an_object_per_image(
-    archive: Path,
-) -> None:
-    rows, classes = 1_281_167, 1000
-    wnids = pa.array([f"n{n:08d}" for n in range(classes)])
-    of_row = pa.array(np.arange(rows) * classes // rows)
-    numbers = pa.array(np.arange(rows)).cast(pa.string())
-    large = pa.table(
-        {
-            "outer": pa.compute.binary_join_element_wise(wnids.take(of_row), "tar", "."),
-            "name": pa.compute.binary_join_element_wise(wnids.take(of_row), numbers, "_"),
-            "offset": pa.array(np.arange(rows) * 115_200),
-            "size": pa.array(np.arange(rows) % 200_000),
-        }
-    )
-    index.nested(str(archive))
-    (kept,) = (archive.parent / "home" / "index").iterdir()
-    kept.write_bytes(shards.parquet_bytes(large))
-    before = pa.total_allocated_bytes()
-    found = index.nested(str(archive))
-    assert pa.total_allocated_bytes() - before < 100e6
-    assert found.equals(large)
 
 
 def test_a_long_reading_says_how_far_it_is(

@@ -174,22 +174,6 @@ def test_a_store_that_fails_stops_every_thread_and_is_told(
         verify(out, full=True)
 
 
-def test_a_set_in_s3_is_verified_as_a_local_one(
-    s3: str, raw: Path, out: str, tmp_path: Path
-) -> None:
-    remote = f"{s3}/{tmp_path.name}"
-    for name, _ in storage.list_files(out):
-        storage.write(f"{remote}/{name}", Path(out, name).read_bytes())
-    assert told(verify(remote)) == []
-    assert told(verify(remote, full=True, raw=str(raw))) == []
-    data = bytearray(Path(out, "val-000000.tar").read_bytes())
-    data[700] ^= 1
-    storage.write(f"{remote}/val-000000.tar", bytes(data))
-    storage.delete(f"{remote}/train-000000.tar")
-    assert verify(remote).bad_files == ("train-000000.tar",)
-    assert verify(remote, full=True).bad_files == ("train-000000.tar", "val-000000.tar")
-
-
 def test_a_set_whose_manifest_is_damaged_is_still_hashed(out: str) -> None:
     Path(out, "manifest.json").write_text('{"format": "alexnet-shards", "format_version": 1}')
     path = Path(out, "val-000000.tar")

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from alexnet.errors import UserError
-from pipelines import entries, sources, storage
+from pipelines import entries, sources
 from pipelines.sources import Source
 
 BOTH = ("train", "val")
@@ -268,17 +268,6 @@ def test_what_may_be_an_image_is_tried_whatever_its_ending(raw: Path) -> None:
     imagefolder(raw, {"train/e/6": b"<html>", "train/e/7.mp4": b"x"})
     with pytest.raises(UserError, match=r"train/e \(none of its 2 files begins like an image\)"):
         sources.scan(str(raw), ["train"])
-
-
-def test_empty_folders_of_a_store_are_seen_by_their_markers(s3: str, tmp_path: Path) -> None:
-    place = f"{s3}/{tmp_path.name}"
-    for name in (*SET, "train/a/", "train/d/", "train/.git/x.jpg", "train/.git/y.jpg"):
-        storage.write(f"{place}/{name}", b"" if name.endswith("/") else b"x")
-    with pytest.raises(UserError, match=r"train/d \(it is empty\)"):
-        sources.scan(place, BOTH)
-    accounts = sources.scan(place, BOTH, partial=True).accounts
-    assert (accounts.images, accounts.ignored) == (len(SET), {"hidden": 1})
-    assert accounts.left_out == {"train/d": "an empty class folder"}
 
 
 def test_what_our_own_commands_leave_beside_their_images_is_no_stranger(

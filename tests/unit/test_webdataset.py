@@ -3,15 +3,15 @@
 import json
 import shutil
 import tarfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pytest
-import webdataset as wds
 from drawn import A, B, C, encoded, image, imagefolder, jpeg, tar
+from labelled_tars import TRAIN, VAL, WNIDS, Files, numbered, sample, timm, written
 from made import made_shards
 
 from alexnet.errors import UserError
@@ -21,69 +21,6 @@ from pipelines.plan import Recipe
 from pipelines.verify import verify
 
 BOTH = ("train", "val")
-WNIDS = (A, B, C)
-TRAIN, VAL = "imagenet1k-train-0000.tar", "imagenet1k-validation-00.tar"
-
-Files = list[tuple[str, bytes]]
-
-
-def sample(key: str, image: bytes, label: object = None, /, **more: object) -> Files:
-    """KEY.jpg, KEY.cls where there is a label, and KEY.json where there is anything more."""
-    files = [(f"{key}.jpg", image)]
-    files += [(f"{key}.cls", str(label).encode())] if label is not None else []
-    return files + ([(f"{key}.json", json.dumps(more).encode())] if more else [])
-
-
-def written(raw: Path, name: str, files: Files) -> None:
-    """By webdataset itself, where each file can be one of its samples."""
-    raw.mkdir(exist_ok=True)
-    by_key: dict[str, dict[str, Any]] = {}
-    for file, data in files:
-        key, _, kind = file.partition(".")
-        by_key.setdefault(key, {"__key__": key})[kind] = data
-    with wds.TarWriter(str(raw / name), encoder=False) as writer:
-        for each in by_key.values():
-            writer.write(each)
-
-
-def timm(raw: Path, **info: Any) -> Path:
-    """Two train tars and one of validation, as timm/imagenet-1k-wds: the keys of train have WNIDs,
-    those of val do not; `info` goes into _info.json."""
-    for number in (0, 1):
-        files: Files = []
-        for n in range(4):
-            label = (n + number) % 3
-            key = f"{WNIDS[label]}_{10 * number + n}"
-            more = {"filename": f"{WNIDS[label]}/{key}.JPEG", "height": 60, "width": 80}
-            files += sample(key, jpeg(10 * number + n), label, label=label, **more)
-        written(raw, f"imagenet1k-train-{number:04d}.tar", files)
-    files = []
-    for n in (2, 0, 1):
-        more = {"filename": f"ILSVRC2012_val_{n:08d}.JPEG", "height": 60, "width": 80}
-        files += sample(f"ILSVRC2012_val_{n:08d}", jpeg(100 + n), n, label=n, **more)
-    written(raw, VAL, files)
-    splits = {
-        split: {"name": split, "filenames": names, "shard_lengths": counts, "num_samples": total}
-        for split, names, counts, total in (
-            ("train", [TRAIN, "imagenet1k-train-0001.tar"], [4, 4], 8),
-            ("validation", [VAL], [3], 3),
-        )
-    }
-    document = {"name": "imagenet1k", "splits": splits} | info
-    (raw / "_info.json").write_text(json.dumps(document))
-    return raw
-
-
-def numbered(raw: Path, labels: dict[str, Sequence[object]], names: str = "") -> Path:
-    """Tars (by name) of images that have nothing but a number."""
-    for number, (name, those) in enumerate(labels.items()):
-        files: Files = []
-        for n, label in enumerate(those):
-            files += sample(f"{n:05d}", jpeg(20 * number + n), label)
-        written(raw, name, files)
-    if names:
-        (raw / "classnames.txt").write_text(names)
-    return raw
 
 
 def truth(raw: Path) -> dict[tuple[str, str], tuple[bytes, int, str]]:
@@ -142,17 +79,6 @@ def test_a_build_has_each_image_once_under_its_class(tmp_path: Path) -> None:
     stored = {key: label for (_, key), (_, label, _) in truth(Path(out)).items()}
     assert stored == {key: label for (_, key), (_, label, _) in truth(raw).items()}
     assert verify(out, full=True, raw=str(raw)).problems == ()
-
-
-def test_the_same_set_in_a_store_is_the_same_and_read_there_by_range(
-    s3: str, tmp_path: Path
-) -> None:
-    raw, place = timm(tmp_path / "raw"), f"{s3}/{tmp_path.name}"
-    for path in raw.iterdir():
-        storage.write(f"{place}/{path.name}", path.read_bytes())
-    source = sources.scan(place, BOTH)
-    assert source.table.equals(sources.scan(str(raw), BOTH).table)
-    assert scanned(place, source) == truth(raw)
 
 
 def test_each_tar_is_indexed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -412,11 +338,3 @@ def test_an_unfinished_set_and_an_absent_split_are_refused(copied: Path) -> None
     (copied / "manifest.json").unlink()
     with pytest.raises(UserError, match="no finished shard set"):
         sources.scan(str(copied), BOTH)
-
-
-def test_the_set_lies_on_s3_as_well(drawn_shards: str, s3: str) -> None:
-    raw = f"{s3}/own"
-    for name, _ in storage.list_files(drawn_shards):
-        if not name.startswith("_meta"):
-            storage.write(f"{raw}/{name}", Path(drawn_shards, name).read_bytes())
-    assert sources.scan(raw, BOTH).table.equals(sources.scan(drawn_shards, BOTH).table)

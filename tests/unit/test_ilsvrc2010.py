@@ -110,10 +110,3 @@ def test_counts_are_checked_in_every_split(tmp_path: Path) -> None:
     ]:
         with pytest.raises(UserError, match=message):
             sources.scan(str(archives_2010(tmp_path, **replaced)), SPLITS)
-
-
-def test_s3_gives_the_same_table_as_the_disk(tmp_path: Path, s3: str) -> None:
-    raw = str(archives_2010(tmp_path))
-    for name, _ in storage.list_files(raw):
-        storage.write(f"{s3}/ilsvrc2010/{name}", Path(raw, name).read_bytes())
-    assert sources.scan(f"{s3}/ilsvrc2010", SPLITS).table.equals(sources.scan(raw, SPLITS).table)

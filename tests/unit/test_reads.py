@@ -1,7 +1,5 @@
 """pipelines/reads.py: the raw images of a shard, fetched ahead; and how its threads end."""
 
-import csv
-import hashlib
 import http.server
 import random
 import threading
@@ -156,35 +154,6 @@ def test_short_and_vanished_files_are_told_with_their_bytes(
     (tmp_path / "c.tar").unlink()
     with pytest.raises(UserError, match=r"c\.tar has changed: it is gone"):
         list(reads.Reader(str(tmp_path), rows))
-
-
-# Every layout
-
-
-@pytest.mark.parametrize("where", ["disk", "s3"])
-@pytest.mark.parametrize("layout", ["ilsvrc", "imagefolder", "kaggle", "hf_parquet"])
-def test_tiny20_has_the_same_labels_and_bytes_in_every_layout(
-    data_folder: Path, s3: str, layout: str, where: str
-) -> None:
-    raw = str(data_folder / "tiny20" / layout)
-    if where == "s3":
-        local, raw = raw, f"{s3}/tiny20/{layout}"
-        for name, _ in storage.list_files(local):
-            storage.write(f"{raw}/{name}", Path(local, name).read_bytes())
-    with (data_folder / "tiny20" / "ground_truth.csv").open() as file:
-        truth = {
-            (line["split"], Path(line["file"]).stem, int(line["index"]), line["wnid"]): line[
-                "sha256"
-            ]
-            for line in csv.DictReader(file)
-        }
-    rows = sources.scan(raw, ["train", "val"], partial=layout == "ilsvrc").table.to_pylist()
-    random.Random(0).shuffle(rows)
-    with reads.Reader(raw, rows) as reader:
-        hashes = {position: hashlib.sha256(data).hexdigest() for position, data in reader}
-    columns = ("split", "key", "label", "wnid")
-    found = {tuple(r[name] for name in columns): hashes[i] for i, r in enumerate(rows)}
-    assert found == truth
 
 
 def test_an_empty_shard_and_an_empty_folder_cost_nothing(tmp_path: Path) -> None:

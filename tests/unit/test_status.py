@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from alexnet.errors import UserError
-from pipelines import shards, storage
+from pipelines import shards
 from pipelines.inspect import status, status_text
 
 
@@ -84,33 +84,6 @@ def test_a_tar_that_is_gone_or_cut_does_not_count(unfinished: Path, drawn_shards
     shutil.copy(Path(drawn_shards, "manifest.json"), unfinished)
     text = status_text(status(str(unfinished)))
     assert "complete but damaged" in text and f"verify {unfinished}" in text
-
-
-def test_a_store_is_asked_for_one_listing_and_footers_only(
-    s3: str, unfinished: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    out = f"{s3}/status"
-    for name, _ in storage.list_files(str(unfinished)):
-        storage.write(f"{out}/{name}", (unfinished / name).read_bytes())
-    local = status(str(unfinished))
-    asked: list[str] = []
-    real_list, real_read = storage.list_files, storage.read
-
-    def list_files(uri: str) -> list[tuple[str, int]]:
-        asked.append("list")
-        return real_list(uri)
-
-    def read(uri: str, offset: int = 0, length: int | None = None) -> bytes:
-        asked.append(uri)
-        return real_read(uri, offset, length)
-
-    monkeypatch.setattr(storage, "list_files", list_files)
-    monkeypatch.setattr(storage, "read", read)
-    document = status(out)
-    timed = ("seconds_since_last_shard", "images_per_second", "eta_seconds")
-    assert {**local, "out": out} | {name: document[name] for name in timed} == document
-    assert asked.count("list") == 1 and len(asked) <= 2 + 2 * 4
-    assert not [uri for uri in asked if uri.endswith(".tar")]
 
 
 def test_where_nothing_was_begun_it_is_said_in_one_line(tmp_path: Path) -> None:

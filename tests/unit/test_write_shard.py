@@ -1,0 +1,174 @@
+"""pipelines/write_shard.py: a shard holds what was planned, or is not published at all."""
+
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from drawn import A, B, C, archives, encoded, image, imagefolder, jpeg
+from made import made_shards
+
+from alexnet.errors import UserError
+from pipelines import plan, plan_files, shards, sources, storage, transform
+from pipelines.build import job_for
+from pipelines.sources import index
+from pipelines.sources.ilsvrc import TRAIN_TAR
+from pipelines.transform import Stored, to_stored
+from pipelines.write_shard import Job, _PixelSums, write_shard
+
+TWO = plan.Recipe(samples_per_shard=2, splits=("train",), partial=True)
+
+
+def begun(raw: Path, out: Path) -> tuple[plan.Plan, Job]:
+    """A build that is planned, and has not made a shard yet."""
+    made = plan.make(sources.scan(str(raw), TWO.splits, partial=True), TWO)
+    plan_files.begin(str(out), str(raw), made)
+    return made, job_for(made, str(raw), str(out))
+
+
+def write_each(made: plan.Plan, job: Job) -> None:
+    for number, shard in enumerate(made.shards):
+        write_shard(job, number, shard.name, shard.id)
+
+
+def published(out: Path) -> list[str]:
+    names = [name for name, _ in storage.list_files(str(out))]
+    return [name for name in names if not name.startswith(("_meta/plan", "_meta/raw"))]
+
+
+def test_worker_with_other_codecs_than_the_driver_makes_no_shard(tmp_path: Path) -> None:
+    made, job = begun(archives(tmp_path / "raw", val=None, devkit=None), tmp_path / "out")
+    for name in job.versions:
+        other = replace(job, versions=job.versions | {name: "0.1"})
+        with pytest.raises(UserError, match=rf"this worker has .*'{name}': '0\.1'.* install the s"):
+            write_each(made, other)
+    assert published(tmp_path / "out") == []
+
+
+def exchanged(archive: Path) -> bytes:
+    """The archive of the same size, with another image, as good, at each place."""
+    data = bytearray(archive.read_bytes())
+    for row in index.nested(str(archive)).to_pylist():
+        other = encoded(image(seed=row["offset"]), quality=40)
+        assert len(other) <= row["size"]
+        data[row["offset"] : row["offset"] + row["size"]] = other.ljust(row["size"], b"\0")
+    return bytes(data)
+
+
+def put(archive: Path, data: bytes) -> None:
+    """In the place of the archive, and one nanosecond younger."""
+    before = archive.stat()
+    archive.write_bytes(data)
+    assert archive.stat().st_size == before.st_size
+    os.utime(archive, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
+
+
+@pytest.mark.parametrize("what", ["other images", "damage"])
+@pytest.mark.parametrize("when", ["while it is indexed", "before it is read", "while it is read"])
+def test_archive_that_changed_behind_the_plan_gives_no_shard(
+    when: str, what: str, tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its size is the same: at the planned places now lie other images, or none."""
+    raw, out = archives(tmp_path / "raw", val=None, devkit=None), tmp_path / "out"
+    archive = raw / TRAIN_TAR
+    data = exchanged(archive) if what == "other images" else bytes(archive.stat().st_size)
+
+    def afterwards(function: Callable[..., object]) -> Callable[..., object]:
+        def wrapped(*args: object) -> object:
+            found = function(*args)
+            put(archive, data)
+            return found
+
+        return wrapped
+
+    if when == "while it is indexed":
+        monkeypatch.setattr(index, "nested", afterwards(index.nested))
+    made, job = begun(raw, out)
+    if when == "before it is read":
+        put(archive, data)
+    elif when == "while it is read":
+        monkeypatch.setattr(transform, "to_stored", afterwards(to_stored))
+    with pytest.raises(UserError, match=rf"{TRAIN_TAR} has changed since this build began"):
+        write_each(made, job)
+    assert published(out) == []
+
+
+def test_image_that_grew_behind_the_plan_gives_no_shard(tmp_path: Path) -> None:
+    """Read to its planned end, it would be stored, or rejected, as a cut one."""
+    files = {f"train/{wnid}/{wnid}_{n}.JPEG": jpeg(n) for wnid in (A, B) for n in range(2)}
+    made, job = begun(imagefolder(tmp_path / "raw", files), tmp_path / "out")
+    for name, data in files.items():
+        imagefolder(tmp_path / "raw", {name: data + b"more"})
+    with pytest.raises(UserError, match=r"\d\.JPEG has changed: it is longer than"):
+        write_each(made, job)
+    assert published(tmp_path / "out") == []
+
+
+def test_what_names_a_file_is_published_after_it_and_the_manifest_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = {f"train/{A}/{A}_{n}.JPEG": b"" if n == 4 else jpeg(n) for n in range(5)}
+    raw, out = imagefolder(tmp_path / "raw", files), tmp_path / "out"
+    order: list[str] = []
+
+    def noted(write: Callable[..., None]) -> Callable[..., None]:
+        def wrapped(uri: str, data: bytes, below: str | None = None) -> None:
+            write(uri, data, below)
+            order.append(uri.removeprefix(f"{out}/"))
+
+        return wrapped
+
+    for name in ("write", "write_new"):
+        monkeypatch.setattr(storage, name, noted(getattr(storage, name)))
+    made_shards(str(raw), str(out), TWO)
+    for name in ("train-000000", "train-000001", "train-000002"):
+        _, status = shards.unpack_sidecar((out / "_meta" / f"{name}.parquet").read_bytes())
+        kept = [shards.rejected_name("train", entry["key"]) for entry in status["rejected"]]
+        files_of = [order.index(file) for file in (f"{name}.tar", f"{name}.idx", *kept)]
+        assert order.index("_meta/plan.parquet") < min(files_of)
+        assert max(files_of) < order.index(f"_meta/{name}.parquet")
+    assert sum(name.endswith(".bin") for name in order) == 1
+    assert order[-2:] == ["SHA256SUMS", "manifest.json"]
+
+
+def test_pixel_statistics_are_those_of_the_train_pixels_before_encoding(
+    drawn_raw: str, drawn_shards: str
+) -> None:
+    pixels = []
+    for row in sources.scan(drawn_raw, ["train"]).table.to_pylist():
+        raw = storage.read(f"{drawn_raw}/{row['source']}", row["offset"], row["size"])
+        made = to_stored(raw, 256, 227, 90)
+        if isinstance(made, Stored):
+            pixels.append(made.pixels.reshape(3, -1).astype(np.float64))
+    everything = np.concatenate(pixels, axis=1)
+    found = shards.load_manifest(drawn_shards).pixels
+    assert found.count == everything.shape[1] == 31 * 227 * 227
+    np.testing.assert_allclose(found.mean, everything.mean(axis=1), rtol=1e-12)
+    np.testing.assert_allclose(found.covariance, np.cov(everything, bias=True), rtol=1e-9)
+
+
+@pytest.mark.parametrize("side", [227, 256, 258, 400])
+def test_pixel_sums_are_exact_for_every_side(side: int) -> None:
+    white = np.full((3, side, side), 255, np.uint8)
+    drawn = np.random.default_rng(side).integers(0, 256, (3, side, side), dtype=np.uint8)
+    sums = _PixelSums()
+    for pixels in (white, drawn):
+        sums.add(pixels)
+    flat = np.concatenate([white.reshape(3, -1), drawn.reshape(3, -1)], axis=1).astype(np.int64)
+    assert sums.to_json() == {
+        "count": flat.shape[1],
+        "sums": flat.sum(axis=1).tolist(),
+        "products": (flat @ flat.T).tolist(),
+    }
+
+
+def test_without_train_the_pixel_statistics_are_those_of_the_first_split(tmp_path: Path) -> None:
+    raw, out = str(archives(tmp_path / "raw")), str(tmp_path / "out")
+    manifest = made_shards(raw, out, plan.Recipe(splits=("val",)))
+    assert manifest.document["pixels"]["split"] == "val"
+    rows = shards.load_index(out, "val").to_pylist()
+    # ground truth 3, 1, 2 by number in the name; IDs: C = 1, A = 2, B = 3
+    found = {row["key"][-1]: (row["wnid"], row["label"]) for row in rows}
+    assert found == {"1": (B, 1), "2": (C, 2), "3": (A, 0)}
