@@ -208,6 +208,9 @@ def _config_of(document: Any) -> TrainConfig:
     if not isinstance(document, dict):
         raise UserError(f"it is not an object of fields; {_SHOWN}")
     document = renamed({name: value for name, value in document.items() if name not in RETIRED})
+    document = {"cache": "none", "decoded_gb": None} | document  # releases without it decoded anew
+    if document["cache"] in ("ram", "gpu"):  # of earlier ones: the memory of each worker
+        document["cache"] = "none"
     given, known = _names(document), _names(to_dict(TrainConfig()))
     for names, problem in [(given - known, "unknown"), (known - given, "missing")]:
         if names:
@@ -241,8 +244,8 @@ def _refuse_retired(flags: list[str]) -> None:
     for flag in flags:
         if (name := flag.partition("=")[0]).removeprefix("--") in RETIRED and name != flag[2:]:
             raise UserError(
-                f"{name} is no flag any more; leave it away: images are decoded on CPUs, in every "
-                "epoch (more --cpus-per-worker decode faster)"
+                f"{name} is no flag any more; leave it away: images are decoded on CPUs (more "
+                "--cpus-per-worker decode faster, --cache decoded decodes each once)"
             )
 
 

@@ -140,6 +140,10 @@ class TrainConfig:
     """Steps between two log lines."""
     cache_gb: float = 20.0
     """Local disk for shards that are read from S3, per node, in GB."""
+    cache: Literal["none", "decoded"] = "none"
+    """decoded: keep decoded images on each node's disk; after the first epoch none is decoded."""
+    decoded_gb: float | None = None
+    """Local disk for decoded images, per node, in GB; by default all, 207 GB of ImageNet."""
     shared_fs: bool = False
     """Say that local paths are on a file system that every node shares."""
     register: bool = True
@@ -179,6 +183,7 @@ def _check_ranges(config: TrainConfig) -> None:
         ("keep-best", config.keep_best, 0),
         ("log-steps", config.log_steps, 1),
         ("cache-gb", config.cache_gb, 0),
+        ("decoded-gb", config.decoded_gb, 0),
     ]:
         if value is not None and not lowest <= value < _HIGHEST:
             raise UserError(f"--{name} {value} is out of range; pass {lowest} or more")
@@ -220,12 +225,13 @@ def _check_pairs(config: TrainConfig) -> None:
 WHERE_AND_HOW_MANY = frozenset(
     {"data", "name", "storage", "workers", "min_workers", "max_failures", "device", "compile"}
     | {"cpus_per_worker", "deterministic", "checkpoint_steps", "checkpoint_minutes", "keep_last"}
-    | {"keep_best", "log_steps", "cache_gb", "shared_fs", "register", "profile"}
+    | {"keep_best", "log_steps", "cache_gb", "cache", "decoded_gb", "shared_fs", "register"}
+    | {"profile"}
 )
 
-# Fields that configs of earlier releases have. They said where decoded images stayed and what
-# decoded them, never what was learned, so a saved config is read without them.
-RETIRED = frozenset({"cache", "decode"})
+# A field that configs of earlier releases have. It said what decoded images, never what was
+# learned, so a saved config is read without it.
+RETIRED = frozenset({"decode"})
 
 
 def to_dict(config: TrainConfig) -> dict[str, Any]:

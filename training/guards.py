@@ -91,7 +91,7 @@ def starved(metrics: Mapping[str, float], loader: Mapping[str, float]) -> str | 
     elif loader["read"] > loader["decode"]:
         cause = "the store; try shards on a local disk or a larger --cache-gb"
     else:
-        cause = "decoding; try a higher --cpus-per-worker"
+        cause = "decoding; try --cache decoded, or a higher --cpus-per-worker"
     return (
         f"the accelerator computes for {utilization:.0%} of the time (90 % is usual) and waits "
         f"for {cause}"

@@ -21,6 +21,7 @@ import torch
 
 from alexnet.errors import UserError
 from pipelines import shards
+from training.decoded import Decoded
 from training.order import Ids
 from training.shard_files import OpenShard, ShardFiles, ShardUses
 
@@ -57,7 +58,8 @@ class Loader:
     """Reads samples of one split by id. Close it, or use it as a context manager, to end its
     threads. Raises UserError for an index that is not the manifest's.
 
-    cache_gb: how much of the node's own disk shards from S3 may take.
+    cache_gb: how much of the node's own disk shards from S3 may take. decoded: where images are
+    kept once they are decoded; it is closed with the loader.
     """
 
     def __init__(
@@ -68,9 +70,10 @@ class Loader:
         *,
         threads: int,
         cache_gb: float = 20.0,
+        decoded: Decoded | None = None,
     ) -> None:
         self._describe(manifest, split)
-        self._samples = Samples(uri, manifest, split)
+        self._samples, self._decoded = Samples(uri, manifest, split, decoded), decoded
         self._files = ShardFiles(uri, manifest.split_shards(split), int(cache_gb * 1e9))
         self._buffers = Buffers(manifest.crop, idle=_AHEAD + 2)
         self._threads = threads
@@ -87,6 +90,8 @@ class Loader:
     def __exit__(self, *_: object) -> None:
         self._files.close()
         self._pool.shutdown(cancel_futures=True)
+        if self._decoded is not None:
+            self._decoded.close()
 
     def timings(self) -> dict[str, float]:
         """Seconds since the start: "read" (with waiting for shards to open or arrive) and "decode",
@@ -186,9 +191,11 @@ class Samples:
     """Where each sample's JPEG lies in its shard, and its way from there to pixels. All methods may
     be called from any thread."""
 
-    def __init__(self, uri: str, manifest: shards.Manifest, split: str) -> None:
+    def __init__(
+        self, uri: str, manifest: shards.Manifest, split: str, decoded: Decoded | None = None
+    ) -> None:
         """Raises UserError for an index that is not the manifest's."""
-        self._uri = uri
+        self._uri, self._decoded = uri, decoded
         # The rest, keys and hashes mostly, would be a gigabyte of ImageNet's index.
         index = shards.load_index(uri, split, ("shard", "offset", "size", "label"))
         self.count = len(index)
@@ -206,14 +213,21 @@ class Samples:
         self.labels = torch.from_numpy(index["label"].to_numpy().astype(np.int64))
 
     def shards_of(self, ids: Ids) -> list[str]:
-        """Names of the shards that hold them."""
-        return [self._names[shard] for shard in np.unique(self._shard[ids])]
+        """Names of the shards that they have to be read from."""
+        return [self._names[shard] for shard in np.unique(self._shard[ids[self._to_decode(ids)]])]
 
     def uses(self, ids_of_batches: Sequence[Ids]) -> ShardUses:
-        """Which shards these batches need, and when."""
+        """Which shards these batches have to be read from, and when."""
         ids = np.concatenate([np.zeros(0, np.int64), *ids_of_batches])
         sizes = np.array([len(ids) for ids in ids_of_batches], np.int64)
-        return ShardUses(self._shard[ids], np.repeat(np.arange(len(sizes)), sizes), self._names)
+        batches, places = np.repeat(np.arange(len(sizes)), sizes), self._to_decode(ids)
+        return ShardUses(self._shard[ids[places]], batches[places], self._names)
+
+    def _to_decode(self, ids: Ids) -> Ids:
+        """Places in `ids` of the images that are not decoded yet."""
+        if self._decoded is None:
+            return np.arange(len(ids))
+        return np.flatnonzero(~self._decoded.holds(ids))
 
     def read(self, ids: Ids, opening: Opening) -> list[memoryview]:
         """The JPEGs of `ids`, from shards that are open or being opened."""
@@ -229,9 +243,11 @@ class Samples:
     def decode(self, ids: Ids, out: np.ndarray, opening: Opening) -> tuple[float, float]:
         """The samples of `ids` into `out`, uint8 (B,H,W,3); the seconds of reading and decoding."""
         began = time.perf_counter()
-        jpegs = self.read(ids, opening)
+        places = np.arange(len(ids)) if self._decoded is None else self._decoded.read(ids, out)
+        jpegs = self.read(ids[places], opening)
         was_read = time.perf_counter()
-        for sample, jpeg, pixels in zip(ids, jpegs, out, strict=True):
+        for place, jpeg in zip(places.tolist(), jpegs, strict=True):
+            sample, pixels = int(ids[place]), out[place]
             try:
                 decoded = simplejpeg.decode_jpeg(jpeg, colorspace="RGB", buffer=pixels)
             except ValueError as error:
@@ -239,6 +255,8 @@ class Samples:
             if decoded.shape != pixels.shape:
                 sizes = f"{decoded.shape[:2]} pixels instead of {pixels.shape[:2]}"
                 raise self._undecodable(sample, sizes, opening)
+            if self._decoded is not None:
+                self._decoded.keep(sample, pixels)
         return was_read - began, time.perf_counter() - was_read
 
     def _undecodable(self, sample: int, why: str, opening: Opening) -> UserError:

@@ -20,6 +20,7 @@ from alexnet.preprocess import Augment, train_view
 from pipelines.shards import Manifest
 from training import checkpoint, guards
 from training.config import TrainConfig, science_digest, to_dict
+from training.decoded import open_decoded
 from training.evaluate import Stopped, evaluate
 from training.guards import TrainingStopped as TrainingStopped
 from training.loader import Batch, Loader, Synthetic
@@ -79,7 +80,11 @@ def fit(
 def _loader(config: TrainConfig, data: str, manifest: Manifest, split: str, place: Place) -> Loader:
     if config.synthetic:
         return Synthetic(manifest, split, place.device)
-    return Loader(data, manifest, split, threads=place.threads, cache_gb=config.cache_gb)
+    decoded = None
+    if config.cache == "decoded":
+        decoded = open_decoded(manifest, split, config.decoded_gb)
+    threads, cache_gb = place.threads, config.cache_gb
+    return Loader(data, manifest, split, threads=threads, cache_gb=cache_gb, decoded=decoded)
 
 
 @dataclass

@@ -22,7 +22,7 @@ from alexnet import NETWORK_SIDE
 from alexnet.errors import UserError
 from pipelines import storage
 from pipelines.shards import Manifest, load_manifest
-from training import checkpoint, lease, tracking
+from training import checkpoint, decoded, lease, tracking
 from training.config import TrainConfig
 from training.network import build_model, input_spec
 from training.order import steps_per_epoch
@@ -126,6 +126,7 @@ def dry_run(config: TrainConfig, cluster: Callable[[TrainConfig], str] | None = 
         after = "nothing is left to train" if job.status == "FINISHED" else "it continues"
         state = f"exists ({job.status}): {after}"
     waits = [] if writer is None else [("writer", f"perhaps still {writer}: the run would wait")]
+    caches = [("decoded", _decoded(job))] if config.cache == "decoded" else []
     return "\n".join(
         f"{name:<12}{text}"
         for name, text in [
@@ -142,6 +143,7 @@ def dry_run(config: TrainConfig, cluster: Callable[[TrainConfig], str] | None = 
             ),
             ("memory", f"about {_gb(job.memory.total)} for each worker; {device} has {_gb(total)}"),
             ("place", place),
+            *caches,
             ("checkpoints", _checkpoints(job)),
             ("tracking", f"{job.tracking_uri} answers; run {config.name} {state}"),
             *waits,
@@ -263,18 +265,28 @@ def _check_folders(job: Job) -> None:
 
 def check_node(job: Job) -> None:
     """Raises UserError where this node's own disk is too full: for the cache of shards on S3, of
-    which `--cache-gb` or all are kept, or for a checkpoint on its way to storage."""
+    which `--cache-gb` or all are kept, for decoded images, or for a checkpoint on its way to
+    storage."""
     remedy = "make room on this node, or set TMPDIR to another disk"
     one = job.memory.checkpoint
     _refuse_full(tempfile.gettempdir(), one, "a checkpoint on its way to storage", remedy)
-    if job.config.synthetic or not storage.is_s3(job.data):
+    config, parts = job.config, list[tuple[str, str, int, int]]()
+    if config.synthetic:
         return
     cache = str(storage.home() / "cache")
-    whole = sum(shard.num_bytes for shard in job.manifest.shards)
-    wanted = min(round(job.config.cache_gb * 1e9), whole)
-    kept = sum(size for _, size in storage.list_files(cache))
-    remedy = "make room on this node, set ALEXNET_HOME to another disk, or pass a lower --cache-gb"
-    _refuse_full(cache, wanted, "the shards kept there", remedy, reusable=kept)
+    if storage.is_s3(job.data):
+        kept = sum(size for name, size in storage.list_files(cache) if name.endswith(".tar"))
+        whole = sum(shard.num_bytes for shard in job.manifest.shards)
+        wanted = min(round(config.cache_gb * 1e9), whole)
+        parts.append(("the shards kept there", "--cache-gb", wanted, kept))
+    if config.cache == "decoded":
+        wanted, kept = decoded.needed_bytes(job.manifest, config.decoded_gb), decoded.kept_bytes()
+        parts.append(("the decoded images", "--decoded-gb", wanted, kept))
+    if parts:
+        what, flags, sizes, reusable = zip(*parts, strict=True)
+        remedy = "make room on this node, set ALEXNET_HOME to another disk, or pass a lower "
+        remedy += " or ".join(flags)
+        _refuse_full(cache, sum(sizes), " and ".join(what), remedy, reusable=sum(reusable))
 
 
 def _refuse_full(place: str, wanted: int, what: str, remedy: str, reusable: int = 0) -> None:
@@ -469,6 +481,12 @@ def _checkpoints(job: Job) -> str:
         f"{_gb(job.memory.checkpoint)} {', '.join(when)} to {job.folder}; the last "
         f"{config.keep_last} and the best {config.keep_best} stay{left}"
     )
+
+
+def _decoded(job: Job) -> str:
+    needed = decoded.needed_bytes(job.manifest, job.config.decoded_gb)
+    there = decoded.kept_bytes()
+    return f"{_gb(needed)} of images on each node's disk in {decoded.folder()}, {_gb(there)} here"
 
 
 def _gb(num_bytes: float) -> str:

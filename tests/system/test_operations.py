@@ -33,6 +33,7 @@ def test_flags_that_are_named_alone_are_flags_of_the_training():
                 "--cpus-per-worker": "2",
                 "--cache-gb": "5",
                 "--checkpoint-minutes": "5",
+                "--decoded-gb": "50",
                 "--optim.lr": "0.1",
                 "--data": "OUT",
             }[name]

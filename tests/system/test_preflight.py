@@ -1,5 +1,6 @@
 """The dry run: what it says is so, what it refuses would fail later, and it starts nothing."""
 
+import dataclasses
 import pickle
 import re
 import shutil
@@ -22,6 +23,7 @@ from training.config import TrainConfig
 from training.network import build_model
 from training.preflight import (
     LONGEST_NAME,
+    check_node,
     checked_name,
     checked_place,
     dry_run,
@@ -158,6 +160,25 @@ def test_batch_beyond_the_memory_is_refused_with_one_that_fits(data):
 def test_disk_without_room_for_the_checkpoints_is_refused(data, small_disk):
     with pytest.raises(UserError, match=r"GB free and the checkpoints of this run take"):
         dry_run(config_of(data, storage=str(small_disk)))
+
+
+def test_disk_without_room_for_the_decoded_images_is_refused_with_both_sizes_and_a_limit_fits(
+    data, small_disk, tmp_path, monkeypatch
+):
+    """A row of 227 * 227 * 3 bytes takes 38 pages; each file has two more."""
+    needed = (25 * 38 + 2 * 2) * 4096
+    config = config_of(data, storage=str(tmp_path / "runs"), cache="decoded")
+    shown = f"{needed / 1e9:.2f} GB of images on each node's disk in {tmp_path}/home/cache/decoded"
+    assert shown in dry_run(config)
+    job, _ = preflight(config, alone=True)
+    monkeypatch.setenv("ALEXNET_HOME", str(small_disk))
+    with pytest.raises(UserError) as told:
+        dry_run(config)
+    assert str(told.value) == (
+        f"{small_disk}/cache has 0.00 GB free and the decoded images take {needed / 1e9:.2f} GB; "
+        "make room on this node, set ALEXNET_HOME to another disk, or pass a lower --decoded-gb"
+    )
+    check_node(dataclasses.replace(job, config=dataclasses.replace(config, decoded_gb=1e-5)))
 
 
 def test_storage_that_cannot_be_written_is_refused(data, tmp_path):

@@ -113,9 +113,11 @@ def test_printed_config_is_whole_and_gives_itself_again(capsys, tmp_path):
     file = tmp_path / "config.json"
     file.write_text(printed)
     assert config_of("--config", str(file)) == config_of(*argv)
-    older = json.loads(printed) | {"cache": "ram", "decode": "gpu"}  # of a release that had them
-    file.write_text(json.dumps(older))
-    assert config_of("--config", str(file)) == config_of(*argv)
+    document = json.loads(printed)
+    del document["cache"], document["decoded_gb"]
+    for older in ({}, {"cache": "ram", "decode": "gpu"}):  # of releases without them, or with these
+        file.write_text(json.dumps(document | older))
+        assert config_of("--config", str(file)) == config_of(*argv)
 
 
 # Wrong flags
@@ -176,7 +178,8 @@ WRONG = [
     ("smoke --cpus-per-worker 0", "--cpus-per-worker 0 is out of range"),
     ("smoke --flat-loss-steps -1", "--flat-loss-steps -1 is out of range"),
     ("smoke --cache-gb -1", "--cache-gb -1.0 is out of range"),
-    ("smoke --cache ram", "--cache is no flag any more; leave it away: images are decoded on CPUs"),
+    ("smoke --decoded-gb -1", "--decoded-gb -1.0 is out of range"),
+    ("smoke --cache ram", "--cache"),
     ("smoke --decode=gpu", "--decode is no flag any more"),
     (
         "smoke --optim.batch-size 4 --workers 8",

@@ -97,6 +97,8 @@ SAME_SCIENCE = {
     "checkpoint_steps": 5,
     "log_steps": 7,
     "cache_gb": 1.0,
+    "cache": "decoded",
+    "decoded_gb": 1.0,
     "shared_fs": True,
     "register": False,
 }

@@ -107,7 +107,7 @@ def test_slow_decoder_is_named_once_in_a_run(tmp_path, monkeypatch, caplog):
     with caplog.at_level(logging.WARNING, "training"):
         run = fit(small_config(optim_batch_size=4), uri)
     said = [record.message for record in caplog.records]
-    assert len(said) == 1 and "waits for decoding; try a higher --cpus-per-worker" in said[0]
+    assert len(said) == 1 and "waits for decoding; try --cache decoded" in said[0]
     late = [metrics for _, metrics in run.logged if "utilization" in metrics]
     assert len(late) == 5, "all lines but that of the first step"
     assert any(metrics["utilization"] < guards._USEFUL_UTILIZATION for metrics in late)
