@@ -55,7 +55,7 @@ def rates(found: Sequence[Result]) -> dict[str, Rate]:
                 known[job] = Rate(measured, f"{result.path.name}, over its {cpus[1]} CPUs")
     for result in found:
         peak = next((v for k, v in _DATA_SHEET.items() if result.hardware.startswith(k)), None)
-        row = "nowhere: --synthetic"
+        row = "memory of the GPU: --synthetic, batch 256"
         if result.name == "gpu-feed" and peak and row in result.rows:
             share = number(result.cell(row, "img/s")) * FLOPS / peak
             known["gpu"] = Rate(share, result.path.name)

@@ -1,300 +1,264 @@
-"""Whether a GPU is fed: the training loop from shards beside --synthetic, and JPEG decoders.
-
-The loop needs pyarrow, simplejpeg, safetensors and tyro; where one is missing, its row says so.
-"""
+"""Whether a GPU is fed: the training loop from shards beside resident images, and JPEG decoders."""
 
 import contextlib
 import dataclasses
+import functools
 import importlib
 import io
 import os
+import shutil
 import statistics
-import sys
-import tempfile
 import time
-from collections.abc import Callable, Sequence
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import simplejpeg
 import torch
 from PIL import Image
 
-from alexnet.errors import UserError
-from benchmarks.table import Bars, Table, spread
+from benchmarks import images
+from benchmarks.fit_loop import Enough
+from benchmarks.gpu_steps import IMAGENET, Part, Row, Scale
+from benchmarks.table import spread
+from pipelines.shards import load_manifest
+from training.loop import Place, fit
+from training.recipes import RECIPES
 
-COLUMNS = (
+FED = (
     "images come from",
-    "img/s",
-    "ratio to --synthetic",
+    "img/s between log lines",
+    "a whole epoch, with evaluation and checkpoint, img/s",
     "utilization",
     "MFU",
     "memory, GB",
-    "an epoch of ImageNet, s (extrapolated)",
-    "90 epochs, min (extrapolated)",
+    "90 epochs of ImageNet, min (extrapolated)",
 )
-DECODERS = ("decoder", "img/s")
-SYNTHETIC = "nowhere: --synthetic"
-WAYS: dict[str, dict[str, Any]] = {
-    SYNTHETIC: {"synthetic": True},
-    "shards, decoded on the CPUs": {},
-}
-_IMAGENET = 1_281_167
 _SIDE = 227
+_PER_SHARD = 5005
 
 
-@dataclass(frozen=True)
-class Scale:
-    batch: int = 512
-    steps: int = 20  # in each round
-    classes: int = 1000
-    width: float = 1.0
-    decoded: int = 256  # JPEGs in a call of a decoder
-    calls: int = 8  # in each round
+def feed(device: torch.device, scale: Scale, scratch: Path) -> Part:
+    """`training.loop.fit` of `baseline`, whole epochs with evaluation and checkpoint."""
+    jpegs, origin = jpegs_of(200)
+    uri = _shards(scratch, jpegs, scale.images, scale)
+    threads = max(1, len(os.sched_getaffinity(0)) - 2)
+    ways: dict[str, dict[str, Any]] = {
+        "memory of the GPU: --synthetic": {"synthetic": True},
+        f"shards, decoded by {threads} threads": {},
+    }
+    part = Part(FED, "", iter(()), "feeding a GPU, img/s")
 
+    def rows() -> Iterator[Row]:
+        for batch in scale.fed:
+            for way, settings in ways.items():
+                name = f"{way}, batch {batch}"
+                steps = -(-scale.images // batch)
+                seen = _fed(uri, device, scale, threads, batch, settings, steps // 2)
+                part.charted[name] = seen.rates
+                yield (name, *_cells(seen, scale))
 
-class _Enough(Exception):
-    """Ends a training that has been watched long enough."""
-
-
-def run(device: torch.device, rounds: int, scale: Scale) -> Table:
-    """Two readings in each epoch, from the second epoch on."""
-    threads = len(os.sched_getaffinity(0))
-    rows, rates = [], {}
-    with tempfile.TemporaryDirectory(prefix="bench-") as folder:
-        uri = ""
-        for name, settings in WAYS.items():
-            try:
-                uri = uri or _shards(Path(folder), scale)
-                seen = _fed(uri, device, rounds, threads, scale, settings)
-            except (ImportError, UserError) as error:
-                rows.append((name, f"not here: {error}", *["–"] * (len(COLUMNS) - 2)))
-            else:
-                rates[name] = [metrics["step_images_per_second"] for metrics in seen]
-                rows.append(_row(name, seen, rates.get(SYNTHETIC, rates[name])))
-            print(" | ".join(rows[-1]), file=sys.stderr, flush=True)
-    setting = (
-        "`training.loop.fit` of the recipe baseline without Ray and MLflow: "
-        f"width {scale.width}, bf16, channels-last, eager, its augmentation; batch {scale.batch}; "
-        f"shards of {_SIDE} px in the page cache, {threads} threads; {rounds} rounds of "
-        f"{scale.steps} steps, from the second epoch on, median [lowest..highest]. Utilization is "
-        "the lowest. Extrapolated: 1,281,167 images at the median rate, without evaluation and "
-        "checkpoints; nobody ran an epoch of ImageNet here."
+    part.setting = (
+        f"`training.loop.fit` of the recipe baseline without Ray and MLflow: width {scale.width}, "
+        f"its precision and augmentation; {scale.images:,} images an epoch ({origin}) in shards "
+        f"of {_SIDE} px in the page cache; {scale.rounds} epochs after a first one, median "
+        "[lowest..highest]; utilization is the lowest. Extrapolated: 1,281,167 images at the "
+        "whole epoch's rate; nobody ran an epoch of ImageNet here."
     )
-    return Table(COLUMNS, tuple(rows), setting, Bars("feeding a GPU, img/s", rates))
+    part.rows = rows()
+    return part
 
 
-def decoders(device: torch.device, rounds: int, scale: Scale) -> Table:
-    """In turns within a round."""
+def waits(device: torch.device, scale: Scale, scratch: Path) -> Part:
+    """Where the host waits for the GPU in one epoch from shards, its evaluation and checkpoint."""
+    count, batch = 20, 64 if device.type == "cuda" else 2
+
+    def rows() -> Iterator[Row]:
+        uri = _shards(scratch, jpegs_of(200)[0], count * batch, scale)
+        found: Counter[str] = Counter()
+
+        def note(message: Any, category: Any, path: str, line: int, *_: Any) -> None:
+            if "called a synchronizing" in str(message):
+                found[f"{'/'.join(Path(path).parts[-2:])}:{line}"] += 1
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("always")
+            warnings.showwarning = note
+            if device.type == "cuda":
+                torch.cuda.set_sync_debug_mode("warn")
+            try:
+                _fed(uri, device, dataclasses.replace(scale, rounds=0), 2, batch, {}, count)
+            finally:
+                if device.type == "cuda":
+                    torch.cuda.set_sync_debug_mode("default")
+        for place, times in found.most_common():
+            yield place, str(times)
+        yield "all", str(sum(found.values()))
+
+    words = (
+        f"`training.loop.fit` of baseline: {count} steps of {batch} with one log line, evaluation "
+        "and checkpoint; as torch.cuda.set_sync_debug_mode counts."
+    )
+    return Part(("file and line", "waits"), words, rows())
+
+
+def decoders(device: torch.device, scale: Scale, scratch: Path) -> Part:
+    """One after another, from memory to uint8 pixels on the decoder's side."""
     jpegs, origin = jpegs_of(scale.decoded)
-    threads = len(os.sched_getaffinity(0))
-    rows: list[tuple[str, ...]] = []
-    rates: dict[str, list[float]] = {}
-    with ThreadPoolExecutor(threads) as pool:
-        ways = _decoders(device, pool, threads)
-        working = {}
-        for name, make in ways.items():
-            try:
-                working[name] = make()
-                working[name](jpegs)
-                rates[name] = []
-            except (ImportError, RuntimeError, UserError, ValueError, OSError) as error:
-                rows.append((name, f"not here: {' '.join(str(error).split())[:200]}"))
-        for number in range(rounds):
-            for name in list(working)[:: 1 if number % 2 == 0 else -1]:
-                rates[name].append(_rate(working[name], jpegs, scale.calls, device))
-    rows = [(name, spread(values)) for name, values in rates.items()] + rows
-    setting = (
-        f"{len(jpegs)} JPEGs of {_SIDE} px a call ({origin}), in memory, to uint8 pixels on the "
-        f"decoder's side; {rounds} rounds of {scale.calls} calls in alternating order, median "
-        "[lowest..highest]."
+    words = f"{len(jpegs)} JPEGs of {_SIDE} px ({origin}) a round, {scale.rounds} rounds."
+    part = Part(("decoder", "img/s"), words, iter(()), "decoding JPEGs, img/s")
+
+    def measured(name: str, decode: Callable[[], object]) -> Row:
+        try:
+            rates = [_rate(decode, len(jpegs), device) for _ in range(scale.rounds + 1)][1:]
+        except (ImportError, RuntimeError) as error:
+            return name, f"not here: {' '.join(str(error).split())[:120]}"
+        part.charted[name] = rates
+        return name, spread(rates)
+
+    def rows() -> Iterator[Row]:
+        for threads in scale.threads:
+            with ThreadPoolExecutor(threads) as pool:
+                decode = functools.partial(pool.map, _on_cpu, jpegs, chunksize=16)
+                yield measured(f"simplejpeg, {threads} threads", lambda: list(decode()))  # noqa: B023
+        for size in (64, 512):
+            decode = functools.partial(_on_gpu, jpegs, size, device)
+            yield measured(f"torchvision.io.decode_jpeg on the GPU, {size} a call", decode)
+
+    part.rows = rows()
+    return part
+
+
+def _shards(scratch: Path, jpegs: Sequence[bytes], count: int, scale: Scale) -> str:
+    return images.write_shards(
+        scratch / "shards",
+        jpegs,
+        crop=_SIDE,
+        train=count,
+        classes=scale.classes,
+        per_shard=_PER_SHARD,
     )
-    return Table(DECODERS, tuple(rows), setting, Bars("decoding JPEGs, img/s", rates))
+
+
+@dataclasses.dataclass
+class _Fed:
+    lines: list[dict[str, float]]
+    epochs: list[float]  # seconds from one evaluation's end to the next
+
+    @property
+    def rates(self) -> list[float]:
+        return [line["images_per_second"] for line in self.lines]
 
 
 def _fed(
     uri: str,
     device: torch.device,
-    rounds: int,
-    threads: int,
     scale: Scale,
+    threads: int,
+    batch: int,
     settings: dict[str, Any],
-) -> list[dict[str, float]]:
-    from pipelines.shards import load_manifest
-    from training.loop import Place, fit
-    from training.recipes import RECIPES
-
+    log_steps: int,
+) -> _Fed:
     baseline = RECIPES["baseline"]()
     config = dataclasses.replace(
         baseline,
-        log_steps=scale.steps,
+        log_steps=log_steps,
         flat_loss_steps=0,
         model=dataclasses.replace(baseline.model, width=scale.width),
-        optim=dataclasses.replace(baseline.optim, batch_size=scale.batch, epochs=2 + rounds),
+        optim=dataclasses.replace(baseline.optim, batch_size=batch, epochs=scale.rounds + 2),
         **settings,
     )
-    seen: list[dict[str, float]] = []
+    seen, ended = _Fed([], []), [0.0]
+    before = torch.get_num_threads()
 
     def log(metrics: dict[str, float], step: int) -> None:
-        if "step_images_per_second" in metrics and step > 2 * scale.steps:
-            seen.append(metrics)
-        if len(seen) == rounds:
-            raise _Enough
+        if "val_top1" in metrics:
+            now = time.perf_counter()
+            seen.epochs.append(now - ended[0])
+            ended[0] = now
+            if len(seen.epochs) == scale.rounds + 1:
+                raise Enough
+        elif seen.epochs:
+            seen.lines.append(metrics)
 
-    with contextlib.suppress(_Enough):
+    def report(_: dict[str, float], write: Callable[[], Path] | None) -> None:
+        assert write is not None
+        writer.submit(lambda: shutil.rmtree(write()))  # behind the training, as an upload
+
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        torch.set_num_threads(1)  # as the workers of run.py
+    with ThreadPoolExecutor(1) as writer, contextlib.suppress(Enough):
         place = Place(device, threads=threads)
-        fit(config, uri, load_manifest(uri), place, log=log, report=lambda *_: None)
+        fit(config, uri, load_manifest(uri), place, log=log, report=report)
+    torch.set_num_threads(before)
+    seen.epochs = seen.epochs[1:]
     return seen
 
 
-def _shards(folder: Path, scale: Scale) -> str:
-    """Two rounds of steps in an epoch. Raises ImportError."""
-    images = importlib.import_module("benchmarks.images")
-    jpegs, _ = jpegs_of(min(200, scale.batch))
-    train = 2 * scale.steps * scale.batch
-    return str(
-        images.write_shards(
-            folder / "shards",
-            jpegs,
-            crop=_SIDE,
-            train=train,
-            classes=scale.classes,
-            per_shard=-(-train // 8),
-        )
+def _cells(seen: _Fed, scale: Scale) -> Row:
+    shares = [line["mfu"] for line in seen.lines if "mfu" in line]  # on GPUs
+    whole = [scale.images / seconds for seconds in seen.epochs]
+    return (
+        spread(seen.rates),
+        spread(whole),
+        f"{min(line.get('utilization', 0.0) for line in seen.lines):.1%}",
+        f"{statistics.median(shares):.1%}" if shares else "–",
+        f"{max(line.get('gpu_memory_gb', 0.0) for line in seen.lines):.1f}",
+        f"{90 * IMAGENET / statistics.median(whole) / 60:.1f}",
     )
 
 
 def jpegs_of(count: int) -> tuple[list[bytes], str]:
-    """Of 227 px at quality 90: photos where $ALEXNET_TEST_DATA has them, or drawn ones whose size
-    in bytes is near theirs. Pillow alone."""
-    images, origin = _photos(), "photos"
-    if not images:
-        random = np.random.default_rng(0)
-        images = [_drawn(random) for _ in range(min(count, 64))]
-        origin = "DRAWN images, unlike photos in detail"
+    """Of 227 px at quality 90: photos where $ALEXNET_TEST_DATA has them, drawn ones otherwise. By
+    Pillow alone: the builder's resize needs torch 2.13."""
+    photos = Path(os.environ.get("ALEXNET_TEST_DATA") or "/nonexistent") / "photos-200.tar"
+    if photos.exists():
+        raw, origin = images.members(photos.read_bytes()), "photos"
+    else:
+        raw, origin = images.drawn(64), "DRAWN images, unlike photos in detail"
     encoded = []
-    for image in images:
+    for jpeg in raw[:count]:
         buffer = io.BytesIO()
-        image.save(buffer, "JPEG", quality=90)
+        _cropped(Image.open(io.BytesIO(jpeg)).convert("RGB")).save(buffer, "JPEG", quality=90)
         encoded.append(buffer.getvalue())
     size = statistics.mean(map(len, encoded)) / 1000
     repeated = [encoded[number % len(encoded)] for number in range(count)]
-    return repeated, f"of {len(encoded)} {origin}, mean {size:.0f} kB"
-
-
-def _photos() -> list[Image.Image]:
-    import tarfile
-
-    path = Path(os.environ.get("ALEXNET_TEST_DATA") or "/nonexistent") / "photos-200.tar"
-    if not path.exists():
-        return []
-    found = []
-    with tarfile.open(path) as tar:
-        for member in tar:
-            file = tar.extractfile(member)
-            if file is not None:
-                image = Image.open(io.BytesIO(file.read())).convert("RGB")
-                found.append(_cropped(image))
-    return found
+    return repeated, f"{len(encoded)} {origin}, stored as {size:.0f} kB"
 
 
 def _cropped(image: Image.Image) -> Image.Image:
     scale = 256 / min(image.size)
-    size = [max(_SIDE, round(side * scale)) for side in image.size]
-    small = image.resize((size[0], size[1]), Image.Resampling.LANCZOS)
-    left, top = ((side - _SIDE) // 2 for side in size)
+    width, height = (max(_SIDE, round(side * scale)) for side in image.size)
+    small = image.resize((width, height), Image.Resampling.LANCZOS)
+    left, top = (width - _SIDE) // 2, (height - _SIDE) // 2
     return small.crop((left, top, left + _SIDE, top + _SIDE))
 
 
-def _drawn(random: np.random.Generator) -> Image.Image:
-    """Smooth colours under a little noise: some 20 kB."""
-    coarse = Image.fromarray(random.integers(0, 256, (12, 12, 3), dtype=np.uint8))
-    smooth = np.asarray(coarse.resize((_SIDE, _SIDE), Image.Resampling.BICUBIC), np.int16)
-    noisy = smooth + random.normal(0, 9, smooth.shape).astype(np.int16)
-    return Image.fromarray(noisy.clip(0, 255).astype(np.uint8))
+def _on_cpu(jpeg: bytes) -> np.ndarray:
+    return simplejpeg.decode_jpeg(jpeg, colorspace="RGB")
 
 
-Decode = Callable[[Sequence[bytes]], object]
+def _on_gpu(jpegs: Sequence[bytes], size: int, device: torch.device) -> None:
+    """Raises RuntimeError on CPUs and ImportError without torchvision."""
+    if device.type != "cuda":
+        raise RuntimeError("no GPU")
+    decode = importlib.import_module("torchvision.io").decode_jpeg
+    for first in range(0, len(jpegs), size):
+        part = [
+            torch.frombuffer(bytearray(jpeg), dtype=torch.uint8)
+            for jpeg in jpegs[first : first + size]
+        ]
+        decode(part, device=device)
 
 
-def _decoders(
-    device: torch.device, pool: ThreadPoolExecutor, threads: int
-) -> dict[str, Callable[[], Decode]]:
-    def pillow() -> Decode:
-        return lambda jpegs: list(pool.map(_by_pillow, jpegs, chunksize=8))
-
-    def turbo() -> Decode:
-        decode = importlib.import_module("simplejpeg").decode_jpeg
-        return lambda jpegs: list(pool.map(decode, jpegs, chunksize=8))
-
-    def nvimgcodec() -> Decode:
-        library: Any = importlib.import_module("nvidia.nvimgcodec")
-        if device.type != "cuda":
-            raise RuntimeError("no GPU")
-        # Interpolates chroma that was stored at half size, as libjpeg-turbo does.
-        decoder = library.Decoder(device_id=device.index or 0, options=":fancy_upsampling=1")
-        params = library.DecodeParams(
-            apply_exif_orientation=False, color_spec=library.ColorSpec.SRGB
-        )
-
-        def decode(jpegs: Sequence[bytes]) -> object:
-            stream = torch.cuda.current_stream(device)
-            sources = [library.CodeStream(jpeg) for jpeg in jpegs]
-            images = decoder.decode(sources, params=params, cuda_stream=stream.cuda_stream)
-            if any(image is None for image in images):
-                raise RuntimeError("nvImageCodec does not decode an image")
-            batch = torch.stack([torch.utils.dlpack.from_dlpack(image) for image in images])
-            stream.synchronize()  # before the memory of `images`, not PyTorch's, is freed
-            return batch
-
-        return decode
-
-    def torchvision() -> Decode:
-        library: Any = importlib.import_module("torchvision.io")
-        if device.type != "cuda":
-            raise RuntimeError("no GPU")
-
-        def decode(jpegs: Sequence[bytes]) -> object:
-            sources = [torch.frombuffer(bytearray(jpeg), dtype=torch.uint8) for jpeg in jpegs]
-            return library.decode_jpeg(sources, device=device)
-
-        return decode
-
-    return {
-        f"Pillow, {threads} threads": pillow,
-        f"simplejpeg, {threads} threads": turbo,
-        "nvidia.nvimgcodec on the GPU": nvimgcodec,
-        "torchvision.io.decode_jpeg on the GPU": torchvision,
-    }
-
-
-def _by_pillow(jpeg: bytes) -> np.ndarray:
-    return np.asarray(Image.open(io.BytesIO(jpeg)).convert("RGB"))
-
-
-def _rate(decode: Decode, jpegs: Sequence[bytes], calls: int, device: torch.device) -> float:
+def _rate(decode: Callable[[], object], count: int, device: torch.device) -> float:
     began = time.perf_counter()
-    for _ in range(calls):
-        decode(jpegs)
+    decode()
     if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return calls * len(jpegs) / (time.perf_counter() - began)
-
-
-def _row(name: str, seen: list[dict[str, float]], synthetic: list[float]) -> tuple[str, ...]:
-    rates = [metrics["step_images_per_second"] for metrics in seen]
-    shares = [metrics["mfu"] for metrics in seen if "mfu" in metrics]  # on GPUs
-    middle = statistics.median(rates)
-    epoch = _IMAGENET / middle
-    return (
-        name,
-        spread(rates),
-        f"{middle / statistics.median(synthetic):.2f}",
-        f"{min(metrics['utilization'] for metrics in seen):.1%}",
-        f"{statistics.median(shares):.1%}" if shares else "–",
-        f"{max(metrics.get('gpu_memory_gb', 0.0) for metrics in seen):.2f}",
-        f"{epoch:.1f}",
-        f"{90 * epoch / 60:.1f}",
-    )
+        torch.cuda.synchronize()
+    return count / (time.perf_counter() - began)

@@ -1,247 +1,358 @@
-"""What a training step costs on a GPU, and which kernels it is made of. Needs torch alone.
+"""A training step on a GPU: its ceilings, whether it is right, what it costs and what it runs."""
 
-Network, loss and optimiser are those of the recipes; images are random and already there.
-"""
-
+import contextlib
+import copy
+import dataclasses
 import itertools
+import json
 import statistics
-import sys
-from collections.abc import Callable, Iterator
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.profiler import ProfilerActivity, profile
 
-from alexnet.model import AlexNet
+from alexnet.preprocess import Augment, train_view
+from benchmarks.fit_loop import Enough, never
+from benchmarks.images import manifest_bytes
 from benchmarks.table import Bars, Table, spread
-from training.meter import Clock, training_flops
+from pipelines import shards
+from training.config import TrainConfig
+from training.loop import Place, fit
+from training.meter import measured_peak
+from training.network import build_model, input_spec
+from training.recipes import RECIPES
+from training.steps import Stepper, algorithms, learning_rates
 
-COLUMNS = ("step", "img/s", "MFU", "memory, GB", "compiling and first steps, s")
-KERNELS = ("kernel", "ms per step", "share", "calls per step")
-_SHOWN_KERNELS = 20
-_WARM_UP = 3
-_TYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16}
+IMAGENET = 1_281_167
+Row = tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class Scale:
     """How much is measured: everything on a GPU; next to nothing in a trial."""
 
-    batches: tuple[int, ...] = (128, 256, 512, 1024)
-    compiled: tuple[int, ...] = (256, 1024)  # batches; each takes half a minute to compile
-    steps: int = 10  # in each round
+    rounds: int = 5
+    steps: int = 30  # between two log lines
+    batches: tuple[int, ...] = (32, 64, 128, 256, 512, 1024)
+    compiled: tuple[int, ...] = (32, 256, 1024)
     width: float = 1.0
+    classes: int = 1000
     side: int = 8192  # of the matrix product that is the ceiling
+    copied: int = 1 << 30  # bytes
+    fed: tuple[int, ...] = (256, 1024)  # batches
+    images: int = 40_960  # in an epoch from shards
+    decoded: int = 1024  # JPEGs in a round
+    threads: tuple[int, ...] = (1, 2, 4, 8, 14, 16)
+
+
+FULL = Scale()
+SMALL = Scale(
+    steps=9,
+    batches=(2,),
+    compiled=(),
+    width=0.05,
+    classes=5,
+    side=64,
+    copied=1 << 20,
+    fed=(4,),
+    images=36,
+    decoded=4,
+    threads=(1, 2),
+)
+
+
+@dataclass
+class Part:
+    """Rows that are measured as they are asked for. charted: values of each round by row name,
+    which the rows fill on their way."""
+
+    columns: Row
+    setting: str
+    rows: Iterator[Row]
+    title: str = ""
+    charted: dict[str, Sequence[float]] = dataclasses.field(default_factory=dict)
+
+    def table(self, rows: Sequence[Row]) -> Table:
+        chart = Bars(self.title, self.charted) if self.charted else None
+        return Table(self.columns, tuple(rows), self.setting, chart)
+
+
+def limits(device: torch.device, scale: Scale, scratch: Path) -> Part:
+    """What nothing here can exceed."""
+
+    def rows() -> Iterator[Row]:
+        host = torch.empty(scale.copied, dtype=torch.uint8, pin_memory=device.type == "cuda")
+        own, other = (torch.empty(scale.copied, dtype=torch.uint8, device=device) for _ in "ab")
+        own.random_()
+        ways = {
+            "pinned memory to the GPU, GB/s": (1, lambda: own.copy_(host, non_blocking=True)),
+            "memory of the GPU to itself, read and written, GB/s": (2, lambda: other.copy_(own)),
+        }
+        for name, (times, copied) in ways.items():
+            yield name, f"{times * scale.copied / _seconds(device, copied, 5) / 1e9:.1f}"
+        for precision in PRECISIONS:
+            peak = _peak(device, precision, scale.side)
+            yield f"product of random matrices, {precision}, TFLOP/s", f"{peak / 1e12:.3g}"
+        for key in ("Thread(s) per core", "Core(s) per socket"):
+            yield f"CPU: {key}", _lscpu().get(key, "?")
+
+    words = f"Copies of {scale.copied / 1e9:.2f} GB; products of {scale.side}²; best of five."
+    return Part(("limit", "value"), words, rows())
+
+
+def exact(device: torch.device, scale: Scale, scratch: Path) -> Part:
+    """One step beside the same on the CPU in float64, without dropout, whose masks differ."""
+
+    def rows() -> Iterator[Row]:
+        for name in ("baseline", "paper"):
+            wanted = _one_step(name, torch.device("cpu"), "fp32", scale, torch.float64)
+            for precision in PRECISIONS:
+                found = _one_step(name, device, precision, scale, torch.float32)
+                yield (
+                    f"{name}, {precision}",
+                    *(f"{_distance(found[part], wanted[part]):.1e}" for part in found),
+                )
+
+    words = (
+        f"Width {scale.width}, {scale.classes} classes, 8 images, same weights and labels; "
+        "‖found − wanted‖ / ‖wanted‖ over all values of a kind; wanted: float64 on the CPU."
+    )
+    return Part(("step", "view", "loss", "gradients", "update"), words, rows())
+
+
+def steps(device: torch.device, scale: Scale, scratch: Path) -> Part:
+    """`training.loop.fit` on resident images."""
+    base = {name: _at_width(RECIPES[name](), scale) for name in RECIPES}
+    cases: list[TrainConfig] = []
+    for batch in scale.batches:
+        cases.append(_case(base["baseline"], batch))
+    for batch in scale.compiled:
+        cases.append(_case(base["baseline"], batch, compile=True))
+    for precision in ("fp32",):
+        cases.append(_case(base["baseline"], 256 if scale is not SMALL else 2, precision=precision))
+    for precision, batch in itertools.product(PRECISIONS, scale.batches[2:3] or (2,)):
+        cases.append(_case(base["paper"], batch, precision=precision))
+    for batch in scale.compiled[1:]:
+        cases.append(_case(base["fast"], 4 * batch, compile=True))
+
+    part = Part(_STEPS, _setting(scale), iter(()), "training steps on a GPU, img/s")
+
+    def rows() -> Iterator[Row]:
+        for config in cases:
+            try:
+                seen = fitted(config, device, scale, scratch)
+            except torch.OutOfMemoryError as error:
+                yield (_name(config), "–", *("–" for _ in _STEPS[2:-1]), str(error)[:80])
+                continue
+            part.charted[_name(config)] = seen.rates
+            yield (_name(config), *_cells(seen, config))
+
+    part.rows = rows()
+    return part
+
+
+def kernels(device: torch.device, scale: Scale, scratch: Path) -> Part:
+    """The longest of three recipes' steps."""
+
+    def rows() -> Iterator[Row]:
+        batch = scale.batches[-2:][0]
+        for name in ("baseline", "paper", "fast"):
+            config = _case(_at_width(RECIPES[name](), scale), batch, compile=False)
+            seen = fitted(config, device, dataclasses.replace(scale, rounds=1), scratch)
+            whole = sum(seen.kernels.values())
+            yield (f"**{name}, all kernels**", f"{whole:.2f}", "100.0%")
+            longest = sorted(seen.kernels.items(), key=lambda item: -item[1])[:12]
+            for kernel, spent in longest:
+                words = " ".join(kernel.replace("|", "/").split())[:110]
+                yield (f"{name}: {words}", f"{spent:.3f}", f"{spent / whole:.1%}")
+
+    words = (
+        f"Eager, batch {scale.batches[-2:][0]}, the recipe's precision; four steps of "
+        "`training.loop.fit` on resident images under torch.profiler."
+    )
+    return Part(("kernel", "ms a step", "share"), words, rows())
+
+
+_STEPS = (
+    "step",
+    "img/s",
+    "ms a step",
+    "kernels, ms a step",
+    "launches a step",
+    "waits for the GPU a step",
+    "MFU",
+    "memory, GB",
+    "first line after, s",
+)
+PRECISIONS = ("fp32", "bf16")
 
 
 @dataclass(frozen=True)
-class Case:
-    network: str  # "ungrouped" or "paper"
-    precision: str  # "fp32", "tf32" or "bf16"
-    channels_last: bool
-    batch: int
-    compiled: bool = False
-    lrn: str = ""  # of `paper`: "" as the network has it, otherwise a name of _LRN
+class Fitted:
+    """lines: what the loop logged of each round; kernels: ms a step by name; calls: of the CUDA
+    runtime a step, by name; first: seconds to the first line."""
+
+    lines: list[dict[str, float]]
+    kernels: Mapping[str, float]
+    calls: Mapping[str, float]
+    first: float
 
     @property
-    def name(self) -> str:
-        layout = "channels-last" if self.channels_last else "contiguous"
-        words = [self.network, self.precision, layout, "compiled" if self.compiled else "eager"]
-        return ", ".join([*words, *([self.lrn] if self.lrn else []), f"batch {self.batch}"])
+    def rates(self) -> list[float]:
+        return [line["images_per_second"] for line in self.lines]
 
 
-@dataclass(frozen=True)
-class Measured:
-    rates: list[float]  # images per second, by round
-    memory_gb: float
-    start_seconds: float
+def fitted(config: TrainConfig, device: torch.device, scale: Scale, scratch: Path) -> Fitted:
+    """Rounds of log lines after a first one, in which four steps are profiled."""
+    began, lines, first = time.monotonic(), [], 0.0
+    config = dataclasses.replace(config, log_steps=scale.steps, flat_loss_steps=0, synthetic=True)
 
+    def log(metrics: dict[str, float], step: int) -> None:
+        nonlocal first
+        first = first or time.monotonic() - began
+        lines.append(metrics)
+        if len(lines) > scale.rounds:
+            raise Enough
 
-def cases(scale: Scale) -> Iterator[Case]:
-    """Every batch, precision and layout in eager mode; compiled networks and other ways to
-    normalise in bfloat16."""
-    for network, precision, channels_last in itertools.product(
-        ("ungrouped", "paper"), _TYPES, (True, False)
-    ):
-        for batch in scale.batches:
-            yield Case(network, precision, channels_last, batch)
-    for network, channels_last, batch in itertools.product(
-        ("ungrouped", "paper"), (True, False), scale.compiled
-    ):
-        yield Case(network, "bf16", channels_last, batch, compiled=True)
-    for lrn, batch in itertools.product(_LRN, scale.compiled):
-        yield Case("paper", "bf16", True, batch, lrn=lrn)
-
-
-def run(device: torch.device, rounds: int, scale: Scale) -> Table:
-    ceilings = {name: ceiling(device, name, scale.side) for name in _TYPES}
-    rows, fastest = [], {}
-    for case in cases(scale):
-        try:
-            found = measure(case, device, rounds, scale)
-        except (torch.OutOfMemoryError, torch._dynamo.exc.TorchDynamoException) as error:
-            rows.append((case.name, "–", "–", "–", " ".join(str(error).split())[:80]))
-        else:
-            rows.append(_row(case, found, ceilings[case.precision], scale))
-            kind = case.name.rpartition(", batch")[0]
-            if max(fastest.get(kind, [0.0])) < max(found.rates):
-                fastest[kind] = found.rates
-        print(" | ".join(rows[-1]), file=sys.stderr, flush=True)
-    products = ", ".join(f"{value / 1e12:.3g} ({name})" for name, value in ceilings.items())
-    setting = (
-        f"1000 classes, width {scale.width}; random images on the device; forward, backward and "
-        f"fused SGD; {rounds} rounds of {scale.steps} steps in one process, median "
-        "[lowest..highest]; a row after the other. MFU: against the best of five products of two "
-        f"random matrices of {scale.side}² here, in TFLOP/s: {products}. fp32 is without TF32 in "
-        "products and convolutions."
-    )
-    chart = Bars("training steps on a GPU, img/s, best batch of each", fastest)
-    return Table(COLUMNS, tuple(rows), setting, chart)
-
-
-def measure(case: Case, device: torch.device, rounds: int, scale: Scale) -> Measured:
-    step = _step(case, device, scale)
-    clock = Clock(device)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    seconds = _timed(clock, step, _WARM_UP)
-    rates = [scale.steps * case.batch / _timed(clock, step, scale.steps) for _ in range(rounds)]
-    memory = torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else 0.0
-    return Measured(rates, memory, seconds)
-
-
-def kernels(device: torch.device, rounds: int, scale: Scale) -> Table:
-    """Of the step that the recipe `baseline` runs, and of `paper`, at the largest batch but one."""
-    batch = scale.batches[-2:][0]
-    rows = []
-    for network in ("ungrouped", "paper"):
-        step = _step(Case(network, "bf16", True, batch), device, scale)
-        _timed(Clock(device), step, _WARM_UP)
-        activity = ProfilerActivity.CUDA if device.type == "cuda" else ProfilerActivity.CPU
-        with profile(activities=[activity]) as seen:
-            _timed(Clock(device), step, rounds)
-        rows += _kernel_rows(network, seen, device, rounds)
-    setting = (
-        f"bf16, channels-last, eager, batch {batch}; {rounds} steps under torch.profiler, which "
-        f"slows them a little; the {_SHOWN_KERNELS} longest kernels of each network."
-    )
-    return Table(KERNELS, tuple(rows), setting)
-
-
-def ceiling(device: torch.device, precision: str, side: int) -> float:
-    """Operations per second of a square product of random numbers: of equal ones it is faster."""
-    _allow_tf32(precision == "tf32")
-    factor = torch.randn(side, side, device=device).to(_TYPES[precision])
-    product, clock = factor @ factor, Clock(device)
-    best = min(
-        _timed(clock, lambda: torch.matmul(factor, factor, out=product), 1) for _ in range(5)
-    )
-    return 2.0 * side**3 / best
-
-
-def _step(case: Case, device: torch.device, scale: Scale) -> Callable[[], object]:
-    _allow_tf32(case.precision == "tf32")
-    torch.backends.cudnn.benchmark = True
-    torch.manual_seed(0)
-    layout = torch.channels_last if case.channels_last else torch.contiguous_format
-    with torch.device(device):
-        model = _network(case.network, scale)
-    if case.compiled or case.lrn:
+    manifest = _imagenet(scale, 256 if config.augment.crop == "random" else 227)
+    if config.compile:
         torch._dynamo.reset()  # it gives up on a function that was compiled for too many networks
-    if case.lrn:
-        for name in ("lrn1", "lrn2"):
-            setattr(model.features, name, _LRN[case.lrn]())
-    # The stubs of Module.to know memory_format only together with a dtype or device.
-    model = model.to(memory_format=layout)  # type: ignore[call-overload]
-    optimizer = torch.optim.SGD(
-        model.parameters(), lr=1e-3, momentum=0.9, weight_decay=5e-4, fused=True
-    )
-    network = torch.compile(model, dynamic=False) if case.compiled else model
-    x = torch.randn(case.batch, 3, 227, 227, device=device).contiguous(memory_format=layout)
-    labels = torch.randint(1000, (case.batch,), device=device)
-
-    def step() -> None:
-        with torch.autocast(device.type, torch.bfloat16, enabled=case.precision == "bf16"):
-            logits = network(x)
-        optimizer.zero_grad(set_to_none=True)
-        F.cross_entropy(logits.float(), labels).backward()
-        optimizer.step()
-
-    return step
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    trace = scratch / "trace"
+    with contextlib.suppress(Enough):
+        place = Place(device, threads=1)
+        fit(config, "", manifest, place, log=log, report=never, profile_to=trace)
+    durations, calls = _profiled(trace / "trace.json", device)
+    return Fitted(lines[1:], durations, calls, first)
 
 
-def _network(name: str, scale: Scale) -> AlexNet:
-    variant = "paper" if name == "paper" else "ungrouped"
-    return AlexNet(variant, num_classes=1000, width=scale.width, init="he")
+def _profiled(path: Path, device: torch.device) -> tuple[dict[str, float], dict[str, float]]:
+    spent: Counter[str] = Counter()
+    calls: Counter[str] = Counter()
+    for event in json.loads(path.read_text())["traceEvents"]:
+        kind = event.get("cat", "")
+        if kind == ("kernel" if device.type == "cuda" else "cpu_op"):
+            spent[event["name"]] += event["dur"]
+        if kind in ("cuda_runtime", "cuda_driver"):
+            calls[event["name"]] += 1
+    return {k: v / 1000 / 4 for k, v in spent.items()}, {k: v / 4 for k, v in calls.items()}
 
 
-class OneKernel(nn.Module):
-    """LocalResponseNorm(5, 1e-4, 0.75, k=2) as sums of shifted squares and x^-0.75 by square roots:
-    point by point, so that a compiler makes one kernel of it."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        padded = F.pad(x.float().square(), (0, 0, 0, 0, 2, 2))
-        channels = x.shape[1]
-        total = padded[:, :channels]
-        for shift in range(1, 5):
-            total = total + padded[:, shift : shift + channels]
-        root = torch.rsqrt(2.0 + 1e-4 / 5 * total)
-        return (x * root * torch.sqrt(root)).to(x.dtype)
-
-
-def _compiled(layer: nn.Module) -> nn.Module:
-    # A module in, a module out: the stubs say a callable.
-    compiled: nn.Module = torch.compile(layer, dynamic=False)  # type: ignore[assignment]
-    return compiled
-
-
-_LRN: dict[str, Callable[[], nn.Module]] = {
-    "LRN compiled": lambda: _compiled(nn.LocalResponseNorm(5, alpha=1e-4, beta=0.75, k=2)),
-    "LRN fused": lambda: _compiled(OneKernel()),
-}
-
-
-def _row(case: Case, found: Measured, ceiling: float, scale: Scale) -> tuple[str, ...]:
-    with torch.device("meta"):
-        flops = training_flops(_network(case.network, scale))
-    share = [rate * flops / ceiling for rate in found.rates]
+def _cells(seen: Fitted, config: TrainConfig) -> Row:
+    launches = sum(n for name, n in seen.calls.items() if "LaunchKernel" in name)
+    stops = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaMemcpy")
+    shares = [line["mfu"] for line in seen.lines if "mfu" in line]  # on GPUs
     return (
-        case.name,
-        spread(found.rates),
-        f"{statistics.median(share):.1%}",
-        f"{found.memory_gb:.2f}",
-        f"{found.start_seconds:.1f}",
+        spread(seen.rates),
+        f"{1000 * config.optim.batch_size / statistics.median(seen.rates):.2f}",
+        f"{sum(seen.kernels.values()):.2f}",
+        f"{launches:.0f}",
+        f"{sum(seen.calls.get(name, 0.0) for name in stops):g}",
+        f"{statistics.median(shares):.1%}" if shares else "–",
+        f"{max(line.get('gpu_memory_gb', 0.0) for line in seen.lines):.1f}",
+        f"{seen.first:.1f}",
     )
 
 
-def _kernel_rows(
-    network: str, seen: profile, device: torch.device, steps: int
-) -> Iterator[tuple[str, ...]]:
-    wanted = torch.autograd.DeviceType.CUDA if device.type == "cuda" else None
-    spent = {}
-    for event in seen.key_averages():
-        if wanted is None or event.device_type == wanted:
-            own = event.self_device_time_total if wanted else event.self_cpu_time_total
-            spent[event.key] = (own / 1000 / steps, event.count / steps)
-    whole = sum(own for own, _ in spent.values())
-    longest = sorted(spent.items(), key=lambda item: -item[1][0])[:_SHOWN_KERNELS]
-    yield (f"**{network}, all kernels**", f"{whole:.2f}", "100.0%", "")
-    for name, (own, calls) in longest:
-        words = name.replace("|", "/")[:100]
-        yield (f"{network}: {words}", f"{own:.3f}", f"{own / whole:.1%}", f"{calls:g}")
+def _setting(scale: Scale) -> str:
+    return (
+        f"`training.loop.fit --synthetic`: {scale.classes} classes, width {scale.width}, the "
+        f"recipe's augmentation; {scale.rounds} rounds of {scale.steps} steps, wall-clock, median "
+        "[lowest..highest]. Kernels, launches and waits are of four profiled steps before them. "
+        "MFU: against a product of random matrices in the same precision on this machine."
+    )
 
 
-def _timed(clock: Clock, work: Callable[[], object], times: int) -> float:
-    first = clock.mark()
+def _name(config: TrainConfig) -> str:
+    way = "compiled" if config.compile else "eager"
+    return f"{config.recipe}, {config.precision}, {way}, batch {config.optim.batch_size}"
+
+
+def _case(config: TrainConfig, batch: int, **settings: Any) -> TrainConfig:
+    optim = dataclasses.replace(config.optim, batch_size=batch, lr=1e-3)
+    return dataclasses.replace(config, optim=optim, **({"compile": False} | settings))
+
+
+def _at_width(config: TrainConfig, scale: Scale) -> TrainConfig:
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, width=scale.width))
+
+
+def _imagenet(scale: Scale, crop: int) -> shards.Manifest:
+    """As many samples as ImageNet, of which no file is there."""
+    train = IMAGENET if scale is not SMALL else 1000
+    infos = [("train-000000", "train", train, 1, "0" * 64), ("val-000000", "val", 10, 1, "0" * 64)]
+    return shards.parse_manifest("", manifest_bytes(infos, crop, scale.classes))
+
+
+def _one_step(
+    name: str, device: torch.device, precision: str, scale: Scale, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    config = _case(_at_width(RECIPES[name](), scale), 8, precision=precision)
+    crop = 256 if name == "paper" else 227
+    augment = Augment("random" if name == "paper" else "resized", flip=True, colour_sigma=0.1)
+    spec = input_spec(_imagenet(scale, crop), config)
+    model = build_model(config, scale.classes)
+    for layer in model.modules():
+        if isinstance(layer, nn.Dropout):
+            layer.p = 0.0
+    random = torch.Generator().manual_seed(0)
+    images = torch.randint(256, (8, crop, crop, 3), dtype=torch.uint8, generator=random)
+    images = images.permute(0, 3, 1, 2).to(device)
+    labels = torch.randint(scale.classes, (8,), generator=random).to(device)
+    with algorithms(config, device):
+        x = train_view(images, spec, augment, seed=0, epoch=0, sample_ids=torch.arange(8))
+        stepper = Stepper(config, model.to(dtype), Place(device))
+        before = copy.deepcopy([p.detach() for p in stepper.model.parameters()])
+        rates = learning_rates(config, 1000, 1000)
+        step = stepper.step(x.to(dtype), labels, number=0, rates=rates, global_size=8)
+    after = [p.detach() for p in stepper.model.parameters()]
+    return {
+        "view": x,
+        "loss": step.sums[:1],
+        "gradients": _flat([p.grad for p in stepper.model.parameters()]),
+        "update": _flat([new - old for new, old in zip(after, before, strict=True)]),
+    }
+
+
+def _flat(tensors: Sequence[Tensor | None]) -> Tensor:
+    return torch.cat([t.flatten() for t in tensors if t is not None])
+
+
+def _distance(found: Tensor, wanted: Tensor) -> float:
+    own, right = found.detach().cpu().double(), wanted.detach().cpu().double()
+    return float((own - right).norm() / right.norm())
+
+
+def _peak(device: torch.device, precision: str, side: int) -> float:
+    config = dataclasses.replace(RECIPES["baseline"](), precision=precision)  # type: ignore[arg-type]
+    with algorithms(config, device):
+        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        return measured_peak(device, dtype, side)
+
+
+def _seconds(device: torch.device, work: Callable[[], object], times: int) -> float:
+    """The best of a few runs, the work alone."""
+    best = float("inf")
     for _ in range(times):
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        began = time.perf_counter()
         work()
-    last = clock.mark()
-    clock.wait()
-    return clock.seconds(first, last)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - began)
+    return best
 
 
-def _allow_tf32(allowed: bool) -> None:
-    torch.backends.cuda.matmul.allow_tf32 = allowed
-    torch.backends.cudnn.allow_tf32 = allowed
+def _lscpu() -> dict[str, str]:
+    import subprocess
+
+    done = subprocess.run(["lscpu"], capture_output=True, text=True, check=True)
+    pairs = (line.partition(":") for line in done.stdout.splitlines())
+    return {key.strip(): value.strip() for key, _, value in pairs}

@@ -34,10 +34,10 @@ def load(limit: int = 200) -> Raw:
     folder = os.environ.get("ALEXNET_TEST_DATA")
     photos = Path(folder or "/nonexistent") / "photos-200.tar"
     if photos.exists():
-        jpegs, kind = _members(photos.read_bytes()), "photos from ImageNet's train split"
+        jpegs, kind = members(photos.read_bytes()), "photos from ImageNet's train split"
     else:
         kind = "DRAWN images (no $ALEXNET_TEST_DATA/photos-200.tar), unlike photos in detail"
-        jpegs = _drawn(limit)
+        jpegs = drawn(limit)
     jpegs = [jpeg for jpeg in jpegs if _plain(jpeg)][:limit]
     sizes = [Image.open(io.BytesIO(jpeg)).size for jpeg in jpegs]
     mean_kb = np.mean([len(jpeg) for jpeg in jpegs]) / 1000
@@ -84,23 +84,50 @@ def write_shards(
             infos.append((name, split, len(ids), len(data), hashlib.sha256(data).hexdigest()))
         index = shards.parquet_bytes(pa.concat_tables(tables))
         storage.write(storage.join(str(folder), "index", f"{split}.parquet"), index)
-    document = shards.canonical_json(_manifest(infos, crop, classes))
+    document = manifest_bytes(infos, crop, classes)
     storage.write(storage.join(str(folder), "manifest.json"), document)
     return str(folder)
 
 
-def _members(archive: bytes) -> list[bytes]:
+def manifest_bytes(
+    infos: Sequence[tuple[str, str, int, int, str]], crop: int, classes: int
+) -> bytes:
+    """manifest.json of shards with these (name, split, samples, bytes, sha256)."""
+    columns = ("name", "split", "samples", "bytes", "sha256")
+    wnids = [f"n{label:08d}" for label in range(classes)]
+    covariance = [[4900.0, 4200.0, 3800.0], [4200.0, 4700.0, 4300.0], [3800.0, 4300.0, 5000.0]]
+    document = {
+        "format": shards.FORMAT,
+        "format_version": shards.FORMAT_VERSION,
+        "plan_id": hashlib.sha256(repr(infos).encode()).hexdigest(),
+        "geometry": {"resize": RESIZE, "crop": crop},
+        "codec": {"quality": QUALITY},
+        "seed": 0,
+        "classes": {"wnids": wnids, "names": wnids},
+        # Near ImageNet's; the rate does not depend on them.
+        "pixels": {"count": 1, "mean": [122.0, 116.0, 104.0], "covariance": covariance},
+        "shards": [dict(zip(columns, info, strict=True)) for info in infos],
+        "totals": {split: {} for _, split, *_ in infos},
+        "source": {"layout": "drawn"},
+        "rejected": {},
+        "fixes": {},
+        "partial": True,
+    }
+    return shards.canonical_json(document)
+
+
+def members(archive: bytes) -> list[bytes]:
     with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
         files = [tar.extractfile(member) for member in tar if member.isfile()]
         return [file.read() for file in files if file is not None]
 
 
-def _drawn(limit: int) -> list[bytes]:
+def drawn(limit: int) -> list[bytes]:
     with tempfile.TemporaryDirectory() as folder:
         drawing = demo_raw.Drawing(per_class=-(-limit // 10) + 2, val_per_class=1)
         demo_raw.draw(folder, drawing, seed=0)
-        classes = _members((Path(folder) / TRAIN_TAR).read_bytes())
-    return list(itertools.chain.from_iterable(zip(*map(_members, classes), strict=True)))
+        classes = members((Path(folder) / TRAIN_TAR).read_bytes())
+    return list(itertools.chain.from_iterable(zip(*map(members, classes), strict=True)))
 
 
 def _plain(jpeg: bytes) -> bool:
@@ -125,28 +152,3 @@ def _sample(split: str, number: int, jpegs: Sequence[bytes], classes: int) -> sh
         height=0,
         fixes=(),
     )
-
-
-def _manifest(
-    infos: list[tuple[str, str, int, int, str]], crop: int, classes: int
-) -> dict[str, object]:
-    columns = ("name", "split", "samples", "bytes", "sha256")
-    wnids = [f"n{label:08d}" for label in range(classes)]
-    covariance = [[4900.0, 4200.0, 3800.0], [4200.0, 4700.0, 4300.0], [3800.0, 4300.0, 5000.0]]
-    return {
-        "format": shards.FORMAT,
-        "format_version": shards.FORMAT_VERSION,
-        "plan_id": hashlib.sha256(repr(infos).encode()).hexdigest(),
-        "geometry": {"resize": RESIZE, "crop": crop},
-        "codec": {"quality": QUALITY},
-        "seed": 0,
-        "classes": {"wnids": wnids, "names": wnids},
-        # Near ImageNet's; the rate does not depend on them.
-        "pixels": {"count": 1, "mean": [122.0, 116.0, 104.0], "covariance": covariance},
-        "shards": [dict(zip(columns, info, strict=True)) for info in infos],
-        "totals": {split: {} for _, split, *_ in infos},
-        "source": {"layout": "drawn"},
-        "rejected": {},
-        "fixes": {},
-        "partial": True,
-    }

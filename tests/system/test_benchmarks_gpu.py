@@ -1,64 +1,70 @@
 """The measurements for a GPU, tried on the CPU: what they run is the same code."""
 
+import dataclasses
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
 
-from benchmarks import gpu, gpu_feed, gpu_steps, results
+from benchmarks import gpu, gpu_feed, gpu_steps, learn, results
 
 CPU = torch.device("cpu")
-TINY = gpu_steps.Scale(batches=(2,), compiled=(), steps=1, width=0.05, side=64)
-LACKING = ("ray", "mlflow", "boto3", "tyro", "simplejpeg", "pyarrow", "safetensors", "matplotlib")
+TINY = dataclasses.replace(gpu_steps.SMALL, rounds=1, images=8, fed=(4,), threads=(1,))
+# Not on a bare machine with a GPU.
+LACKING = ("ray", "mlflow", "boto3", "pydantic", "sqlalchemy", "matplotlib", "tqdm")
 
 
-def test_every_network_precision_and_layout_is_a_case() -> None:
-    names = [case.name for case in gpu_steps.cases(gpu_steps.Scale())]
-    assert len(names) == len(set(names)) == 2 * 3 * 2 * 4 + 2 * 2 * 2 + 2 * 2
-    assert {
-        "ungrouped, bf16, channels-last, eager, batch 1024",
-        "paper, fp32, contiguous, eager, batch 128",
-        "ungrouped, bf16, channels-last, compiled, batch 256",
-        "paper, bf16, channels-last, eager, LRN fused, batch 1024",
-    } <= set(names)
+def test_a_step_is_compared_with_float64_and_a_wrong_one_is_seen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def distances() -> dict[str, list[float]]:
+        return {
+            name: [*map(float, row)] for name, *row in gpu_steps.exact(CPU, TINY, tmp_path).rows
+        }
+
+    right = distances()
+    assert max(right["baseline, fp32"]) < 1e-3 and 1e-4 < max(right["baseline, bf16"]) < 0.2
+    normal = gpu_steps.learning_rates
+
+    def faster(*arguments, **options):
+        rates = normal(*arguments, **options)
+        return dataclasses.replace(rates, biases=rates.biases * (1.1 if wrong() else 1.0))
+
+    calls = iter(range(10**6))
+
+    def wrong() -> bool:
+        return next(calls) % (len(gpu_steps.PRECISIONS) + 1) > 0  # not the one in float64
+
+    monkeypatch.setattr(gpu_steps, "learning_rates", faster)
+    assert distances()["baseline, fp32"][-1] > 10 * right["baseline, fp32"][-1]
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_steps_are_measured(precision: str) -> None:
-    found = gpu_steps.measure(gpu_steps.Case("paper", precision, True, 2), CPU, 2, TINY)
-    assert len(found.rates) == 2 and min(found.rates) > 0
+def test_steps_and_kernels_are_those_of_the_loop(tmp_path: Path) -> None:
+    part = gpu_steps.steps(CPU, TINY, tmp_path)
+    name, rate, *_ = next(part.rows)
+    assert name == "baseline, bf16, eager, batch 2" and float(rate.split()[0]) > 0
+    assert part.table([(name, rate)]).chart is not None
+    first, second, *_ = gpu_steps.kernels(CPU, TINY, tmp_path).rows
+    assert first[0] == "**baseline, all kernels**" and second[0].startswith("baseline: aten::")
 
 
-def test_the_fused_normalisation_is_the_networks() -> None:
-    x = torch.randn(2, 16, 5, 5, generator=torch.Generator().manual_seed(0)) * 30
-    wanted = nn.LocalResponseNorm(5, alpha=1e-4, beta=0.75, k=2)(x)
-    torch.testing.assert_close(gpu_steps.OneKernel()(x), wanted)
+def test_feeding_counts_whole_epochs_with_their_evaluation(tmp_path: Path) -> None:
+    rows = [*gpu_feed.feed(CPU, TINY, tmp_path).rows]
+    assert len(rows) >= 2
+    for row in rows:
+        steps, whole = (float(cell.split()[0]) for cell in row[1:3])
+        assert 0 < whole <= steps * 1.05  # what comes between the steps takes time
 
 
-def test_kernels_are_told_for_both_networks() -> None:
-    table = gpu_steps.kernels(CPU, 1, TINY)
-    named = [row[0] for row in table.rows]
-    assert "**ungrouped, all kernels**" in named and "**paper, all kernels**" in named
-    assert any("convolution" in name for name in named)
-
-
-def test_feeding_compares_every_way_with_synthetic_images() -> None:
-    scale = gpu_feed.Scale(batch=2, steps=1, classes=3, width=0.05)
-    table = gpu_feed.run(CPU, 1, scale)
-    rows = {row[0]: row for row in table.rows}
-    assert rows.keys() == gpu_feed.WAYS.keys()
-    assert rows[gpu_feed.SYNTHETIC][2] == "1.00"
-    assert "extrapolated" in table.columns[-1] and "nobody ran an epoch" in table.setting
-
-
-def test_drawn_images_are_as_large_as_stored_photos(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_images_of_both_kinds_have_the_size_of_stored_photos(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.delenv("ALEXNET_TEST_DATA", raising=False)
     jpegs, origin = gpu_feed.jpegs_of(8)
     assert len(jpegs) == 8 and "DRAWN" in origin
-    assert all(12_000 < len(jpeg) < 30_000 for jpeg in jpegs)
+    assert all(4_000 < len(jpeg) < 30_000 for jpeg in jpegs)
 
 
 def test_without_a_gpu_it_is_one_line(
@@ -69,8 +75,8 @@ def test_without_a_gpu_it_is_one_line(
     assert capsys.readouterr().err.count("\n") == 1
 
 
-def test_it_runs_where_only_torch_numpy_and_pillow_are(tmp_path: Path) -> None:
-    words = ["decoders", "feed", "--small", "--rounds", "1", "--out", str(tmp_path)]
+def test_it_runs_without_ray_and_mlflow_and_keeps_each_row_of_a_cut_run(tmp_path: Path) -> None:
+    words = ["decoders", "--small", "--rounds", "1", "--minutes", "0", "--out", str(tmp_path)]
     code = (
         "import sys\n"
         "class Absent:\n"
@@ -78,16 +84,25 @@ def test_it_runs_where_only_torch_numpy_and_pillow_are(tmp_path: Path) -> None:
         f"        if name.split('.')[0] in {LACKING!r}:\n"
         "            raise ModuleNotFoundError(f'No module named {name!r}', name=name)\n"
         "sys.meta_path.insert(0, Absent())\n"
-        "from benchmarks import gpu\n"
+        "from benchmarks import gpu, learn\n"
         f"sys.exit(gpu.main({words!r}))"
     )
     command = [sys.executable, "-W", "ignore", "-c", code]
     done = subprocess.run(command, cwd=results.ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    found = {result.name: result for result in results.newest(tmp_path)}
-    assert found.keys() == {"gpu-decoders", "gpu-feed"}
-    assert all("not here: No module" in row[1] for row in found["gpu-feed"].rows.values())
-    decoders = {name: row[1] for name, row in found["gpu-decoders"].rows.items()}
-    pillow = next(name for name in decoders if name.startswith("Pillow"))
-    assert "not here" not in decoders.pop(pillow)
-    assert all("not here" in said for said in decoders.values())
+    (result,) = results.newest(tmp_path)
+    assert [*result.rows] == ["simplejpeg, 1 threads"] and "no further row" in done.stderr
+
+
+def test_whole_runs_end_with_their_accuracy_and_its_interval(
+    drawn_shards: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny = learn._small("baseline", 0.05, batch_size=8, epochs=1)
+    monkeypatch.setitem(learn.CASES, "tiny", lambda: tiny)
+    assert learn.main([drawn_shards, "tiny"]) == 0
+    *_, row = capsys.readouterr().out.splitlines()
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    assert cells[0] == "tiny" and cells[4] == "1 of 1"
+    top1, interval = cells[5].split(" ", 1)
+    low, high = map(float, interval.strip("[]").split(".."))
+    assert low <= float(top1) <= high and round(float(top1) * 12, 1) % 1 in (0.0, 1.0)
