@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import charts, environments, processes, results, turns
-from benchmarks.table import Bars, Lines, Panel, Table
+from benchmarks import environments, processes, results
+from benchmarks.table import Bars, Table
 
 MACHINE = "2026-01-01 00:00 UTC; AMD EPYC (Zen 4) 9B14, 2 CPUs; Python 3.11.7, torch 2; load 0."
 BURN = "import time\nwhile time.process_time() < 0.6: pass"
@@ -48,18 +48,6 @@ def test_a_command_that_fails_tells_its_last_words() -> None:
         run("import sys; print('alas', file=sys.stderr); sys.exit(3)")
 
 
-def test_a_command_that_takes_too_long_is_ended() -> None:
-    with pytest.raises(processes.Failed):
-        run("import time; time.sleep(60)", timeout=0.5)
-
-
-def test_turns_alternate() -> None:
-    order: list[str] = []
-    contenders = {name: lambda number, name=name: order.append(name) for name in "abc"}
-    turns.in_turns(contenders, 2)
-    assert "".join(order) == "abccba"
-
-
 def test_every_requirement_of_a_peer_is_pinned_and_torch_is_ours() -> None:
     constraints = (processes.ROOT / "constraints.txt").read_text()
     for name in environments.names():
@@ -68,18 +56,6 @@ def test_every_requirement_of_a_peer_is_pinned_and_torch_is_ours() -> None:
         for line in lines:
             if line.startswith("torch=="):
                 assert line in constraints.splitlines(), f"{name} would download another torch"
-
-
-def test_a_peer_that_cannot_be_installed_leaves_its_reason(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setenv("ALEXNET_BENCH_PEERS", str(tmp_path))
-    monkeypatch.setattr(environments, "PEERS", tmp_path)
-    (tmp_path / "peer.txt").write_text(f"{tmp_path}/no-such-wheel.whl\n")
-    assert environments.main(["peer"]) == 0
-    with pytest.raises(environments.Absent, match="no-such-wheel"):
-        environments.python("peer")
-    assert not (tmp_path / "peer").exists()
 
 
 def test_a_peer_half_installed_or_of_other_versions_is_absent(
@@ -125,33 +101,3 @@ def test_a_result_says_what_moved_since_the_one_before(tmp_path: Path) -> None:
     told = [line for line in path.read_text().splitlines() if line.startswith("- ")]
     assert told == ["- ours, img/s: 50 [40..60] → 70 [65..80]"]
     assert moved == ["ours, img/s: 50 [40..60] → 70 [65..80]"]
-
-
-def test_a_second_run_of_the_same_day_is_compared_with_the_first(tmp_path: Path) -> None:
-    for rate in ("5 [4..6]", "50 [40..60]"):
-        table = Table(("what", "img/s"), (("ours", rate),), "Words.")
-        path, moved = results.write("theme", table, MACHINE, "x", tmp_path)
-    assert moved == ["ours, img/s: 5 [4..6] → 50 [40..60]"]
-    assert "Against the run before, of the same day:" in path.read_text()
-
-
-def test_lines_are_drawn_in_panels(tmp_path: Path) -> None:
-    points = {"plan": [(10.0, 1.0), (100.0, 2.0)]}
-    panels = [Panel("pictures", "seconds", points), Panel("shards", "MB", points)]
-    assert charts.draw(Lines("t", panels), tmp_path / "x.svg")
-    drawn = (tmp_path / "x.svg").read_text()
-    assert all(words in drawn for words in ("pictures", "shards", "seconds", "MB", "plan"))
-
-
-def test_bars_without_a_figure_are_drawn_empty(tmp_path: Path) -> None:
-    bars = Bars("t", {"ours": [5.0, 6.0], "nothing": [float("nan")]})
-    assert charts.draw(bars, tmp_path / "x.svg")
-    assert "nothing" in (tmp_path / "x.svg").read_text()
-
-
-def test_the_largest_memory_of_a_command_is_known() -> None:
-    small, large = (
-        run(f"import time; x = bytearray({size}); time.sleep(1)").peak_mb
-        for size in (1, 200_000_000)
-    )
-    assert 195 < large - small < 205

@@ -1,18 +1,14 @@
 """What cannot work is told before anything starts: one line with the remedy, exit code 2."""
 
 import http.server
-import os
 import re
-import secrets
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from drawn import ROOT, imagefolder, jpeg
+from drawn import imagefolder, jpeg
 from registered import MLFLOW_WARNINGS
 from shard_sets import write_shard_set
 
@@ -88,9 +84,7 @@ def test_refused_credentials_are_told_by_plan_build_and_dry_run(
     for line in [
         planned(capsys, place, "/nowhere"),
         planned(capsys, raw, place),
-        built(capsys, raw, place),
         dry_run(capsys, "--data", place),
-        dry_run(capsys, "--data", data, "--storage", place),
         trained(capsys, "--data", data, "--storage", place),
     ]:
         assert f"{seaweed.endpoint} refused the credentials (" in line and place in line
@@ -166,7 +160,6 @@ def test_bucket_of_another_region_is_told_with_its_region(
     monkeypatch.setenv("AWS_ENDPOINT_URL", answers.uri)
     for line in [
         planned(capsys, "s3://elsewhere/raw", "/nowhere"),
-        built(capsys, raw, "s3://elsewhere/out"),
         dry_run(capsys, "--data", data, "--storage", "s3://elsewhere/runs"),
     ]:
         assert line.endswith("in another region; set AWS_DEFAULT_REGION=eu-central-1"), line
@@ -177,32 +170,12 @@ def test_mlflow_server_before_the_oldest_is_refused_with_the_upgrade(
 ):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", answers.uri)
     answers.body = b"2.22.1"
-    for line in (dry_run(capsys, "--data", data), trained(capsys, "--data", data)):
-        assert line.startswith(
-            f"MLflow at {answers.uri} is version 2.22.1, this needs 3.0 or newer"
-        )
-        assert "upgrade the server" in line and "mlflow db upgrade" in line
-
-
-@pytest.mark.parametrize("body", [b"3.0.0", b"3.17.2", b"10.1.0rc1", b"no version", b""])
-def test_other_versions_and_none_are_not_refused_for_it(answers, body):
-    answers.body = body
-    tracking._refuse_old(answers.uri)
-
-
-@pytest.mark.parametrize(
-    ("status", "body", "remedy"),
-    [
-        (401, b"You are not authenticated.", "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_P"),
-        (403, b"Invalid Host header - possible DNS rebinding attack detected", "--allowed-hosts"),
-    ],
-)
-def test_mlflow_that_lets_nobody_in_is_told_with_the_remedy(
-    answers, monkeypatch, capsys, data, status, body, remedy
-):
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", answers.uri)
-    answers.status, answers.body = status, body
-    assert remedy in dry_run(capsys, "--data", data)
+    line = dry_run(capsys, "--data", data)
+    assert line.startswith(f"MLflow at {answers.uri} is version 2.22.1, this needs 3.0 or newer")
+    assert "upgrade the server" in line and "mlflow db upgrade" in line
+    for other in (b"3.0.0", b"3.17.2", b"10.1.0rc1", b"no version", b""):
+        answers.body = other
+        tracking._refuse_old(answers.uri)
 
 
 # A full disk
@@ -226,54 +199,3 @@ def test_disk_without_room_for_the_cache_of_shards_is_told(
     line = dry_run(capsys, "--data", f"{s3}/cached", "--storage", f"{s3}/runs")
     assert line.startswith(f"{small_disk}/cache has 0.00 GB free and the shards kept there take")
     assert "set ALEXNET_HOME to another disk, or pass a lower --cache-gb" in line
-
-
-# No GPU
-
-
-def test_gpus_that_nobody_has_are_told_with_and_without_a_cluster(
-    data, local_ray, monkeypatch, capsys, tmp_path
-):
-    flags = ["--data", data, "--device", "cuda"]
-    monkeypatch.setenv("RAY_ADDRESS", local_ray)
-    line = "2 workers need a GPU each, the cluster has 0; pass --workers 1 or --device cpu"
-    assert dry_run(capsys, *flags, "--workers", "2") == line
-    assert trained(capsys, *flags, "--workers", "2") == line
-    assert run.main(["smoke", "--dry-run", "--data", data]) == 0
-    assert "a cluster of 1 nodes: 1 worker(s) with 2 CPU(s) each" in capsys.readouterr().out
-
-
-def test_gpus_that_this_machine_lacks_are_told_where_no_cluster_is_known(
-    data, monkeypatch, capsys, tmp_path
-):
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))  # where `ray start` would leave its address
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    line = dry_run(capsys, "--data", data, "--device", "cuda")
-    assert line.startswith("1 workers need a GPU each, this machine has 0 and no cluster is known")
-    assert run.main(["smoke", "--dry-run", "--data", data]) == 0
-    assert "no cluster is known" in capsys.readouterr().out
-
-
-def test_cluster_whose_only_node_is_a_head_without_cpus_is_told(data, tmp_path):
-    code = (
-        "import sys, ray\n"
-        "context = ray.init(address='local', num_cpus=0, include_dashboard=False,"
-        " logging_level='error')\n"
-        "print(context.address_info['address'], flush=True)\n"
-        "sys.stdin.read()\n"
-    )
-    token = {"RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_AUTH_MODE": "token"}
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    with subprocess.Popen([sys.executable, "-c", code], env=os.environ | token, **pipes) as head:
-        address = head.stdout.readline().strip()
-        done = subprocess.run(
-            [sys.executable, ROOT / "training" / "run.py", "smoke", "--dry-run", "--data", data],
-            env=os.environ | token | {"RAY_ADDRESS": address},
-            capture_output=True,
-            text=True,
-        )
-        head.communicate(timeout=60)
-    assert done.returncode == 2, done.stderr
-    told = "error: 1 workers need a CPU each, no node of the cluster has one; start nodes with"
-    assert done.stderr.splitlines()[-1].startswith(told)

@@ -1,9 +1,7 @@
-"""The cost model against simulations and counts on the real network; its document is up to date."""
+"""The cost model against simulations and counts on the real network."""
 
 import dataclasses
 import itertools
-import math
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,10 +10,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from alexnet.model import AlexNet
 from benchmarks import cost_model
-from benchmarks.cost_model import H200, NETWORKS, Cluster, all_reduce, minutes, smallest_batch, step
-from benchmarks.scaling import PUBLISHED, SUN_SPEED_UP, main, tables
+from benchmarks.cost_estimate import INSTANCES, Instance, building, training
+from benchmarks.cost_model import H200, NETWORKS, Cluster, all_reduce, smallest_batch, step
+from benchmarks.scaling import main
 
-DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "scaling.md"
 # Nothing but bytes counts, one byte takes a second.
 PLAIN = Cluster(gpus_per_node=1, network=1.0, hop_inside=0, hop_network=0)
 
@@ -122,44 +120,6 @@ def test_smallest_batch_is_the_first_that_suffices(gpus, network):
     assert step(cluster, gpus, found - 1, 2).efficiency < 0.9
 
 
-def test_minutes_are_steps_times_seconds():
-    each = step(H200, 64, 512, 2).seconds
-    assert minutes(H200, 64, 32_768, 2, 90) == pytest.approx(90 * 1_281_167 / 32_768 * each / 60)
-
-
-def test_published_runs_keep_their_figures():
-    found = [(run.devices, run.epochs, run.minutes) for run in PUBLISHED]
-    assert found == [(512, 100, 24), (1024, 95, 4), (512, 95, 1.5)]
-    sun = PUBLISHED[-1]
-    alone = sun.batch / sun.step_seconds / SUN_SPEED_UP
-    own = dataclasses.replace(sun.connection, images_per_second=alone)
-    dense = minutes(own, sun.devices, sun.batch, sun.bytes_per_gradient, sun.epochs)
-    assert sun.minutes < dense < 1.3 * sun.minutes, "the model is far from the one run it can check"
-
-
-def test_what_the_document_concludes_follows_from_the_model():
-    bound = {gpus: step(H200, gpus, 32_768 / gpus, 2).bound_by for gpus in (32, 64, 256, 512)}
-    assert bound == {
-        32: "computing",
-        64: "step overhead",
-        256: "step overhead",
-        512: "communication",
-    }
-    ethernet = dataclasses.replace(H200, network=NETWORKS["100 Gb/s"])
-    assert step(ethernet, 16, 2048, 2).bound_by == "computing"
-    assert step(ethernet, 32, 1024, 2).bound_by == "communication"
-    assert 65_536 // smallest_batch(H200, 128, 2) == 120
-    assert all(minutes(H200, n, 32_768, 2, 90) > 0.15 for n in (256, 512, 1024))
-    assert math.ceil(50_000 / cost_model.DECODE_PER_CORE) == 18
-
-
-def test_the_document_shows_the_tables_as_printed(capsys):
-    assert main([]) == 0
-    printed = capsys.readouterr().out
-    assert printed == tables()
-    assert printed in DOCUMENT.read_text(), "paste the output of `python -m benchmarks.scaling`"
-
-
 def test_own_figures_change_the_tables_and_nonsense_is_refused(capsys):
     assert main(["--images-per-second", "10000", "--batch", "1024", "--cores", "2"]) == 0
     out = capsys.readouterr().out
@@ -167,3 +127,23 @@ def test_own_figures_change_the_tables_and_nonsense_is_refused(capsys):
     for flags in (["--images-per-second", "0"], ["--batch", "0"], ["--cores", "-1"]):
         assert main(flags) == 2
         assert flags[0] in capsys.readouterr().err
+
+
+def test_hours_of_a_build_are_those_of_the_slower_of_cpus_and_network():
+    alone = Instance("", cpus=2, network=1e12)
+    assert building(alone).hours == pytest.approx(1_331_167 / 546 / 3600)
+    assert building(alone).bound_by == "CPUs"
+    slow = Instance("", cpus=1000, network=1e9)
+    assert building(slow).bound_by == "network"
+    assert building(slow).hours == pytest.approx(1_331_167 * 135_700 / (0.115e9) / 3600)
+
+
+def test_hours_of_a_training_are_those_of_the_cost_model():
+    machine = next(i for i in INSTANCES if i.name == "p5.48xlarge")
+    assert machine.cluster().images_per_second == pytest.approx(50_000, rel=0.01)
+    assert machine.cluster().decode == 24 * 2880
+    found = training(machine, 4096, 90).hours
+    each = cost_model.step(machine.cluster(), 8, 512, 2).seconds
+    assert found == pytest.approx(90 * 1_281_167 / 4096 * each / 3600)
+    few = Instance("", cpus=8, network=1e12, gpus=8, flops=989e12, inside=476e9)
+    assert training(few, 4096, 90).bound_by == "data"

@@ -50,10 +50,3 @@ def test_seed_decides_which_class_a_image_gets(raw, tmp_path):
         main([str(raw), str(tmp_path / name), "--seed", seed])
         found.append(classes_of(tmp_path / name / "train"))
     assert found[0] == found[1] != found[2]
-
-
-def test_what_is_no_class_folder_or_exists_already_is_one_line(raw, tmp_path, capsys):
-    (tmp_path / "empty").mkdir()
-    assert main([str(tmp_path / "empty"), str(tmp_path / "out")]) == 2
-    assert main([str(raw), str(tmp_path / "empty")]) == 2
-    assert capsys.readouterr().err.count("\n") == 2

@@ -1,14 +1,17 @@
-"""Each command that a document, an error or a docstring names is one that its program takes."""
+"""What documents say is so: their commands are taken, their tables printed, their names there."""
 
 import ast
 import re
 import shlex
+import tomllib
 
 import pytest
 from drawn import ROOT
 from manifest_commands import CommandError, check_command
+from manifests import exported_metrics
 from registered import MLFLOW_WARNINGS
 
+from benchmarks import cost_estimate, scaling, summary
 from training.recipes import RECIPES
 
 pytestmark = [pytest.mark.filterwarnings(line) for line in MLFLOW_WARNINGS]
@@ -74,24 +77,72 @@ def test_commands_are_found_where_they_are() -> None:
     assert "python -m pipelines verify x --repair" in in_product()
 
 
-@pytest.mark.parametrize("command", sorted(in_documents() | in_product() | in_demo()))
-def test_program_takes_the_command(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_program_takes_the_commands_that_name_it() -> None:
+    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M)
+    refused = []
+    for command in sorted(in_documents() | in_product() | in_demo()):
+        words = meant(command)
+        if words[0] == "make":
+            refused += [] if words[1] in targets else [command]
+            continue
+        try:
+            if any(word.startswith("--") for word in words):
+                check_command(words)
+            else:
+                try:
+                    check_command(words)
+                except CommandError:
+                    check_command([*words, "--help"])  # the name of a command, not all of it
+        except CommandError as error:
+            refused.append(f"{command}: {error}")
+    assert refused == []
+
+
+def meant(command: str) -> list[str]:
     command = re.sub(r"(?<= )\[|\](?= |$)", "", command)
-    for word, meant in MEANT.items():
-        command = re.sub(rf"(?<!\S){re.escape(word)}(?!\S)", meant, command)
-    words = shlex.split(command.replace("…", "x"))
-    if words[0] == "make":
-        assert words[1] in re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M)
-        return
-    try:
-        check_command(words)
-    except CommandError:
-        if any(word.startswith("--") for word in words):
-            raise
-        check_command([*words, "--help"])  # the name of a command, not the whole of it
+    for word, value in MEANT.items():
+        command = re.sub(rf"(?<!\S){re.escape(word)}(?!\S)", value, command)
+    return shlex.split(command.replace("…", "x"))
 
 
 def test_recipes_of_the_readme_are_all_the_recipes() -> None:
     readme = (ROOT / "README.md").read_text()
     table = readme[readme.index("| recipe |") :].partition("\n\n")[0]
     assert re.findall(r"^\| `(\w+)` \|", table, re.M) == list(RECIPES)
+
+
+def test_links_of_the_documents_lead_to_files() -> None:
+    found = [
+        (path, link)
+        for path in DOCUMENTS
+        for link in re.findall(r"\]\((?!https?:)([^)#]+)\)", path.read_text())
+    ]
+    assert len(found) > 15
+    assert [(path, link) for path, link in found if not (path.parent / link).exists()] == []
+
+
+def test_every_dependency_has_its_reason_in_the_architecture() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"].values()
+    wanted = {re.split(r"[\[>]", name)[0] for name in sum(extras, project["dependencies"])}
+    _, _, reasons = (ROOT / "ARCHITECTURE.md").read_text().partition("## Dependencies")
+    assert wanted - set(re.findall(r"[a-z0-9-]+", reasons)) == set()
+
+
+def test_metrics_of_the_operations_page_are_those_of_the_code() -> None:
+    document = (ROOT / "docs" / "operations.md").read_text()
+    told = set()
+    for row in re.findall(r"^\| (`ray_alexnet.*?) \|", document, re.MULTILINE):
+        first, *others = re.findall(r"`([\w…]+)`", row)
+        prefix = re.match(r"ray_alexnet_(?:build|train)_", first)[0]
+        told |= {first} | {name.replace("…_", prefix) for name in others if "…_" in name}
+    assert told == set(exported_metrics())
+
+
+def test_tables_of_the_documents_are_those_that_are_printed(capsys) -> None:
+    for main, path in ((cost_estimate.main, "operations"), (scaling.main, "scaling")):
+        assert main([]) == 0
+        assert capsys.readouterr().out in (ROOT / "docs" / f"{path}.md").read_text()
+    _, _, rest = summary.README.read_text().partition(summary.BEGIN)
+    shown = rest.partition(summary.END)[0]
+    assert shown.strip() == summary.document().strip(), "run: python -m benchmarks.summary --write"
