@@ -108,6 +108,16 @@ AIMS = (
     ),
     Aim("loading beside FFCV", "loader", _LOADER, _LOADED, "≥", 1.3, "ffcv"),
     Aim("loading beside webdataset", "loader", _LOADER, _LOADED, "≥", 3, "webdataset"),
+    Aim(
+        "epochs from the decoded file beside decoding",
+        "loader",
+        r"training\.loader, decoded",
+        _LOADED,
+        "≥",
+        10,
+        "limit: simplejpeg",
+        reason="the last run was before there was a decoded file",
+    ),
     Aim("first batch of a loader, s", "loader", _LOADER, "first batch, s", "≤", 2),
     Aim(
         "training beside a bare loop",

@@ -1,7 +1,8 @@
-"""The limit of a loader: decoding alone.
+"""Limits of a loader: decoding alone, and copying decoded images alone.
 
-Threads of one process decode JPEGs out of memory in order, over one buffer; nothing is read from
-files, mirrored or batched.
+Threads of one process write pixels; nothing is read from files, mirrored or batched. Decoding
+takes JPEGs out of memory in order, over one buffer. Copying ("copy") takes decoded images, all of
+which lie in memory, at random, into as many buffers in turn as a loader has that works ahead.
 
     python -m benchmarks.load_limit '{"action": "run", "tars": […], "threads": …, "batch": …}'
 """
@@ -16,26 +17,36 @@ import simplejpeg
 
 from benchmarks.peers import clock, tars
 
+_AHEAD = 5  # buffers: a batch with its consumer, one going back, three being filled
 
-def batches(request: dict[str, Any]) -> Iterator[tuple[np.ndarray, list[int]]]:
-    """The images of a batch are the same memory each time."""
+
+def batches(request: dict[str, Any]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """The images of a batch are the same memory again after one batch, or after _AHEAD."""
     samples = list(tars.samples(request["tars"]))
-    jpegs, labels = [jpeg for jpeg, _ in samples], [label for _, label in samples]
+    jpegs, labels = [jpeg for jpeg, _ in samples], np.array([label for _, label in samples])
     height, width, _, _ = simplejpeg.decode_jpeg_header(jpegs[0])
-    pixels = np.empty((request["batch"], height, width, 3), np.uint8)
+    order, shape = np.arange(len(jpegs)), (request["batch"], height, width, 3)
+    copy = bool(request.get("copy"))
+    buffers = itertools.cycle([np.empty(shape, np.uint8) for _ in range(_AHEAD if copy else 1)])
+    if copy:
+        decoded = np.stack([simplejpeg.decode_jpeg(jpeg, "RGB") for jpeg in jpegs])
+        np.random.default_rng(0).shuffle(order)
 
-    def decode(first: int, places: range) -> None:
-        for place in places:
-            simplejpeg.decode_jpeg(jpegs[first + place], "RGB", buffer=pixels[place])
+    def fill(rows: np.ndarray, pixels: np.ndarray) -> None:
+        for row, image in zip(rows.tolist(), pixels, strict=True):
+            if copy:
+                image[:] = decoded[row]
+            else:
+                simplejpeg.decode_jpeg(jpegs[row], "RGB", buffer=image)
 
     firsts = range(0, len(jpegs), request["batch"])
     with ThreadPoolExecutor(request["threads"]) as pool:
         for first in itertools.chain(*[firsts] * request.get("epochs", 1)):
-            count = min(request["batch"], len(jpegs) - first)
-            cuts = np.linspace(0, count, request["threads"] + 1, dtype=int).tolist()
-            spans = [range(a, b) for a, b in itertools.pairwise(cuts)]
-            list(pool.map(decode, [first] * len(spans), spans))
-            yield pixels[:count], labels[first : first + count]
+            rows, pixels = order[first : first + request["batch"]], next(buffers)
+            cuts = np.linspace(0, len(rows), request["threads"] + 1, dtype=int).tolist()
+            spans = [slice(a, b) for a, b in itertools.pairwise(cuts)]
+            list(pool.map(fill, [rows[s] for s in spans], [pixels[s] for s in spans]))
+            yield pixels[: len(rows)], labels[rows]
 
 
 if __name__ == "__main__":

@@ -28,11 +28,13 @@ COLUMNS = (
 )
 CROP = 227
 LIMIT = "limit: simplejpeg alone, decoding"
+COPY = "limit: copying decoded images"
 OURS = "training.loader"
+DECODED = "training.loader, decoded file (--cache decoded), not mirrored"
 PLAIN = "webdataset + Pillow"
-_AS_THEY_ARE = (LIMIT, OURS, PLAIN)  # need no files of their own
+_AS_THEY_ARE = (LIMIT, COPY, OURS, DECODED, PLAIN)  # need no files of their own
 # Epochs in one process: of one of these, the timed part would be over in a second or less.
-_EPOCHS = {LIMIT: 4, OURS: 4}
+_EPOCHS = {COPY: 8, DECODED: 8, LIMIT: 4, OURS: 4}
 _PEER_EPOCHS = {"ffcv": 4, "dali": 4}
 _EQUAL = 0.01  # share by which decoders, and FFCV encoding once more, may move mean pixels
 
@@ -77,12 +79,14 @@ def run(
         f"{samples} stored images of {CROP} px (copies of {len(jpegs)}, mean {size:.0f} kB; "
         f"{raw.origin}), page cache warm; uint8 batches of {batch}, mirrored at random; {threads} "
         f"decoding threads or worker processes on {threads} CPUs; one epoch in a fresh process, "
-        f"{_EPOCHS[OURS]} of the faster ones, timed after the first batch; first batch: since the "
-        "start of the process; "
+        f"{_EPOCHS[OURS]} of the faster ones, {_EPOCHS[COPY]} where images are only copied, timed "
+        "after the first batch; limit: of copying for the decoded file, of decoding for the "
+        "others; first batch: since the start of the process; "
         f"{rounds} rounds in alternating order, median [lowest..highest], ratios within a round. "
         f"FFCV's file holds the images encoded once more.{missing}"
     )
-    return Table(COLUMNS, rows, setting, Bars("stored JPEGs to uint8 batches, img/s", rates))
+    drawn = {name: rates[name] for name in asked if name not in (COPY, DECODED)}  # far beyond
+    return Table(COLUMNS, rows, setting, Bars("stored JPEGs to uint8 batches, img/s", drawn))
 
 
 def request_for(uri: str, work: Path, batch: int, threads: int) -> dict[str, Any]:
@@ -103,7 +107,9 @@ def contenders() -> tuple[dict[str, Ask], dict[str, str]]:
     absent: dict[str, str] = {}
     asked: dict[str, Ask] = {
         LIMIT: functools.partial(_ask_ours, "load_limit"),
+        COPY: lambda request: _ask_ours("load_limit", request | {"copy": True}),
         OURS: functools.partial(_ask_ours, "load_ours"),
+        DECODED: lambda request: _ask_ours("load_ours", request | {"decoded": True}),
         PLAIN: functools.partial(_ask_peer, Path(sys.executable), "load_webdataset.py"),
     }
     for name, decoder in _PEERS.items():
@@ -151,12 +157,12 @@ def _ask_peer(python: Path, script: str, request: dict[str, Any]) -> Answer:
 
 def _row(name: str, answers: list[Answer], rates: dict[str, list[float]]) -> tuple[str, ...]:
     per_core = [a["images"] / a["cpu"] if a["cpu"] else float("nan") for a in answers]
-    late = name == LIMIT  # which reads all before its first batch
+    late = name in (LIMIT, COPY, DECODED)  # which read all before their first batch
     first = "–" if late else spread([a["first"] for a in answers], 2)
     return (
         f"**`{name}`**" if name == OURS else name,
         spread(rates[name]),
-        spread(ratios(rates[name], rates[LIMIT]), 2),
+        spread(ratios(rates[name], rates[COPY if name in (COPY, DECODED) else LIMIT]), 2),
         spread(ratios(rates[name], rates[PLAIN]), 2),
         spread(per_core),
         first,

@@ -100,7 +100,7 @@ def test_loader_compares_ours_with_webdataset_and_the_limits(
     without_peers(monkeypatch, tmp_path)
     table = loader.run(raw, rounds=1, samples=24, batch=8, threads=1)
     check(table, loader.COLUMNS)
-    names = (loader.LIMIT, loader.OURS, loader.PLAIN)
+    names = (loader.LIMIT, loader.COPY, loader.OURS, loader.DECODED, loader.PLAIN)
     assert [name.strip("*`") for name in cells(table, "loader")] == list(names)
     assert all(f"Not here: {peer} (not installed" in table.setting for peer in PEERS)
 
