@@ -4,6 +4,7 @@ Everywhere `images` is uint8 (B, 3, S, S) with S = spec.crop, the stored side, a
 float32 (B, 3, 227, 227) on the same device, normalised per channel as (pixel − mean) / std.
 """
 
+import functools
 import json
 import math
 from collections.abc import Mapping
@@ -128,26 +129,38 @@ def resize_and_crop(image: Tensor, resize: int, crop: int) -> Tensor:
     return _centre(resized, crop, crop)
 
 
-def train_view(
-    images: Tensor, spec: InputSpec, augment: Augment, *, seed: int, epoch: int, sample_ids: Tensor
+def draw_views(
+    spec: InputSpec, augment: Augment, *, seed: int, epoch: int, sample_ids: Tensor
 ) -> Tensor:
-    """sample_ids: int64 (B,). Crop, flip, colour and normalisation, batched on images.device.
+    """sample_ids: int64 (B,) → float32 (B, 9): where each training view lies, and its colour.
 
     Every random number is a hash of (seed, epoch, sample id, which draw): the view of a sample does
-    not depend on its batch, its order, the worker, the device or torch's own generator. Keep
-    sample_ids on the CPU to have the hashing done there, where it costs microseconds.
+    not depend on its batch, its order, the worker or torch's own generator. It is drawn on the
+    device of sample_ids: on the CPU it costs microseconds, and any thread may do it ahead.
 
-    Raises UserError for crop "random" on images stored at 227×227.
+    Columns 0-5: of a "resized" crop the rows of the matrix for affine_grid; of the others top and
+    left in pixels, whether it is mirrored, and nothing. Columns 6-8: what is subtracted of RGB, the
+    mean less the colour noise. Raises UserError for crop "random" on images stored at 227×227.
     """
-    _check_stored(images, spec)
     draws = uniforms(seed, epoch, sample_ids, NUM_DRAWS)
     mirrored = (draws[:, DRAW_FLIP] < 0.5) & augment.flip
     noise = colour_noise(spec, augment.colour_sigma, draws[:, DRAW_COLOUR:])
+    shift = torch.tensor([spec.mean], dtype=torch.float64, device=noise.device) - noise
     if augment.crop == "resized":
-        x = _resized_windows(images, draws, mirrored)
+        place = _resized_places(draws, mirrored)
     else:
-        x = _windows(images, *_offsets(draws, spec, augment), mirrored)
-    return _normalise(x, spec, noise)
+        place = draws.new_zeros(len(draws), 6)
+        place[:, 0], place[:, 1] = _offsets(draws, spec, augment)
+        place[:, 2] = mirrored
+    return torch.cat([place, shift], dim=1).float()
+
+
+def train_view(images: Tensor, drawn: Tensor, spec: InputSpec, augment: Augment) -> Tensor:
+    """Crop, flip, colour and normalisation, batched on the device of both. drawn: of draw_views,
+    for the same spec and augment."""
+    _check_stored(images, spec)
+    x = (_resized_windows if augment.crop == "resized" else _windows)(images, drawn[:, :6])
+    return (x - drawn[:, 6:, None, None]).div_(_statistics(spec, x.device)[1])
 
 
 def centre_view(images: Tensor, spec: InputSpec) -> Tensor:
@@ -192,9 +205,7 @@ def colour_noise(spec: InputSpec, sigma: float, draws: Tensor) -> Tensor:
     So the noise is normal with covariance sigma²·spec.covariance. Its symmetric root V·√λ·Vᵀ does
     not depend on the signs that an eigenvalue routine happens to give V.
     """
-    variances, components = torch.linalg.eigh(torch.tensor(spec.covariance, dtype=torch.float64))
-    root: Tensor = components @ variances.clamp(min=0).sqrt().diag() @ components.T
-    return sigma * _normals(draws)[:, :3] @ root.to(draws.device)
+    return sigma * _normals(draws)[:, :3] @ _root(spec.covariance).to(draws.device)
 
 
 def uniforms(seed: int, epoch: int, sample_ids: Tensor, count: int) -> Tensor:
@@ -203,6 +214,14 @@ def uniforms(seed: int, epoch: int, sample_ids: Tensor, count: int) -> Tensor:
     key = _hash(_hash(_hash(torch.full_like(ids, seed)) ^ epoch) ^ ids)
     bits = _hash(key[:, None] ^ torch.arange(count, device=ids.device))
     return _shift_right(bits, 11).double() * 2.0**-53
+
+
+@functools.lru_cache
+def _root(covariance: tuple[Triple, Triple, Triple]) -> Tensor:
+    """float64 (3, 3), symmetric, on the CPU."""
+    variances, components = torch.linalg.eigh(torch.tensor(covariance, dtype=torch.float64))
+    root: Tensor = components @ variances.clamp(min=0).sqrt().diag() @ components.T
+    return root
 
 
 def _hash(state: Tensor) -> Tensor:
@@ -240,30 +259,35 @@ def _offsets(draws: Tensor, spec: InputSpec, augment: Augment) -> tuple[Tensor, 
     return places[:, DRAW_TOP], places[:, DRAW_LEFT]
 
 
-def _windows(images: Tensor, top: Tensor, left: Tensor, mirrored: Tensor) -> Tensor:
+def _windows(images: Tensor, place: Tensor) -> Tensor:
     """uint8 (B, 3, 227, 227): each sample's window, mirrored where asked."""
     # All windows as one strided view: picking from it copies only what is picked.
     every = images.unfold(2, NETWORK_SIDE, 1).unfold(3, NETWORK_SIDE, 1)
-    samples = torch.arange(len(images), device=images.device)
-    windows = every[samples, :, top.to(images.device), left.to(images.device)]
-    return torch.where(mirrored.to(images.device)[:, None, None, None], windows.flip(-1), windows)
+    top, left, mirrored = place[:, :3].long().unbind(1)
+    windows = every[torch.arange(len(images), device=images.device), :, top, left]
+    return torch.where(mirrored.bool()[:, None, None, None], windows.flip(-1), windows)
 
 
-def _resized_windows(images: Tensor, draws: Tensor, mirrored: Tensor) -> Tensor:
-    """float32 (B, 3, 227, 227). A window's side that would exceed the image's is cut to it."""
+def _resized_places(draws: Tensor, mirrored: Tensor) -> Tensor:
+    """float64 (B, 6). A window's side that would exceed the image's is cut to it."""
     area = AREA_RANGE[0] + (AREA_RANGE[1] - AREA_RANGE[0]) * draws[:, DRAW_AREA]
     low, high = map(math.log, ASPECT_RANGE)
     aspect = (low + (high - low) * draws[:, DRAW_ASPECT]).exp()
     width = (area * aspect).sqrt().clamp(max=1)  # as shares of the image's side
     height = (area / aspect).sqrt().clamp(max=1)
     # In grid_sample's coordinates the image spans −1 to 1: a window has room 1 − side around 0.
-    theta = torch.zeros(len(images), 2, 3, dtype=torch.float64, device=draws.device)
+    theta = draws.new_zeros(len(draws), 2, 3)
     theta[:, 0, 0] = torch.where(mirrored, -width, width)
     theta[:, 0, 2] = (2 * draws[:, DRAW_LEFT] - 1) * (1 - width)
     theta[:, 1, 1] = height
     theta[:, 1, 2] = (2 * draws[:, DRAW_TOP] - 1) * (1 - height)
+    return theta.flatten(1)
+
+
+def _resized_windows(images: Tensor, place: Tensor) -> Tensor:
+    """float32 (B, 3, 227, 227)."""
     size = [len(images), 3, NETWORK_SIDE, NETWORK_SIDE]
-    grid = F.affine_grid(theta.to(images.device, torch.float32), size, align_corners=False)
+    grid = F.affine_grid(place.reshape(-1, 2, 3), size, align_corners=False)
     return F.grid_sample(images.float(), grid, padding_mode="border", align_corners=False)
 
 
@@ -272,13 +296,18 @@ def _centre(images: Tensor, height: int, width: int) -> Tensor:
     return images[..., top : top + height, left : left + width]
 
 
-def _normalise(x: Tensor, spec: InputSpec, noise: Tensor | None = None) -> Tensor:
-    """(N, 3, 227, 227) → float32 (x + noise − mean) / std, noise (N, 3) per image and channel."""
-    mean = torch.tensor([spec.mean], dtype=torch.float64)
-    shift = mean if noise is None else mean.to(noise.device) - noise
-    shift = shift.to(x.device, torch.float32)[:, :, None, None]
-    std = torch.tensor(spec.std, dtype=torch.float32, device=x.device)[:, None, None]
-    return (x - shift).div_(std)
+def _normalise(x: Tensor, spec: InputSpec) -> Tensor:
+    """(N, 3, 227, 227) → float32 (x − mean) / std."""
+    mean, std = _statistics(spec, x.device)
+    return (x - mean).div_(std)
+
+
+@functools.lru_cache
+def _statistics(spec: InputSpec, device: torch.device) -> tuple[Tensor, Tensor]:
+    """mean and std, float32 (3, 1, 1), made once: whoever sends them to a GPU waits for it."""
+    with torch.inference_mode(False):
+        mean, std = (torch.tensor(v, dtype=torch.float64).float() for v in (spec.mean, spec.std))
+        return mean.to(device)[:, None, None], std.to(device)[:, None, None]
 
 
 def _check_stored(images: Tensor, spec: InputSpec) -> None:

@@ -117,13 +117,13 @@ def evaluated(folder: Path, uri: str, split: str, **changes: Any) -> Metrics:
 def seen_ids(set_attribute: Callable[[Any, str, Any], None]) -> list[list[int]]:
     """Fills with the sample ids of each train step from now on. Takes a setattr, as below."""
     steps: list[list[int]] = []
-    view = loop.train_view
+    draw = loop.draw_views
 
-    def recording(images: torch.Tensor, *args: Any, sample_ids: torch.Tensor, **rest: Any) -> Any:
+    def recording(*args: Any, sample_ids: torch.Tensor, **rest: Any) -> torch.Tensor:
         steps.append(sample_ids.tolist())
-        return view(images, *args, sample_ids=sample_ids, **rest)
+        return draw(*args, sample_ids=sample_ids, **rest)
 
-    set_attribute(loop, "train_view", recording)
+    set_attribute(loop, "draw_views", recording)
     return steps
 
 

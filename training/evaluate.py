@@ -43,6 +43,7 @@ from training.loader import Loader
 from training.network import check_fits, load_model
 from training.order import Ids, rank_part
 from training.steps import summed
+from training.transfer import sent
 
 # centre: the middle 227×227. ten_crop: four corners, the centre and their mirror images, with their
 # probabilities averaged, as in section 4.1 of the paper.
@@ -53,7 +54,7 @@ Network = Callable[[torch.Tensor], torch.Tensor]
 Where = tuple[str, shards.Manifest, str]  # data, manifest, split
 Rows = tuple[NDArray[Any], ...]  # columns of `Scored`, for some of its images
 
-_BATCH = 256  # views
+_BATCH, _GPU_BATCH = 256, 1024  # views
 _KEPT = 5  # likeliest classes of each image
 _SHOWN = 10  # classes and pairs in the text
 _LINE_SECONDS = 0.2
@@ -84,23 +85,24 @@ def evaluate(
     if loader.num_samples == 0:
         raise UserError("the split has no images to evaluate; choose another --split")
     ids = rank_part(np.arange(loader.num_samples), rank, world_size)
-    seen = torch.zeros(loader.num_samples, dtype=torch.int32, device=device)
+    seen = np.zeros(loader.num_samples, dtype=np.int32)
     correct = torch.zeros(2, dtype=torch.int64, device=device)
     loss = torch.zeros(1, dtype=torch.float64, device=device)
-    for log_probabilities, labels, part in _scores(network, loader, spec, _batches(ids), device):
+    parts = _batches(ids, _BATCH if device.type == "cpu" else _GPU_BATCH)
+    for log_probabilities, labels, part in _scores(network, loader, spec, parts, device):
         if stopping is not None and stopping():
             break
-        own = part.to(device)
-        seen.index_add_(0, own, torch.ones_like(own, dtype=torch.int32))
+        np.add.at(seen, part.numpy(), 1)
         place = _places(log_probabilities, labels)
         correct += torch.stack([(place < 1).sum(), (place < 5).sum()])
         loss += _losses(log_probabilities, labels).sum()
     if stopping is not None and summed([stopping()], device, world_size)[0]:
         raise Stopped
+    times = torch.from_numpy(seen).to(device)
     if world_size > 1:
-        for tensor in (seen, correct, loss):
+        for tensor in (times, correct, loss):
             torch.distributed.all_reduce(tensor)
-    images = int((seen == 1).sum())
+    images = int((times == 1).sum())
     assert images == len(seen), f"evaluated {images} of {len(seen)} images once"
     return Metrics.of(images, correct.tolist(), float(loss))
 
@@ -394,17 +396,15 @@ def _scores(
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
     """For each of `parts`: log-probabilities float32 (B, classes) and labels int64 (B,) on the
     device, sample ids int64 (B,) on the CPU."""
-    pin = device.type == "cuda"
-    with contextlib.closing(loader.batches(parts, pin=pin)) as batches:
-        for batch in batches:
-            images = batch.images.to(device, non_blocking=True)
+    with contextlib.closing(sent(loader, parts, device)) as batches:
+        for arriving in batches:
+            images, labels = arriving.received()
             log_probabilities = _log_probabilities(network, images, spec, protocol)
-            _check_labels(batch.labels, log_probabilities.shape[1])
-            labels = batch.labels.to(device, non_blocking=True)
-            yield log_probabilities, labels, batch.sample_ids
+            _check_labels(arriving.batch.labels, log_probabilities.shape[1])
+            yield log_probabilities, labels, arriving.batch.sample_ids
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def _log_probabilities(
     network: Network, images: torch.Tensor, spec: InputSpec, protocol: Protocol
 ) -> torch.Tensor:

@@ -34,7 +34,7 @@ Opening = Mapping[str, Future[OpenShard]]
 @dataclass(frozen=True)
 class Batch:
     """images: uint8 (B,3,H,W) in channels-last memory; labels, sample_ids: int64 (B,). All on the
-    CPU, but the images and labels of `Synthetic`."""
+    CPU, but the images of `Synthetic`."""
 
     images: torch.Tensor
     labels: torch.Tensor
@@ -167,8 +167,8 @@ class Synthetic(Loader):
         side, count = manifest.crop, min(_SYNTHETIC_IMAGES, self.num_samples)
         generator = torch.Generator().manual_seed(0)
         pixels = torch.randint(256, (count, side, side, 3), dtype=torch.uint8, generator=generator)
-        labels = torch.randint(manifest.num_classes, (count,), generator=generator)
-        self._pixels, self._labels = pixels.to(device), labels.to(device)
+        self._labels = torch.randint(manifest.num_classes, (count,), generator=generator)
+        self._pixels = pixels.to(device)
 
     def __exit__(self, *_: object) -> None:
         del self._pixels, self._labels
@@ -181,10 +181,13 @@ class Synthetic(Loader):
         """There is nothing to fetch."""
 
     def read(self, ids: Ids) -> Batch:
-        """The samples of `ids` (int64 (B,)), on the device; `pin` has nothing to do."""
+        """The samples of `ids` (int64 (B,)), their images on the device."""
         sample_ids = torch.from_numpy(np.ascontiguousarray(ids))
-        rows = (sample_ids % len(self._pixels)).to(self._device)
-        return Batch(self._pixels[rows].permute(0, 3, 1, 2), self._labels[rows], sample_ids)
+        rows = sample_ids % len(self._pixels)
+        labels = self._labels[rows]
+        if self._device.type != "cpu":  # from pageable memory the step would wait for the copy
+            rows = rows.pin_memory().to(self._device, non_blocking=True)
+        return Batch(self._pixels[rows].permute(0, 3, 1, 2), labels, sample_ids)
 
 
 class Samples:

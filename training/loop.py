@@ -5,6 +5,7 @@ functions, so benchmarks, tests and machines without Ray run the very same code 
 """
 
 import contextlib
+import functools
 import logging
 import time
 from collections.abc import Callable, Mapping
@@ -14,21 +15,23 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from alexnet import NETWORK_SIDE
-from alexnet.preprocess import Augment, train_view
+from alexnet.preprocess import Augment, draw_views, train_view
 from pipelines.shards import Manifest
 from training import checkpoint, guards
 from training.config import TrainConfig, science_digest, to_dict
 from training.decoded import open_decoded
 from training.evaluate import Stopped, evaluate
 from training.guards import TrainingStopped as TrainingStopped
-from training.loader import Batch, Loader, Synthetic
+from training.loader import Loader, Synthetic
 from training.meter import Meter, measured_peak, traced, training_flops
 from training.network import build_model, input_spec
 from training.order import Ids, epoch_order, global_batch, rank_part, steps_per_epoch
 from training.steps import Place as Place
 from training.steps import Stepper, algorithms, ended_early, learning_rates
+from training.transfer import Sent, sent
 
 logger = logging.getLogger("training")
 
@@ -141,33 +144,33 @@ class _Run:
         epoch, first = divmod(self.position.step, self.steps_per_epoch)
         remaining = self._batches(epoch, first)
         ids = self._parts(remaining)
-        pin = self.place.device.type == "cuda"
+        draw = functools.partial(self.draw, epoch)
         self.meter.start()
-        with contextlib.closing(self.train.batches(ids, pin=pin)) as batches:
-            for whole, part, batch in zip(remaining, ids, batches, strict=True):
+        with contextlib.closing(sent(self.train, ids, self.place.device, draw)) as batches:
+            for whole, part, arriving in zip(remaining, ids, batches, strict=True):
                 self.meter.data_arrived()
                 # The digest below is of what was learned from, not of what was meant to be.
-                assert np.array_equal(batch.sample_ids.numpy(), part), "a batch of other samples"
-                self.train_step(batch, epoch, whole)
+                found = arriving.batch.sample_ids.numpy()
+                assert np.array_equal(found, part), "a batch of other samples"
+                self.train_step(arriving, epoch, whole)
                 step_done()
                 self.report_progress(epoch)
                 if self.stopped:
                     return
         self.finish_epoch(epoch)
 
-    def train_step(self, batch: Batch, epoch: int, global_ids: Ids) -> None:
-        config, device, step = self.config, self.place.device, self.position.step
-        images = batch.images.to(device, non_blocking=True)
-        labels = batch.labels.to(device, non_blocking=True)
+    def draw(self, epoch: int, sample_ids: Tensor) -> Tensor:
+        augment = _augment(self.config, self.manifest.crop, epoch)
+        seed = self.config.seed
+        return draw_views(self.spec, augment, seed=seed, epoch=epoch, sample_ids=sample_ids)
+
+    def train_step(self, arriving: Sent, epoch: int, global_ids: Ids) -> None:
+        config, step = self.config, self.position.step
+        images, labels, drawn = arriving.received()
         self.meter.data_copied()
-        x = train_view(
-            images,
-            self.spec,
-            _augment(config, self.manifest.crop, epoch),
-            seed=config.seed,
-            epoch=epoch,
-            sample_ids=batch.sample_ids,  # on the CPU: the draws are the same for every device
-        ).contiguous(memory_format=torch.channels_last)
+        augment = _augment(config, self.manifest.crop, epoch)
+        x = train_view(images, drawn, self.spec, augment)
+        x = x.contiguous(memory_format=torch.channels_last)
         rates = learning_rates(config, step, self.steps_per_epoch, self.position.val_errors)
         size = len(global_ids)
         self.meter.add(self.stepper.step(x, labels, number=step, rates=rates, global_size=size))

@@ -118,9 +118,7 @@ class Stepper:
         # Dropout is seeded by position: a resumed run draws the masks the uninterrupted one drew.
         where = repr((self.config.seed, number, place.rank)).encode()
         torch.manual_seed(int.from_bytes(hashlib.sha256(where).digest()[:7]))
-        with torch.autocast(
-            place.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"
-        ):
+        with self.autocast():
             logits = self._network(x).float()
         loss_sum = nn.functional.cross_entropy(
             logits, labels, reduction="sum", label_smoothing=self.config.optim.label_smoothing
@@ -135,6 +133,12 @@ class Stepper:
         if self.ema is not None:
             self.ema.update()
         return Step(_sums(loss_sum.detach(), logits.detach(), labels, norm), communication)
+
+    def autocast(self) -> contextlib.AbstractContextManager[object]:
+        """In which the network computes in the run's precision, in training and evaluation."""
+        if self.config.precision != "bf16":
+            return contextlib.nullcontext()
+        return torch.autocast(self.place.device.type, torch.bfloat16)
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """For a checkpoint: "model" is what is evaluated. Where that is an average, "raw" is what
@@ -238,6 +242,6 @@ def _bfloat16_mean(
 def _sums(loss_sum: Tensor, logits: Tensor, labels: Tensor, grad_norm: Tensor) -> Tensor:
     """float64 (5,) for the meter. With fewer than five classes, top5 counts all of them."""
     correct = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
-    count = torch.tensor(len(labels), device=logits.device)
+    count = torch.full((), len(labels), device=logits.device)
     parts = (loss_sum, correct[:, 0].sum(), correct.sum(), count, grad_norm)
     return torch.stack([part.double() for part in parts])

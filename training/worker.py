@@ -46,7 +46,11 @@ def train_worker(settings: dict[str, Job]) -> dict[str, float]:
     config, context, device = job.config, ray.train.get_context(), ray.train.torch.get_device()
     rank = context.get_world_rank()
     _say(rank)
-    torch.set_num_threads(job.cpus)
+    # On GPUs torch computes next to nothing here, and its threads would wait for the decoders'; two
+    # CPUs are left to this thread, the draws and the libraries.
+    on_gpu = device.type == "cuda"
+    torch.set_num_threads(1 if on_gpu else job.cpus)
+    decoders = max(1, job.cpus - 2) if on_gpu else job.cpus
     refuse_changed(job)
     check_node(job)
     tracker = Tracker(job.tracking_uri, str(job.run_id))
@@ -70,7 +74,7 @@ def train_worker(settings: dict[str, Job]) -> dict[str, float]:
             config,
             job.data,
             job.manifest,
-            loop.Place(device, rank, context.get_world_size(), job.cpus),
+            loop.Place(device, rank, context.get_world_size(), decoders),
             log=_logging(str(config.name), tracker, bar),
             report=_reporting(uploads),
             resume=resume,

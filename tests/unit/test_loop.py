@@ -15,6 +15,7 @@ from shard_sets import write_shard_set
 from small_training import BY_HEART, evaluated, fit, seen_ids, small_config, without_dropout
 
 from alexnet.errors import UserError
+from alexnet.preprocess import Augment, draw_views, train_view
 from pipelines.shards import load_manifest
 from training import checkpoint, guards, loop, recipes
 from training.loader import Loader
@@ -128,10 +129,9 @@ def test_first_step_is_sgd_on_the_mean_loss_of_its_batch(uri, tmp_path, monkeypa
     with Loader(uri, manifest, "train", threads=1, cache_gb=1) as loader:
         batch = loader.read(ids)
     spec = input_spec(manifest, config)
-    augment = loop.Augment(crop="resized", flip=True, colour_sigma=0.1)
-    x = loop.train_view(
-        batch.images, spec, augment, seed=3, epoch=0, sample_ids=torch.from_numpy(ids)
-    )
+    augment = Augment(crop="resized", flip=True, colour_sigma=0.1)
+    drawn = draw_views(spec, augment, seed=3, epoch=0, sample_ids=torch.from_numpy(ids))
+    x = train_view(batch.images, drawn, spec, augment)
     model = build_model(config, 4)
     target = torch.full((7, 4), 0.1 / 4)
     target[range(7), batch.labels] += 0.9
@@ -175,29 +175,28 @@ def test_auto_crop_takes_random_windows_where_the_shards_leave_room(
     tmp_path, monkeypatch, side, crop
 ):
     uri = write_shard_set(tmp_path / "set", train=(4,), val=(2,), side=side)
-    view, seen = loop.train_view, []
-
-    def recording(images: torch.Tensor, spec: Any, augment: Any, **rest: Any) -> torch.Tensor:
-        seen.append(augment)
-        return view(images, spec, augment, **rest)
-
-    monkeypatch.setattr(loop, "train_view", recording)
+    seen = drawn_with(monkeypatch)
     fit(small_config(augment_crop="auto", augment_flip=False, optim_epochs=1), uri)
-    assert seen == [loop.Augment(crop=crop, flip=False, colour_sigma=0.1)]
+    assert seen == [(Augment(crop=crop, flip=False, colour_sigma=0.1), 0, 0)]
 
 
 def test_views_are_drawn_by_seed_and_epoch_and_colour_noise_ends_with_its_last(uri, monkeypatch):
-    view, seen = loop.train_view, []
-
-    def recording(
-        images: Any, spec: Any, augment: loop.Augment, *, seed: int, epoch: int, sample_ids: Any
-    ) -> torch.Tensor:
-        seen.append((seed, epoch, augment.colour_sigma))
-        return view(images, spec, augment, seed=seed, epoch=epoch, sample_ids=sample_ids)
-
-    monkeypatch.setattr(loop, "train_view", recording)
+    seen = drawn_with(monkeypatch)
     fit(small_config(seed=6, augment_colour_epochs=1), uri)
-    assert seen == [(6, 0, 0.1)] * 4 + [(6, 1, 0.0)] * 4
+    found = [(seed, epoch, augment.colour_sigma) for augment, seed, epoch in seen]
+    assert found == [(6, 0, 0.1)] * 4 + [(6, 1, 0.0)] * 4
+
+
+def drawn_with(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Augment, int, int]]:
+    """Fills with augmentation, seed and epoch of each train step from now on."""
+    seen: list[tuple[Augment, int, int]] = []
+
+    def recording(spec: Any, augment: Augment, *, seed: int, epoch: int, sample_ids: Any) -> Any:
+        seen.append((augment, seed, epoch))
+        return draw_views(spec, augment, seed=seed, epoch=epoch, sample_ids=sample_ids)
+
+    monkeypatch.setattr(loop, "draw_views", recording)
+    return seen
 
 
 def test_paper_divides_its_rate_at_epochs_25_51_and_79_of_91():

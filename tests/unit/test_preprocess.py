@@ -14,6 +14,7 @@ from alexnet.preprocess import (
     InputSpec,
     average_probabilities,
     centre_view,
+    draw_views,
     ten_crop,
     train_view,
 )
@@ -47,7 +48,8 @@ def noise_images(count: int, side: int) -> torch.Tensor:
 def view(images, augment, spec=None, *, seed=0, epoch=0, ids=None) -> torch.Tensor:
     ids = torch.arange(len(images)) if ids is None else torch.tensor(ids)
     spec = spec or spec_of(images.shape[-1], COVARIANCE)
-    return train_view(images, spec, augment, seed=seed, epoch=epoch, sample_ids=ids)
+    drawn = draw_views(spec, augment, seed=seed, epoch=epoch, sample_ids=ids)
+    return train_view(images, drawn, spec, augment)
 
 
 # ---- random numbers
