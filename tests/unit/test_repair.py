@@ -1,6 +1,8 @@
-"""Sets that are repaired, and images that are taken in later: the undisturbed set in the end."""
+"""Sets that are repaired or were left half done: the undisturbed set in the end."""
 
+import os
 import shutil
+import socket
 from pathlib import Path
 
 import pytest
@@ -99,3 +101,69 @@ def test_more_than_mended_images_needs_another_folder(
     assert main([*argv, "--retry-quarantined"]) == 2
     assert "more has changed than quarantined images" in capsys.readouterr().err
     assert contents(str(tmp_path / "out")) == before
+
+
+def build_of(raw: str, out: Path) -> list[str]:
+    """The command that makes `drawn_shards`."""
+    flags = ["--samples-per-shard", "8", "--max-rejected", "1"]
+    return ["build", "--raw", raw, "--out", str(out), *flags]
+
+
+def test_repair_that_was_stopped_is_continued_and_no_build_takes_the_damage_for_good(
+    drawn_raw: str, drawn_shards: str, copy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It got as far as the manifest."""
+    tar = copy / "train-000002.tar"
+    tar.write_bytes(tar.read_bytes()[:-1] + b"x")
+    for gone in ("_meta/train-000002.parquet", "manifest.json"):
+        (copy / gone).unlink()
+    assert main(build_of(drawn_raw, copy)) == 1
+    told = "train-000002.tar already exists with different contents; delete it"
+    assert told in capsys.readouterr().err
+    assert main(["verify", str(copy), "--full", "--repair"]) == 0
+    assert contents(str(copy)) == contents(drawn_shards)
+
+
+def test_verify_does_not_end_a_build_that_was_never_finished(
+    drawn_raw: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Only the build command knows how many rejected images are a success."""
+    out = tmp_path / "out"
+    assert main([*build_of(drawn_raw, out), "--only", "0-2"]) == 0
+    assert main(["verify", str(out), "--repair"]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {out}: no finished shard set")
+
+
+def test_set_that_lost_its_plan_before_it_was_finished_is_continued(
+    drawn_raw: str, drawn_shards: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    argv = build_of(drawn_raw, out)
+    assert main([*argv, "--only", "0-3"]) == 0
+    (out / "_meta" / "plan.json").unlink()
+    assert main([*argv, "--seed", "7"]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {out} is not empty")
+    assert not (out / "_meta" / "plan.json").exists()
+    assert main(argv) == 0
+    assert "4 of 6 shards are already there" in capsys.readouterr().out
+    assert contents(str(out)) == contents(drawn_shards)
+
+
+def test_what_killed_writers_left_is_removed_when_a_command_starts(
+    drawn_raw: str, copy: Path, tmp_path: Path
+) -> None:
+    """At its end would be too late: a disk that is nearly full would fill up with it."""
+    raw, host, nobody = tmp_path / "raw", socket.gethostname(), 2**22 + 1
+    drawing = ["demo-raw", str(raw), "--classes", "2", "--per-class", "2", "--val-per-class", "1"]
+    for argv, folder in (
+        (build_of(drawn_raw, copy), copy),
+        (["report", str(copy)], copy / "report"),
+        (drawing, raw),
+    ):
+        folder.mkdir(exist_ok=True)
+        others = [f"{host}~{os.getpid()}~file.x", f"elsewhere~{nobody}~file.x", "some~thing"]
+        dead, *alive = (folder / f".{name}.tmp" for name in (f"{host}~{nobody}~file.x", *others))
+        for path in (dead, *alive):
+            path.write_bytes(b"half")
+        assert main(argv) == 0
+        assert not dead.exists() and all(path.exists() for path in alive)

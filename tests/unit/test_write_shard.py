@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from drawn import A, B, C, archives, encoded, image, imagefolder, jpeg
-from made import made_shards
+from made import contents, made_shards
 
 from alexnet.errors import UserError
-from pipelines import plan, plan_files, shards, sources, storage, transform
+from pipelines import finish, plan, plan_files, shards, sources, storage, transform
 from pipelines.build import job_for
 from pipelines.sources import index
 from pipelines.sources.ilsvrc import TRAIN_TAR
@@ -104,6 +104,22 @@ def test_image_that_grew_behind_the_plan_gives_no_shard(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"\d\.JPEG has changed: it is longer than"):
         write_each(made, job)
     assert published(tmp_path / "out") == []
+
+
+def test_out_that_was_taken_away_does_not_come_back_with_a_part_of_the_set(tmp_path: Path) -> None:
+    raw, out, away = (tmp_path / name for name in ("raw", "out", "away"))
+    made, job = begun(archives(raw, val=None, devkit=None), out)
+    write_each(made, job)
+    done, _ = finish.finished_shards(str(out), made)
+    out.rename(away)
+    for again in (lambda: write_each(made, job), lambda: finish.finish(str(out), made, done)):
+        with pytest.raises(UserError, match="not there"):
+            again()
+    assert not out.exists()
+    away.rename(out)
+    finish.finish(str(out), made, done)
+    made_shards(str(raw), str(tmp_path / "other"), TWO)
+    assert contents(str(out)) == contents(str(tmp_path / "other"))
 
 
 def test_what_names_a_file_is_published_after_it_and_the_manifest_last(
