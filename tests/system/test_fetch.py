@@ -5,7 +5,6 @@ import fcntl
 import hashlib
 import json
 import os
-import re
 import subprocess
 import sys
 import tarfile
@@ -298,23 +297,6 @@ def test_other_bytes_of_the_right_size_are_removed_and_the_next_run_is_good(
     assert part_of(tmp_path / "raw").stat().st_size == 0
     archives.data = good
     run(archives, tmp_path / "raw")
-
-
-def test_progress_is_told_in_plain_lines(
-    archives: Server,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    monkeypatch.setattr(fetch, "_PROGRESS_SECONDS", 0)
-    archives.cut_after = [700]
-    run(archives, tmp_path / "raw")
-    told = capsys.readouterr().out
-    lines = re.findall(r"(?m)^[\d.]+/[\d.]+ MB  [\d.]+ MB/s  ETA (?:\d+ s|\?)$", told)
-    assert len(lines) >= 2
-    assert "\nthe server broke off; trying again in 0.001 s\n" in told
-    assert lines[-1].endswith("ETA 0 s")
-    assert "\r" not in told
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,5 @@
 """pipelines/sources/ilsvrc.py, the archives of 2012: where each image lies, what its label is."""
 
-import csv
-import gzip
 import tarfile
 from pathlib import Path
 
@@ -55,20 +53,6 @@ def test_every_byte_range_is_the_image_that_tarfile_extracts(drawn_raw: str) -> 
     for row in rows:
         data = storage.read(f"{drawn_raw}/{row['source']}", row["offset"], row["size"])
         assert data == expected[row["name"]]
-
-
-def test_tiny20_has_the_labels_of_its_ground_truth(data_folder: Path) -> None:
-    source = sources.scan(str(data_folder / "tiny20" / "ilsvrc"), BOTH, partial=True)
-    with (data_folder / "tiny20" / "ground_truth.csv").open() as file:
-        truth = {
-            (row["split"], row["file"]): (row["wnid"], int(row["index"]))
-            for row in csv.DictReader(file)
-        }
-    found = {
-        (row["split"], row["name"]): (row["wnid"], row["label"]) for row in source.table.to_pylist()
-    }
-    assert found == truth
-    assert (source.count("train"), source.count("val"), len(source.wnids)) == (79, 30, 20)
 
 
 def test_the_train_archive_alone_is_enough_for_train(tmp_path: Path) -> None:
@@ -140,31 +124,14 @@ def test_ground_truth_of_another_length_is_refused_with_both_numbers(tmp_path: P
     assert sources.scan(str(long), BOTH, partial=True).count("val") == 3
 
 
-def test_a_cut_inner_tar_is_refused_by_its_name(tmp_path: Path) -> None:
-    inner = tar([(f"{A}_1.JPEG", jpeg(1)), (f"{A}_2.JPEG", jpeg(2))])
-    raw = archives(tmp_path, train=tar([(f"{A}.tar", inner[: len(inner) // 2])]))
-    with pytest.raises(UserError, match=rf"{A}\.tar is truncated"):
-        sources.scan(str(raw), ["train"], partial=True)
-
-
-def test_a_compressed_archive_is_refused(tmp_path: Path) -> None:
-    raw = archives(tmp_path, train=gzip.compress(tar([(f"{A}.tar", ZEROS)])))
-    with pytest.raises(UserError, match=r"img_train\.tar is gzip-compressed; gunzip"):
-        sources.scan(str(raw), ["train"])
-
-
 @pytest.mark.parametrize(
     ("members", "named"),
     [
         ([(f"{A}.tar", tar([(f"{B}_1.JPEG", b"x")]))], rf"{A}\.tar holds {B}_1\.JPEG"),
         ([(f"{A}.tar", tar([("readme.txt", b"x")]))], r"holds readme\.txt"),
-        ([(f"{A}.tar", tar([]))], rf"{A}\.tar holds no file"),
-        ([(f"{A}.tar", gzip.compress(tar([("x", b"x")])))], rf"{A}\.tar is gzip-compressed"),
         ([("._x.tar", b"x")], r"img_train\.tar holds no image"),
         ([("n1.tar", tar([("n1_1.JPEG", b"x")]))], r"holds n1\.tar; expected only nXXXXXXXX"),
         ([("readme.txt", b"x")], r"holds readme\.txt"),
-        ([(f"{A}.tar", tar([(f"{A}_1.JPEG", b"x")]))] * 2, rf"holds {A}\.tar twice"),
-        ([(f"{A}.tar", tar([(f"{A}_1.JPEG", b"x")] * 2))], rf"{A}\.tar holds {A}_1\.JPEG twice"),
         ([("n99999999.tar", tar([("n99999999_1.JPEG", b"x")]))], "no class of the devkit"),
     ],
 )

@@ -1,5 +1,6 @@
 """pipelines/sources/index.py: archives are read once, and again when they change."""
 
+import gzip
 import os
 from pathlib import Path
 
@@ -66,6 +67,9 @@ def test_a_home_that_cannot_be_written_costs_the_index_not_the_build(
         ([("a/n1.tar", tar([("x", b"1")])), ("b/n1.tar", tar([("x", b"1")]))], r"n1\.tar twice"),
         ([("n1.tar", tar([("._x.JPEG", b"1")]))], r"n1\.tar holds no image"),
         ([("n1.tar", b"")], r"n1\.tar is empty"),
+        ([("n1.tar", tar([]))], r"n1\.tar holds no file"),
+        ([("n1.tar", gzip.compress(tar([("x", b"1")]), mtime=0))], r"n1\.tar is gzip-compressed"),
+        ([("n1.tar", tar([("x", b"1")] * 2))], r"n1\.tar holds x twice"),
         ([("n1.tar", tar([("x", b"1")])[:700])], r"n1\.tar is truncated"),
         ([("n1.tar", tar([("x", b"1")])), ("x.JPEG", b"1")], r"holds x\.JPEG; expected only nX"),
     ],

@@ -4,17 +4,15 @@ import hashlib
 import io
 import json
 import tarfile
-import warnings
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
 import pytest
 from drawn import jpeg
 
 from alexnet.errors import UserError
-from pipelines import finish, shards, storage
+from pipelines import shards, storage
 
 
 def sample(key: str, label: int = 0, seed: int = 0) -> shards.Sample:
@@ -95,33 +93,6 @@ def test_the_index_finds_each_jpeg_by_its_byte_range() -> None:
         assert row["fixes"] == list(packed.fixes)
 
 
-def test_the_webdataset_library_reads_a_shard(drawn_shards: str) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of webdataset about itself
-        import webdataset
-
-        url = f"{drawn_shards}/train-000000.tar"
-        data = webdataset.WebDataset(url, shardshuffle=False, empty_check=False).decode("rgb8")
-        found = {s["__key__"]: (s["cls"], s["jpg"].shape, s["json"]["label"]) for s in data}
-    index = shards.load_index(drawn_shards, "train").to_pylist()
-    expected = {row["key"]: row["label"] for row in index if row["shard"] == "train-000000"}
-    assert {key: cls for key, (cls, _, _) in found.items()} == expected
-    assert {key: label for key, (_, _, label) in found.items()} == expected
-    assert {shape for _, shape, _ in found.values()} == {(227, 227, 3)}
-
-
-def test_pixel_sums_become_numpys_mean_and_covariance() -> None:
-    x = np.random.default_rng(0).integers(0, 256, (3, 5000))
-    halves = [
-        {"count": 2500, "sums": half.sum(1).tolist(), "products": (half @ half.T).tolist()}
-        for half in (x[:, :2500], x[:, 2500:])
-    ]
-    stats = finish.pixel_stats(halves)
-    np.testing.assert_allclose(stats["mean"], x.mean(1), rtol=1e-12)
-    np.testing.assert_allclose(stats["covariance"], np.cov(x, bias=True), rtol=1e-9)
-    assert finish.pixel_stats([])["mean"] == [0, 0, 0]
-
-
 def test_a_sidecar_gives_back_rows_and_status() -> None:
     index = shards.pack("train-000000", SAMPLES).index
     texts = dict.fromkeys(("shard", "split", "sha256", "md5", "dali_index_sha256"), "text")
@@ -167,13 +138,6 @@ def test_the_manifest_holds_no_clock_and_no_absolute_path(
     assert "time" not in text and "date" not in text
 
 
-def test_index_rows_are_in_the_order_of_shard_and_position(drawn_shards: str) -> None:
-    index = shards.load_index(drawn_shards, "train")
-    places = list(zip(index["shard"].to_pylist(), index["offset"].to_pylist(), strict=True))
-    assert places == sorted(places)
-    assert len(places) == 31
-
-
 def test_no_manifest_is_told_with_the_command_that_makes_one(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=rf"pipelines build --raw RAW --out {tmp_path}"):
         shards.load_manifest(str(tmp_path))
@@ -193,16 +157,6 @@ def test_a_manifest_of_another_version_or_kind_is_refused(tmp_path: Path) -> Non
 def test_a_missing_split_is_told(drawn_shards: str) -> None:
     with pytest.raises(UserError, match="--splits test"):
         shards.load_index(drawn_shards, "test")
-
-
-def test_the_wids_index_lists_the_shards_with_their_md5(drawn_shards: str) -> None:
-    document = json.loads(storage.read(f"{drawn_shards}/shardindex-val.json"))
-    assert document["__kind__"] == "wids-shard-index-v1"
-    for entry in document["shardlist"]:
-        data = Path(drawn_shards, entry["url"]).read_bytes()
-        assert entry["md5sum"] == hashlib.md5(data).hexdigest()
-        assert entry["filesize"] == len(data)
-    assert sum(entry["nsamples"] for entry in document["shardlist"]) == 12
 
 
 DAMAGE = [
