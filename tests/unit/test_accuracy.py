@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy.stats import binomtest
 
-from training.accuracy import Metrics, Scored, document, wilson
+from training.accuracy import Metrics, Scored, document, short, wilson
 
 MANIFEST = SimpleNamespace(
     wnids=("n0", "n1", "n2"), class_names=("tench", "shark", "ray"), digest="0" * 64
@@ -105,3 +105,8 @@ def test_the_table_has_a_row_for_each_image_and_says_what_it_is_of():
     assert one["probabilities"] == pytest.approx([0.6, 0.24, 0.16])
     assert one["loss"] == pytest.approx(-np.log(0.24))
     assert (two["wnid"], two["correct"], two["place"]) == ("n2", True, 0)
+
+
+def test_names_are_cut_to_their_first_synonym_and_to_what_fits():
+    assert short("tench, Tinca tinca") == "tench"
+    assert short("West Highland white terrier") == "West Highland white…"

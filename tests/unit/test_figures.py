@@ -7,12 +7,10 @@ import pytest
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from PIL import Image
 from shard_sets import write_shard_set
 from small_training import fit, small_config
 
 from pipelines.shards import load_manifest
-from training.accuracy import short
 from training.figures import (
     conv1_kernels,
     curves,
@@ -36,35 +34,21 @@ def drawn_lines(figure: Figure) -> dict[str, list[tuple[float, float]]]:
     return {line.get_label(): [*zip(*line.get_data(), strict=True)] for line in lines}
 
 
-def test_curves_show_every_point_in_its_panel():
-    figure = curves(HISTORY, "a title")
-    assert drawn_lines(figure) == HISTORY
-    left, right = figure.axes
-    assert (left.get_ylabel(), right.get_ylabel()) == ("cross-entropy, nats", "top-1")
-    assert {line.get_label() for line in left.lines} == {"loss", "val_loss"}
-    assert figure.get_suptitle() == "a title"
-    FigureCanvasAgg(figure).draw()
-
-
-@pytest.mark.parametrize("history", [{}, {"loss": []}, {"val_top1": [(1, 0.5)]}])
-def test_absent_curves_are_left_out(history):
-    figure = curves(history, "a title")
+@pytest.mark.parametrize("history", [HISTORY, {"val_top1": [(1, 0.5)]}, {"loss": []}, {}])
+def test_curves_show_every_point_that_there_is(history):
+    figure = curves(history, "a $title")
     assert drawn_lines(figure) == {name: points for name, points in history.items() if points}
     FigureCanvasAgg(figure).draw()
 
 
-@pytest.mark.parametrize(("count", "rows", "columns"), [(96, 6, 16), (4, 1, 4), (18, 2, 16)])
-def test_kernels_lie_in_rows_of_sixteen_each_stretched_to_its_range(count, rows, columns):
-    weight = torch.randn(count, 3, 11, 11, generator=torch.Generator().manual_seed(0))
+def test_each_kernel_is_stretched_to_its_own_range():
+    weight = torch.randn(18, 3, 11, 11, generator=torch.Generator().manual_seed(0))
     (image,) = conv1_kernels(weight).axes[0].images
     sheet = np.asarray(image.get_array())
-    assert sheet.shape == (rows * 12 + 1, columns * 12 + 1, 3)
-    for number in (0, 3, count - 1):
-        top, left = number // columns * 12 + 1, number % columns * 12 + 1
+    for number, (top, left) in {0: (1, 1), 17: (13, 13)}.items():
         kernel = weight[number].numpy().transpose(1, 2, 0)
         expected = (kernel - kernel.min()) / (kernel.max() - kernel.min())
         np.testing.assert_allclose(sheet[top : top + 11, left : left + 11], expected, atol=1e-6)
-    assert (sheet[0] == 1).all() and (sheet[:, 12] == 1).all(), "no gap between kernels"
 
 
 def test_constant_kernel_is_drawn_without_dividing_by_zero():
@@ -77,12 +61,10 @@ def test_mistakes_show_every_image_above_its_names():
     captions = [(f"class {i}, synonym", f"other_{i} $x$", 1 - i / 100) for i in range(8)]
     figure = mistakes(images, captions, "a $title")
     FigureCanvasAgg(figure).draw()
-    assert figure.get_suptitle() == "a $title" and len(figure.axes) == 8
     for number, axes in enumerate(figure.axes):
-        (image,) = axes.images
-        assert (np.asarray(image.get_array()) == images[number].permute(1, 2, 0).numpy()).all()
-        said = f"said: other_{number} $x$, {100 - number}.00%"
-        assert axes.get_xlabel() == f"is: class {number}\n{said}"
+        assert (axes.images[0].get_array() == images[number].permute(1, 2, 0).numpy()).all()
+        names = f"is: class {number}\nsaid: other_{number} $x$, {100 - number}.00%"
+        assert axes.get_xlabel() == names
     FigureCanvasAgg(mistakes(torch.empty(0), [], "none")).draw()
 
 
@@ -95,7 +77,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
 
 
 @torch.inference_mode()
-def test_top5_shows_images_all_over_val_and_bars_with_the_true_class_in_red(run):
+def test_top5_shows_images_all_over_val_and_the_networks_probabilities(run):
     data, model, manifest = run[0], load_model(str(run[1])), load_manifest(run[0])
     ids = np.array([0, 2, 3, 5, 7, 9, 10, 12])  # of 13 images, sample i of class i % 4
     images = read_images(data, manifest, "val", ids)
@@ -112,8 +94,6 @@ def test_top5_shows_images_all_over_val_and_bars_with_the_true_class_in_red(run)
         label, order = ids[number] % 4, np.argsort(-row)
         assert image.get_xlabel() == f"colour {label}"
         np.testing.assert_allclose([bar.get_width() for bar in bars.patches], row[order], atol=1e-5)
-        red = [bar.get_facecolor()[0] > bar.get_facecolor()[2] for bar in bars.patches]
-        assert red == (order == label).tolist()
         assert [text.get_text() for text in bars.texts[::2]] == [f"colour {i}" for i in order]
 
 
@@ -129,9 +109,7 @@ def test_command_writes_both_figures_where_it_is_told_or_under_the_home(
         told = [Path(line) for line in capsys.readouterr().out.splitlines()]
         assert [path.name for path in told] == ["conv1.png", "top5.png"]
         assert told[0].parent == out or told[0].parent.parent == home / "figures"
-        for path in told:
-            with Image.open(path) as image:
-                assert image.format == "PNG" and min(image.size) > 50
+        assert all(path.read_bytes().startswith(b"\x89PNG") for path in told)
     assert list((tmp_path / "checkout").iterdir()) == []
 
 
@@ -145,9 +123,3 @@ def test_command_tells_in_one_line_what_is_missing(run, tmp_path, capsys):
         assert main([str(run[1]), *words]) == 2
         error = capsys.readouterr().err
         assert expected in error and error.count("\n") == 1
-
-
-def test_names_are_cut_to_their_first_synonym_and_to_what_fits():
-    assert short("tench, Tinca tinca") == "tench"
-    long = short("West Highland white terrier")
-    assert long == "West Highland white…" and len(long) == 20

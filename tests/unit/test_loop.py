@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,11 @@ from small_training import BY_HEART, evaluated, fit, seen_ids, small_config, wit
 from alexnet.errors import UserError
 from alexnet.preprocess import Augment, draw_views, train_view
 from pipelines.shards import load_manifest
-from training import checkpoint, guards, loop, recipes
+from training import checkpoint, guards, loop
 from training.loader import Loader
 from training.network import build_model, input_spec
 from training.order import epoch_order
+from training.steps import Stepper
 
 TRAIN = (10, 9, 9)  # 28 samples: 4 steps of 7, which neither 2 nor 3 ranks divide
 
@@ -48,6 +50,8 @@ def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(uri, tmp_path, ste
     assert sorted(rest.folders) == [saved for saved in (3, 4, 6, 8) if saved > step]
     assert files_of(rest.last) == files_of(whole.last)
     assert rest.result == whole.result
+    again = fit(config, uri, resume=whole.last)
+    assert again.result == whole.result and again.reported == again.logged == []
 
 
 def _from(look: int) -> Callable[[], bool]:
@@ -73,21 +77,24 @@ def test_run_stopped_wherever_it_stands_loses_no_step_and_no_bit(uri, tmp_path, 
     assert files_of(last) == files_of(whole.last)
 
 
-def test_resuming_needs_the_momentum_and_the_masks(uri, tmp_path):
-    """The comparison above can fail: without momentum, or with other dropout, weights differ."""
+def test_resuming_needs_the_momentum_and_the_masks(uri, tmp_path, monkeypatch):
+    """The comparison above can fail: without momentum, or with the masks of other steps."""
     config = small_config(checkpoint_steps=3)
     whole = fit(config, uri, tmp_path / "whole")
-    bare = tmp_path / "bare"
-    bare.mkdir()
-    for name, data in files_of(whole.folders[6]).items():
-        (bare / name).write_bytes(data)
+
+    def rest(name: str, start: Path) -> bytes:
+        return files_of(fit(config, uri, tmp_path / name, resume=start).last)["model.safetensors"]
+
+    ended = files_of(whole.last)["model.safetensors"]
+    assert rest("same", whole.folders[6]) == ended
+    bare = shutil.copytree(whole.folders[6], tmp_path / "bare")
     checkpoint.save_file({}, bare / "optimizer.safetensors")
-    without = fit(config, uri, tmp_path / "without", resume=bare)
-    assert files_of(without.last)["model.safetensors"] != files_of(whole.last)["model.safetensors"]
-    with pytest.MonkeyPatch.context() as patch:
-        without_dropout(patch.setattr)
-        plain = fit(config, uri, tmp_path / "plain", resume=whole.folders[6])
-    assert files_of(plain.last)["model.safetensors"] != files_of(whole.last)["model.safetensors"]
+    assert rest("without momentum", bare) != ended
+    step = Stepper.step
+    monkeypatch.setattr(
+        Stepper, "step", lambda *rest, number, **more: step(*rest, number=number + 1, **more)
+    )
+    assert rest("other masks", whole.folders[6]) != ended
 
 
 def test_resumed_run_goes_on_at_the_next_sample(uri, tmp_path, monkeypatch):
@@ -107,12 +114,6 @@ def test_checkpoint_of_other_settings_or_shards_is_refused(uri, tmp_path):
     others = write_shard_set(tmp_path / "others", train=TRAIN, val=(5,), seed=1)
     with pytest.raises(UserError, match=r"of another training \(manifest: [0-9a-f]{16} -> "):
         fit(small_config(), others, resume=last)
-
-
-def test_finished_run_trains_nothing_more(uri, tmp_path):
-    whole = fit(small_config(), uri, tmp_path / "whole")
-    again = fit(small_config(), uri, tmp_path / "again", resume=whole.last)
-    assert again.result == whole.result and again.reported == [] and again.logged == []
 
 
 # One step
@@ -199,19 +200,6 @@ def drawn_with(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Augment, int, int]
     return seen
 
 
-def test_paper_divides_its_rate_at_epochs_25_51_and_79_of_91():
-    config = recipes.paper()
-    golden = [0.01] * 25 + [0.001] * 26 + [0.0001] * 28 + [0.00001] * 12
-    assert config.optim.epochs == len(golden) == 91
-    for step in (0, 10008):  # the first and the last of an epoch of 1.28 M images
-        rates = [loop.learning_rates(config, e * 10009 + step, 10009) for e in range(91)]
-        assert [rate.weights for rate in rates] == pytest.approx(golden)
-        assert {rate.biases for rate in rates} == {0.02}
-        conv1 = [*golden[:67], *[0.00001] * 5, *[0.0] * 19]
-        assert [rate.conv1_weights for rate in rates] == pytest.approx(conv1)
-        assert [rate.conv1_biases for rate in rates] == [0.02] * 72 + [0.0] * 19
-
-
 def test_frozen_first_layer_stays_while_the_others_learn(uri, tmp_path):
     config = small_config(optim_rule="paper", optim_momentum=0.0, optim_conv1_freeze_epoch=1)
     folders = fit(config, uri, tmp_path / "kept").folders
@@ -265,6 +253,23 @@ def test_loss_that_is_not_finite_stops_the_run_with_step_and_advice(uri, tmp_pat
     assert f"loss is nan at step 2 ({named});" in str(stopped.value)
     assert "--optim.lr (now 1000000.0)" in str(stopped.value)
     assert not (tmp_path / "kept").exists(), "a checkpoint of a broken run"
+
+
+def test_weights_that_are_not_finite_are_not_saved_although_the_loss_was(uri, tmp_path):
+    config = small_config(optim_lr=1e39, checkpoint_steps=1)
+    with pytest.raises(loop.TrainingStopped, match="weights are not finite after step 1; "):
+        fit(config, uri, tmp_path / "kept")
+    assert not (tmp_path / "kept").exists()
+
+
+def test_other_samples_than_those_of_the_order_are_not_learned_from(uri, monkeypatch):
+    batches, learned = Loader.batches, seen_ids(monkeypatch.setattr)
+    monkeypatch.setattr(
+        Loader, "batches", lambda self, ids, **how: batches(self, [i[::-1] for i in ids], **how)
+    )
+    with pytest.raises(AssertionError, match="a batch of other samples"):
+        fit(small_config(), uri)
+    assert learned == []
 
 
 @pytest.mark.parametrize("patience", [4, 0])

@@ -1,0 +1,27 @@
+"""One step of one process: what its dropout depends on."""
+
+import torch
+from small_training import CPU, small_config
+
+from alexnet.optim import Rates
+from training.network import build_model
+from training.steps import Place, Stepper
+
+
+def gradient(*, seed: int = 0, number: int = 0, rank: int = 0) -> torch.Tensor:
+    """Of the last layer, for the same weights and images."""
+    stepper = Stepper(
+        small_config(seed=seed), build_model(small_config(), 4), Place(CPU, rank=rank)
+    )
+    x = torch.randn(3, 3, 227, 227, generator=torch.Generator().manual_seed(0))
+    rates = Rates(0.01, 0.01, 0.01, 0.01)
+    stepper.step(x, torch.tensor([0, 1, 2]), number=number, rates=rates, global_size=3)
+    return stepper.tensors()["optimizer"]["classifier.fc8.weight"]
+
+
+def test_masks_are_drawn_anew_by_seed_step_and_rank_and_by_nothing_else():
+    drawn = [gradient(), gradient(number=1), gradient(number=2), gradient(rank=1), gradient(seed=1)]
+    for number, one in enumerate(drawn):
+        assert not any(torch.equal(one, other) for other in drawn[:number])
+    torch.manual_seed(99)
+    assert torch.equal(gradient(number=1), drawn[1])
