@@ -1,7 +1,9 @@
 """pipelines/plan.py: which image goes where, and the plan's identity."""
 
+import hashlib
 from collections import Counter
 from dataclasses import replace
+from fractions import Fraction
 
 import numpy as np
 import pyarrow as pa
@@ -82,6 +84,49 @@ def test_plan_id_depends_on_everything_that_decides_the_bytes_and_nothing_else()
     other_file = drawn_source(UNEVEN | {"n00000003": 68}, val=3)
     changed += [plan.make(other, recipe).plan_id for other in (other_name, other_size, other_file)]
     assert len({original, *changed}) == 15
+
+
+@pytest.mark.parametrize(
+    ("shuffle", "plan_id", "shard_ids"),
+    [
+        ("classes", "c60201a33d475de3", "ea1cca9bbb6d3b74"),
+        ("global", "e9381624f50cfeb3", "8c48d3260e0f66b4"),
+        ("source", "de5ae49fca2ce4d1", "a091ef0590501b68"),
+    ],
+)
+def test_identities_and_orders_are_pinned_for_ever(
+    shuffle: sources.Shuffle, plan_id: str, shard_ids: str
+) -> None:
+    """Or every set that exists would be another one: then change ORDERING or FORMAT_VERSION."""
+    recipe = plan.Recipe(samples_per_shard=26, shuffle=shuffle)
+    made = plan.make(drawn_source(UNEVEN, val=13), recipe)
+    ids = "".join(shard.id for shard in made.shards)  # hashes of their rows, in order
+    assert made.plan_id[:16] == plan_id
+    assert hashlib.sha256(ids.encode()).hexdigest()[:16] == shard_ids
+
+
+def test_classes_are_spread_as_if_each_image_stood_in_the_middle_of_its_share() -> None:
+    made = plan.make(drawn_source(UNEVEN), plan.Recipe(samples_per_shard=26, splits=("train",)))
+    places = sorted(
+        (Fraction(2 * rank + 1, 2 * count), wnid, f"{wnid}_{rank}")
+        for wnid, count in UNEVEN.items()
+        for rank in range(count)
+    )
+    for rows in by_shard(made).values():
+        expected, places = places[: len(rows)], places[len(rows) :]
+        assert {row["key"] for row in rows} == {key for _, _, key in expected}
+
+
+def test_names_that_read_alike_one_after_the_other_are_told_apart() -> None:
+    source = drawn_source({"n00000001": 2})
+    column = source.table.schema.get_field_index("name")
+
+    def ids(*names: str) -> set[str]:
+        table = source.table.set_column(column, "name", pa.array(names))
+        made = plan.make(replace(source, table=table), plan.Recipe(splits=("train",)))
+        return {made.plan_id, *(shard.id for shard in made.shards)}
+
+    assert len(ids("ab", "c") | ids("a", "bc")) == 4
 
 
 @pytest.mark.parametrize(

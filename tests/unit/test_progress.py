@@ -127,31 +127,6 @@ def test_the_rate_is_of_the_last_minute_and_the_eta_of_the_whole_run(
     assert facts["eta_seconds"] == pytest.approx((100_000 - 33_000) / (33_000 / 300))
 
 
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [(0, "0:00:00"), (59.6, "0:01:00"), (3725, "1:02:05"), (360000, "100:00:00"), (None, "?")],
-)
-def test_times_are_hours_minutes_and_seconds(seconds: float | None, text: str) -> None:
-    assert progress.clock(seconds) == text
-
-
-@pytest.mark.usefixtures("often")
-def test_plain_lines_are_printed_while_shards_are_made(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    said = io.StringIO()
-    monkeypatch.setattr(sys, "stdout", said)
-    told = Progress(1, 7, NONE)
-    with told.running():
-        wait_until(lambda: said.getvalue().count("\n") >= 2)
-        told.count(row(7))
-    lines = said.getvalue().splitlines()
-    assert len(lines) >= 3
-    assert lines[0].startswith("shards 0/1  images 0/7  0 img/s") and "ETA ?" in lines[0]
-    assert lines[-1].startswith("shards 1/1  images 7/7") and "ETA 0:00:00" in lines[-1]
-    assert not any("\r" in line for line in lines)
-
-
 @pytest.mark.usefixtures("often")
 def test_on_a_terminal_one_line_is_renewed_and_ended(
     monkeypatch: pytest.MonkeyPatch,

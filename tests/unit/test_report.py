@@ -186,13 +186,6 @@ def test_a_page_of_a_thousand_classes_has_one_image_of_each_and_stays_small(copy
     assert (copy / "report" / "index.html").stat().st_size < 15e6
 
 
-def test_more_classes_than_images_are_chosen_evenly() -> None:
-    column = np.repeat(np.arange(5000), 3)[::-1]
-    labels = column[report._first_of_each(column, 1000)]
-    assert len(labels) == 1000
-    assert labels[0] == 0 and labels[-1] == 4999 and set(np.diff(labels)) <= {4, 5, 6}
-
-
 def test_sizes_are_those_of_the_raw_images(copy: Path) -> None:
     rng = np.random.default_rng(1)
     width = [1, 30000, *rng.integers(100, 900, 29).tolist()]
@@ -325,15 +318,3 @@ def test_duplicates_are_counted_as_a_dictionary_counts_them() -> None:
             expected.append([f"equal {what}s", where, *numbers])
     found = report._duplicates(pa.Table.from_pylist(named), splits)
     assert found["rows"] == expected and all(row[-1] for row in expected)
-
-
-def test_examples_of_duplicates_are_few_however_often_an_image_repeats() -> None:
-    rows = [
-        {"split": 0, "label": 0, "wnid": "n", "key": f"k{i:04}", "source_sha256": "f"}
-        | {"sha256": f"p{i % 100:02}"}
-        for i in range(2000)
-    ]
-    found = report._duplicates(pa.Table.from_pylist(rows), ["train"])["examples"]
-    assert found[0][:2] == ["raw file", 2000]
-    assert found[0][2] == "train k0000 (n), train k0001 (n), train k0002 (n), train k1999 (n)"
-    assert len(found) == 7

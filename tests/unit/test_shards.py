@@ -6,6 +6,7 @@ import json
 import tarfile
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pytest
@@ -172,6 +173,33 @@ def test_manifest_that_lacks_something_is_refused_in_one_line(copy: Path, what: 
     with pytest.raises(UserError, match="is damaged") as caught:
         shards.load_manifest(str(copy))
     assert len(str(caught.value)) < 500
+
+
+SHARD = {"name": "train-000000", "split": "train", "samples": 1, "bytes": 9, "sha256": "0" * 64}
+IMPOSSIBLE: list[dict[str, Any]] = [
+    *({"geometry": {"resize": 256, "crop": crop}} for crop in (0, 257, -1, 1.5, True)),
+    *({"codec": {"quality": quality}} for quality in ("90", -1)),
+    *({"seed": seed} for seed in (-1, None)),
+    *({"classes": {"wnids": wnids, "names": ["a", "b"]}} for wnids in (["n1"], ["n1", "n1"])),
+    *({"classes": {"wnids": ["n1", "n2"], "names": names}} for names in (["a"], ["a", 5])),
+    *({"shards": [SHARD | {"name": name}]} for name in ("train-0", "val-000000", "train-000000/x")),
+    *({"shards": [SHARD | {"split": split, "name": f"{split}-000000"}]} for split in ("dev", "..")),
+    *({"shards": [SHARD | {name: -1}]} for name in ("samples", "bytes")),
+    {"shards": [SHARD | {"sha256": "0" * 63}]},
+    {"totals": {"dev": {}}},
+    {"rejected": {"truncated": -1}},
+    {"source": {"layout": 7}},
+    {"plan_id": 7},
+    {"fixes": []},
+]
+
+
+@pytest.mark.parametrize("change", IMPOSSIBLE, ids=str)
+def test_manifest_that_no_build_writes_is_refused(copy: Path, change: dict[str, Any]) -> None:
+    document = shards.load_manifest(str(copy)).document
+    (copy / "manifest.json").write_bytes(shards.canonical_json(document | change))
+    with pytest.raises(UserError, match=r"manifest\.json is damaged .* verify"):
+        shards.load_manifest(str(copy))
 
 
 def test_damaged_label_in_an_index_or_sidecar_is_told(drawn_shards: str) -> None:

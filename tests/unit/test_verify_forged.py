@@ -19,6 +19,8 @@ from pipelines import shards
 from pipelines import verify as module
 from pipelines.verify import Findings, verify
 
+REJECTED = "quarantine/train/n09104412_19.bin"
+
 
 def told(findings: Findings) -> list[str]:
     return [f"{problem.file}: {problem.text}" for problem in findings.problems]
@@ -57,6 +59,62 @@ def test_an_index_that_contradicts_itself_or_the_manifest_is_found(
     forge_index(copy, change)
     lines = [line for line in told(verify(str(copy))) if line.startswith("index/val.parquet: ")]
     assert any(text in line for line in lines), lines
+
+
+def line_of(sums: str, name: str) -> str:
+    (line,) = [line for line in sums.splitlines(True) if line.endswith(f"  {name}\n")]
+    return line
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (lambda s: s + line_of(s, "manifest.json"), r"line \d+ names manifest\.json again"),
+        (lambda s: s + "0" * 63 + "  x\n", r"line \d+ is no sha256 and file name"),
+        (lambda s: s.replace(line_of(s, "index/val.parquet"), ""), r"lacks index/val\.parquet"),
+        (
+            lambda s: s.replace(line_of(s, "val-000001.tar"), ""),
+            r"another sha256 of val-000001\.tar t",
+        ),
+        (
+            lambda s: s.replace(line_of(s, REJECTED), f"{'0' * 64}  {REJECTED}\n"),
+            rf"another sha256 of {REJECTED} than in the set's own lists, or none",
+        ),
+        (
+            lambda s: s + "0" * 64 + "  val-000009.tar\n",
+            r"lists val-000009\.tar, which manifest\.js",
+        ),
+    ],
+)
+def test_sums_that_contradict_the_set_are_found(
+    copy: Path, change: Callable[[str], str], text: str
+) -> None:
+    sums = copy / "SHA256SUMS"
+    sums.write_text(change(sums.read_text()))
+    assert any(re.match(f"SHA256SUMS: {text}", line) for line in told(verify(str(copy))))
+
+
+def forge_manifest(copy: Path, change: Callable[[dict], object]) -> None:
+    manifest = json.loads((copy / "manifest.json").read_text())
+    change(manifest)
+    forge(copy, "manifest.json", json.dumps(manifest).encode())
+
+
+def test_totals_that_are_no_sums_are_found(copy: Path) -> None:
+    forge_manifest(copy, lambda document: document["totals"]["val"].update(samples=11))
+    expected = "manifest.json: its total for val is not the sum over its shards"
+    assert told(verify(str(copy))) == [expected]
+
+
+def test_a_shard_that_manifest_and_sums_give_another_hash_is_found_by_its_sidecar(
+    copy: Path,
+) -> None:
+    (shard,) = [s for s in shards.load_manifest(str(copy)).shards if s.name == "val-000001"]
+    forge_manifest(copy, lambda document: document["shards"][-1].update(sha256="0" * 64))
+    sums = copy / "SHA256SUMS"
+    sums.write_text(sums.read_text().replace(shard.sha256, "0" * 64))
+    expected = "_meta/val-000001.parquet: its sha256, bytes or samples are not those of manifest"
+    assert told(verify(str(copy))) == [f"{expected}.json"]
 
 
 def test_a_plausible_forgery_of_the_index_is_found_by_the_sidecars(copy: Path) -> None:
@@ -105,12 +163,14 @@ def publish_forged(copy: Path, packed: shards.Packed) -> None:
     path.write_bytes(shards.pack_sidecar(packed.index, status))
     forge(copy, "val-000000.idx", packed.dali_index)
     forge(copy, "val-000000.tar", packed.tar)
-    manifest = json.loads((copy / "manifest.json").read_text())
-    row = next(row for row in manifest["shards"] if row["name"] == "val-000000")
-    row |= {name: status[name] for name in ("sha256", "bytes", "samples")}
-    rows = [row["samples"] for row in manifest["shards"] if row["split"] == "val"]
-    manifest["totals"]["val"]["samples"] = sum(rows)
-    forge(copy, "manifest.json", json.dumps(manifest).encode())
+
+    def describe(manifest: dict) -> None:
+        row = next(row for row in manifest["shards"] if row["name"] == "val-000000")
+        row |= {name: status[name] for name in ("sha256", "bytes", "samples")}
+        rows = [row["samples"] for row in manifest["shards"] if row["split"] == "val"]
+        manifest["totals"]["val"]["samples"] = sum(rows)
+
+    forge_manifest(copy, describe)
     wids = json.loads((copy / "shardindex-val.json").read_text())
     wids["shardlist"][0] |= {"filesize": len(packed.tar), "nsamples": packed.index.num_rows}
     forge(copy, "shardindex-val.json", json.dumps(wids).encode())
@@ -232,6 +292,25 @@ def test_a_lost_image_is_missed_although_the_whole_set_agrees_on_it(copy: Path) 
     assert "val-000000.tar: 5 images stored or rejected, 6 planned" in lines
     lost = f"1 image (first {samples[0].key}) planned, but neither stored nor in quarantine"
     assert f"index/val.parquet: {lost}" in lines
+
+
+def test_strangers_in_the_place_of_planned_images_are_found(copy: Path) -> None:
+    samples = stored_samples(copy)
+    forge_shard(copy, [changed(samples[0], key="stranger"), *samples[1:]])
+    (entry,) = shards.load_quarantine(str(copy), "train")
+    name = "quarantine/train.jsonl"
+    forge(copy, name, shards.canonical_json(entry | {"key": "other"}))
+    lines = told(verify(str(copy), full=True))
+    assert "index/val.parquet: 1 image (first stranger) stored, but not planned" in lines
+    assert f"{name}: 1 image (first other) in quarantine, but not planned" in lines
+
+
+def test_a_sample_that_nothing_lists_is_found(copy: Path) -> None:
+    samples = stored_samples(copy)
+    packed = shards.pack("val-000000", samples)
+    publish_forged(copy, replace(packed, index=packed.index.slice(0, len(samples) - 1)))
+    expected = f"val-000000.tar: {samples[-1].key}.cls follows the last sample of the index"
+    assert expected in told(verify(str(copy), full=True))
 
 
 def test_members_that_tar_allows_and_the_format_does_not_are_found(copy: Path) -> None:
