@@ -97,8 +97,8 @@ class TrainConfig:
     """What happens to images on their way into it."""
     normalise: Literal["mean", "mean_std"] = "mean_std"
     """mean: subtract the train split's mean RGB, as the paper; mean_std: divide by std too."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """bf16 runs forward and backward under autocast; weights stay float32."""
+    precision: Literal["fp32", "tf32", "bf16"] = "fp32"
+    """fp32: IEEE; tf32: the same in TF32 on GPUs; bf16: under autocast. Weights stay float32."""
     compress_gradients: bool = False
     """Send gradients between workers as bfloat16: half the bytes."""
     synthetic: bool = False

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -33,16 +34,24 @@ class Place:
 
 @contextlib.contextmanager
 def algorithms(config: TrainConfig, device: torch.device) -> Iterator[None]:
-    """Inside, torch takes algorithms that repeat their bits, or on GPUs the fastest it finds."""
+    """Inside, torch takes algorithms that repeat their bits, or on GPUs the fastest it finds; and
+    float32 products and convolutions of GPUs are exact (IEEE) unless TF32 is asked for."""
     repeat, benchmark = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
+    # torch refuses a mixture of these two with its older `allow_tf32`.
+    kinds: list[Any] = [torch.backends.cudnn.conv, torch.backends.cuda.matmul]  # type: ignore[attr-defined]
+    precisions = [kind.fp32_precision for kind in kinds]
     if config.deterministic:
         # cuBLAS repeats its bits only with a workspace of its own; read at its first use.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     _repeat(config.deterministic)
     torch.backends.cudnn.benchmark = device.type == "cuda" and not config.deterministic
+    for kind in kinds:
+        kind.fp32_precision = "tf32" if config.precision == "tf32" else "ieee"
     try:
         yield
     finally:
+        for kind, precision in zip(kinds, precisions, strict=True):
+            kind.fp32_precision = precision
         _repeat(repeat)
         torch.backends.cudnn.benchmark = benchmark
 
@@ -135,7 +144,7 @@ class Stepper:
         return Step(_sums(loss_sum.detach(), logits.detach(), labels, norm), communication)
 
     def autocast(self) -> contextlib.AbstractContextManager[object]:
-        """In which the network computes in the run's precision, in training and evaluation."""
+        """Inside, the network computes in bfloat16 where that is the run's precision."""
         if self.config.precision != "bf16":
             return contextlib.nullcontext()
         return torch.autocast(self.place.device.type, torch.bfloat16)
@@ -159,9 +168,11 @@ class Stepper:
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[nn.Module]:
-        """The network to measure: in evaluation mode, with the averaged weights where there are."""
+        """The network to measure: in evaluation mode, in the precision of the training, with the
+        averaged weights where there are."""
         self.model.eval()
-        with contextlib.nullcontext() if self.ema is None else self.ema.applied():
+        averaged = contextlib.nullcontext() if self.ema is None else self.ema.applied()
+        with averaged, self.autocast():
             yield self.model
         self.model.train()
 

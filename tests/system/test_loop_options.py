@@ -11,13 +11,14 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 from shard_sets import write_shard_set
-from small_training import CPU, Record, evaluated, fit, small_config, without_dropout
+from small_training import CPU, evaluated, fit, small_config, without_dropout
 
 from alexnet.errors import UserError
 from pipelines.shards import load_manifest
 from training import guards, loop
 from training.loader import Synthetic
 from training.network import build_model
+from training.steps import algorithms
 
 TRAIN = (10, 9, 9)  # 28 samples: 4 steps of 7
 
@@ -162,21 +163,19 @@ def test_notice_of_preemption_saves_at_once_and_goes_on(uri, tmp_path, monkeypat
 # How it computes
 
 
-def test_deterministic_algorithms_are_asked_for_inside_and_given_back(uri):
-    inside: list[bool] = []
+def test_deterministic_algorithms_and_tf32_are_set_inside_and_given_back():
+    def now() -> tuple[bool, str, str]:
+        backends = torch.backends
+        precisions = backends.cudnn.conv.fp32_precision, backends.cuda.matmul.fp32_precision
+        return torch.are_deterministic_algorithms_enabled(), *precisions
 
-    class Watching(Record):
-        def log(self, metrics: dict[str, float], step: int) -> None:
-            inside.append(torch.are_deterministic_algorithms_enabled())
-
-    for wanted in (True, False):
-        config = small_config(deterministic=wanted, optim_epochs=1)
-        record = Watching()
-        loop.fit(
-            config, uri, load_manifest(uri), loop.Place(CPU), log=record.log, report=record.report
-        )
-        assert set(inside) == {wanted} and not torch.are_deterministic_algorithms_enabled()
-        inside.clear()
+    before = now()
+    for precision, float32 in (("fp32", "ieee"), ("tf32", "tf32"), ("bf16", "ieee")):
+        for deterministic in (True, False):
+            config = small_config(deterministic=deterministic, precision=precision)
+            with algorithms(config, CPU):
+                assert now() == (deterministic, float32, float32)
+            assert now() == before
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.script_method:DeprecationWarning")

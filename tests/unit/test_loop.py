@@ -173,6 +173,10 @@ def test_bf16_computes_in_bf16_and_keeps_weights_in_float32(uri, tmp_path):
     assert {str(value.dtype) for value in weights.values()} == {"torch.float32"}
     losses = [run.logged[0][1]["loss"] for run in (half, full)]
     assert losses[0] != losses[1] and losses[0] == pytest.approx(losses[1], rel=0.05)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert evaluated(half.last, uri, "val").loss == half.result["val_loss"]
+    exact = evaluated(half.last, uri, "val").loss  # as the gate will compute it
+    assert exact != half.result["val_loss"] == pytest.approx(exact, rel=0.01)
 
 
 def test_seed_decides_everything(uri, tmp_path):
