@@ -3,13 +3,10 @@
 import hashlib
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from drawn import ROOT
-from gated import champion, content, enter_candidate_copy
+from gated import champion, enter_candidate_copy
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 from registered import AGAIN, FOREIGN, GOOD, GOOD_CONFIG, MLFLOW_WARNINGS, POOR, Built
@@ -33,16 +30,6 @@ def printed(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, 
     code = command.main(list(words))
     told = capsys.readouterr()
     return code, told.out, told.err
-
-
-def test_registry_starts_without_torch_and_matplotlib():
-    code = (
-        "import sys, training.registry.__main__;print({'torch', 'matplotlib'} & set(sys.modules))"
-    )
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code], cwd=ROOT, capture_output=True, text=True
-    )
-    assert (done.returncode, done.stdout) == (0, "set()\n"), done.stderr
 
 
 # promote and rollback
@@ -79,14 +66,6 @@ def test_json_of_promote_is_the_verdict(client, capsys):
     found = json.loads(out)
     assert (code, found["outcome"], found["metrics"]) == (1, "refused", None)
     assert err == f"refused: {found['reason']}\n"
-
-
-def test_dry_run_says_that_it_is_one(client, capsys, home):
-    before = content(home)
-    code, out, _ = printed(capsys, "promote", "--dry-run")
-    assert code == 0 and out.splitlines()[-1] == "verdict: passed; a dry run, nothing was changed"
-    assert printed(capsys, "promote", POOR, "--dry-run")[0] == 1
-    assert content(home) == before
 
 
 def test_force_needs_a_reason_and_a_reason_force(client, capsys):
@@ -247,34 +226,3 @@ class Failing:
             return getattr(self._client, name)(*args, **rest)
 
         return call
-
-
-def test_server_that_dies_while_promoting_is_told_and_the_next_promote_does_it(
-    client, home, tmp_path, capsys, monkeypatch
-):
-    from mlflow_server import Server
-
-    (home / "mlflow.db").rename(tmp_path / "server.db")
-    server = Server(tmp_path)
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
-    set_alias = MlflowClient.set_registered_model_alias
-
-    def after_its_death(*args):
-        server.kill()
-        set_alias(*args)
-
-    try:
-        server.start()
-        with monkeypatch.context() as patch:
-            patch.setattr(MlflowClient, "set_registered_model_alias", after_its_death)
-            code, out, err = printed(capsys, "promote")
-        assert (code, out) == (2, "")
-        assert err.splitlines()[-1].startswith(f"error: MLflow at {server.uri} failed (no connec")
-        server.start()
-        again = tracking.connect(server.uri)
-        assert champion(again) is None
-        code, out, err = printed(capsys, "promote")
-        assert code == 0 and champion(again) == GOOD, err
-        assert [model.name for model in again.search_registered_models()] == [NAME]
-    finally:
-        server.kill()

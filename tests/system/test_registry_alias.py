@@ -1,11 +1,8 @@
 """Moving the champion: a fault or a kill anywhere leaves the one before or the one after."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from drawn import ROOT
 from gated import AFTER, BEFORE, TAGS, champion, enter_bare_copy, state
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
@@ -101,33 +98,3 @@ def test_a_fault_at_any_step_leaves_before_or_after_and_the_same_again_completes
             move_champion(client, held, "2", TAGS)
             assert state(client) == AFTER
     assert seen == {"1", "2"} and counting.calls > 4
-
-
-KILLED_WHILE_MOVING = """
-import os, signal, sys
-from training import tracking
-from training.registry.gate import move_champion
-
-client = tracking.connect(tracking.tracking_uri())
-real = getattr(client, sys.argv[1])
-
-def then_die(*args, **kwargs):
-    real(*args, **kwargs)
-    os.kill(os.getpid(), signal.SIGKILL)
-
-setattr(client, sys.argv[1], then_die)
-tags = {"gate": "passed", "previous_champion": "1", "gate_reason": None}
-move_champion(client, "1", "2", tags)
-"""
-
-
-@pytest.mark.parametrize(
-    ("last", "expected"), [("delete_model_version_tag", "1"), ("set_registered_model_alias", "2")]
-)
-def test_killed_process_leaves_the_champion_before_or_after(client, last, expected):
-    command = [sys.executable, "-W", "ignore", "-c", KILLED_WHILE_MOVING, last]
-    killed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert killed.returncode == -9, killed.stderr
-    assert champion(client) == expected
-    move_champion(client, expected, "2", TAGS)
-    assert state(client) == AFTER

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import json
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -139,3 +140,35 @@ def test_signature_says_what_comes_out_and_the_example_runs(model):
     example = model.input_example
     assert list(example.columns) == ["image"]
     assert len(model.predict(example)) == 1
+
+
+def asked(model: Any, request: dict[str, Any]) -> tuple[int, Any]:
+    """Status and answer of `mlflow models serve` to a request, without its web server."""
+    from mlflow.pyfunc import scoring_server  # warns at its import
+
+    schema = model.metadata.get_input_schema()
+    answer = scoring_server.invocations(json.dumps(request), "application/json", model, schema)
+    return answer.status, json.loads(answer.response)
+
+
+def test_requests_of_every_form_are_answered_alike(model):
+    text = base64.b64encode(image(5)).decode()
+    told = model.predict(image(5)).to_dict("records")
+    for request in (
+        {"dataframe_split": {"columns": ["image"], "data": [[text]]}},
+        {"dataframe_records": [{"image": text}]},
+        {"inputs": [text]},
+        {"inputs": {"image": [text]}},
+        {"instances": [{"image": text}]},
+    ):
+        assert asked(model, request) == (200, {"predictions": told})
+    pixels = {"inputs": pixels_of(image(5)).tolist(), "params": {"top_k": 1}}
+    status, answer = asked(model, pixels)
+    assert status == 200 and answer["predictions"][0]["classes"] == told[0]["classes"][:1]
+
+
+@pytest.mark.parametrize(("texts", "told"), [(["%%%"], "no base64 text"), ([], "is no image")])
+def test_request_without_an_image_is_refused_with_the_reason(model, texts, told):
+    with pytest.raises(MlflowException, match=told) as refusal:
+        asked(model, {"dataframe_split": {"columns": ["image"], "data": [[t] for t in texts]}})
+    assert refusal.value.get_http_status_code() == 400

@@ -1,7 +1,5 @@
-"""A model registered through a real MLflow server, used by programs without this checkout: in
-Python and over HTTP."""
+"""Registered models used by programs without this checkout: in Python and over HTTP."""
 
-import base64
 import contextlib
 import io
 import json
@@ -10,16 +8,13 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
-import requests
 from drawn import ROOT
 from gated import enter_whole_copy
-from mlflow.tracking import MlflowClient
 from mlflow_server import Server
 from PIL import Image
 from ports import free_ports
@@ -35,10 +30,11 @@ pytestmark = [pytest.mark.filterwarnings(line) for line in MLFLOW_WARNINGS]
 CHAMPION = "models:/alexnet@champion"
 
 
-@pytest.fixture(scope="module")
-def store(registered_models: Built, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The URI of a server with one version, the champion."""
-    folder = tmp_path_factory.mktemp("server")
+@pytest.fixture
+def store(registered_models: Built, tmp_path: Path) -> Iterator[str]:
+    """The URI of a server with one version, the champion, registered through it."""
+    folder = tmp_path / "server"
+    folder.mkdir()
     server = Server(folder)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ALEXNET_HOME", str(folder / "home"))
@@ -53,12 +49,6 @@ def store(registered_models: Built, tmp_path_factory: pytest.TempPathFactory) ->
             yield server.uri
         finally:
             server.kill()
-
-
-@pytest.fixture
-def client(store: str, monkeypatch: pytest.MonkeyPatch) -> MlflowClient:
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
-    return tracking.connect(store)
 
 
 @pytest.fixture(scope="module")
@@ -81,10 +71,6 @@ def elsewhere(store: str) -> dict[str, str]:
     }
 
 
-def test_registration_through_a_server_is_whole(client):
-    assert load(CHAMPION).class_names[2] == "colour 2"
-
-
 _PROGRAM = """
 import json, sys
 import mlflow
@@ -96,7 +82,10 @@ print(json.dumps([alexnet.__file__, sorted({"training", "pipelines"} & set(sys.m
 """
 
 
-def test_one_line_of_python_classifies_a_file_without_this_checkout(client, store, image, tmp_path):
+def test_one_line_of_python_classifies_a_file_without_this_checkout(
+    store, image, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
     (tmp_path / "image.png").write_bytes(image)
     done = subprocess.run(
         [sys.executable, "-c", _PROGRAM, "image.png"],
@@ -132,87 +121,6 @@ def expected(image: bytes) -> tuple[list[str], list[float]]:
     shares = np.exp(logits) / np.exp(logits).sum()
     order = np.argsort(-shares)
     return [model.class_names[i] for i in order], shares[order].tolist()
-
-
-@pytest.fixture(scope="module")
-def serving(store: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The URL of `mlflow models serve`."""
-    folder, (port,) = tmp_path_factory.mktemp("serving"), free_ports(1)
-    command = [sys.executable, "-m", "mlflow", "models", "serve", "-m", CHAMPION]
-    command += ["--env-manager", "local", "--host", "127.0.0.1", "--port", str(port)]
-    with (folder / "log").open("wb") as log:
-        process = subprocess.Popen(
-            [*command, "--workers", "1"],
-            cwd=folder,
-            env=elsewhere(store) | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-        )
-    try:
-        url, deadline = f"http://127.0.0.1:{port}", time.monotonic() + 200
-        while not answers(url):
-            assert process.poll() is None and time.monotonic() < deadline, (
-                folder / "log"
-            ).read_text()
-            time.sleep(0.3)
-        yield url
-    finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-
-
-def answers(url: str) -> bool:
-    try:
-        return requests.get(f"{url}/ping", timeout=30).ok
-    except requests.RequestException:
-        return False
-
-
-def as_text(image: bytes) -> str:
-    return base64.b64encode(image).decode()
-
-
-def test_server_answers_a_json_request_with_a_base64_image(client, serving, image):
-    names, shares = expected(image)
-    text = as_text(image)
-    for request in (
-        {"dataframe_split": {"columns": ["image"], "data": [[text]]}},
-        {"dataframe_records": [{"image": text}]},
-        {"inputs": [text]},
-        {"inputs": {"image": [text]}},
-        {"instances": [{"image": text}]},
-    ):
-        answer = requests.post(f"{serving}/invocations", json=request, timeout=200)
-        assert answer.status_code == 200, answer.text
-        (told,) = answer.json()["predictions"]
-        assert told["classes"] == names
-        assert told["probabilities"] == pytest.approx(shares, abs=1e-5)
-
-
-def test_server_takes_top_k_and_pixels(client, serving):
-    pixels = np.random.default_rng(6).integers(0, 256, (2, 3, 227, 227), dtype=np.uint8)
-    request = {"inputs": pixels.tolist(), "params": {"top_k": 1}}
-    answer = requests.post(f"{serving}/invocations", json=request, timeout=200)
-    assert answer.status_code == 200, answer.text
-    assert [len(told["classes"]) for told in answer.json()["predictions"]] == [1, 1]
-
-
-@pytest.mark.parametrize(
-    ("images", "told"),
-    [
-        ([None, "no image"], "image 2 of 2: cannot decode"),
-        (["%%%"], "image 1 of 1: it is no base64 text"),
-        ([], "there is no image"),
-    ],
-)
-def test_server_refuses_what_is_no_image_and_says_which(serving, image, images, told):
-    good = as_text(image)
-    texts = [good if i is None else as_text(i.encode()) if " " in i else i for i in images]
-    request = {"dataframe_split": {"columns": ["image"], "data": [[text] for text in texts]}}
-    answer = requests.post(f"{serving}/invocations", json=request, timeout=200)
-    assert answer.status_code == 400
-    assert told in answer.json()["message"]
 
 
 @pytest.mark.timeout(480)
