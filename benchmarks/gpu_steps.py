@@ -224,6 +224,7 @@ def fitted(config: TrainConfig, device: torch.device, scale: Scale, scratch: Pat
         torch._dynamo.reset()  # it gives up on a function that was compiled for too many networks
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
+        torch.set_num_threads(1)  # as the workers of run.py
     trace = scratch / "trace"
     with contextlib.suppress(Enough):
         place = Place(device, threads=1)

@@ -12,7 +12,7 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
 from alexnet.errors import UserError
-from alexnet.model import AlexNet
+from alexnet.model import AlexNet, blocked_convolution
 
 BVLC_ALEXNET = Path(onnx.__file__).parent / "backend/test/data/light/light_bvlc_alexnet.onnx"
 LAYERS = ("conv1", "conv2", "conv3", "conv4", "conv5", "fc6", "fc7", "fc8")
@@ -213,6 +213,23 @@ def test_gradients_reach_every_parameter():
         model = AlexNet(num_classes=3, width=1 / 16, init="he", **options)
         model(torch.randn(4, 3, 227, 227)).square().sum().backward()
         assert all(parameter.grad.abs().sum() > 0 for parameter in model.parameters())
+
+
+def test_conv1_in_blocks_of_pixels_is_the_same_convolution():
+    random = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 3, 227, 227, dtype=torch.float64, generator=random)
+    weight = torch.randn(8, 3, 11, 11, dtype=torch.float64, generator=random).requires_grad_()
+    bias = torch.randn(8, dtype=torch.float64, generator=random).requires_grad_()
+    wanted = nn.functional.conv2d(x, weight, bias, stride=4)
+    gradient = torch.randn(wanted.shape, dtype=torch.float64, generator=random)
+    found = blocked_convolution(x, weight, bias)
+    torch.testing.assert_close(found, wanted)
+    for ours, theirs in zip(
+        torch.autograd.grad(found, (weight, bias), gradient),
+        torch.autograd.grad(wanted, (weight, bias), gradient),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, theirs)
 
 
 def test_conv1_is_the_first_layer_and_listed_once():
