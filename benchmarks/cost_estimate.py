@@ -1,9 +1,9 @@
-"""What a build of all of ImageNet and a training take on named machines: hours, bytes, money.
+"""What a build of all of ImageNet takes on named machines: hours, money.
 
-python -m benchmarks.cost_estimate [--batch 256] [--epochs 90] [--price p5.48xlarge=60 ...]
+python -m benchmarks.cost_estimate [--price c7a.16xlarge=4 ...]
 
 A model on top of benchmarks/cost_model.py: docs/operations.md shows its table and says of every
-number where it comes from. Prices are the reader's.
+number where it comes from. Prices are the reader's. benchmarks/cost.py models trainings besides.
 """
 
 import argparse
@@ -95,17 +95,13 @@ def training(
     return Estimate(minutes(cluster, instance.gpus, batch, 2, epochs) / 60, bound_by)
 
 
-def table(batch: int, epochs: int, prices: Mapping[str, float]) -> str:
+def table(prices: Mapping[str, float]) -> str:
     """As Markdown; prices: US dollars an hour by name, for those that are known."""
-    head = ["job", "instance", "CPUs", "GPUs", "hours", "bound by"] + ["USD"] * bool(prices)
+    head = ["job", "instance", "CPUs", "hours", "bound by"] + ["USD"] * bool(prices)
     lines = [head, ["---"] * len(head)]
-    for instance in INSTANCES:
-        job, found = "build", building(instance)
-        if instance.gpus:
-            job, found = f"train, {epochs} epochs", training(instance, batch, epochs)
-        known = prices.get(instance.name)
-        cells = [job, instance.name, f"{instance.cpus}", f"{instance.gpus or '-'}"]
-        cells += [f"{found.hours:.2f}", found.bound_by]
+    for instance in (each for each in INSTANCES if not each.gpus):
+        found, known = building(instance), prices.get(instance.name)
+        cells = ["build", instance.name, f"{instance.cpus}", f"{found.hours:.2f}", found.bound_by]
         if prices:
             cells.append("-" if known is None else f"{found.hours * known:.2f}")
         lines.append(cells)
@@ -115,20 +111,13 @@ def table(batch: int, epochs: int, prices: Mapping[str, float]) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = command.Parser("python -m benchmarks.cost_estimate", description=__doc__)
     parser.add_argument(
-        "--batch", type=int, default=256, help="global, of a training; that of `baseline`"
-    )
-    parser.add_argument("--epochs", type=int, default=90)
-    parser.add_argument(
         "--price", action="append", default=[], metavar="NAME=USD", help="for an hour; repeatable"
     )
     return command.answered(lambda: _answer(parser.parse_args(argv)))
 
 
 def _answer(args: argparse.Namespace) -> int:
-    for flag, value in (("--batch", args.batch), ("--epochs", args.epochs)):
-        if value < 1:
-            raise UserError(f"{flag} {value} is below 1; pass 1 or more")
-    print(table(args.batch, args.epochs, dict(map(price, args.price))), end="")
+    print(table(dict(map(price, args.price))), end="")
     return 0
 
 

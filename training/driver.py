@@ -20,6 +20,7 @@ from training import checkpoint, lease, preflight, stop, store, tracking
 from training.command_line import again
 from training.config import TrainConfig
 from training.preflight import Job, placed, workers_of
+from training.recipes import small_parts
 from training.registry.package import register
 from training.worker import FinalErrors, said, train_worker
 
@@ -105,13 +106,13 @@ def _trained(job: Job, client: Any, writer: lease.Lease) -> str | None:
             return register(client, run_id, last, manifest, final)
 
 
-def _on_cluster(config: TrainConfig) -> str:
-    """What the cluster would give to this run, for the dry run. Raises UserError where it could
-    not start there."""
+def _on_cluster(config: TrainConfig) -> tuple[str, bool]:
+    """What the cluster would give to this run, for the dry run, and whether that has GPUs. Raises
+    UserError where it could not start there."""
     with cluster.connected():
         cpus, use_gpu = _places(config, tracking.tracking_uri())
         nodes = sum(node["Alive"] for node in ray.nodes())
-    return f"a cluster of {nodes} nodes: {_workers(config, cpus, use_gpu)}"
+    return f"a cluster of {nodes} nodes: {_workers(config, cpus, use_gpu)}", use_gpu
 
 
 def _places(config: TrainConfig, uri: str) -> tuple[int, bool]:
@@ -179,6 +180,8 @@ def _announce(job: Job, use_gpu: bool) -> None:
         f"classes from {job.data}"
     )
     logger.info(f"{_workers(config, job.cpus, use_gpu)}; checkpoints in {job.folder}")
+    if use_gpu and (few := small_parts(config)):
+        logger.info(few)
 
 
 def _workers(config: TrainConfig, cpus: int, use_gpu: bool) -> str:

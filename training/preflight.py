@@ -26,6 +26,7 @@ from training import checkpoint, decoded, lease, tracking
 from training.config import TrainConfig
 from training.network import build_model, input_spec
 from training.order import steps_per_epoch
+from training.recipes import small_parts
 
 logger = logging.getLogger("training")
 
@@ -102,25 +103,33 @@ def preflight(config: TrainConfig, *, alone: bool) -> tuple[Job, Any]:
             before = run.data.params.get("storage", str(config.storage))
             lease.holder(storage.join(before, str(config.name)))
     if alone:
-        _refuse_too_large(config, memory, *_device_memory(config))
-        here = {"CPU": os.cpu_count() or 1, "GPU": torch.cuda.device_count()}
-        placed(config, [here], alone=True)
+        _refuse_too_large(config, memory, *_device_memory(_has_gpus(config)))
     return job, client
 
 
-def dry_run(config: TrainConfig, cluster: Callable[[TrainConfig], str] | None = None) -> str:
+def dry_run(
+    config: TrainConfig, cluster: Callable[[TrainConfig], tuple[str, bool]] | None = None
+) -> str:
     """A table of what the run would do. Raises UserError for what would stop it later.
 
-    cluster: says what the cluster would give, or raises; None where it would be this machine alone.
+    cluster: says what the cluster would give and whether that has GPUs, or raises; None where it
+    would be this machine alone.
     """
     job, _ = preflight(config, alone=cluster is None)
     config, manifest, writer = job.config, job.manifest, lease.holder(job.folder)
     train, val = (manifest.num_samples(split) for split in ("train", "val"))
     batch, epochs = config.optim.batch_size, config.optim.epochs
     each = steps_per_epoch(train, batch)
-    total, device = _device_memory(config)
-    alone = "no cluster is known: a Ray of its own on this machine, which has"
-    place = f"{alone} {torch.cuda.device_count()} GPUs" if cluster is None else cluster(config)
+    memory = f"about {_gb(job.memory.total)} for each worker"
+    if cluster is None:
+        total, device = _device_memory(use_gpu := _has_gpus(config))
+        memory += f"; {device} has {_gb(total)}"
+        place = "no cluster is known: a Ray of its own on this machine, which has "
+        place += f"{torch.cuda.device_count()} GPUs"
+    else:
+        place, use_gpu = cluster(config)
+    if use_gpu and (few := small_parts(config)):
+        place += f"; {few}"
     state = "is new"
     if job.status is not None:
         after = "nothing is left to train" if job.status == "FINISHED" else "it continues"
@@ -141,7 +150,7 @@ def dry_run(config: TrainConfig, cluster: Callable[[TrainConfig], str] | None = 
                 f"{each:,} in an epoch, {each * epochs:,} in {epochs} epochs; batches of {batch} "
                 f"over {workers_of(config)} worker(s)",
             ),
-            ("memory", f"about {_gb(job.memory.total)} for each worker; {device} has {_gb(total)}"),
+            ("memory", memory),
             ("place", place),
             *caches,
             ("checkpoints", _checkpoints(job)),
@@ -367,14 +376,20 @@ def _refuse_too_large(config: TrainConfig, memory: Memory, total: int, device: s
         )
 
 
-def _device_memory(config: TrainConfig) -> tuple[int, str]:
-    """(bytes, name) of what this machine trains on; the workers' own may be another."""
-    if config.device != "cpu" and torch.cuda.is_available():
+def _device_memory(use_gpu: bool) -> tuple[int, str]:
+    """(bytes, name) of what this machine trains on."""
+    if use_gpu:
         return torch.cuda.get_device_properties(0).total_memory, "the GPU here"
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), "this machine"
 
 
 # Workers
+
+
+def _has_gpus(config: TrainConfig) -> bool:
+    """Whether each worker would have a GPU of this machine. Raises as `placed`."""
+    here = {"CPU": os.cpu_count() or 1, "GPU": torch.cuda.device_count()}
+    return placed(config, [here], alone=True)[1]
 
 
 def placed(

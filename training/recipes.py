@@ -1,14 +1,16 @@
 """Recipes: each a function returning a full config, with its source, cost and what is measured.
 
 Nothing here has been run on ImageNet by this project: an accuracy below is the cited source's, and
-"unmeasured" is said where there is none. Hours are modelled for ILSVRC-2012 on H200s with 16 cores
-each: 50,000 images/s of 6.6 GFLOP per GPU in bfloat16 (40 TFLOP/s in float32) and decoding 46,000
-images/s, whichever is slower. benchmarks/README.md holds what was measured.
+"unmeasured" is said where there is none. benchmarks/README.md holds what was measured.
 """
 
 from collections.abc import Callable
 
 from training.config import AugmentConfig, ModelConfig, OptimConfig, TrainConfig
+
+# Of a batch for each GPU: with fewer, launching kernels and summing gradients take longer than a
+# GPU computes (estimated, not measured).
+_FEWEST_IMAGES = 128
 
 
 def baseline() -> TrainConfig:
@@ -17,8 +19,10 @@ def baseline() -> TrainConfig:
     - Source: the slides fix the network, not the training: He initialisation, inputs of unit
       variance, bfloat16 and one cosine, because the paper's N(0, 0.01) starts so small without LRN
       that the loss can stay flat.
-    - Command: `python training/run.py baseline`
-    - Hours, modelled: 0.7 on one H200, 0.1 on eight; 0.76 EFLOP. Unmeasured.
+    - Command: `python training/run.py baseline`. On eight GPUs 32 images are few for each: add
+      `--workers 8 --optim.batch-size 2048 --optim.lr 0.16 --compress-gradients True`, batch and
+      rate times eight (Goyal et al. 2017); docs/scaling.md has other numbers. Unmeasured.
+    - Computing: 0.76 EFLOP.
     - Top-1 on ImageNet: unmeasured (torchvision's other AlexNet reports 56.5 % of the centre view).
       Measured with a batch of 64, rate 0.01 and resized crops on the ten classes of Imagenette:
       0.797 after 20 of 25 epochs; see benchmarks/README.md.
@@ -46,8 +50,7 @@ def paper() -> TrainConfig:
       error stops improving and one rate for all: `--optim.schedule plateau --optim.bias-lr-factor 1
       --optim.bias-lr-constant False --optim.conv1-slow-epoch None --optim.conv1-freeze-epoch None
       --augment.colour-epochs None`.
-    - Hours, modelled: 3.4 on one H200; about 1 on eight, which batches of 128 do not fill.
-      Unmeasured.
+    - Computing: 0.48 EFLOP. Batches of 128 fill no eight GPUs.
     - Top-1/5 on ImageNet val: the source reports 59.3 / 81.8 % with ten crops; ours is unmeasured.
     - Needs shards built with `--crop 256`: 227 leaves no room for the crops.
     """
@@ -82,7 +85,7 @@ def fast() -> TrainConfig:
       4,096, LARS, warm-up and cosine, label smoothing 0.1, averaged weights, bfloat16, compiled.
     - Command: `python training/run.py fast`; for sets of about ten thousand images add
       `--optim.batch-size 256`, and on a CPU `--compile False`.
-    - Hours, modelled: 0.3 on one H200, 0.04 on eight; 0.34 EFLOP. Unmeasured.
+    - Computing: 0.34 EFLOP.
     - Top-1 on ImageNet: unmeasured.
     """
     return TrainConfig(
@@ -130,3 +133,22 @@ RECIPES: dict[str, Callable[[], TrainConfig]] = {
     "fast": fast,
     "smoke": smoke,
 }
+
+
+def small_parts(config: TrainConfig) -> str | None:
+    """What to pass where the parts of a batch are too small for GPUs; None where they are not.
+
+    By the linear rule of Goyal et al. 2017 (arXiv 1706.02677), which was shown with a warm-up and
+    for plain SGD with momentum: k times the batch at k times the rate.
+    """
+    recipe, workers = config.optim, config.workers
+    each = recipe.batch_size / workers
+    if each >= _FEWEST_IMAGES:
+        return None
+    remedy = "pass a larger --optim.batch-size, or fewer --workers"
+    if recipe.rule == "torch" and recipe.schedule == "cosine" and recipe.warmup_epochs:
+        larger = 2 * _FEWEST_IMAGES * workers
+        remedy = f"pass --optim.batch-size {larger}"
+        remedy += f" --optim.lr {recipe.lr * larger / recipe.batch_size:.3g}"
+        remedy += " --compress-gradients True" if workers > 1 else ""
+    return f"{each:g} images a step are few for a GPU: {remedy}"

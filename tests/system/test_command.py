@@ -317,7 +317,7 @@ def test_a_quick_answer_imports_nothing_heavy(words, without, tmp_path):
         ("training.registry.__main__", ["show", "--dta", "x"], "--data"),
         ("training.registry.__main__", ["promote", "--dry-rum"], "--dry-run"),
         ("benchmarks.scaling", ["--core", "2", "--bach", "2"], "--batch"),
-        ("benchmarks.cost_estimate", ["--epochen", "2"], "--epochs"),
+        ("benchmarks.cost_estimate", ["--prise", "2"], "--price"),
         ("training.run", ["smoke", "--wrokers", "2"], "--workers"),
         ("benchmarks.cost", ["--prize", "x"], "--price"),
     ],

@@ -5,11 +5,12 @@ import re
 
 import pytest
 import torch
+from drawn import ROOT
 
 from alexnet.optim import Rates
 from training.command_line import parse
 from training.network import build_model
-from training.recipes import RECIPES
+from training.recipes import RECIPES, small_parts
 from training.steps import learning_rates
 
 
@@ -57,6 +58,24 @@ def test_flags_that_recipes_offer_in_their_text_work():
     assert (config.optim.schedule, config.optim.plateau_drops) == ("plateau", 3)
     assert learning_rates(config, 10**6, 10_009) == Rates(0.01, 0.01, 0.01, 0.01)
     assert config.augment.colour_epochs is None
+
+
+def test_flags_for_several_gpus_are_those_that_a_run_names():
+    text = (ROOT / "docs" / "scaling.md").read_text()
+    lines = re.findall(r"^    python training/run.py (baseline.*)", text, re.MULTILINE)
+    documented = {parse(line.split()).config.workers: line.split() for line in lines}
+    assert documented.keys() == {1, 2, 4, 8}
+    for workers, words in documented.items():
+        config = parse(words).config
+        assert small_parts(config) is None
+        told = small_parts(parse(["baseline", "--workers", f"{workers}"]).config)
+        assert (told is None) is (workers < 4)  # 128 images for each of two
+        if told is not None:
+            assert told.startswith(f"{256 / workers:g} images a step are few for a GPU: pass ")
+            flags = told.partition("pass ")[2].split()
+            assert parse(["baseline", "--workers", f"{workers}", *flags]).config == config
+    few = small_parts(parse(["paper", "--workers", "4"]).config)
+    assert few is not None and few.endswith("a larger --optim.batch-size, or fewer --workers")
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
