@@ -37,8 +37,7 @@ _BATCHES_AHEAD = 4  # decoded images in memory: those in use and the loader's re
 # databases take 250 characters.
 LONGEST_NAME = 150
 _LONGEST_PATH, _LONGEST_KEY = 4096, 1024  # of Linux, of S3
-# As above, before its rename.
-_BELOW = len("/checkpoint-00000000-000000/optimizer.safetensors") + 96
+_BELOW = len("/checkpoint-00000000-000000/optimizer.safetensors") + 96  # as above, unrenamed
 
 
 @dataclass(frozen=True)
@@ -103,7 +102,7 @@ def preflight(config: TrainConfig, *, alone: bool) -> tuple[Job, Any]:
             before = run.data.params.get("storage", str(config.storage))
             lease.holder(storage.join(before, str(config.name)))
     if alone:
-        _refuse_too_large(config, memory, *_device_memory(_has_gpus(config)))
+        _refuse_too_large(config, memory, *_here(config)[1:])
     return job, client
 
 
@@ -122,18 +121,16 @@ def dry_run(
     each = steps_per_epoch(train, batch)
     memory = f"about {_gb(job.memory.total)} for each worker"
     if cluster is None:
-        total, device = _device_memory(use_gpu := _has_gpus(config))
+        use_gpu, total, device = _here(config)
         memory += f"; {device} has {_gb(total)}"
-        place = "no cluster is known: a Ray of its own on this machine, which has "
-        place += f"{torch.cuda.device_count()} GPUs"
+        gpus = torch.cuda.device_count()
+        place = f"no cluster is known: a Ray of its own on this machine, which has {gpus} GPUs"
     else:
         place, use_gpu = cluster(config)
     if use_gpu and (few := small_parts(config)):
         place += f"; {few}"
-    state = "is new"
-    if job.status is not None:
-        after = "nothing is left to train" if job.status == "FINISHED" else "it continues"
-        state = f"exists ({job.status}): {after}"
+    after = "nothing is left to train" if job.status == "FINISHED" else "it continues"
+    state = "is new" if job.status is None else f"exists ({job.status}): {after}"
     waits = [] if writer is None else [("writer", f"perhaps still {writer}: the run would wait")]
     caches = [("decoded", _decoded(job))] if config.cache == "decoded" else []
     return "\n".join(
@@ -376,20 +373,16 @@ def _refuse_too_large(config: TrainConfig, memory: Memory, total: int, device: s
         )
 
 
-def _device_memory(use_gpu: bool) -> tuple[int, str]:
-    """(bytes, name) of what this machine trains on."""
-    if use_gpu:
-        return torch.cuda.get_device_properties(0).total_memory, "the GPU here"
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), "this machine"
+def _here(config: TrainConfig) -> tuple[bool, int, str]:
+    """Whether each worker would have a GPU of this machine; bytes and name of what it trains on.
+    Raises as `placed`."""
+    here = {"CPU": os.cpu_count() or 1, "GPU": torch.cuda.device_count()}
+    if placed(config, [here], alone=True)[1]:
+        return True, torch.cuda.get_device_properties(0).total_memory, "the GPU here"
+    return False, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), "this machine"
 
 
 # Workers
-
-
-def _has_gpus(config: TrainConfig) -> bool:
-    """Whether each worker would have a GPU of this machine. Raises as `placed`."""
-    here = {"CPU": os.cpu_count() or 1, "GPU": torch.cuda.device_count()}
-    return placed(config, [here], alone=True)[1]
 
 
 def placed(
@@ -484,13 +477,12 @@ def _another(client: Any, owner: str, config: TrainConfig, run: Any | None) -> s
 
 
 def _checkpoints(job: Job) -> str:
-    config = job.config
+    config, free = job.config, storage.free_bytes(str(job.config.storage))
     steps, minutes = config.checkpoint_steps, config.checkpoint_minutes
     when = ["at the end"]
     when += ["after the best epochs"] if config.keep_best else []
     when += [f"every {steps} steps"] if steps else []
     when += [f"every {minutes:g} minutes"] if minutes else []
-    free = storage.free_bytes(str(config.storage))
     left = "" if free is None else f", {_gb(free)} free"
     return (
         f"{_gb(job.memory.checkpoint)} {', '.join(when)} to {job.folder}; the last "
