@@ -28,6 +28,7 @@ from manifests import (
 )
 
 from pipelines.cli import _parser
+from training.recipes import small_parts
 from training.run import parse
 
 SECRET_NAME = re.compile(r"TOKEN|PASSWORD|SECRET|ACCESS_KEY|CREDENTIAL|PASS$", re.IGNORECASE)
@@ -200,10 +201,15 @@ def test_every_worker_of_the_training_has_a_gpu_and_the_minimum_is_there_from_th
     (group,) = cluster["workerGroupSpecs"]
     (container,) = group["template"]["spec"]["containers"]
     gpus = int(container["resources"]["limits"]["nvidia.com/gpu"])
-    assert group["minReplicas"] * gpus == group["replicas"] * gpus == config.min_workers
+    least = config.min_workers or config.workers
+    assert group["minReplicas"] * gpus == group["replicas"] * gpus == least
     assert group["maxReplicas"] * gpus == config.workers and cluster["enableInTreeAutoscaling"]
-    disk = group["template"]["spec"]["volumes"][0]["emptyDir"]["sizeLimit"]
-    assert int(disk.removesuffix("Gi")) > config.cache_gb
+    assert small_parts(config) is None
+    volumes = {each["name"]: each["emptyDir"] for each in group["template"]["spec"]["volumes"]}
+    assert config.cache == "decoded"
+    assert int(volumes["data"]["sizeLimit"].removesuffix("Gi")) > config.cache_gb + 207
+    assert volumes["shm"]["medium"] == "Memory"
+    assert {"name": "shm", "mountPath": "/dev/shm"} in container["volumeMounts"]
 
 
 def test_build_asks_for_as_many_tasks_as_its_largest_cluster_has_cpus() -> None:
