@@ -28,9 +28,9 @@ from training.guards import TrainingStopped as TrainingStopped
 from training.loader import Loader, Synthetic
 from training.meter import Meter, measured_peak, traced, training_flops
 from training.network import build_model, input_spec
-from training.order import Ids, epoch_order, global_batch, rank_part, steps_per_epoch
+from training.order import Ids, epoch_order, global_batch, padded, rank_part, steps_per_epoch
+from training.steps import IGNORED, Stepper, algorithms, ended_early, learning_rates
 from training.steps import Place as Place
-from training.steps import Stepper, algorithms, ended_early, learning_rates
 from training.transfer import Sent, sent
 
 logger = logging.getLogger("training")
@@ -111,6 +111,7 @@ class _Run:
         self.stepper = Stepper(config, build_model(config, manifest.num_classes), place)
         self.steps_per_epoch = steps_per_epoch(self.train.num_samples, config.optim.batch_size)
         self.total_steps = config.optim.epochs * self.steps_per_epoch
+        self.part_size = _part_size(config, self.train.num_samples, place)
         self.position = checkpoint.Position()
         self.meter = Meter(place.device)
         self.seconds_at_peak = _seconds_at_peak(config, manifest.num_classes, place)
@@ -168,6 +169,9 @@ class _Run:
         config, step = self.config, self.position.step
         images, labels, drawn = arriving.received()
         self.meter.data_copied()
+        own = len(self._part(global_ids))
+        if own < len(labels):
+            labels[own:].fill_(IGNORED)
         augment = _augment(config, self.manifest.crop, epoch)
         x = train_view(images, drawn, self.spec, augment)
         x = x.contiguous(memory_format=torch.channels_last)
@@ -287,8 +291,13 @@ class _Run:
         epoch, number = divmod(step - 1, self.steps_per_epoch)
         return self._batches(epoch, number)[0]
 
+    def _part(self, batch: Ids) -> Ids:
+        return rank_part(batch, self.place.rank, self.place.world_size)
+
     def _parts(self, batches: list[Ids]) -> list[Ids]:
-        return [rank_part(batch, self.place.rank, self.place.world_size) for batch in batches]
+        parts = [self._part(batch) for batch in batches]
+        size = self.part_size
+        return parts if size is None else [padded(part, size) for part in parts]
 
     def _state(self) -> dict[str, Any]:
         return vars(self.position) | {
@@ -302,6 +311,16 @@ class _Run:
             "input_spec": self.spec.to_json(),
             "run_id": self.run_id,
         }
+
+
+def _part_size(config: TrainConfig, num_samples: int, place: Place) -> int | None:
+    """What every rank's part of every batch is filled up to, so that a GPU's kernels are chosen and
+    compiled for one size. None on CPUs, which gain nothing, and where what fills a batch up would
+    count: in the statistics of batch norm."""
+    if place.device.type != "cuda" or config.model.batch_norm:
+        return None
+    largest = -(-num_samples // steps_per_epoch(num_samples, config.optim.batch_size))
+    return -(-largest // place.world_size)
 
 
 def _augment(config: TrainConfig, stored_side: int, epoch: int) -> Augment:

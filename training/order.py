@@ -51,5 +51,10 @@ def rank_part(batch: Ids, rank: int, world_size: int) -> Ids:
     return batch[rank::world_size]
 
 
+def padded(part: Ids, size: int) -> Ids:
+    """Rank's share with its first sample again and again, up to `size`."""
+    return np.concatenate([part, np.repeat(part[:1], size - len(part))])
+
+
 def _permutation(bits: np.random.Philox, length: int) -> Ids:
     return np.argsort(bits.random_raw(length), kind="stable")

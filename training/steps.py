@@ -21,6 +21,8 @@ from training.meter import Clock, Mark, Step
 
 Network = Callable[[Tensor], Tensor]
 
+IGNORED = -100  # the label of what only fills a batch up
+
 
 @dataclass(frozen=True)
 class Place:
@@ -118,7 +120,8 @@ class Stepper:
         self, x: Tensor, labels: Tensor, *, number: int, rates: optim.Rates, global_size: int
     ) -> Step:
         """SGD on the mean loss of a global batch, of which x, float32 (B, 3, 227, 227), is this
-        rank's part. number: of the step, from 0.
+        rank's part; images with the label IGNORED teach and count nothing. number: of the step,
+        from 0.
 
         DDP averages gradients over ranks, so each rank's sum is scaled by W / global size: exact
         also where W does not divide the batch.
@@ -130,7 +133,11 @@ class Stepper:
         with self.autocast():
             logits = self._network(x).float()
         loss_sum = nn.functional.cross_entropy(
-            logits, labels, reduction="sum", label_smoothing=self.config.optim.label_smoothing
+            logits,
+            labels,
+            ignore_index=IGNORED,
+            reduction="sum",
+            label_smoothing=self.config.optim.label_smoothing,
         )
         optim.set_rates(self.optimizer, rates)
         self.optimizer.zero_grad(set_to_none=True)
@@ -232,7 +239,7 @@ def _compiled(network: nn.Module) -> Network:
         except torch._dynamo.exc.TorchDynamoException as error:
             raise UserError(
                 f"--compile True fails here ({reason(error)}); pass --compile False, or install "
-                "what torch.compile needs (a C++ compiler on CPUs, Triton on GPUs)"
+                "what torch.compile needs (a C++ compiler on CPUs, Triton and gcc on GPUs)"
             ) from error
 
     return call
@@ -253,6 +260,6 @@ def _bfloat16_mean(
 def _sums(loss_sum: Tensor, logits: Tensor, labels: Tensor, grad_norm: Tensor) -> Tensor:
     """float64 (5,) for the meter. With fewer than five classes, top5 counts all of them."""
     correct = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
-    count = torch.full((), len(labels), device=logits.device)
+    count = (labels != IGNORED).sum()
     parts = (loss_sum, correct[:, 0].sum(), correct.sum(), count, grad_norm)
     return torch.stack([part.double() for part in parts])

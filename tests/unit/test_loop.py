@@ -19,7 +19,7 @@ from small_training import BY_HEART, evaluated, fit, seen_ids, small_config, wit
 from alexnet.errors import UserError
 from alexnet.preprocess import Augment, draw_views, train_view
 from pipelines.shards import load_manifest
-from training import checkpoint, guards, loop
+from training import checkpoint, guards, loop, recipes
 from training.loader import Loader
 from training.network import build_model, input_spec
 from training.order import epoch_order
@@ -164,6 +164,36 @@ def test_first_step_is_sgd_on_the_mean_loss_of_its_batch(uri, tmp_path, monkeypa
     step, metrics = record.logged[0]
     assert (step, metrics["loss"]) == (1, pytest.approx(loss.item(), rel=1e-4))
     assert metrics["lr"] == pytest.approx(0.0025) and metrics["epoch"] == 0.25
+
+
+def test_batches_that_are_filled_up_to_one_size_teach_what_they_did(uri, tmp_path, monkeypatch):
+    without_dropout(monkeypatch.setattr)
+    config = small_config(optim_batch_size=5, optim_label_smoothing=0.1)  # batches of 4 and 5
+    plain = fit(config, uri, tmp_path / "plain")
+    on_gpu = loop._part_size(config, 28, loop.Place(torch.device("cuda")))
+    monkeypatch.setattr(loop, "_part_size", lambda *_: on_gpu)
+    view, sizes = loop.train_view, []
+
+    def recording(images: torch.Tensor, *rest: Any) -> torch.Tensor:
+        sizes.append(len(images))
+        return view(images, *rest)
+
+    monkeypatch.setattr(loop, "train_view", recording)
+    filled = fit(config, uri, tmp_path / "filled")
+    assert set(sizes) == {5} and len(sizes) == len(plain.logged) - 2
+    for (_, mine), (_, theirs) in zip(filled.logged, plain.logged, strict=True):
+        for name in {"loss", "top1", "top5", "grad_norm", "val_loss"} & mine.keys():
+            assert mine[name] == pytest.approx(theirs[name], rel=1e-3), name
+        assert mine.get("sample_digest") == theirs.get("sample_digest")
+
+
+def test_gpus_get_parts_of_one_size_but_for_batch_norm():
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    baseline = recipes.baseline()
+    sizes = [loop._part_size(baseline, 1_281_167, loop.Place(gpu, 0, w)) for w in (1, 3, 8)]
+    assert sizes == [256, 86, 32]
+    assert loop._part_size(baseline, 1_281_167, loop.Place(cpu)) is None
+    assert loop._part_size(recipes.fast(), 1_281_167, loop.Place(gpu)) is None
 
 
 def test_bf16_computes_in_bf16_and_keeps_weights_in_float32(uri, tmp_path):
