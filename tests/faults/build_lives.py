@@ -6,6 +6,7 @@ to Ray, it does them itself, one after the other. Attacks on Ray are in test_bui
 """
 
 import contextlib
+import importlib
 import json
 import os
 import re
@@ -108,8 +109,9 @@ class Lives:
 
 
 def serve() -> None:
-    import pyarrow.parquet  # noqa: F401
-
+    modules = "build cli cluster demo_raw inspect report sources transform verify write_shard"
+    for name in ("ray.data", "webdataset", *(f"pipelines.{name}" for name in modules.split())):
+        importlib.import_module(name)
     # Until the program itself answers them, as `_live` says, they wait.
     signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
     for line in sys.stdin:

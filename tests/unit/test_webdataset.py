@@ -230,6 +230,7 @@ def cut(raw: Path) -> None:
         (with_train(sample("n00000040_1", jpeg(), 9)), "4 classes have images, .* go to 9"),
         (with_train(sample("x", jpeg(), 3)), r"x\.jpg has label 3, and no image .* its WNID"),
         (with_train(GOOD), r"0000\.tar holds 2 images, _info\.json says 4; fetch .* --partial"),
+        (with_info(shard_lengths=[3, 4]), r"0000\.tar holds 4 images, _info\.json says 3; fetch"),
         (cut, r"0000\.tar is truncated: .*; fetch it again"),
         (lambda raw: (raw / TRAIN).unlink(), r"0000\.tar of _info\.json is not there \(1 of 3"),
         (lambda raw: (raw / VAL).unlink(), "needs tars with val in their names, not there"),
