@@ -118,6 +118,9 @@ def test_images_are_labelled_by_the_number_in_their_name(tmp_path: Path) -> None
     for strange in ("ILSVRC2012_val_1.JPEG", "ILSVRC2010_val_00000001.JPEG", "x.JPEG"):
         with pytest.raises(UserError, match=f"here holds {strange}; expected only ILSVRC2012_val"):
             kits.wnids_by_number("here", pa.array([strange]), "ILSVRC2012_val", (B,))
+    zero = pa.array(["ILSVRC2012_val_00000000.JPEG"])
+    with pytest.raises(UserError, match=r"holds ILSVRC2012_val_00000000\.JPEG and 1 images in all"):
+        kits.wnids_by_number("here", zero, "ILSVRC2012_val", (B, C, A))
     with pytest.raises(UserError, match=r"3 images in all, but the ground truth has 2 lines"):
         kits.wnids_by_number("here", names, "ILSVRC2012_val", (B, C))
 

@@ -30,6 +30,36 @@ def test_shards_that_other_codecs_made_do_not_count(
     assert {why.partition(" (")[0] for why in missing.values()} == {finish.OTHER_CODECS}
 
 
+def other_images(sidecar: Path) -> None:
+    rows, status = shards.unpack_sidecar(sidecar.read_bytes())
+    sidecar.write_bytes(shards.pack_sidecar(rows, status | {"shard_id": "0" * 64}))
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+@pytest.mark.parametrize(
+    ("file", "damage", "why"),
+    [
+        ("_meta/train-000001.parquet", Path.unlink, finish.NOT_MADE),
+        ("_meta/train-000001.parquet", cut, "its sidecar was damaged"),
+        ("_meta/train-000001.parquet", other_images, "it held other images"),
+        ("train-000001.tar", cut, "its tar or index was damaged or gone"),
+        ("train-000001.tar", Path.unlink, "its tar or index was damaged or gone"),
+        ("train-000001.idx", Path.unlink, "its tar or index was damaged or gone"),
+    ],
+)
+def test_a_shard_counts_only_with_its_own_sidecar_tar_and_index(
+    copy: Path, file: str, damage: Callable[[Path], None], why: str
+) -> None:
+    damage(copy / file)
+    done, missing = finish.finished_shards(str(copy), plan_files.load(str(copy)))
+    assert missing == {1: why}
+    names = [shard.name for shard, _ in done]
+    assert len(names) == 5 and "train-000001" not in names
+
+
 def test_a_set_of_other_codecs_is_not_repaired_by_halves(
     copy: Path, drawn_raw: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

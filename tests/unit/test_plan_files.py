@@ -1,5 +1,6 @@
 """pipelines/plan_files.py: one folder, one plan."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -124,6 +125,32 @@ def test_a_plan_read_back_says_what_was_planned(tmp_path: Path) -> None:
     assert found.recipe == recipe and found.images == 102
     with pytest.raises(UserError, match="no shard set was begun here"):
         plan_files.load(str(tmp_path / "elsewhere"))
+
+
+def test_a_plan_that_is_not_the_one_of_its_name_is_damaged(tmp_path: Path) -> None:
+    source = drawn_source(UNEVEN)
+    plan_files.begin(str(tmp_path), source.raw, plan.make(source, plan.Recipe(splits=("train",))))
+    path = tmp_path / "_meta" / "plan.json"
+    document = json.loads(path.read_text())
+    document["identity"]["recipe"]["seed"] = 7
+    path.write_text(json.dumps(document))
+    with pytest.raises(UserError, match=r"plan\.json is damaged"):
+        plan_files.load(str(tmp_path))
+
+
+def test_a_disk_must_have_space_for_the_shards_that_are_to_be_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = plan.Recipe(samples_per_shard=26, splits=("train",))
+    made, numbers = plan.make(drawn_source(UNEVEN), recipe), [0, 2]
+    needed = sum(made.shards[n].samples for n in numbers) * recipe.bytes_per_sample
+    for free in (None, int(needed) + 1, int(needed)):
+        monkeypatch.setattr(storage, "free_bytes", lambda _, free=free: free)
+        if free is None or free > needed:
+            plan_files.refuse_full(str(tmp_path), made, numbers)
+            continue
+        with pytest.raises(UserError, match=r"MB are free and 2 shards take about .* make room"):
+            plan_files.refuse_full(str(tmp_path), made, numbers)
 
 
 def test_a_damaged_plan_is_told_and_written_anew_when_it_is_gone(tmp_path: Path) -> None:

@@ -98,7 +98,7 @@ def test_rates_and_eta_follow_from_what_this_build_has_done(
     clock: Callable[[float], None],
 ) -> None:
     told = Progress(100, 100_000, MaxRejected(number=5))
-    told.count(row(10_000), before=True)
+    told.count(row(10_000, read_bytes=9e9, wait_seconds=9, work_seconds=9), before=True)
     with told.running():
         assert told.json_line()["eta_seconds"] is None
         clock(10)

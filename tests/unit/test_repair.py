@@ -44,6 +44,12 @@ def test_what_is_damaged_is_rebuilt_and_nothing_else(
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
 
 
+def test_a_good_set_is_left_as_it_is(copy: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in copy.rglob("*")}
+    assert main(["verify", str(copy), "--full", "--repair"]) == 0
+    assert {path: path.stat().st_mtime_ns for path in copy.rglob("*")} == before
+
+
 def test_repair_from_other_images_is_reported_by_the_changed_identity(
     drawn_raw: str, copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

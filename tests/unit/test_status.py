@@ -86,6 +86,14 @@ def test_a_tar_that_is_gone_or_cut_does_not_count(unfinished: Path, drawn_shards
     assert "complete but damaged" in text and f"verify {unfinished}" in text
 
 
+def test_a_shard_of_another_plan_is_neither_done_nor_damaged(unfinished: Path) -> None:
+    sidecar = unfinished / "_meta" / "train-000000.parquet"
+    rows, told = shards.unpack_sidecar(sidecar.read_bytes())
+    sidecar.write_bytes(shards.pack_sidecar(rows, told | {"shard_id": "0" * 64}))
+    document = status(str(unfinished))
+    assert document["splits"]["train"]["shards"] == 2 and document["damaged"] == []
+
+
 def test_where_nothing_was_begun_it_is_said_in_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"^\S+: no build was begun here .* pipelines build --raw"):
         status(str(tmp_path))

@@ -5,6 +5,7 @@ import io
 import random
 import re
 import resource
+import struct
 import tarfile
 import warnings
 from collections.abc import Iterator
@@ -152,6 +153,13 @@ def test_one_flipped_bit_anywhere_in_a_png_is_noticed(raw: bytes) -> None:
     assert verdict(raw) == ""
     passed = [n for n, b in enumerate(raw) if verdict(patched(raw, n, bytes([b ^ 4]))) == ""]
     assert passed == []
+
+
+def test_a_tiff_whose_strips_lack_rows_never_passes() -> None:
+    raw, tag = OTHERS["tiff"], struct.pack("<HHI", 279, 4, 1)  # StripByteCounts
+    assert raw.count(tag + struct.pack("<I", 64 * 48 * 3)) == 1
+    fewer = raw.replace(tag + struct.pack("<I", 64 * 48 * 3), tag + struct.pack("<I", 64 * 47 * 3))
+    assert (verdict(raw), verdict(fewer)) == ("", "truncated")
 
 
 ABSURD = absurd()

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from built import build_set, write_folders
+from drawn import A, archives, jpeg, tar
 from drawn_layouts import hugging_face
 
 from alexnet.errors import UserError
@@ -108,6 +109,15 @@ def test_archives_are_counted_again_by_other_readers(
     ((split, text),) = recount.unaccounted(fewer, ("train", "val"), ())
     count = source.count("train")
     assert (split, text) == ("train", f"{count} images counted, {count - 1} found")
+
+
+def test_litter_in_archives_is_no_image_to_either_reader(tmp_path: Path) -> None:
+    inner = tar([(f"{A}_1.JPEG", jpeg(1)), (f"._{A}_1.JPEG", b"x"), (".DS_Store", b"x")])
+    train = tar([(f"{A}.tar", inner), (f"__MACOSX/._{A}.tar", b"x"), (f"._{A}.tar", b"x")])
+    raw = str(archives(tmp_path, train=train, val=None, devkit=None))
+    source = sources.scan(raw, ["train"], partial=True)
+    assert source.count("train") == 1
+    assert list(recount.unaccounted(source, ("train",), ())) == []
 
 
 def test_test_images_may_be_unlabelled(raw: Path, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """pipelines/write_shard.py: a shard holds what was planned, or is not published at all."""
 
 import os
+import tarfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -147,6 +148,20 @@ def test_what_names_a_file_is_published_after_it_and_the_manifest_last(
         assert max(files_of) < order.index(f"_meta/{name}.parquet")
     assert sum(name.endswith(".bin") for name in order) == 1
     assert order.index("manifest.json") == len(order) - 1 == order.index("SHA256SUMS") + 1
+
+
+def test_samples_lie_in_the_order_of_the_plan(drawn_shards: str) -> None:
+    """Not in that of the archive, in which they are read."""
+    made = plan_files.load(drawn_shards)
+    rejected = {row["key"] for row in shards.load_quarantine(drawn_shards, "train")}
+    for number, shard in enumerate(made.shards):
+        rows = plan_files.read_rows(drawn_shards, made.plan_id, number)
+        planned = [row["key"] for row in rows if row["key"] not in rejected]
+        with tarfile.open(f"{drawn_shards}/{shard.name}.tar") as archive:
+            names = [name.removesuffix(".jpg") for name in archive.getnames() if ".jpg" in name]
+        assert names == planned
+        places = [(row["source"], row["offset"]) for row in rows]
+        assert places != sorted(places), "it would not be seen"
 
 
 def test_pixel_statistics_are_those_of_the_train_pixels_before_encoding(
