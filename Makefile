@@ -1,5 +1,7 @@
 .PHONY: setup demo test test-all test-cluster test-faults test-fuzz check bench bench-peers clean
 BIN := .venv/bin
+# Two processes, each with its own Ray and servers; a file stays in one, for what its tests share.
+TWO := $(BIN)/python -m pytest -n 2 --dist loadfile
 
 setup: .venv/installed  ## virtual environment with every pinned dependency
 .venv/installed: pyproject.toml constraints.txt
@@ -7,11 +9,11 @@ setup: .venv/installed  ## virtual environment with every pinned dependency
 demo: setup  ## draw raw archives, build shards, train, promote, predict
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash infra/demo.sh
 test: setup  ## every unit, the road with real parts (MLflow goes away on it), a build and a training killed
-	$(BIN)/python -m pytest -n 2 tests/unit
-	$(BIN)/python -m pytest tests/system
-	$(BIN)/python -m pytest tests/faults -m first
+	$(TWO) tests/unit
+	$(TWO) tests/system
+	$(TWO) tests/faults -m first
 test-all: test  ## and every other attack, garbage for the parsers, a cluster
-	$(BIN)/python -m pytest tests/faults tests/fuzz -m "not first"
+	$(TWO) tests/faults tests/fuzz -m "not first"
 	$(BIN)/python -m pytest tests/cluster
 test-cluster: setup  ## the whole road on several Ray nodes, S3 and MLflow on PostgreSQL; see infra/local
 	$(BIN)/python -m pytest tests/cluster

@@ -132,6 +132,7 @@ def test_no_files_import_each_other_in_a_circle():
 
 def test_no_two_modules_have_one_name():
     stems = [Path(name).stem for name in TREES if "/__" not in name]
+    stems += [path.stem for path in (ROOT / "tests").rglob("*.py") if path.stem != "conftest"]
     assert [stem for stem, count in Counter(stems).items() if count > 1] == []
 
 
