@@ -257,7 +257,7 @@ def _stop_key(token: str) -> str:
 GAUGES = {
     "images_per_second": "Of all workers, since the line before.",
     "data_wait": "Share of the steps' time spent waiting for data.",
-    "utilization": "Share of the steps' time spent computing.",
+    "utilization": "Share of the time spent computing.",
     "loss": "Of the train split, since the line before.",
     "val_top1": "Accuracy on the val split, after the last epoch.",
     "epoch": "Epochs done, with their fraction.",

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -101,13 +102,16 @@ def test_the_step_after_loading_is_the_step_that_would_have_followed(folder):
 
 def test_what_is_held_is_written_as_it_was_whatever_the_next_steps_do(monkeypatch, tmp_path):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    model, optimizer = fresh(0)
-    train_step(model, optimizer, 1)
-    save(tmp_path / "then", model, optimizer, STATE)
-    tensors = {"model": model.state_dict(), "optimizer": checkpoint.momentum(model, optimizer)}
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = fresh(0)[0].to(device)
+    momentum = {name: torch.randn_like(value) for name, value in model.named_parameters()}
+    tensors = {"model": model.state_dict(), "optimizer": momentum}
+    checkpoint.save(tmp_path / "then", tensors, STATE)
     write = checkpoint.held(tensors, STATE)
-    train_step(model, optimizer, 2)
-    folder = write()
+    for value in (*tensors["model"].values(), *momentum.values()):
+        value.zero_()  # as a step does, in place
+    with ThreadPoolExecutor(1) as pool:
+        folder = pool.submit(write).result()
     for name in FILES:
         assert (folder / name).read_bytes() == (tmp_path / "then" / name).read_bytes(), name
     checkpoint.verify(folder)
