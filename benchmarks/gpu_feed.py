@@ -154,7 +154,7 @@ class _Fed:
 
     @property
     def rates(self) -> list[float]:
-        return [line["images_per_second"] for line in self.lines]
+        return [line["step_images_per_second"] for line in self.lines]
 
 
 def _fed(

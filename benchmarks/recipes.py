@@ -7,7 +7,7 @@ import os
 import statistics
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -119,14 +119,14 @@ def _row(
         f"{parameters:,}",
         "resident" if config.synthetic else "shards",
         spread(_rates(timed), 1),
-        f"{min(metrics['utilization'] for metrics in timed):.0%}",
-        _mfu(timed),
+        _share(timed, "utilization", min),
+        _share(timed, "mfu", statistics.median),
     )
 
 
-def _mfu(timed: list[dict[str, float]]) -> str:
-    shares = [metrics["mfu"] for metrics in timed if "mfu" in metrics]
-    return f"{statistics.median(shares):.0%}" if shares else "–"
+def _share(timed: list[dict[str, float]], name: str, of: Callable[[list[float]], float]) -> str:
+    shares = [metrics[name] for metrics in timed if name in metrics]
+    return f"{of(shares):.0%}" if shares else "–"
 
 
 def _rates(timed: list[dict[str, float]]) -> list[float]:
