@@ -37,6 +37,7 @@ from alexnet.errors import UserError
 from pipelines import storage
 from pipelines.shards import Manifest
 from training.order import Ids
+from training.shard_cache import lock_alone
 
 logger = logging.getLogger("training")
 
@@ -46,12 +47,14 @@ _PAGE = 4096  # bytes: of the header too
 class Decoded:
     """The open file of one split; its methods may be called from any thread. See `open_decoded`."""
 
-    def __init__(self, path: Path, handle: int, header: dict[str, Any], places: int) -> None:
+    def __init__(
+        self, path: Path, handle: int, header: dict[str, Any], layout: "_Layout", places: int
+    ) -> None:
         """places: images are kept of the samples below this id."""
-        self._path, self._handle, self._header, self._places = path, handle, header, places
-        self._layout = _layout(header["of"])
-        marks = np.frombuffer(mmap.mmap(handle, self._layout.pixels, prot=mmap.PROT_READ), np.uint8)
-        self._marks = marks[_PAGE : _PAGE + self._layout.samples]
+        self._path, self._handle, self._header = path, handle, header
+        self._layout, self._places = layout, places
+        marks = np.frombuffer(mmap.mmap(handle, layout.pixels, prot=mmap.PROT_READ), np.uint8)
+        self._marks = marks[_PAGE : _PAGE + layout.samples]
 
     def holds(self, ids: Ids) -> NDArray[np.bool_]:
         """bool (B,): whose pixels are whole. True stays True."""
@@ -63,7 +66,7 @@ class Decoded:
         here = self.holds(ids)
         for place in np.flatnonzero(here).tolist():
             pixels = out[place]
-            if os.preadv(self._handle, [pixels], self._offset(ids[place])) != pixels.nbytes:
+            if os.preadv(self._handle, [pixels], self._offset(int(ids[place]))) != pixels.nbytes:
                 raise UserError(f"{self._path} was cut short under the run; start it again")
         return np.flatnonzero(~here)
 
@@ -78,25 +81,22 @@ class Decoded:
         except OSError as error:
             places, self._places = self._places, 0
             if places:  # once, though all threads meet it
-                logger.warning(
-                    f"{self._path}: {error.strerror}; images that are not there yet are decoded in "
-                    "every epoch"
-                )
+                logger.warning(f"{self._path}: {error.strerror}; the rest is decoded every epoch")
 
     def _offset(self, sample: int) -> int:
-        return self._layout.pixels + int(sample) * self._layout.row
+        return self._layout.pixels + sample * self._layout.row
 
     def close(self) -> None:
         """The last to leave syncs the file and calls it clean."""
-        try:
-            if _lock_alone(self._handle):
+        if lock_alone(self._handle):
+            try:
                 os.fsync(self._handle)
                 _write_header(self._handle, self._header | {"clean": True})
-        except OSError as error:  # then nothing says that it is clean
-            logger.warning(f"{self._path}: {error.strerror}; it is built anew after a reboot")
-        finally:
-            fcntl.flock(self._handle, fcntl.LOCK_UN)  # of which the map has a duplicate
-            os.close(self._handle)
+            except OSError as error:  # pixels that the disk did not take may be marked
+                logger.warning(f"{self._path}: {error.strerror}; it is emptied")
+                os.ftruncate(self._handle, 0)
+        fcntl.flock(self._handle, fcntl.LOCK_UN)  # which the map's own descriptor would keep
+        os.close(self._handle)
 
 
 def open_decoded(manifest: Manifest, split: str, limit_gb: float | None) -> Decoded | None:
@@ -105,25 +105,21 @@ def open_decoded(manifest: Manifest, split: str, limit_gb: float | None) -> Deco
 
     Raises UserError for a place that cannot be used.
     """
-    path = folder() / split
+    path, layout = folder() / split, _Layout(manifest.num_samples(split), manifest.crop)
     header = {"of": _identity(manifest, split), "boot": _boot(), "clean": False}
-    all_bytes, wanted = sum(_sizes(manifest)), needed_bytes(manifest, limit_gb)
-    places = manifest.num_samples(split) * wanted // max(1, all_bytes)
+    share = needed_bytes(manifest, limit_gb) / needed_bytes(manifest, None)
     try:
         handle = _open_own(path)
-        if _claimed(handle, header, path):
+        if _claimed(handle, header, layout.size, path):
             os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_RANDOM)  # rows are read in no order
-            return Decoded(path, handle, header, places)
+            return Decoded(path, handle, header, layout, int(layout.samples * share))
         os.close(handle)
     except OSError as error:
         raise UserError(
             f"decoded images: {path}: {error.strerror}; set ALEXNET_HOME to a local disk of your "
             "own, or pass --cache none"
         ) from error
-    logger.warning(
-        f"{path} is in use for other images or by another machine; images are decoded in every "
-        "epoch (another ALEXNET_HOME has a file of its own)"
-    )
+    logger.warning(f"{path} is in use for other images, or by another machine: it is not used")
     return None
 
 
@@ -133,7 +129,8 @@ def folder() -> Path:
 
 def needed_bytes(manifest: Manifest, limit_gb: float | None) -> int:
     """Of disk, for the images of all splits within the limit."""
-    wanted = sum(_sizes(manifest))
+    counts = (manifest.num_samples(split) for split in ("train", "val"))
+    wanted = sum(_Layout(count, manifest.crop).size for count in counts)
     return wanted if limit_gb is None else min(wanted, round(limit_gb * 1e9))
 
 
@@ -144,11 +141,18 @@ def kept_bytes() -> int:
 
 @dataclass(frozen=True)
 class _Layout:
-    """Bytes: row: from one image to the next; pixels: before the first of them."""
-
     samples: int
-    row: int
-    pixels: int
+    side: int
+
+    @property
+    def row(self) -> int:
+        """Bytes from one image to the next."""
+        return _pages(3 * self.side**2)
+
+    @property
+    def pixels(self) -> int:
+        """Bytes before the first image."""
+        return _PAGE + _pages(self.samples)
 
     @property
     def size(self) -> int:
@@ -166,15 +170,6 @@ def _identity(manifest: Manifest, split: str) -> dict[str, Any]:
     }
 
 
-def _layout(of: dict[str, Any]) -> _Layout:
-    samples = int(of["samples"])
-    return _Layout(samples, _pages(3 * of["crop"] ** 2), _PAGE + _pages(samples))
-
-
-def _sizes(manifest: Manifest) -> list[int]:
-    return [_layout(_identity(manifest, split)).size for split in ("train", "val")]
-
-
 def _pages(num_bytes: int) -> int:
     return -(-num_bytes // _PAGE) * _PAGE
 
@@ -185,8 +180,7 @@ def _open_own(path: Path) -> int:
     path.parent.mkdir(mode=0o700, exist_ok=True)
     inside = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
-        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
-        handle = os.open(path.name, flags, 0o600, dir_fd=inside)
+        handle = os.open(path.name, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600, dir_fd=inside)
         for opened in (inside, handle):
             status = os.fstat(opened)
             if status.st_uid != os.getuid() or stat.S_IMODE(status.st_mode) & 0o022:
@@ -197,11 +191,11 @@ def _open_own(path: Path) -> int:
         os.close(inside)
 
 
-def _claimed(handle: int, header: dict[str, Any], path: Path) -> bool:
+def _claimed(handle: int, header: dict[str, Any], size: int, path: Path) -> bool:
     """True when the file is what `header` says, and locked; False where others use it."""
     while True:
-        if _lock_alone(handle):
-            _prepare(handle, header, path)
+        if lock_alone(handle):
+            _prepare(handle, header, size, path)
         fcntl.flock(handle, fcntl.LOCK_SH)  # waits for one who prepares it
         found = _read_header(handle)
         if found is not None and not found["clean"]:
@@ -209,15 +203,14 @@ def _claimed(handle: int, header: dict[str, Any], path: Path) -> bool:
         fcntl.flock(handle, fcntl.LOCK_UN)  # it died at that, or the last user left just now
 
 
-def _prepare(handle: int, header: dict[str, Any], path: Path) -> None:
-    found, size = _read_header(handle), os.fstat(handle).st_size
-    wanted = _layout(header["of"]).size
-    why = _unusable(found, header) or (f"has {size} bytes of {wanted}" if size != wanted else "")
+def _prepare(handle: int, header: dict[str, Any], size: int, path: Path) -> None:
+    found, there = _read_header(handle), os.fstat(handle).st_size
+    why = _unusable(found, header) or (f"has {there} bytes of {size}" if there != size else "")
     if why:
-        if size:
+        if there:
             logger.warning(f"decoded images: {path} {why}; it is rebuilt")
         os.ftruncate(handle, 0)
-        os.ftruncate(handle, wanted)
+        os.ftruncate(handle, size)
     _write_header(handle, header)
 
 
@@ -226,9 +219,9 @@ def _unusable(found: dict[str, Any] | None, header: dict[str, Any]) -> str:
     if found is None:
         return "has no valid header"
     was, now = found["of"], header["of"]
-    if was != now:
-        key = next(k for k in ("crop", *now) if was.get(k) != now[k])
-        return f"is of another shard set ({key} {was.get(key)}, now {now[key]})"
+    for key in ("crop", *now):
+        if was.get(key) != now[key]:
+            return f"is of another shard set ({key} {was.get(key)}, now {now[key]})"
     if not found["clean"] and (found["boot"] != header["boot"] or not header["boot"]):
         return "was not closed before the machine started anew"
     return ""
@@ -255,12 +248,3 @@ def _boot() -> str:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:
         return ""
-
-
-def _lock_alone(handle: int) -> bool:
-    """Where it is not, a shared lock may be gone."""
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True

@@ -135,7 +135,7 @@ class NodeCache:
         handle = os.open(partial, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             # Once renamed, it is locked for as long as somebody reads it: nothing to wait for.
-            while not (locked := _lock_alone(handle)) and _is_file(handle, partial):
+            while not (locked := lock_alone(handle)) and _is_file(handle, partial):
                 if self._closing.wait(_POLL_SECONDS):
                     raise CancelledError
             mine = locked and _is_file(handle, partial)
@@ -250,7 +250,8 @@ def _lock_shared(handle: int) -> bool:
     return False
 
 
-def _lock_alone(handle: int) -> bool:
+def lock_alone(handle: int) -> bool:
+    """Where it is not, a shared lock may be lost."""
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -267,7 +268,7 @@ def _remove_unless_locked(path: Path) -> bool:
     except PermissionError:  # another user's
         return False
     try:
-        if not _lock_alone(handle):
+        if not lock_alone(handle):
             return False
         if _is_file(handle, path):
             path.unlink()

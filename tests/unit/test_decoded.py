@@ -1,24 +1,21 @@
-"""Decoded images are the decoder's, each is decoded once on a node, and no torn one is served."""
+"""Decoded images are the decoder's, and a file that is not what it should be is never read."""
 
 import os
-import signal
 from typing import Any
 
 import numpy as np
 import pytest
 import simplejpeg
+from decoded_files import ALL, filled, opened, served, worker
 from shard_sets import SIZES, open_loader, write_shard_set
 from small_training import fit, small_config
 
 from alexnet.errors import UserError
 from pipelines.shards import load_manifest
 from training import decoded
-from training.decoded import Decoded, kept_bytes, needed_bytes, open_decoded
-from training.loader import Loader
+from training.decoded import kept_bytes, needed_bytes, open_decoded
 
 pytestmark = pytest.mark.usefixtures("home")
-
-ALL = np.arange(sum(SIZES))
 
 
 @pytest.fixture(scope="module")
@@ -54,32 +51,6 @@ def decodings(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return calls
 
 
-def opened(uri: str, split: str = "train", limit_gb: float | None = None) -> Decoded:
-    file = open_decoded(load_manifest(uri), split, limit_gb)
-    assert file is not None
-    return file
-
-
-def worker(uri: str, split: str = "train", limit_gb: float | None = None) -> Loader:
-    file = opened(uri, split, limit_gb)
-    return Loader(uri, load_manifest(uri), split, threads=2, decoded=file)
-
-
-def served(uri: str) -> dict[int, np.ndarray]:
-    """By id, all images that the file of the train split gives."""
-    file = opened(uri)
-    side = load_manifest(uri).crop
-    out = np.zeros((len(ALL), side, side, 3), np.uint8)
-    missing = file.read(ALL, out)
-    file.close()
-    return {sample: out[sample] for sample in sorted(set(ALL.tolist()) - set(missing.tolist()))}
-
-
-def filled(uri: str) -> None:
-    with worker(uri) as loader:
-        loader.read(ALL)
-
-
 def test_images_of_the_file_are_bit_for_bit_those_of_the_decoder(uri, pixels, decodings):
     filled(uri)
     assert len(decodings) == len(ALL)
@@ -98,27 +69,13 @@ def test_images_of_the_file_are_bit_for_bit_those_of_the_decoder(uri, pixels, de
 def test_two_workers_decode_each_image_once_in_the_first_epoch_and_none_in_the_second(
     uri, pixels, decodings
 ):
-    """Their ends: pipes to a forked process, which shares with this one nothing but the file."""
-    halves = [ALL[::2], ALL[1::2]]
-    order, answers = os.pipe(), os.pipe()
-    pid = os.fork()
-    if not pid:
-        with worker(uri) as loader:
-            for mine in halves:
-                os.read(order[0], 1)
-                loader.read(mine)
-                os.write(answers[1], bytes([len(decodings)]))
-        os._exit(0)
-    with worker(uri) as loader:
-        counts = []
-        for mine in reversed(halves):
-            os.write(order[1], b"1")
-            images = loader.read(mine).images
-            counts.append(len(decodings) + os.read(answers[0], 1)[0])
-            assert np.array_equal(images.permute(0, 2, 3, 1).numpy(), pixels[mine])
-    assert os.waitpid(pid, 0)[1] == 0
-    for end in (*order, *answers):
-        os.close(end)
+    counts = []
+    with worker(uri) as one, worker(uri) as other:
+        for halves in ((ALL[::2], ALL[1::2]), (ALL[1::2], ALL[::2])):
+            for loader, mine in zip((one, other), halves, strict=True):
+                images = loader.read(mine).images
+                assert np.array_equal(images.permute(0, 2, 3, 1).numpy(), pixels[mine])
+            counts.append(len(decodings))
     assert counts == [len(ALL), len(ALL)]
 
 
@@ -152,60 +109,6 @@ def test_shards_whose_images_are_all_decoded_are_not_opened(uri):
     with worker(uri) as loader:
         list(loader.batches([ALL[:4], ALL[2:7]]))
         assert set(loader._files._verified) == {"train-000001"}
-
-
-def killed_while_filling(uri: str, pixels: np.ndarray, at: int, mark_first: bool = False) -> None:
-    """A process fills the file and gets SIGKILL within its `at`-th write, half of it done."""
-    pid = os.fork()
-    if not pid:
-        write, calls = os.pwrite, []
-
-        def dying(handle: int, data: Any, offset: int) -> int:
-            calls.append(offset)
-            if len(calls) == at:
-                half = memoryview(data).cast("B")[: memoryview(data).nbytes // 2]
-                write(handle, half, offset)
-                os.kill(os.getpid(), signal.SIGKILL)
-            return write(handle, data, offset)
-
-        file = opened(uri)
-        os.pwrite = dying
-        for sample in ALL.tolist():
-            if mark_first:
-                write(file._handle, b"\1", 4096 + sample)
-            file.keep(sample, pixels[sample])
-    assert os.WTERMSIG(os.waitpid(pid, 0)[1]) == signal.SIGKILL
-
-
-def torn(uri: str, pixels: np.ndarray) -> list[int]:
-    return [
-        sample for sample, row in served(uri).items() if not np.array_equal(row, pixels[sample])
-    ]
-
-
-@pytest.mark.parametrize("at", [1, 2, 3, 4, 2 * len(ALL)])
-def test_no_torn_image_is_served_after_a_kill_and_the_whole_ones_stay(uri, pixels, at, caplog):
-    killed_while_filling(uri, pixels, at)
-    assert torn(uri, pixels) == []
-    assert len(served(uri)) == (at - 1) // 2 and caplog.text == ""
-    with worker(uri) as loader:
-        loader.read(ALL)
-    assert torn(uri, pixels) == [] and len(served(uri)) == len(ALL)
-
-
-def test_torn_image_would_be_found(uri, pixels):
-    killed_while_filling(uri, pixels, 5, mark_first=True)
-    assert torn(uri, pixels) == [2]
-
-
-def test_marks_from_before_a_reboot_count_only_after_a_clean_end(uri, pixels, monkeypatch, caplog):
-    filled(uri)
-    monkeypatch.setattr(decoded, "_boot", lambda: "second")
-    assert len(served(uri)) == len(ALL) and caplog.text == ""
-    killed_while_filling(uri, pixels, 3)
-    monkeypatch.setattr(decoded, "_boot", lambda: "third")
-    assert served(uri) == {}
-    assert "was not closed before the machine started anew; it is rebuilt" in caplog.text
 
 
 def test_file_of_another_set_crop_or_decoder_or_cut_short_is_rebuilt_with_a_line(
@@ -251,6 +154,19 @@ def test_full_disk_ends_the_keeping_with_one_line(uri, pixels, caplog, monkeypat
         monkeypatch.undo()
     assert np.array_equal(images.permute(0, 2, 3, 1).numpy(), pixels)
     assert caplog.text.count("No space left on device") == 1
+
+
+def test_file_whose_disk_fails_at_the_end_is_not_believed_again(uri, monkeypatch, caplog):
+    """What could not be written is no longer in the page cache, and marked nevertheless."""
+    with worker(uri) as loader:
+        loader.read(ALL)
+
+        def failing(_: int) -> None:
+            raise OSError(5, "Input/output error")
+
+        monkeypatch.setattr(os, "fsync", failing)
+    monkeypatch.undo()
+    assert "Input/output error; it is emptied" in caplog.text and served(uri) == {}
 
 
 def test_file_is_the_users_alone_and_no_link_is_followed(uri, tmp_path):
