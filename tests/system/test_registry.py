@@ -51,12 +51,6 @@ def test_refusal_prints_all_checks_and_the_reason_in_one_line(client, capsys):
     assert "REFUSED" in out and "is the champion:" not in out
 
 
-def test_promote_takes_a_number_or_an_alias(client, capsys):
-    client.set_registered_model_alias(NAME, "best", AGAIN)
-    assert printed(capsys, "promote", "best")[0] == 0 and champion(client) == AGAIN
-    assert printed(capsys, "promote", "1")[0] == 0 and champion(client) == GOOD
-
-
 def test_json_of_promote_is_the_verdict(client, capsys):
     code, out, _ = printed(capsys, "promote", "--json", "--dry-run")
     found = json.loads(out)
@@ -155,20 +149,7 @@ def test_show_goes_back_to_the_run_the_code_and_the_shards(
         assert lost["shards"] is None and told in lost["data"]["gone"]
 
 
-def test_version_without_a_run_says_so(client, capsys):
-    made = client.create_model_version(NAME, "file:///nowhere").version
-    code, out, _ = printed(capsys, "show", str(made))
-    assert code == 0 and out.count("not recorded") >= 5
-
-
 # What goes wrong
-
-
-def test_unknown_versions_are_told_in_one_line(client, capsys):
-    for words in (["promote", "17"], ["show", "17"], ["promote", "best"]):
-        code, out, err = printed(capsys, *words)
-        assert (code, out) == (2, "") and err.count("\n") == 1
-        assert f"there is no version {words[-1]}; there are 4, 3, 2, 1" in err
 
 
 def test_empty_registry_has_no_candidate_and_an_empty_list(tmp_path, monkeypatch, capsys):
