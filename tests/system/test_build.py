@@ -1,11 +1,10 @@
 """pipelines/build.py with a real Ray: same bytes from any number of workers, resume, failures."""
 
-import json
 import subprocess
 from pathlib import Path
 
 import pytest
-from drawn import A, archives, jpeg, tar
+from drawn import archives
 from made import contents
 
 from pipelines import build, plan, plan_files, shards, sources, storage
@@ -98,33 +97,6 @@ def test_a_failing_task_fails_the_build_with_its_shard_and_the_rest_resumes(
     assert again.plan_id == made.plan_id
     manifest = build.build(again, str(raw), out, max_rejected=FIVE_PERCENT)
     assert manifest.num_samples("train") == 6
-
-
-def test_too_many_rejected_images_fail_with_share_and_examples_and_no_manifest(
-    local_ray: str, tmp_path: Path
-) -> None:
-    names = [(f"{A}_1.JPEG", jpeg(1)), (f"{A}_2.JPEG", b""), (f"{A}_3.JPEG", b"<html>")]
-    raw = str(archives(tmp_path / "raw", train=tar([(f"{A}.tar", tar(names))]), devkit=None))
-    out, recipe = str(tmp_path / "out"), plan.Recipe(splits=("train",), partial=True)
-    with pytest.raises(BuildFailed) as failure:
-        built(raw, out, recipe, MaxRejected(number=1))
-    for part in ("2 of 3 images (67%)", f"{A}_2 (zero_bytes), {A}_3 (not_an_image)"):
-        assert part in str(failure.value)
-    assert not storage.exists(f"{out}/manifest.json")
-
-    manifest = built(raw, out, recipe, MaxRejected(share=0.7))
-    assert manifest.document["totals"]["train"]["samples"] == 1
-    assert manifest.document["rejected"] == {"zero_bytes": 1, "not_an_image": 1}
-    listed = [
-        json.loads(line)
-        for line in storage.read(f"{out}/quarantine/train.jsonl").split(b"\n")
-        if line
-    ]
-    assert [(entry["key"], entry["reason"]) for entry in listed] == [
-        (f"{A}_2", "zero_bytes"),
-        (f"{A}_3", "not_an_image"),
-    ]
-    assert storage.read(f"{out}/quarantine/train/{A}_3.bin") == b"<html>"
 
 
 def test_single_shards_first_and_the_rest_later_is_the_same_set(

@@ -56,13 +56,11 @@ def test_every_layout_has_the_same_table_accounts_and_bytes_as_on_disk(
     assert [*reads.Reader(place, rows)] == [*reads.Reader(raw, rows)]
 
 
-@pytest.mark.parametrize("where", ["disk", "store"])
 @pytest.mark.parametrize("layout", ["ilsvrc", "imagefolder", "kaggle", "hf_parquet"])
 def test_tiny20_has_the_same_labels_and_bytes_in_every_layout(
-    data_folder: Path, place: str, layout: str, where: str
+    data_folder: Path, place: str, layout: str
 ) -> None:
-    raw = str(data_folder / "tiny20" / layout)
-    raw = put(raw, place) if where == "store" else raw
+    raw = put(data_folder / "tiny20" / layout, place)
     with (data_folder / "tiny20" / "ground_truth.csv").open() as file:
         truth = {
             (row["split"], Path(row["file"]).stem, int(row["index"]), row["wnid"]): row["sha256"]

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from drawn import ROOT, A, B, C, archives, devkit, imagefolder, jpeg
+from drawn import ROOT, A, B, C, archives, devkit, imagefolder, jpeg, tar
 from made import made_shards
 from PIL import Image
 
@@ -215,19 +215,31 @@ def test_missing_shard_sets_are_one_line_and_exit_2(
     assert "python -m pipelines build" in refused(capsys, "inspect", "train-000000")
 
 
-def test_a_build_with_too_many_rejected_exits_1_and_with_a_limit_ends_with_what_it_built(
-    drawn_raw: str, drawn_shards: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_a_build_with_too_many_rejected_exits_1_and_with_a_limit_keeps_them_in_quarantine(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out = tmp_path / "out"
-    argv = ["build", "--raw", drawn_raw, "--out", str(out), "--samples-per-shard", "8"]
-    assert main([*argv, "--max-rejected", "0"]) == 1
+    images = {f"{A}_1": jpeg(1), f"{A}_2": b"", f"{A}_3": b"<html>"}
+    inner = tar([(f"{key}.JPEG", data) for key, data in images.items()])
+    raw, out = archives(tmp_path / "raw", train=tar([(f"{A}.tar", inner)])), tmp_path / "out"
+    argv = ["build", "--raw", str(raw), "--out", str(out), "--splits", "train", "--partial"]
+    assert main([*argv, "--max-rejected", "1"]) == 1
     line = capsys.readouterr().err.splitlines()[-1]
-    assert line.startswith("failed: 1 of 44 images (2.3%) are unusable, more than --max-rejected")
+    assert line.startswith("failed: 2 of 3 images (67%) are unusable, more than --max-rejected 1: ")
+    assert f"{A}_2 (zero_bytes), {A}_3 (not_an_image)" in line
     assert not (out / "manifest.json").exists()
-    assert main([*argv, "--max-rejected", "3%"]) == 0
+
+    assert main([*argv, "--max-rejected", "70%"]) == 0
     said = capsys.readouterr().out
-    assert f"built {out}: 31 train + 12 val samples in 6 shards" in said and "rejected: 1 " in said
-    assert (out / "SHA256SUMS").read_bytes() == Path(drawn_shards, "SHA256SUMS").read_bytes()
+    assert f"built {out}: 1 train samples in 1 shards" in said
+    assert "rejected: 1 not_an_image, 1 zero_bytes" in said
+    listed = shards.load_quarantine(str(out), "train")
+    assert [(entry["key"], entry["reason"]) for entry in listed] == [
+        (f"{A}_2", "zero_bytes"),
+        (f"{A}_3", "not_an_image"),
+    ]
+    for entry in listed:
+        kept = out / "quarantine" / "train" / f"{entry['key']}.bin"
+        assert kept.read_bytes() == images[entry["key"]]
 
 
 def test_json_is_all_that_programs_get(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
