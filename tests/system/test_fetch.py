@@ -3,10 +3,7 @@
 import errno
 import fcntl
 import hashlib
-import json
 import os
-import subprocess
-import sys
 import tarfile
 from pathlib import Path
 
@@ -22,7 +19,6 @@ from archive_server import (
     refusal,
     run,
 )
-from drawn import ROOT
 
 from alexnet.errors import UserError
 from pipelines import fetch, sources
@@ -164,27 +160,6 @@ def test_a_disk_that_is_too_small_is_told_before_the_download(
     assert archives.seen == []
 
 
-def test_a_disk_that_fills_up_is_one_line(archives: Server, tmp_path: Path) -> None:
-    """A limit on the size of any one file stands for it: the system refuses to write more."""
-    code = (
-        "import json, resource, sys\n"
-        "from pipelines import fetch\n"
-        "to, url, archive = json.loads(sys.argv[1])\n"
-        "fetch.SIZES['160'] = fetch.Archive(*archive)\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
-        "try:\n"
-        "    fetch.fetch('imagenette', to, '160', url)\n"
-        "except fetch.UserError as error:\n"
-        "    print(error)\n"
-    )
-    archive = [FILE, len(archives.data), hashlib.md5(archives.data).hexdigest()]
-    argument = json.dumps([str(tmp_path / "raw"), archives.url, archive])
-    command = [sys.executable, "-c", code, argument]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines()[-1] == f"{tmp_path / 'raw'}: File too large"
-    assert not (tmp_path / "raw").exists()
-
-
 # The download
 
 
@@ -229,14 +204,6 @@ def test_a_server_that_ignores_ranges_sends_all_again(archives: Server, tmp_path
     run(archives, tmp_path / "raw")
     assert archives.seen == [(None, 200), ("bytes=900-", 200)]
     assert images_in(tmp_path / "raw") == IMAGES
-
-
-def test_a_server_without_ranges_that_always_breaks_off_is_given_up(
-    archives: Server, tmp_path: Path
-) -> None:
-    archives.ranges, archives.cut_after = False, [900] * 50
-    assert "broke off, 5 times in a row" in refusal(archives, tmp_path / "raw")
-    assert len(archives.seen) == 5
 
 
 @pytest.mark.parametrize("statuses", [[500, 503, 200], [429, 408, 200]])
