@@ -7,7 +7,7 @@ float32 (B, 3, 227, 227) on the same device, normalised per channel as (pixel âˆ
 import functools
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -31,6 +31,7 @@ DRAW_TOP, DRAW_LEFT, DRAW_FLIP, DRAW_AREA, DRAW_ASPECT, DRAW_COLOUR = range(6)
 NUM_DRAWS = DRAW_COLOUR + 4
 
 Triple = tuple[float, float, float]
+Compute = Callable[[Tensor, Tensor, Tensor, bool], Tensor]  # as `view`
 
 
 @dataclass(frozen=True)
@@ -155,12 +156,20 @@ def draw_views(
     return torch.cat([place, shift], dim=1).float()
 
 
-def train_view(images: Tensor, drawn: Tensor, spec: InputSpec, augment: Augment) -> Tensor:
+def train_view(
+    images: Tensor, drawn: Tensor, spec: InputSpec, augment: Augment, compute: Compute | None = None
+) -> Tensor:
     """Crop, flip, colour and normalisation, batched on the device of both. drawn: of draw_views,
-    for the same spec and augment."""
+    for the same spec and augment. compute: `view` as a compiler made it, or as it is by default."""
     _check_stored(images, spec)
-    x = (_resized_windows if augment.crop == "resized" else _windows)(images, drawn[:, :6])
-    return (x - drawn[:, 6:, None, None]).div_(_statistics(spec, x.device)[1])
+    std = _statistics(spec, images.device)[1]
+    return (compute or view)(images, drawn, std, augment.crop == "resized")
+
+
+def view(images: Tensor, drawn: Tensor, std: Tensor, resized: bool) -> Tensor:
+    """What train_view computes, of tensors alone: a compiler makes one kernel of it."""
+    x = (_resized_windows if resized else _windows)(images, drawn[:, :6])
+    return (x - drawn[:, 6:, None, None]).div_(std)
 
 
 def centre_view(images: Tensor, spec: InputSpec) -> Tensor:

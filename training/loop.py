@@ -29,7 +29,7 @@ from training.loader import Loader, Synthetic
 from training.meter import Meter, measured_peak, traced, training_flops
 from training.network import build_model, input_spec
 from training.order import Ids, epoch_order, global_batch, padded, rank_part, steps_per_epoch
-from training.steps import IGNORED, Stepper, algorithms, ended_early, learning_rates
+from training.steps import IGNORED, Stepper, algorithms, ended_early, input_of, learning_rates
 from training.steps import Place as Place
 from training.transfer import Sent, sent
 
@@ -109,6 +109,7 @@ class _Run:
         config, manifest, place = self.config, self.manifest, self.place
         self.spec = input_spec(manifest, config)
         self.stepper = Stepper(config, build_model(config, manifest.num_classes), place)
+        self.input_of = input_of(config, place.device)
         self.steps_per_epoch = steps_per_epoch(self.train.num_samples, config.optim.batch_size)
         self.total_steps = config.optim.epochs * self.steps_per_epoch
         self.part_size = _part_size(config, self.train.num_samples, place)
@@ -173,8 +174,7 @@ class _Run:
         if own < len(labels):
             labels[own:].fill_(IGNORED)
         augment = _augment(config, self.manifest.crop, epoch)
-        x = train_view(images, drawn, self.spec, augment)
-        x = x.contiguous(memory_format=torch.channels_last)
+        x = train_view(images, drawn, self.spec, augment, self.input_of)
         rates = learning_rates(config, step, self.steps_per_epoch, self.position.val_errors)
         size = len(global_ids)
         self.meter.add(self.stepper.step(x, labels, number=step, rates=rates, global_size=size))

@@ -2,11 +2,12 @@
 
 import contextlib
 import hashlib
+import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec
 
 import torch
 import torch.distributed as dist
@@ -15,11 +16,16 @@ from torch.nn.parallel import DistributedDataParallel
 
 from alexnet import optim
 from alexnet.errors import UserError, reason
+from alexnet.model import ResponseNorm
+from alexnet.preprocess import Compute, view
 from training import checkpoint
 from training.config import TrainConfig
 from training.meter import Clock, Mark, Step
 
+logger = logging.getLogger("training")
+
 Network = Callable[[Tensor], Tensor]
+P = ParamSpec("P")
 
 IGNORED = -100  # the label of what only fills a batch up
 
@@ -56,6 +62,19 @@ def algorithms(config: TrainConfig, device: torch.device) -> Iterator[None]:
             kind.fp32_precision = precision
         _repeat(repeat)
         torch.backends.cudnn.benchmark = benchmark
+
+
+def input_of(config: TrainConfig, device: torch.device) -> Compute:
+    """`alexnet.preprocess.view`, as the network of this config takes its input: channels last, and
+    on GPUs in the precision that its first layer would round to."""
+    half = config.precision == "bf16" and device.type == "cuda"
+    dtype = torch.bfloat16 if half else torch.float32
+
+    def compute(images: Tensor, drawn: Tensor, std: Tensor, resized: bool) -> Tensor:
+        x = view(images, drawn, std, resized)
+        return x.to(dtype, memory_format=torch.channels_last)
+
+    return fused(compute, device)
 
 
 def learning_rates(
@@ -114,6 +133,9 @@ class Stepper:
         self.ema = optim.Ema(self.model, recipe.ema_decay) if recipe.ema_decay else None
         self._clock = Clock(place.device)
         self._own_gradient: Mark | None = None
+        for layer in self.model.modules():
+            if isinstance(layer, ResponseNorm) and not config.compile:
+                layer.forward = fused(layer.forward, place.device)  # type: ignore[method-assign]
         self._network = self._replica()
 
     def step(
@@ -226,6 +248,27 @@ def _repeat(wanted: bool) -> None:
 def _plateau(config: TrainConfig, val_errors: Sequence[float]) -> tuple[float, bool]:
     recipe = config.optim
     return optim.plateau_factor(val_errors, recipe.plateau_epochs, recipe.plateau_drops)
+
+
+def fused(function: Callable[P, Tensor], device: torch.device) -> Callable[P, Tensor]:
+    """On GPUs the function as a compiler makes it, in one kernel if it can; the same function on
+    CPUs, and where no compiler works, which a line says."""
+    if device.type != "cuda":
+        return function
+    compiled: Callable[P, Tensor] | None = torch.compile(function, dynamic=False)
+
+    def call(*args: P.args, **kwargs: P.kwargs) -> Tensor:
+        nonlocal compiled
+        if compiled is not None:
+            try:
+                return compiled(*args, **kwargs)
+            except torch._dynamo.exc.TorchDynamoException as error:
+                compiled = None
+                name = getattr(function, "__qualname__", "a function")
+                logger.info(f"{name} runs slower, uncompiled: {reason(error)}")
+        return function(*args, **kwargs)
+
+    return call
 
 
 def _compiled(network: nn.Module) -> Network:

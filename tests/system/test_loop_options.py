@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,13 @@ from shard_sets import write_shard_set
 from small_training import CPU, evaluated, fit, small_config, without_dropout
 
 from alexnet.errors import UserError
+from alexnet.preprocess import Augment, InputSpec, draw_views, train_view
 from pipelines.shards import load_manifest
 from training import guards, loop
+from training.config import TrainConfig
 from training.loader import Synthetic
 from training.network import build_model
-from training.steps import algorithms
+from training.steps import algorithms, input_of
 
 TRAIN = (10, 9, 9)  # 28 samples: 4 steps of 7
 
@@ -197,12 +200,52 @@ def test_compiled_network_learns_what_the_plain_one_does(uri, tmp_path, monkeypa
 def test_compiling_without_a_compiler_is_one_line(uri, tmp_path, monkeypatch):
     from torch._inductor import config
 
-    monkeypatch.setattr(config.cpp, "cxx", (str(tmp_path / "no-such-compiler"),))
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
     torch._dynamo.reset()
-    with pytest.raises(UserError, match=r"--compile True fails here \(.*pass --compile False") as e:
+    with (
+        config.patch({"cpp.cxx": (str(tmp_path / "no-such-compiler"),)}),
+        pytest.raises(UserError, match=r"--compile True fails here \(.*pass --compile False") as e,
+    ):
         fit(small_config(compile=True, optim_epochs=1), uri)
     assert "\n" not in str(e.value)
+
+
+def views(config: TrainConfig, device: str, side: int, crop: str) -> torch.Tensor:
+    """Of 5 images; `device` is what they are prepared for, here on the CPU."""
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(256, (5, side, side, 3), dtype=torch.uint8, generator=generator)
+    colours = ((4900.0, 4400.0, 3900.0), (4400.0, 4600.0, 4300.0), (3900.0, 4300.0, 5200.0))
+    spec = InputSpec(256, side, (123.0, 117.0, 104.0), (58.0, 57.0, 57.5), colours)
+    augment = Augment(crop, flip=True, colour_sigma=0.1)
+    drawn = draw_views(spec, augment, seed=1, epoch=0, sample_ids=torch.arange(5))
+    compute = input_of(config, torch.device(device))
+    return train_view(pixels.permute(0, 3, 1, 2), drawn, spec, augment, compute)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method:DeprecationWarning")
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_compiled_views_are_the_plain_ones_rounded_once(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
+    config = small_config(precision="bf16")
+    for side, crop in ((227, "resized"), (240, "random")):
+        plain, found = (views(config, device, side, crop) for device in ("cpu", "cuda"))
+        assert (plain.dtype, found.dtype) == (torch.float32, torch.bfloat16)
+        assert found.is_contiguous(memory_format=torch.channels_last)
+        rounding = plain.abs().clamp_min(0.25) * 2**-8 + 1e-4
+        assert ((found.float() - plain).abs() <= rounding).all()
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method:DeprecationWarning")
+def test_without_a_compiler_views_are_plain_and_one_line_says_so(tmp_path, monkeypatch, caplog):
+    from torch._inductor import config
+
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
+    torch._dynamo.reset()
+    caplog.set_level(logging.INFO, "training")
+    with config.patch({"cpp.cxx": (str(tmp_path / "no-such-compiler"),)}):
+        plain, found = (views(small_config(), kind, 227, "resized") for kind in ("cpu", "cuda"))
+    assert torch.equal(plain, found)
+    assert [text.count("\n") for text in caplog.messages if "uncompiled" in text] == [0]
 
 
 # Without a store, and under a magnifying glass

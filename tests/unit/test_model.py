@@ -10,9 +10,10 @@ import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from alexnet.errors import UserError
-from alexnet.model import AlexNet, blocked_convolution
+from alexnet.model import AlexNet, ResponseNorm, blocked_convolution
 
 BVLC_ALEXNET = Path(onnx.__file__).parent / "backend/test/data/light/light_bvlc_alexnet.onnx"
 LAYERS = ("conv1", "conv2", "conv3", "conv4", "conv5", "fc6", "fc7", "fc8")
@@ -148,6 +149,30 @@ def test_response_normalisation_follows_the_formula_with_alpha_shared_by_the_win
     assert len(norms) == 2
     for norm in norms:
         np.testing.assert_allclose(norm(torch.from_numpy(maps)).numpy(), expected, rtol=1e-10)
+
+
+def test_response_normalisation_is_torchs_in_float32_both_ways_and_pools_nothing():
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            names.add(func.overloadpacket.__name__)
+            return func(*args, **(kwargs or {}))
+
+    generator = torch.Generator().manual_seed(0)
+    maps, gradient = (torch.randn(2, 16, 5, 5, generator=generator) for _ in range(2))
+    found, names = [], set()
+    for kind in (nn.LocalResponseNorm, ResponseNorm):
+        x = (100 * maps).requires_grad_()
+        names.clear()
+        with Seen():
+            y = kind(5, alpha=1e-4, beta=0.75, k=2)(x)
+            y.backward(gradient)
+        found.append((y.detach(), x.grad, "avg_pool3d_backward" in names))
+    for theirs, ours in zip(*(rows[:2] for rows in found), strict=True):
+        assert (ours - theirs).abs().max() <= 1e-6 * theirs.abs().max()
+    assert [rows[2] for rows in found] == [True, False], "which no GPU repeats bit for bit"
+    half = ResponseNorm(5, alpha=1e-4, beta=0.75, k=2)((100 * maps).bfloat16())
+    torch.testing.assert_close(half.float(), found[1][0], rtol=2**-7, atol=0)
+    assert half.dtype == torch.bfloat16
 
 
 SOURCE_STD = dict.fromkeys(LAYERS, 0.01) | dict.fromkeys(("conv3", "conv4", "conv5"), 0.03)
