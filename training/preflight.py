@@ -27,14 +27,14 @@ from training.config import TrainConfig
 from training.network import build_model, input_spec
 from training.order import steps_per_epoch
 from training.recipes import small_parts
+from training.steps import refuse_without_compiler
 
 logger = logging.getLogger("training")
 
 _FLOAT = 4  # bytes of a weight, a gradient, a velocity
 _BATCHES_AHEAD = 4  # decoded images in memory: those in use and the loader's read-ahead
 # Bytes. A name is a folder, or a file that is written as .HOST~PID~NAME.jsonl.XXXXXXXX.tmp first
-# (pipelines/storage.py): file systems take 255, of which a host's name may have 64. MLflow's own
-# databases take 250 characters.
+# (pipelines/storage.py): file systems take 255, a host's name of it up to 64; MLflow takes 250.
 LONGEST_NAME = 150
 _LONGEST_PATH, _LONGEST_KEY = 4096, 1024  # of Linux, of S3
 _BELOW = len("/checkpoint-00000000-000000/optimizer.safetensors") + 96  # as above, unrenamed
@@ -111,8 +111,7 @@ def dry_run(
 ) -> str:
     """A table of what the run would do. Raises UserError for what would stop it later.
 
-    cluster: says what the cluster would give and whether that has GPUs, or raises; None where it
-    would be this machine alone.
+    cluster: says what it would give and whether that has GPUs, or raises; None: this machine alone.
     """
     job, _ = preflight(config, alone=cluster is None)
     config, manifest, writer = job.config, job.manifest, lease.holder(job.folder)
@@ -123,8 +122,8 @@ def dry_run(
     if cluster is None:
         use_gpu, total, device = _here(config)
         memory += f"; {device} has {_gb(total)}"
-        gpus = torch.cuda.device_count()
-        place = f"no cluster is known: a Ray of its own on this machine, which has {gpus} GPUs"
+        place = "no cluster is known: a Ray of its own on this machine, which has "
+        place += f"{torch.cuda.device_count()} GPUs"
     else:
         place, use_gpu = cluster(config)
     if use_gpu and (few := small_parts(config)):
@@ -374,10 +373,11 @@ def _refuse_too_large(config: TrainConfig, memory: Memory, total: int, device: s
 
 
 def _here(config: TrainConfig) -> tuple[bool, int, str]:
-    """Whether each worker would have a GPU of this machine; bytes and name of what it trains on.
-    Raises as `placed`."""
+    """Whether workers would have a GPU each; bytes and name of what they train on."""
     here = {"CPU": os.cpu_count() or 1, "GPU": torch.cuda.device_count()}
-    if placed(config, [here], alone=True)[1]:
+    use_gpu = placed(config, [here], alone=True)[1]
+    refuse_without_compiler(config, use_gpu)
+    if use_gpu:
         return True, torch.cuda.get_device_properties(0).total_memory, "the GPU here"
     return False, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), "this machine"
 

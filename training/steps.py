@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import logging
 import os
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -248,6 +249,15 @@ def _repeat(wanted: bool) -> None:
 def _plateau(config: TrainConfig, val_errors: Sequence[float]) -> tuple[float, bool]:
     recipe = config.optim
     return optim.plateau_factor(val_errors, recipe.plateau_epochs, recipe.plateau_drops)
+
+
+def refuse_without_compiler(config: TrainConfig, use_gpu: bool) -> None:
+    """Raises UserError where this machine lacks what --compile True takes here: Triton calls a C
+    compiler, and on CPUs torch one of C++."""
+    known = [os.environ.get("CC"), "gcc", "clang"] if use_gpu else [os.environ.get("CXX", "g++")]
+    if config.compile and not any(name and shutil.which(name) for name in known):
+        name = "C compiler (gcc)" if use_gpu else "C++ compiler (g++)"
+        raise UserError(f"--compile True needs a {name}; install one, or pass --compile False")
 
 
 def fused(function: Callable[P, Tensor], device: torch.device) -> Callable[P, Tensor]:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import logging
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from training import guards, loop
 from training.config import TrainConfig
 from training.loader import Synthetic
 from training.network import build_model
-from training.steps import algorithms, input_of
+from training.steps import algorithms, input_of, refuse_without_compiler
 
 TRAIN = (10, 9, 9)  # 28 samples: 4 steps of 7
 
@@ -208,6 +209,18 @@ def test_compiling_without_a_compiler_is_one_line(uri, tmp_path, monkeypatch):
     ):
         fit(small_config(compile=True, optim_epochs=1), uri)
     assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize(("use_gpu", "compiler"), [(True, "gcc"), (False, "g++")])
+def test_a_compiler_is_missed_before_anything_starts(tmp_path, monkeypatch, use_gpu, compiler):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.delenv("CXX", raising=False)
+    refuse_without_compiler(small_config(), use_gpu)
+    with pytest.raises(UserError, match=rf"\({re.escape(compiler)}\).*pass --compile False"):
+        refuse_without_compiler(small_config(compile=True), use_gpu)
+    (tmp_path / compiler).touch(0o755)
+    refuse_without_compiler(small_config(compile=True), use_gpu)
 
 
 def views(config: TrainConfig, device: str, side: int, crop: str) -> torch.Tensor:
