@@ -4,6 +4,7 @@ import contextlib
 import os
 import secrets
 import shutil
+import sqlite3
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -40,6 +41,31 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The $ALEXNET_HOME of one test, not made yet."""
     monkeypatch.setenv("ALEXNET_HOME", str(tmp_path / "home"))
     return tmp_path / "home"
+
+
+@pytest.fixture(scope="session")
+def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """MLflow's file as the first command leaves it, whose tables take a second to make."""
+    from training import tracking
+
+    path = tmp_path_factory.mktemp("empty") / "mlflow.db"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLFLOW_TRACKING_URI", "")  # which MLflow sets for its children
+        tracking.connect(f"sqlite:///{path}")
+    return path
+
+
+@pytest.fixture
+def used_home(home: Path, empty_store: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A home in which a command was run before."""
+    home.mkdir()
+    shutil.copy(empty_store, home)
+    with contextlib.closing(sqlite3.connect(home / "mlflow.db")) as database:
+        place = (home / "mlartifacts").as_uri()
+        database.execute("update experiments set artifact_location = ?", [place])
+        database.commit()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "")
+    return home
 
 
 @pytest.fixture(scope="session")

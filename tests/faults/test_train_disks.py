@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 from mortal import Life, Mortals
-from scripts import only_in_long_runs
 from shard_sets import write_shard_set
 from tmpfs import tmpfs
 from trainings import Training, check_same_as, learned
@@ -132,20 +131,6 @@ def test_disk_that_becomes_read_only_is_told_and_the_same_command_finishes(
         assert training.live().status == 0, training.lives[-1].said
         check_same_as(whole, training)
     attack.survived("read-only folder", "checkpoints")
-
-
-def test_memory_that_ends_costs_the_steps_since_the_last_checkpoint(
-    attack, mortals, whole, tmp_path, request
-):
-    only_in_long_runs(request)
-    training = Training(mortals, whole.uri, tmp_path / "training")
-    # Libraries that find no memory in a thread of theirs may stand still: ended from outside then.
-    life = training.live(memory=attack.draw.randint(10, 250) << 20, after=8.0)
-    if life.status not in (0, 3, -signal.SIGABRT, -signal.SIGKILL):
-        check_told(life)
-    assert training.live().status == 0, training.lives[-1].said
-    check_same_as(whole, training)
-    attack.survived("out of memory", "training")
 
 
 def test_clock_that_jumps_changes_nothing(attack, mortals, whole, tmp_path):

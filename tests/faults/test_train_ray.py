@@ -16,7 +16,6 @@ from drawn import ROOT
 from scripts import Script, only_in_long_runs
 from shard_sets import write_shard_set
 from small_training import fit, small_config
-from waiting import wait_until
 
 from training import checkpoint
 from training.config import TrainConfig, to_dict
@@ -115,26 +114,6 @@ def test_killed_process_of_a_training_costs_the_steps_since_its_checkpoint(
     attack.survived("SIGKILL", f"run.py: {victim}", seconds_lost=lost)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "Ctrl-C"])
-def test_stopped_at_any_instant_it_ends_with_130_and_one_line(
-    attack: Attack, request, folder, home, whole, number
-):
-    only_in_long_runs(request)
-    with training(folder, home) as script:
-        time.sleep(0.15)  # the interpreter itself
-        time.sleep(attack.draw.uniform(0, 25))
-        script.send(number)
-        code = script.wait()
-        assert code in (0, 130), script.said[-5000:]
-        said = script.said
-        assert "Traceback" not in said, said[-5000:]
-        if code == 130:
-            assert "interrupted" in said.splitlines()[-1], said[-3000:]
-    if code == 130:
-        again(folder, home, whole)
-    attack.survived(number.name, "run.py")
-
-
 def test_first_ctrl_c_saves_and_the_command_that_it_prints_goes_on_to_the_same_bits(
     folder, home, tmp_path
 ):
@@ -168,26 +147,6 @@ def test_first_ctrl_c_saves_and_the_command_that_it_prints_goes_on_to_the_same_b
         for state in states:
             del state["run_id"], state["config"]
         assert states[0] == states[1]
-
-
-def test_worker_without_memory_is_told_in_one_line_and_the_same_command_finishes(
-    attack: Attack, request, folder, home, whole
-):
-    import resource
-
-    only_in_long_runs(request)
-    with training(folder, home, "--max-failures", "0") as script:
-        wait_until(lambda: "ray::RayTrainWorker" in str(script.processes().values()))
-        (worker,) = (p for p, c in script.processes().items() if "ray::RayTrainWorker" in c)
-        taken = int(Path(f"/proc/{worker}/statm").read_text().split()[0]) * resource.getpagesize()
-        taken += attack.draw.randint(20, 400) << 20
-        resource.prlimit(worker, resource.RLIMIT_AS, (taken, resource.RLIM_INFINITY))
-        code = script.wait()
-        if code != 0:
-            assert code == 1, script.said[-5000:]
-            assert "error: " in script.said.splitlines()[-1] and "continue with: " in script.said
-    lost = again(folder, home, whole) if code != 0 else 0.0
-    attack.survived("out of memory", "run.py: worker", seconds_lost=lost)
 
 
 def test_stopped_while_it_imports_its_libraries_it_says_one_line(attack: Attack, home):

@@ -102,18 +102,6 @@ def test_files_tell_what_the_terminal_tells(models, tmp_path, capsys):
         assert image.format == "PNG" and image.width > 1000
 
 
-def test_text_names_model_data_protocol_intervals_and_where_it_goes_wrong(models, capsys):
-    assert main([POOR, "--data", models.data, "--split", "train", "--device", "cpu"]) == 0
-    text = capsys.readouterr().out
-    found = answer(capsys, POOR, "--data", models.data, "--split", "train")
-    low, high = found["top1"]["wilson95"]
-    assert f"models:/alexnet/{POOR}" in text and found["data"]["manifest_sha256"][:12] in text
-    assert f"[{low:.4f}, {high:.4f}]  {found['top1']['correct']} right" in text
-    assert "the centre 227×227" in text and "4 of 4 classes, the worst first" in text
-    pair = found["confused_pairs"][0]
-    assert f"{pair['images']}  {pair['true']} taken for {pair['predicted']}" in text
-
-
 def test_ten_crop_is_another_measurement_on_larger_images(models, tmp_path, capsys):
     data = write_shard_set(tmp_path / "set", train=(4,), val=(9,), side=231)
     manifest = load_manifest(data)
@@ -214,11 +202,6 @@ def test_a_network_that_answers_nan_is_refused(models, tmp_path, capsys):
     tensors["model"] |= {k: v * float("nan") for k, v in weights.items()}
     checkpoint.save(tmp_path / "model", tensors, checkpoint.load_state(models.checkpoint))
     assert "NaN" in refusal(capsys, str(tmp_path / "model"), "--data", models.data)
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_a_gpu_that_is_not_there_is_refused(models, capsys):
-    assert "sees no GPU" in refusal(capsys, GOOD, "--data", models.data, "--device", "cuda")
 
 
 def test_an_exported_network_names_no_device(models):

@@ -32,8 +32,7 @@ def manifest(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
 
 
 @pytest.fixture
-def client(home: Path, monkeypatch: pytest.MonkeyPatch) -> MlflowClient:
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "")
+def client(used_home: Path) -> MlflowClient:
     return tracking.connect(tracking.tracking_uri())
 
 

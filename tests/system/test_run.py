@@ -1,16 +1,8 @@
 """The script's own part: what it prints without training, and which failures it takes for final."""
 
-import fcntl
 import json
-import os
 import pickle
-import pty
-import re
-import struct
-import subprocess
-import sys
-import termios
-from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import ray
@@ -20,7 +12,7 @@ from registered import MLFLOW_WARNINGS
 from shard_sets import write_shard_set
 
 from alexnet.errors import UserError
-from training import lease
+from training import lease, worker
 from training.config import to_dict
 from training.driver import worker_settings
 from training.loop import TrainingStopped
@@ -28,20 +20,13 @@ from training.recipes import RECIPES
 from training.run import main
 from training.worker import FinalErrors, said
 
-SCRIPT = [sys.executable, str(Path(__file__).resolve().parents[2] / "training" / "run.py")]
-
 pytestmark = [pytest.mark.filterwarnings(line) for line in MLFLOW_WARNINGS]
+pytestmark += [pytest.mark.usefixtures("used_home")]
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> str:
     return write_shard_set(tmp_path_factory.mktemp("run") / "set", train=(40,), val=(4,))
-
-
-@pytest.fixture(autouse=True)
-def own_home(tmp_path, monkeypatch):
-    monkeypatch.setenv("ALEXNET_HOME", str(tmp_path / "home"))
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "")
 
 
 def test_printed_config_is_the_whole_one_and_nothing_else_is_said(capsys):
@@ -51,27 +36,14 @@ def test_printed_config_is_the_whole_one_and_nothing_else_is_said(capsys):
     assert said.err == ""
 
 
-def test_terminal_shows_a_bar_that_reaches_the_end(data, tmp_path):
-    screen, terminal = pty.openpty()
-    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 130, 0, 0))
-    flags = ["--optim.epochs", "1", "--log-steps", "1", "--device", "cpu", "--register", "False"]
-    command = [*SCRIPT, "smoke", "--data", data, *flags]
-    with (tmp_path / "screen").open("wb") as seen:
-        process = subprocess.Popen(command, stdin=terminal, stdout=terminal, stderr=terminal)
-        os.close(terminal)
-        while part := _read(screen):
-            seen.write(part)
-    os.close(screen)
-    shown = (tmp_path / "screen").read_text(errors="replace")
-    assert process.wait() == 0, shown[-3000:]
-    assert re.search(r"epoch 1\.00, 0:00:00 left: 100%.*2\.00/2\.00", shown), shown[-3000:]
-
-
-def _read(screen: int) -> bytes:
-    try:
-        return os.read(screen, 65536)
-    except OSError:  # so Linux says that the other side is closed
-        return b""
+def test_bar_of_a_terminal_stands_where_the_run_does():
+    told: list[str] = []
+    bar = SimpleNamespace(n=0, total=None, set_description=told.append)
+    log = worker._logging("run", SimpleNamespace(log=lambda *_: None), bar)
+    log({"loss": 1.0, "epoch": 0.5, "progress": 0.25, "eta_seconds": 61.4, "sample_digest": 1.0}, 2)
+    assert (bar.n, bar.total, told) == (2, 8, ["epoch 0.50, 0:01:01 left"])
+    log({"val_top1": 1.0}, 3)
+    assert bar.n == 2
 
 
 def test_dry_run_ends_with_0_and_starts_no_ray(data, capsys, monkeypatch):

@@ -173,14 +173,6 @@ def test_last_sign_of_a_run_is_its_newest_loss(client, manifest, data):
     assert step == 7 and 0 <= seconds < 30
 
 
-def test_attached_files_come_back_as_they_were(client, manifest, data, tmp_path):
-    run_id = tracking.open_run(client, small_config(name="traced"), manifest, data).info.run_id
-    (tmp_path / "trace.json").write_text("{}")
-    tracking.Tracker(tracking.tracking_uri(), run_id).attach(tmp_path, "profile")
-    (found,) = client.list_artifacts(run_id, "profile")
-    assert Path(client.download_artifacts(run_id, found.path)).read_text() == "{}"
-
-
 # A server that comes and goes
 
 

@@ -182,13 +182,6 @@ def test_more_images_than_a_batch_are_the_same_one_by_one(tmp_path, monkeypatch,
     ]
 
 
-def test_a_checkpoint_knows_the_names_of_its_classes(registered_models, tmp_path, capsys):
-    path = draw(tmp_path / "a.png", COLOURS[1], 250, 250)
-    assert main([path, "--model", str(registered_models.checkpoint), "--top", "1"]) == 0
-    ((_, best),) = answers(capsys.readouterr().out)
-    assert best[0][0] == "colour 1"
-
-
 def test_a_split_becomes_one_table_in_a_file_or_a_folder(registered_models, tmp_path, capsys):
     data = registered_models.data
     for out in (tmp_path / "a" / "table.parquet", tmp_path / "b"):

@@ -124,14 +124,6 @@ def test_what_the_compiler_gets_is_the_same_function(count, group, monkeypatch):
         assert fusible(x).is_contiguous(memory_format=torch.channels_last)
 
 
-def test_layout_and_precision_of_the_batch_are_kept():
-    norm = grouped(4)
-    x = batch(9).to(memory_format=torch.channels_last)
-    assert norm(x).is_contiguous(memory_format=torch.channels_last)
-    assert norm(x.bfloat16()).dtype == torch.bfloat16
-    assert norm.running_var.dtype == torch.float32
-
-
 def test_statistics_stay_near_those_of_float32_with_bfloat16_input():
     exact, rounded = grouped(4), grouped(4)
     x = batch(8)

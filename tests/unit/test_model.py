@@ -216,12 +216,6 @@ def test_width_scales_convolutions_and_hidden_units():
     assert model(torch.empty(1, 3, 227, 227, device="meta")).shape == (1, 7)
 
 
-@pytest.mark.parametrize("width", [1 / 32, 0.05, 0.11, 0.37, 1.3])
-def test_every_width_leaves_two_groups_possible(width):
-    logits = full_size(variant="paper", width=width)(torch.empty(1, 3, 227, 227, device="meta"))
-    assert logits.shape == (1, 1000)
-
-
 def test_batch_norm_takes_the_place_of_the_convolutions_biases():
     plain, normed = full_size(), full_size(batch_norm=True)
     channels = 96 + 256 + 384 + 384 + 256

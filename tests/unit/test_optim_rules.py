@@ -10,7 +10,8 @@ from torch import nn
 from alexnet.model import AlexNet
 from alexnet.optim import LARS, PaperSGD, Rates, plateau_factor, set_rates, sgd
 
-LR, MOMENTUM, DECAY, FACTOR, TRUST = 0.01, 0.9, 5e-4, 2.0, 0.001
+# Large enough for every term of a formula to show in float32.
+LR, MOMENTUM, DECAY, FACTOR, TRUST = 0.01, 0.9, 0.05, 2.0, 0.5
 RATES = (0.01, 0.01, 0.001, 0.001, 0.02)
 
 

@@ -93,26 +93,19 @@ def without(name: str):
 
 BAD_FILES = [
     (changed("colour", 1), "1 unknown field(s): colour; "),
-    (changed("optim.learning_rate", 1), "1 unknown field(s): optim.learning_rate; "),
     (without("seed"), "1 missing field(s): seed; "),
-    (without("model.width"), "1 missing field(s): model.width; "),
     (without("augment"), "4 missing field(s): augment.colour_epochs, augment.colour_sigma, "),
-    (changed("optim", 3), "1 unknown field(s): optim; "),
     (changed("more", {}), "1 unknown field(s): more; "),
     (changed("optim.lr", "0.01"), "optim.lr is '0.01': it should be a valid number; "),
     (changed("optim.epochs", 3.5), "optim.epochs is 3.5: it should be a valid integer; "),
-    (changed("optim.epochs", True), "optim.epochs is True: it should be a valid integer; "),
-    (changed("augment.flip", 1), "augment.flip is 1: it should be a valid boolean; "),
     (
         changed("optim.rule", "adam"),
         "optim.rule is 'adam': it should be 'torch', 'paper' or 'lars'",
     ),
     (changed("optim.milestones", [1, "2"]), "optim.milestones.1 is '2': it should be a valid int"),
-    (changed("name", 5), "name is 5: it should be a valid string; "),
     (changed("optim.lr", 10**400), "--optim.lr inf is not positive"),
     (changed("recipe", "papr"), "no recipe 'papr'; there are baseline, paper, fast, smoke"),
     (changed("seed", -1), "--seed -1 is out of range; pass 0 or more"),
-    (changed("optim.lr", float("nan")), "--optim.lr nan is not positive"),
 ]
 
 
@@ -130,6 +123,7 @@ def test_files_with_other_fields_or_values_are_refused_in_one_line(tmp_path, cha
         ("{", "is not valid JSON (Expecting property name"),
         ("", "is not valid JSON (Expecting value"),
         ("[]", ": it is not an object of fields"),
+        ("[" * 100_000, "is not valid JSON"),
         (b"\xff\xfe\x00", "is not valid JSON ("),
     ],
 )
@@ -140,13 +134,6 @@ def test_files_that_are_no_config_are_refused_in_one_line(tmp_path, content, tol
         parse(["--config", str(file)])
     assert f"{file}" in str(refused.value) and told in str(refused.value)
     assert "\n" not in str(refused.value)
-
-
-def test_file_that_is_not_there_is_refused(tmp_path):
-    with pytest.raises(UserError, match=r"gone.json: not there"):
-        parse(["--config", str(tmp_path / "gone.json")])
-    with pytest.raises(UserError, match=r"no folder|directory|not"):
-        parse(["--config", str(tmp_path)])
 
 
 @pytest.mark.parametrize(
@@ -162,9 +149,3 @@ def test_odd_values_are_told_in_one_short_line(tmp_path, change, told):
         read_config(saved(tmp_path, "paper", change=change))
     assert told in str(refused.value)
     assert "\n" not in str(refused.value) and len(str(refused.value)) < 500
-
-
-def test_brackets_without_end_are_no_config(tmp_path):
-    (tmp_path / "config.json").write_text("[" * 100_000)
-    with pytest.raises(UserError, match="is not valid JSON"):
-        read_config(str(tmp_path / "config.json"))

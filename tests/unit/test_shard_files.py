@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from shard_sets import SIZES, assert_equal_to_tars, decoded, open_loader, write_shard_set
+from shard_sets import SIZES, assert_equal_to_tars, open_loader, write_shard_set
 
 from alexnet.errors import UserError
 from training.order import WINDOW_SHARDS, epoch_order, global_batch, rank_part, steps_per_epoch
@@ -79,13 +79,6 @@ def test_shard_of_the_right_size_with_other_bytes_is_refused(own_set):
     assert f"train-000002.tar has {len(data)} bytes with sha256" in told
 
 
-def test_a_folder_in_the_place_of_a_shard_is_told(own_set):
-    (own_set / "train-000000.tar").unlink()
-    (own_set / "train-000000.tar").mkdir()
-    with open_loader(own_set) as loader:
-        told_by(loader, [0])
-
-
 def test_shard_overwritten_in_place_under_the_run_stops_it_before_any_wrong_pixel(own_set):
     path = own_set / "train-000000.tar"
     with open_loader(own_set) as loader:
@@ -144,26 +137,6 @@ def test_shard_replaced_while_it_was_not_open_is_hashed_again(own_set):
         assert "bytes with sha256" in told_by(loader, [0])
 
 
-def test_the_next_shards_are_opened_before_a_batch_needs_them(own_set):
-    ids = [np.array([i]) for i in range(15)]
-    with open_loader(own_set) as loader:
-        batches = loader.batches(ids)
-        next(batches)
-        assert list(loader._files._shards) == [f"train-00000{i}" for i in range(3)]
-        batches.close()
-
-
-def test_shards_in_any_order_give_the_pixels_of_their_tars(own_set):
-    pixels, labels = decoded(own_set, "train")
-    order = np.random.default_rng(3).permutation(np.repeat(np.arange(15), 4))
-    with open_loader(own_set, threads=3) as loader:
-        for batch in loader.batches(np.array_split(order, 9)):
-            rows = batch.sample_ids.numpy()
-            found = batch.images.permute(0, 2, 3, 1).numpy().astype(int)
-            assert np.abs(found - pixels[rows]).max() <= 1
-            assert batch.labels.tolist() == labels[rows].tolist()
-
-
 # Which shards the batches to come need
 
 TWENTY = [100] * 20
@@ -194,8 +167,3 @@ def test_every_batch_finds_its_shards_kept_and_later_ones_ahead():
             assert len(keep) <= 2 * WINDOW_SHARDS and len(ahead) <= WINDOW_SHARDS
             later = sorted(first[name] for name in rest - set(keep))
             assert [first[name] for name in ahead] == later[:WINDOW_SHARDS]
-
-
-def test_plan_of_nothing_plans_nothing():
-    empty = np.zeros(0, np.int64)
-    assert ShardUses(empty, empty, []).advance(0) == ([], [])

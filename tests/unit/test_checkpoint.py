@@ -2,19 +2,15 @@
 
 import hashlib
 import json
-import os
+import socket
 import struct
-import subprocess
-import sys
 import tempfile
-import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from drawn import ROOT
 from small_training import small_config
 from torch.nn import functional as F
 
@@ -22,7 +18,6 @@ from alexnet import classifier
 from alexnet.errors import UserError
 from alexnet.model import AlexNet
 from alexnet.optim import Rates, set_rates, sgd
-from pipelines import storage
 from training import checkpoint
 from training.config import to_dict
 from training.network import load_model
@@ -88,18 +83,6 @@ def test_weights_buffers_and_momentum_come_back_bit_for_bit(trained, folder):
     assert checkpoint.load_state(folder) == STATE
 
 
-def test_the_step_after_loading_is_the_step_that_would_have_followed(folder):
-    model, optimizer = fresh(0)
-    for seed in (1, 2, 3):
-        train_step(model, optimizer, seed)
-    again, its_optimizer = fresh(9)
-    again.load_state_dict(checkpoint.load_tensors(folder, "model"))
-    checkpoint.load_optimizer(folder, again, its_optimizer)
-    train_step(again, its_optimizer, 3)
-    for mine, theirs in zip(again.parameters(), model.parameters(), strict=True):
-        assert torch.equal(mine, theirs)
-
-
 def test_what_is_held_is_written_as_it_was_whatever_the_next_steps_do(monkeypatch, tmp_path):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -138,16 +121,13 @@ def test_before_the_first_step_there_is_no_momentum_to_save(tmp_path):
 
 def test_files_are_safetensors_and_json_only(folder):
     assert {path.name for path in folder.iterdir()} == FILES
-    for path in folder.iterdir():
+    for path in folder.glob("*.json"):
+        json.loads(path.read_text())
+    for path in folder.glob("*.safetensors"):
         data = path.read_bytes()
-        assert not zipfile.is_zipfile(path)
-        if path.suffix == ".json":
-            json.loads(data)
-            continue
         (length,) = struct.unpack("<Q", data[:8])
         header = json.loads(data[8 : 8 + length])
-        header.pop("__metadata__", None)
-        ends = [entry["data_offsets"][1] for entry in header.values()]
+        ends = [e["data_offsets"][1] for name, e in header.items() if name != "__metadata__"]
         assert 8 + length + max(ends) == len(data), "bytes that no tensor accounts for"
 
 
@@ -206,16 +186,6 @@ def test_damaged_checkpoints_are_passed_over_and_told(run_folder, caplog):
     (run_folder / "checkpoint_c" / "state.json").write_text("not JSON")
     with pytest.raises(UserError, match=r"no checkpoint in .* is whole"):
         step_found(str(run_folder))
-
-
-def test_checkpoints_on_s3_are_found_and_verified_too(run_folder, s3):
-    run = f"{s3}/run"
-    for path in run_folder.rglob("*"):
-        if path.is_file():
-            storage.write(f"{run}/{path.relative_to(run_folder)}", path.read_bytes())
-    assert step_found(run) == 10
-    storage.delete(f"{run}/checkpoint_b/optimizer.safetensors")
-    assert step_found(run) == 9
 
 
 def refuse_other(folder: Path, *rest: Any) -> None:
@@ -281,14 +251,15 @@ def test_full_disk_is_one_line_and_leaves_its_room_free(trained, small_disk):
 
 def test_folders_that_killed_processes_left_are_removed(monkeypatch, tmp_path):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    code = "from training.checkpoint import temporary_folder; import os; "
-    code += "temporary_folder().joinpath('model').touch(); os.kill(os.getpid(), 9)"
-    env = os.environ | {"TMPDIR": str(tmp_path)}
-    killed = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env)
-    assert killed.returncode == -9 and len(list(tmp_path.iterdir())) == 1
+    dead = 2**22 + 1  # more than Linux gives
+    left = tmp_path / f"checkpoint-{socket.gethostname()}~{dead}~x"
+    elsewhere = tmp_path / f"checkpoint-another-host~{dead}~x"
+    for folder in (left, elsewhere):
+        folder.mkdir()
+        (folder / "model").touch()
     first = checkpoint.temporary_folder()
     second = checkpoint.temporary_folder()
-    assert {*tmp_path.iterdir()} == {first, second}
+    assert {*tmp_path.iterdir()} == {elsewhere, first, second}
 
 
 def vouched(folder: Path, name: str, data: bytes) -> None:
