@@ -26,7 +26,6 @@ from pipelines import s3, storage
 if TYPE_CHECKING:
     from seaweed import Seaweed
 
-pytest_plugins = ["seaweed"]
 
 MIB = 2**20
 
