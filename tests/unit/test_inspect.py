@@ -85,6 +85,14 @@ def test_a_key_of_several_splits_is_shown_in_each_with_its_copies(tmp_path: Path
     assert "test same: unlabelled" in said and "same file as test same (unlabelled)" in said
 
 
+def test_other_files_of_the_same_stored_image_are_its_copies(tmp_path: Path) -> None:
+    files = {"train/a/one.jpg": jpeg(1), "train/b/two.jpg": jpeg(1) + b"behind its end mark"}
+    raw = write_folders(tmp_path / "raw", files)
+    out = build_set(raw, tmp_path / "out", Recipe(splits=("train",), partial=True))
+    found = {"split": "train", "key": "two", "wnid": "b", "same": "image"}
+    assert one(out, "one")["copies"] == [found]
+
+
 def test_a_sample_is_found_by_its_file_in_raw(tmp_path: Path) -> None:
     write_folders(tmp_path / "raw", {"train/cat/1.jpg": 1, "train/dog/1.jpg": 2})
     out = build_set(str(tmp_path / "raw"), tmp_path / "out", Recipe(splits=("train",)))

@@ -74,11 +74,13 @@ def test_what_the_build_overlooks_is_found_by_a_count_of_its_own(
     found = entries.listing(str(raw))
     write_folders(raw, {"train/b/b9.jpg": 90, "train/b/odd.jfif": 91})
     (raw / "train/c").mkdir()
+    write_folders(raw.parent / "elsewhere", {"d1.jpg": 92})
+    (raw / "train/d").symlink_to(raw.parent / "elsewhere")
     (raw / "val/a/gone.jpg").symlink_to("nowhere")
     (raw / "val/a/notes.txt").write_text("no image")
     monkeypatch.setattr(entries, "listing", lambda uri: found)  # a listing that passes over them
     assert told(verify(out, full=True, raw=str(raw))) == [
-        f"index/train.parquet: 3 entries without an account (first train/b/b9.jpg) in {raw}",
+        f"index/train.parquet: 4 entries without an account (first train/b/b9.jpg) in {raw}",
         f"index/val.parquet: 1 entries without an account (first val/a/gone.jpg) in {raw}",
     ]
 

@@ -150,6 +150,15 @@ def test_what_names_a_file_is_published_after_it_and_the_manifest_last(
     assert order.index("manifest.json") == len(order) - 1 == order.index("SHA256SUMS") + 1
 
 
+def test_rejected_images_are_listed_in_the_order_of_their_keys(tmp_path: Path) -> None:
+    files = {f"train/{A}/{A}_{n}.JPEG": f"<html>{n}".encode() for n in range(8)}
+    out = str(tmp_path / "out")
+    made_shards(str(imagefolder(tmp_path / "raw", files)), out, TWO)
+    assert [row["key"] for row in shards.load_quarantine(out, "train")] == [
+        f"{A}_{n}" for n in range(8)
+    ]
+
+
 def test_samples_lie_in_the_order_of_the_plan(drawn_shards: str) -> None:
     """Not in that of the archive, in which they are read."""
     made = plan_files.load(drawn_shards)
