@@ -50,6 +50,28 @@ def test_the_bytes_are_on_disk_before_they_have_their_name_and_then_so_is_the_na
     assert synced == [(False, False, b"data"), (True, True, b"")]
 
 
+@pytest.mark.parametrize("write", [storage.write_new, storage.write])
+def test_folders_are_made_below_the_place_that_was_named_and_never_that_place(
+    write: Callable[..., None], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(UserError, match="not there"):
+        write(str(out / "deep" / "er" / "file"), b"data", below=str(out))
+    assert list(tmp_path.iterdir()) == []
+    out.mkdir()
+    write(str(out / "deep" / "er" / "file"), b"data", below=str(out))
+    assert storage.list_files(str(out)) == [("deep/er/file", 4)]
+
+
+def test_a_part_of_a_file_reads_as_a_file_that_ends_where_the_part_does(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(bytes(range(100)))
+    part = storage.RangeFile(str(tmp_path / "file"), 10, 20)
+    assert part.read() == bytes(range(10, 30)) and part.read(5) == b""
+    for start, whence, length in ((0, 0, 3), (-4, 2, 99), (18, 0, 4), (25, 0, 1), (-20, 2, 20)):
+        at = part.seek(start, whence)
+        assert part.read(length) == bytes(range(100))[10:30][at : at + length]
+
+
 def test_what_a_killed_writer_leaves_is_not_listed(tmp_path: Path) -> None:
     (tmp_path / ".train-000000.tar.x1y2.tmp").write_bytes(b"half")
     assert storage.list_files(str(tmp_path)) == []
