@@ -1,7 +1,7 @@
 """Two and three processes over gloo learn and measure what one does."""
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +11,28 @@ from safetensors.torch import load_file
 from shard_sets import write_shard_set
 from small_training import CPU, Record, evaluated, fit, seen_ids, small_config, without_dropout
 
+from pipelines.shards import load_manifest
 from training import loop
-from training.network import build_model
+from training.evaluate import evaluate
+from training.loader import Loader
+from training.network import build_model, input_spec
 
 
-def train_on_rank(rank: int, world_size: int, uri: str, keep: Path, middle: Path) -> dict[str, Any]:
+def counted(uri: str, rank: int = 0, world_size: int = 1) -> dict[str, Any]:
+    """Of an untrained network, in float64: batches of other sizes round alike."""
+    manifest, config = load_manifest(uri), small_config()
+    network = build_model(config, 4).double().eval()
+    with Loader(uri, manifest, "val", threads=1) as loader:
+        where = {"device": CPU, "rank": rank, "world_size": world_size}
+        found = evaluate(
+            lambda x: network(x.double()), loader, input_spec(manifest, config), **where
+        )
+    return asdict(found)
+
+
+def train_on_rank(
+    rank: int, world_size: int, uri: str, few: str, keep: Path, middle: Path
+) -> dict[str, Any]:
     steps = seen_ids(setattr)
     place = loop.Place(CPU, rank=rank, world_size=world_size)
     keep = keep / f"{world_size}-{rank}"
@@ -33,6 +50,7 @@ def train_on_rank(rank: int, world_size: int, uri: str, keep: Path, middle: Path
         "reported": [(metrics, str(folder)) for metrics, folder in plain.reported],
         "losses": [metrics["loss"] for _, metrics in plain.logged if "loss" in metrics],
         "result": norm.result,
+        "counts": [counted(data, rank, world_size) for data in (uri, few)],
     }
 
 
@@ -50,14 +68,20 @@ def uri(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="module")
-def together(uri: str, tmp_path_factory: pytest.TempPathFactory) -> Together:
+def few(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Fewer val images than ranks."""
+    return write_shard_set(tmp_path_factory.mktemp("ranks") / "few", train=(1,), val=(1, 1))
+
+
+@pytest.fixture(scope="module")
+def together(uri: str, few: str, tmp_path_factory: pytest.TempPathFactory) -> Together:
     """The same training by one process here and by two and three over gloo."""
     folder = tmp_path_factory.mktemp("ranks")
     with pytest.MonkeyPatch.context() as patch:
         without_dropout(patch.setattr)
         steps = seen_ids(patch.setattr)
         alone = fit(small_config(checkpoint_steps=3), uri, folder / "alone")
-    ranks = run_ranks([3, 2], train_on_rank, folder, uri, folder, alone.folders[3])
+    ranks = run_ranks([3, 2], train_on_rank, folder, uri, few, folder, alone.folders[3])
     return Together(alone, steps, ranks)
 
 
@@ -108,3 +132,14 @@ def test_measured_is_what_is_saved_with_batch_norm_over_ranks(together, world_si
     found = evaluated(Path(first["folders"][2]), uri, "val", model_batch_norm=True)
     assert found.top1 == first["result"]["val_top1"]
     assert found.loss == pytest.approx(first["result"]["val_loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_ranks_count_every_image_once_also_where_there_are_fewer_than_ranks(
+    together, world_size, uri, few
+):
+    alone = [counted(data) for data in (uri, few)]
+    assert [found["images"] for found in alone] == [13, 2]
+    for rank in together.ranks[world_size]:
+        for found, expected in zip(rank["counts"], alone, strict=True):
+            assert found == expected | {"loss": pytest.approx(expected["loss"], rel=1e-9)}
