@@ -57,7 +57,7 @@ def rates(found: Sequence[Result]) -> dict[str, Rate]:
         peak = next((v for k, v in _DATA_SHEET.items() if result.hardware.startswith(k)), None)
         row = "memory of the GPU: --synthetic, batch 256"
         if result.name == "gpu-feed" and peak and row in result.rows:
-            share = number(result.cell(row, "img/s")) * FLOPS / peak
+            share = number(result.cell(row, "img/s between log lines")) * FLOPS / peak
             known["gpu"] = Rate(share, result.path.name)
     return known
 

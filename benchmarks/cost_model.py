@@ -87,7 +87,8 @@ CONSTANTS = (
         "one GPU, bf16, large batch",
         "50,000 img/s",
         "assumed",
-        "330 TFLOP/s, a third of the data sheet's 989; measure with --synthetic",
+        "330 TFLOP/s, a third of the data sheet's 989; the one H200 measured had 25,400 (MFU 22 %) "
+        "before the last changes for speed, see benchmarks/README.md",
     ),
     Constant(
         "step overhead",
