@@ -191,6 +191,15 @@ def test_holder_that_was_silent_finds_it_taken_and_leaves_it(run, quick):
     assert files(run)["000002.json"] == taken
 
 
+def test_another_writer_under_the_same_number_has_taken_it_too(tmp_path):
+    """As after its file was deleted."""
+    first = lease.held(str(tmp_path))
+    lease.refuse_superseded(str(tmp_path), first.number, first.token)
+    left(str(tmp_path), number=first.number, host="far")
+    with pytest.raises(Superseded, match="was taken over by far, pid"):
+        lease.refuse_superseded(str(tmp_path), first.number, first.token)
+
+
 @pytest.mark.parametrize("fault", ["away", "deleted"])
 def test_run_is_not_lost_while_its_store_is_away_or_when_the_file_was_deleted(
     tmp_path, quick, caplog, monkeypatch, fault
