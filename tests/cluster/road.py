@@ -19,8 +19,8 @@ BUILD = ["python", "-m", "pipelines", "build", "--samples-per-shard", "6"]
 # 13 steps an epoch; checkpoints between them, so that some steps are lost by a kill.
 TRAIN = ["python", "training/run.py", "smoke", "--workers", "2", "--cpus-per-worker", "1"]
 TRAIN += ["--device", "cpu", "--model.width", "0.125", "--optim.batch-size", "16"]
-TRAIN += ["--optim.epochs", "8", "--log-steps", "1", "--checkpoint-steps", "10"]
-STEPS = 13 * 8
+TRAIN += ["--optim.epochs", "16", "--log-steps", "1", "--checkpoint-steps", "10"]
+STEPS = 13 * 16
 
 
 @dataclass(frozen=True)
