@@ -218,6 +218,7 @@ class ResponseNorm(nn.LocalResponseNorm):
     def forward(self, x: Tensor) -> Tensor:
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         a = self.alpha / self.size
+        # torch gives `apply` no types.
         normalised: Tensor = _Normalised.apply(wide, self.size, a, self.k)  # type: ignore[no-untyped-call]
         return normalised.to(x.dtype)
 

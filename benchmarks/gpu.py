@@ -3,11 +3,12 @@
     python -m benchmarks.gpu [PART…] [--rounds R] [--minutes M] [--small] [--out FOLDER]
 
 Runs on a bare machine without network: Python 3.11 or 3.12, torch 2.11 or newer, NumPy, Pillow,
-pyarrow, safetensors, and the wheels of simplejpeg, tyro (with docstring_parser and typeguard) and
-webdataset (with braceexpand); no Ray, no MLflow. The parts that decide come first. Each row is
-appended to a file as it is had and each part's result written at its end, so a run that is cut
-keeps what it measured; after --minutes no further row is begun. --small is a trial that runs on a
-CPU too; its figures mean nothing, and it writes no file unless --out says where.
+pyarrow, safetensors, and the wheels of simplejpeg, tyro (with docstring_parser and typeguard),
+webdataset (with braceexpand) and botocore (with jmespath); no Ray, no MLflow. The parts that decide
+come first. Each row is appended to a file as it is had and each part's result written at its end,
+so a run that is cut keeps what it measured; after --minutes no further row is begun. --small is a
+trial that runs on a CPU too; its figures mean nothing, and it writes no file unless --out says
+where.
 """
 
 import argparse

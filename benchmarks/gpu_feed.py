@@ -205,11 +205,12 @@ def _fed(
 
 def _cells(seen: _Fed, scale: Scale) -> Row:
     shares = [line["mfu"] for line in seen.lines if "mfu" in line]  # on GPUs
+    used = [line["utilization"] for line in seen.lines if "utilization" in line]  # NVML may lack
     whole = [scale.images / seconds for seconds in seen.epochs]
     return (
         spread(seen.rates),
         spread(whole),
-        f"{min(line.get('utilization', 0.0) for line in seen.lines):.1%}",
+        f"{min(used):.1%}" if used else "–",
         f"{statistics.median(shares):.1%}" if shares else "–",
         f"{max(line.get('gpu_memory_gb', 0.0) for line in seen.lines):.1f}",
         f"{90 * IMAGENET / statistics.median(whole) / 60:.1f}",

@@ -332,7 +332,7 @@ def _distance(found: Tensor, wanted: Tensor) -> float:
 
 
 def _peak(device: torch.device, precision: str, side: int) -> float:
-    config = dataclasses.replace(RECIPES["baseline"](), precision=precision)  # type: ignore[arg-type]
+    config = _case(RECIPES["baseline"](), 1, precision=precision)
     with algorithms(config, device):
         dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         return measured_peak(device, dtype, side)

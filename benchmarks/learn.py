@@ -13,6 +13,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -58,22 +59,22 @@ def _small(
 
 # Of about ten thousand images, where a recipe's batch would leave few steps.
 CASES: dict[str, Callable[[], TrainConfig]] = {
-    "baseline": lambda: _small("baseline"),
-    "baseline, batch 64": lambda: _small(
-        "baseline", crop="resized", batch_size=64, lr=0.01, epochs=40
+    "baseline": partial(_small, "baseline"),
+    "baseline, batch 64": partial(
+        _small, "baseline", crop="resized", batch_size=64, lr=0.01, epochs=40
     ),
-    "paper": lambda: _small("paper"),
-    "fast": lambda: _small("fast", crop="resized", batch_size=256),
-    "fast, half the width": lambda: _small("fast", 0.5, crop="resized", batch_size=256),
+    "paper": partial(_small, "paper"),
+    "fast": partial(_small, "fast", crop="resized", batch_size=256),
+    "fast, half the width": partial(_small, "fast", 0.5, crop="resized", batch_size=256),
     **{
-        f"fast, a quarter of the width, seed {seed}": lambda seed=seed: _small(  # type: ignore[misc]
-            "fast", 0.25, seed, "resized", batch_size=256
+        f"fast, a quarter of the width, seed {seed}": partial(
+            _small, "fast", 0.25, seed, "resized", batch_size=256
         )
         for seed in range(3)
     },
     **{
-        f"baseline, a quarter of the width, seed {seed}": lambda seed=seed: _small(  # type: ignore[misc]
-            "baseline", 0.25, seed, "resized", batch_size=64, lr=0.01, epochs=40
+        f"baseline, a quarter of the width, seed {seed}": partial(
+            _small, "baseline", 0.25, seed, "resized", batch_size=64, lr=0.01, epochs=40
         )
         for seed in range(3)
     },
@@ -87,10 +88,8 @@ def main(argv: list[str] | None = None) -> int:
 def _measured(arguments: argparse.Namespace) -> int:
     cuda = torch.cuda.is_available()
     device = torch.device("cuda" if cuda else "cpu")
-    before, manifest = (
-        machine(torch.cuda.get_device_name() if cuda else ""),
-        load_manifest(arguments.data),
-    )
+    before = machine(torch.cuda.get_device_name() if cuda else "")
+    manifest = load_manifest(arguments.data)
     rows: list[tuple[str, ...]] = []
     curves: dict[str, list[tuple[float, float]]] = {}
     deadline = time.monotonic() + 60 * arguments.minutes

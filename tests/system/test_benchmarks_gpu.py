@@ -55,7 +55,7 @@ def test_feeding_counts_whole_epochs_with_their_evaluation(tmp_path: Path) -> No
     assert len(rows) == 3
     for row in rows:
         steps, whole = (float(cell.split()[0]) for cell in row[1:3])
-        assert 0 < whole <= steps * 1.05  # what comes between the steps takes time
+        assert whole <= steps  # what comes between the steps takes time
 
 
 def test_the_images_of_both_kinds_have_the_size_of_stored_photos(
