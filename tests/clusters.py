@@ -3,25 +3,32 @@
 import contextlib
 import os
 import signal
-import socket
 import subprocess
 import sys
-import time
+from collections.abc import Sequence
 from pathlib import Path
 
+from ports import free_ports
+from waiting import wait_until
+
 BIN = Path(sys.executable).parent
+_FOR_DRIVERS = ("--include-dashboard=false", "--num-cpus", "0")
 
 
 class Cluster:
-    """A head without CPUs, for drivers alone, and nodes of one CPU. Ended by pid, node by node."""
+    """A head, for drivers alone unless its flags say otherwise, and nodes of one CPU. Ended by
+    pid, node by node."""
 
-    def __init__(self, folder: Path, env: dict[str, str]) -> None:
+    def __init__(
+        self, folder: Path, env: dict[str, str], head: Sequence[str] = _FOR_DRIVERS
+    ) -> None:
         """folder: for Ray's sockets; its path must be short. env: of every process."""
-        self._env = env | {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
+        unasked = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_prestart_worker_first_driver": "0"}
+        self._env = unasked | {"RAY_AUTH_MODE": "disabled"} | env
         self._folder, self._started = folder, 0
         self.nodes: list[subprocess.Popen[bytes]] = []
-        head = ["--head", "--port", str(_free_port()), "--temp-dir", str(folder)]
-        self.head = self._start([*head, "--include-dashboard=false", "--num-cpus", "0"])
+        (port,) = free_ports(1)
+        self.head = self._start(["--head", "--port", str(port), "--temp-dir", str(folder), *head])
         # With the interface that Ray chose.
         self.address = (folder / "ray_current_cluster").read_text().strip()
         self.env = self._env | {"RAY_ADDRESS": self.address, "RAY_DEDUP_LOGS": "0"}
@@ -38,32 +45,36 @@ class Cluster:
 
     def kill(self, node: int) -> None:
         """SIGKILL to a node: raylet, agents and workers at once."""
-        for pid in tree(node):
-            _kill(pid)
+        _kill(node)
         next(n for n in self.nodes if n.pid == node).wait()
         self.nodes = [n for n in self.nodes if n.pid != node]
 
     def close(self) -> None:
         for node in list(self.nodes):
             self.kill(node.pid)
-        for pid in tree(self.head.pid):
-            _kill(pid)
+        _kill(self.head.pid)
         self.head.wait()
 
     def _start(self, arguments: list[str]) -> subprocess.Popen[bytes]:
         self._started += 1
         log = self._folder / f"node-{self._started}.log"
+        (port,) = free_ports(1)
         command = [str(BIN / "ray"), "start", "--block", "--object-store-memory", "100000000"]
-        command += ["--dashboard-agent-listen-port", str(_free_port()), *arguments]
-        command += ["--disable-usage-stats"]
+        command += ["--dashboard-agent-listen-port", str(port), *arguments]
         with log.open("wb") as output:
             node = subprocess.Popen(
-                command, env=self._env, stdout=output, stderr=output, start_new_session=True
+                [*command, "--disable-usage-stats"],
+                env=self._env,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
             )
-        deadline = time.monotonic() + 60
-        while b"Ray runtime started" not in log.read_bytes():
-            assert node.poll() is None and time.monotonic() < deadline, log.read_text()
-            time.sleep(0.1)
+
+        def is_there() -> bool:
+            assert node.poll() is None, log.read_text()
+            return b"Ray runtime started" in log.read_bytes()
+
+        wait_until(is_there)
         return node
 
 
@@ -71,24 +82,16 @@ def tree(pid: int) -> list[int]:
     """A process and all that descend from it, from the root down."""
     parents: dict[int, int] = {}
     for entry in Path("/proc").glob("[0-9]*/stat"):
-        try:
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
             after_name = entry.read_text().rpartition(")")[2].split()
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-        parents[int(entry.parent.name)] = int(after_name[1])
+            parents[int(entry.parent.name)] = int(after_name[1])
     found = [pid]
     for known in found:
         found += [child for child, parent in parents.items() if parent == known]
     return found
 
 
-def _kill(pid: int) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(pid, signal.SIGKILL)
-
-
-def _free_port() -> int:
-    """Above Ray's own range for workers, as the kernel chooses."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
+def _kill(root: int) -> None:
+    for pid in tree(root):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)

@@ -231,6 +231,7 @@ def local_ray(s3: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str
         patch.delenv("RAY_AUTH_MODE", raising=False)
         patch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))
         patch.setenv("PYTHONPATH", str(ROOT))
+        patch.setenv("RAY_prestart_worker_first_driver", "0")  # as the product's own
         context = ray.init(
             address="local", num_cpus=2, include_dashboard=False, logging_level="warning"
         )

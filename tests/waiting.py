@@ -5,7 +5,6 @@ from collections.abc import Callable
 
 
 def wait_until(done: Callable[[], object], seconds: float = 120) -> None:
-    """Raises AssertionError when `done` is not true by then."""
     deadline = time.monotonic() + seconds
     while not done():
         assert time.monotonic() < deadline, f"not within {seconds:.0f} s"

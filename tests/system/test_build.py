@@ -1,11 +1,14 @@
 """pipelines/build.py with a real Ray: same bytes from any number of workers, resume, failures."""
 
+import signal
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 from drawn import archives
-from made import contents
+from made import contents, started
+from waiting import wait_until
 
 from pipelines import build, plan, plan_files, shards, sources, storage
 from pipelines.progress import BuildFailed, MaxRejected
@@ -13,40 +16,27 @@ from pipelines.progress import BuildFailed, MaxRejected
 # Ray Data warns of its own defaults.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:ray.data.context")
 FIVE_PERCENT = MaxRejected(share=0.05)
-
-
-def built(
-    raw: str,
-    out: str,
-    recipe: plan.Recipe,
-    limit: MaxRejected = FIVE_PERCENT,
-    workers: int | None = None,
-    only: set[int] | None = None,
-) -> shards.Manifest | None:
-    made = plan.make(sources.scan(raw, recipe.splits, recipe.partial), recipe)
-    plan_files.begin(out, raw, made)
-    return build.build(made, raw, out, max_rejected=limit, workers=workers, only=only)
-
-
 EIGHT = plan.Recipe(samples_per_shard=8)
 
 
+def built(raw: str, out: str, recipe: plan.Recipe = EIGHT, **how: Any) -> shards.Manifest | None:
+    made = plan.make(sources.scan(raw, recipe.splits, recipe.partial), recipe)
+    plan_files.begin(out, raw, made)
+    return build.build(made, raw, out, max_rejected=FIVE_PERCENT, **how)
+
+
 def test_one_and_four_workers_and_no_ray_at_all_give_the_same_bytes(
-    local_ray: str, drawn_raw: str, drawn_shards: str, tmp_path: Path
-) -> None:
+    local_ray, drawn_raw, drawn_shards, tmp_path
+):
     one, four = str(tmp_path / "one"), str(tmp_path / "four")
-    built(drawn_raw, one, EIGHT, workers=1)
-    built(drawn_raw, four, EIGHT, workers=4)
+    built(drawn_raw, one, workers=1)
+    built(drawn_raw, four, workers=4)
     assert contents(one) == contents(four) == contents(drawn_shards)
 
 
 def test_only_shards_that_are_missing_damaged_or_of_other_codecs_are_built_again(
-    local_ray: str,
-    drawn_raw: str,
-    drawn_shards: str,
-    copy: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+    local_ray, drawn_raw, drawn_shards, copy, capsys
+):
     (copy / "manifest.json").unlink()
     (copy / "_meta" / "train-000000.parquet").unlink()  # killed before the sidecar
     (copy / "train-000001.tar").write_bytes(b"cut")
@@ -57,33 +47,29 @@ def test_only_shards_that_are_missing_damaged_or_of_other_codecs_are_built_again
     other.write_bytes(shards.pack_sidecar(rows, status))
     kept = [copy / name for name in ("train-000003.tar", "val-000000.tar")]
     before = [path.stat().st_mtime_ns for path in kept]
-    built(drawn_raw, str(copy), EIGHT)
+    built(drawn_raw, str(copy))
     assert contents(str(copy)) == contents(drawn_shards)
     assert [path.stat().st_mtime_ns for path in kept] == before
     assert "val-000001: rebuilt, because other codecs had made it" in capsys.readouterr().err
 
 
-def test_everybody_can_check_the_sums(drawn_shards: str, copy: Path) -> None:
+def test_everybody_can_check_the_sums(drawn_shards, copy):
     command = ["sha256sum", "--check", "--quiet", "--strict", "SHA256SUMS"]
     assert subprocess.run(command, cwd=drawn_shards, capture_output=True).returncode == 0
     (copy / "val-000000.tar").write_bytes(b"")
     assert subprocess.run(command, cwd=copy, capture_output=True).returncode == 1
 
 
-def test_from_s3_to_s3_is_the_same_as_on_disk(
-    local_ray: str, s3: str, drawn_raw: str, drawn_shards: str
-) -> None:
+def test_from_s3_to_s3_is_the_same_as_on_disk(local_ray, s3, drawn_raw, drawn_shards):
     for name, _ in storage.list_files(drawn_raw):
         storage.write(f"{s3}/raw/{name}", Path(drawn_raw, name).read_bytes())
-    manifest = built(f"{s3}/raw", f"{s3}/out", EIGHT)
+    manifest = built(f"{s3}/raw", f"{s3}/out")
     assert contents(f"{s3}/out") == contents(drawn_shards)
     assert shards.load_manifest(f"{s3}/out") == manifest
     assert shards.load_index(f"{s3}/out", "val").equals(shards.load_index(drawn_shards, "val"))
 
 
-def test_a_failing_task_fails_the_build_with_its_shard_and_the_rest_resumes(
-    local_ray: str, tmp_path: Path
-) -> None:
+def test_a_failing_task_fails_the_build_with_its_shard_and_the_rest_resumes(local_ray, tmp_path):
     raw, out = archives(tmp_path / "raw"), str(tmp_path / "out")
     recipe = plan.Recipe(samples_per_shard=3, splits=("train",))
     made = plan.make(sources.scan(str(raw), recipe.splits), recipe)
@@ -93,19 +79,35 @@ def test_a_failing_task_fails_the_build_with_its_shard_and_the_rest_resumes(
     with pytest.raises(BuildFailed, match=r"^shard train-00000[01]: .* has changed: .* continues"):
         build.build(made, str(raw), out, max_rejected=FIVE_PERCENT)
     (raw / "ILSVRC2012_img_train.tar").write_bytes(whole)
-    again = plan.make(sources.scan(str(raw), recipe.splits), recipe)  # as the same command does
-    assert again.plan_id == made.plan_id
-    manifest = build.build(again, str(raw), out, max_rejected=FIVE_PERCENT)
-    assert manifest.num_samples("train") == 6
+    manifest = built(str(raw), out, recipe)  # the same plan again
+    assert (manifest.plan_id, manifest.num_samples("train")) == (made.plan_id, 6)
 
 
 def test_single_shards_first_and_the_rest_later_is_the_same_set(
-    local_ray: str, drawn_raw: str, drawn_shards: str, tmp_path: Path
-) -> None:
+    local_ray, drawn_raw, drawn_shards, tmp_path
+):
     out = str(tmp_path / "out")
-    assert built(drawn_raw, out, EIGHT, only={1, 4}) is None
-    made = {name for name, _ in storage.list_files(out) if name.endswith(".tar")}
-    assert made == {"train-000001.tar", "val-000000.tar"}
-    assert built(drawn_raw, out, EIGHT, only={1, 4}) is None  # nothing to do, and no Ray needed
-    assert built(drawn_raw, out, EIGHT, only={0, 2, 3, 5}) is not None
+    for _ in range(2):  # the second time there is nothing to do
+        assert built(drawn_raw, out, only={1, 4}) is None
+        made = {name for name, _ in storage.list_files(out) if name.endswith(".tar")}
+        assert made == {"train-000001.tar", "val-000000.tar"}
+    assert built(drawn_raw, out, only={0, 2, 3, 5}) is not None
     assert contents(out) == contents(drawn_shards)
+
+
+def test_ctrl_c_says_how_to_continue_and_exits_130(local_ray, drawn_raw, tmp_path):
+    flags = ["--raw", drawn_raw, "--samples-per-shard", "1", "--workers", "1"]
+    for attempt in range(5):
+        out = tmp_path / f"out{attempt}"
+        argv = ["build", *flags, "--out", str(out), "--max-rejected", "3%"]
+        run = started(argv, tmp_path, {"RAY_ADDRESS": local_ray})
+        first = out / "train-000000.tar"
+        wait_until(lambda run=run, first=first: first.exists() or run.poll() is not None)
+        run.send_signal(signal.SIGINT)
+        _, errors = run.communicate(timeout=120)
+        if run.returncode != 0:  # a busy machine may be too late for so short a build
+            break
+    assert run.returncode == 130, errors
+    assert "the same command continues" in errors.splitlines()[-1]
+    assert not (out / "manifest.json").exists()
+    assert not list(out.rglob("*.tmp"))

@@ -29,37 +29,30 @@ def nobody(monkeypatch: pytest.MonkeyPatch) -> str:
         return f"127.0.0.1:{probe.getsockname()[1]}"
 
 
-def test_address_where_no_cluster_answers_is_named_as_it_was_given(nobody, monkeypatch):
-    with pytest.raises(UserError, match=f"answers at --address {nobody}; start one with"):
-        cluster.connect(nobody)
+def test_address_that_cannot_be_joined_is_named_as_it_was_given(
+    nobody, monkeypatch, tmp_path, capsys
+):
     monkeypatch.setenv("RAY_ADDRESS", nobody)
     with pytest.raises(UserError, match=f"answers at RAY_ADDRESS={nobody}; start one with"):
         cluster.connect()
-
-
-def test_a_job_server_is_no_cluster_to_join(nobody):
     with pytest.raises(UserError, match="--address http://head:8265 is a job server"):
         cluster.connect("http://head:8265")
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")  # the flag comes before it
+    raw, out = str(archives(tmp_path / "raw")), str(tmp_path / "out")
+    assert main(["build", "--raw", raw, "--out", out, "--address", nobody]) == 2
+    assert f"answers at --address {nobody}; start one with" in capsys.readouterr().err
 
 
 def test_several_nodes_with_local_paths_are_refused_unless_shared(monkeypatch):
-    for nodes, paths, shared in (
-        ([True, True], ["s3://bucket/out"], False),
-        ([True, True], ["/out"], True),
-        ([True, False], ["/out"], False),  # the other is gone
-    ):
-        monkeypatch.setattr(ray, "nodes", lambda nodes=nodes: [{"Alive": node} for node in nodes])
+    def check(alive: list[bool], paths: list[str], shared: bool) -> None:
+        monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": node} for node in alive])
         cluster.refuse_local_paths(paths, shared_fs=shared)
-    monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True}, {"Alive": True}])
+
+    check([True, True], ["s3://bucket/out"], False)
+    check([True, True], ["/out"], True)
+    check([True, False], ["/out"], False)  # the other is gone
     with pytest.raises(UserError, match=r"/out is local and .* has 2 nodes; .*--shared-fs"):
-        cluster.refuse_local_paths(["s3://bucket/raw", "/out"], shared_fs=False)
-
-
-def test_build_takes_the_flag_before_the_variable(nobody, monkeypatch, tmp_path, capsys):
-    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
-    raw, out = str(archives(tmp_path / "raw")), str(tmp_path / "out")
-    assert main(["build", "--raw", raw, "--out", out, "--address", nobody]) == 2
-    assert f"--address {nobody}" in capsys.readouterr().err
+        check([True, True], ["s3://bucket/raw", "/out"], False)
 
 
 @pytest.mark.parametrize(
@@ -75,43 +68,35 @@ def test_workers_get_what_the_job_does_not_bring(monkeypatch, job, expected):
     assert set(cluster._for_workers()) == expected
 
 
-def test_own_ray_has_the_checkout_and_loopback_and_leaves_our_environment_as_it_was(
-    monkeypatch, tmp_path
-):
-    seen = {}
-
-    def init(**settings):
-        assert "runtime_env" not in settings
-        seen.update(os.environ)
-
-    monkeypatch.setattr(ray, "is_initialized", lambda: False)
-    monkeypatch.setattr(ray, "init", init)
-    monkeypatch.setattr(cluster, "_started_here", lambda: False)
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
-    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
-    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    before = dict(os.environ)
-    cluster.connect()
-    assert seen["PYTHONPATH"].split(os.pathsep) == [str(ROOT), str(tmp_path)]
-    addresses = psutil.net_if_addrs()[seen["GLOO_SOCKET_IFNAME"]]
-    assert "127.0.0.1" in {each.address for each in addresses}
-    assert dict(os.environ) == before
-
-
 @pytest.fixture
 def local(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """Fills with the settings of a Ray that is started here, which is none."""
+    """Fills with settings and environment of a Ray that is started here, which is none."""
     seen: list[dict[str, Any]] = []
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.setattr(ray, "init", lambda **settings: seen.append(settings | dict(os.environ)))
     monkeypatch.setattr(ray, "shutdown", lambda: None)
     monkeypatch.setattr(cluster, "_started_here", lambda: False)
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
-    for name in ("RAY_ADDRESS", "RAY_TMPDIR", "TMPDIR"):
+    for name in ("RAY_ADDRESS", "RAY_TMPDIR", "TMPDIR", "GLOO_SOCKET_IFNAME"):
         monkeypatch.delenv(name, raising=False)
     return seen
+
+
+def has_loopback(interface: str) -> bool:
+    return "127.0.0.1" in {each.address for each in psutil.net_if_addrs()[interface]}
+
+
+def test_own_ray_has_the_checkout_and_loopback_and_leaves_our_environment_as_it_was(
+    local, monkeypatch, tmp_path
+):
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    before = dict(os.environ)
+    cluster.connect()
+    [seen] = local
+    assert seen["PYTHONPATH"].split(os.pathsep) == [str(ROOT), str(tmp_path)]
+    assert has_loopback(seen["GLOO_SOCKET_IFNAME"]) and "runtime_env" not in seen
+    assert dict(os.environ) == before
 
 
 @pytest.mark.parametrize("variable", ["TMPDIR", "RAY_TMPDIR"])
@@ -119,12 +104,12 @@ def local(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 def test_own_ray_gets_a_short_folder_that_is_gone_afterwards(
     variable, what, local, monkeypatch, tmp_path
 ):
-    if what == "not ASCII":
+    names = {"too long": "x" * 60, "not there": "none/at/all", "not ASCII": "ö"}
+    folder = tmp_path / names[what]
+    if what != "not there":
+        folder.mkdir()
+    if what != "too long":
         monkeypatch.setattr(cluster, "_LONGEST_FOLDER", 1000)  # so that length is not the reason
-    long, letters = tmp_path / ("x" * 60), tmp_path / "ö"
-    long.mkdir()
-    letters.mkdir()
-    folder = {"too long": long, "not there": Path("/nowhere"), "not ASCII": letters}[what]
     monkeypatch.setenv(variable, str(folder))
     with cluster.connected():
         [settings] = local
@@ -161,55 +146,24 @@ def test_ray_that_does_not_start_is_told_with_its_logs(local, monkeypatch):
         cluster.connect()
 
 
-def test_gloo_listens_on_the_interface_of_the_nodes_address(monkeypatch):
-    # Written here, so that it is taken back afterwards.
-    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "")
-    monkeypatch.setattr(ray.util, "get_node_ip_address", lambda: "127.0.0.1")
+@pytest.mark.parametrize(
+    ("node", "chosen"), [("127.0.0.1", ""), ("127.0.0.1", "mine"), ("203.0.113.9", "")]
+)
+def test_gloo_listens_on_the_interface_of_the_nodes_address_unless_told_another(
+    monkeypatch, node, chosen
+):
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", chosen)
+    monkeypatch.setattr(ray.util, "get_node_ip_address", lambda: node)
     cluster.use_the_nodes_network()
-    chosen = os.environ["GLOO_SOCKET_IFNAME"]
-    assert "127.0.0.1" in {each.address for each in psutil.net_if_addrs()[chosen]}
-
-    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "mine")
-    cluster.use_the_nodes_network()
-    assert os.environ["GLOO_SOCKET_IFNAME"] == "mine"
-
-
-def test_gloo_is_left_alone_where_no_interface_has_the_nodes_address(monkeypatch):
-    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "")
-    monkeypatch.setattr(ray.util, "get_node_ip_address", lambda: "203.0.113.9")
-    cluster.use_the_nodes_network()
-    assert os.environ["GLOO_SOCKET_IFNAME"] == ""
+    found = os.environ["GLOO_SOCKET_IFNAME"]
+    if chosen or node != "127.0.0.1":  # which no interface here has
+        assert found == chosen
+    else:
+        assert has_loopback(found)
 
 
-def test_scripts_of_the_local_cluster_are_bash_that_stops_at_the_first_error():
-    scripts = sorted((ROOT / "infra" / "local").glob("*.sh"))
-    assert {"up.sh", "down.sh", "node.sh", "on.sh"} <= {script.name for script in scripts}
-    for script in scripts:
-        subprocess.run(["bash", "-n", str(script)], check=True)
-        started = script.read_text().startswith("#!")  # the others are read by those
-        assert not started or "\nset -euo pipefail\n" in script.read_text(), script
-        assert not started or os.access(script, os.X_OK), script
-
-
-def test_a_process_that_ends_meanwhile_is_no_word_of_the_local_clusters_scripts(tmp_path):
-    """In a /proc of files: one process, one that is gone, one that is gone while it is read."""
-    make = "mount -t tmpfs none /proc && mkdir /proc/7 /proc/8 /proc/9 && : >/proc/9/stat"
-    script = f"""set -euo pipefail
-        {make}
-        echo '7 (a b) S 1 7' >/proc/7/stat
-        . {ROOT}/infra/local/processes.sh
-        child=()
-        find_children
-        echo "${{child[*]}}" """
-    words = ["unshare", "--mount", "bash", "-c", script]
-    done = subprocess.run(words, capture_output=True, text=True)
-    if "unshare:" in done.stderr or "mount:" in done.stderr:
-        pytest.skip("this machine lets nobody mount")
-    assert (done.returncode, done.stdout.strip(), done.stderr) == (0, "7", "")
-
-
-def test_workers_start_where_the_path_of_python_has_a_space(tmp_path):
-    """With an environment of their own too, as those of a training: Ray uses a shell for that."""
+def test_own_ray_starts_where_the_path_of_python_has_a_space_and_leaves_no_token(tmp_path):
+    """Workers with an environment of their own too, for which Ray uses a shell."""
     (tmp_path / "my env").symlink_to(sys.prefix)
     code = """
 import os, ray
@@ -228,3 +182,4 @@ with cluster.connected():
             text=True,
         )
     assert (done.returncode, done.stdout.strip()) == (0, "its own"), done.stderr
+    assert not (tmp_path / ".ray").exists()

@@ -50,12 +50,10 @@ def killed_while_filling(uri: str, pixels: np.ndarray, at: int, mark_first: bool
 
 
 def torn(uri: str, pixels: np.ndarray) -> list[int]:
-    return [
-        sample for sample, row in served(uri).items() if not np.array_equal(row, pixels[sample])
-    ]
+    return [n for n, row in served(uri).items() if not np.array_equal(row, pixels[n])]
 
 
-@pytest.mark.parametrize("at", [1, 2, 3, 4, 2 * len(ALL)])
+@pytest.mark.parametrize("at", [1, 2, 3, 2 * len(ALL)])
 def test_no_torn_image_is_served_after_a_kill_and_the_whole_ones_stay(uri, pixels, at, caplog):
     killed_while_filling(uri, pixels, at)
     assert torn(uri, pixels) == []

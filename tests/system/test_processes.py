@@ -2,7 +2,7 @@
 
 import json
 import os
-import signal
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -11,16 +11,25 @@ from typing import Any
 
 import pytest
 from drawn import ROOT
-from made import started
-from waiting import wait_until
 
-# Runs programs, each in a child of its own: what they import is there already. A request and an
-# answer are a line of JSON. "gone" is a pipe whose reader has left.
+# Imports every module, says what that has changed, and runs programs, each in a child of its own:
+# what they import is there already. A request and an answer are a line of JSON. "gone" is a pipe
+# whose reader has left.
 _PROGRAMS = """
-import io, json, os, runpy, sys
-import benchmarks.__main__, gc, pipelines.cli, pipelines.verify, traceback, training.driver
-import training.evaluate, training.figures, training.predict
-import training.registry.__main__
+import gc, importlib, io, json, logging, os, runpy, sys, traceback
+
+path, environment = list(sys.path), dict(os.environ)
+for name in json.loads(sys.argv[1]):
+    importlib.import_module(name)
+import ray
+print(json.dumps({
+    "Ray was started": ray.is_initialized(),
+    "sys.path was changed": [place for place in sys.path if place in path] != path,
+    "logging was configured": bool(logging.getLogger("training").handlers),
+    "environment was changed": [name for name in {*os.environ} | {*environment}
+        if name.startswith("ALEXNET") and os.environ.get(name) != environment.get(name)],
+}), flush=True)
+import benchmarks.__main__, training.registry.__main__
 
 def run(words, encoding, folder, closed, to):
     for number, where in to.items():
@@ -70,20 +79,32 @@ for line in sys.stdin:
 Run = Callable[..., tuple[int, str, str]]
 
 
+def modules() -> list[str]:
+    packages = (ROOT / name for name in ("alexnet", "pipelines", "training"))
+    files = [path.relative_to(ROOT) for folder in packages for path in folder.rglob("*.py")]
+    names = [".".join(path.with_suffix("").parts) for path in files]
+    return [name.removesuffix(".__init__") for name in names if not name.endswith("__main__")]
+
+
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
-    """run(*words, stdout=…, stderr=…) -> exit code, what was written to both."""
+def programs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[dict[str, Any], Run]]:
+    """What importing has changed; run(*words, to=…) -> exit code, what was written to both."""
     folder = tmp_path_factory.mktemp("programs")
+    (folder / "empty").mkdir()
+    env = {"PYTHONPATH": str(ROOT), "MLFLOW_TRACKING_URI": "", "ALEXNET_HOME": f"{folder}/home"}
     server = subprocess.Popen(
-        [sys.executable, "-W", "ignore", "-c", _PROGRAMS],
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "MLFLOW_TRACKING_URI": ""},
+        [sys.executable, "-W", "ignore", "-c", _PROGRAMS, json.dumps(modules())],
+        cwd=folder / "empty",
+        env=os.environ | env | {"MPLCONFIGDIR": f"{folder}/matplotlib"},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
     )
     assert server.stdin is not None and server.stdout is not None
     stdin, stdout = server.stdin, server.stdout
+    changed = json.loads(stdout.readline())
+    there = [path for name in ("home", "empty") for path in (folder / name).rglob("*")]
+    changed["files were made"] = [str(path) for path in there]
 
     def run(
         *words: str,
@@ -102,8 +123,18 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
         code = int(stdout.readline())
         return code, *(files[number].read_text(encoding) for number in (1, 2))
 
-    yield run
+    yield changed, run
     server.communicate(timeout=60)
+
+
+@pytest.fixture
+def run(programs: tuple[dict[str, Any], Run]) -> Run:
+    return programs[1]
+
+
+def test_importing_every_module_changes_nothing_and_prints_nothing(programs):
+    assert "training.registry.gate" in modules()
+    assert [*filter(None, programs[0].values())] == []
 
 
 SCRIPT = str(ROOT / "training" / "run.py")
@@ -116,27 +147,24 @@ ANSWERS = [
     ("training.evaluate", "--help"),
     ("training.figures", "--help"),
     ("training", "--help"),
-    ("benchmarks.scaling",),
-    ("benchmarks.cost_estimate",),
     (SCRIPT, "smoke", "--print-config"),
     (SCRIPT, "--help"),
     ("benchmarks", "--help"),
     ("benchmarks.cost",),
-    ("benchmarks.summary",),
 ]
 
 
 @pytest.mark.parametrize("words", ANSWERS, ids=lambda words: " ".join(words[:2]).split("/")[-1])
 def test_an_answer_that_nobody_reads_or_that_finds_no_room_is_silent(
-    words: tuple[str, ...], run: Run, drawn_raw: str, drawn_shards: str
-) -> None:
+    words, run, drawn_raw, drawn_shards
+):
     places = {"RAW": drawn_raw, "OUT": drawn_shards}
     words = tuple(places.get(word, word) for word in words)
     assert run(*words, to={1: "gone"}) == (141, "", "")
     assert run(*words, to={1: "/dev/full"}) == (1, "", "")
 
 
-def test_python_itself_has_nothing_to_add_at_its_end() -> None:
+def test_python_itself_has_nothing_to_add_at_its_end():
     end, beginning = os.pipe()
     os.close(end)
     words = [sys.executable, "-m", "pipelines", "--help"]
@@ -145,9 +173,7 @@ def test_python_itself_has_nothing_to_add_at_its_end() -> None:
     assert (done.returncode, done.stderr) == (141, b"")
 
 
-def test_an_answer_without_stdout_fails_and_without_stderr_does_not(
-    run: Run, drawn_shards: str
-) -> None:
+def test_an_answer_without_stdout_fails_and_without_stderr_does_not(run, drawn_shards):
     words = ("pipelines", "status", drawn_shards)
     assert run(*words, closed=(1,)) == (1, "", "")
     code, out, err = run(*words, to={2: "gone"})
@@ -155,30 +181,17 @@ def test_an_answer_without_stdout_fails_and_without_stderr_does_not(
 
 
 @pytest.mark.parametrize(
-    "program", sorted({words[0] for words in ANSWERS}), ids=lambda program: program.split("/")[-1]
-)
-def test_a_wrong_word_is_one_line_and_2(program: str, run: Run) -> None:
-    code, out, err = run(program, "--nonsense")
-    assert (code, out) == (2, "") and err.startswith("error: ") and err.count("\n") == 1
-    assert "--nonsense" in err or "required" in err
-
-
-@pytest.mark.parametrize(
     "nowhere",
     [{"to": {2: "/dev/full"}}, {"to": {2: "gone"}}, {"closed": (2,)}, {"closed": (0, 1, 2)}],
 )
-def test_a_mistake_that_cannot_be_told_is_2_and_not_told_on_stdout(
-    nowhere: dict[str, Any], run: Run
-) -> None:
+def test_a_mistake_that_cannot_be_told_is_2_and_not_told_on_stdout(nowhere, run):
     assert run("pipelines", "--nonsense", **nowhere) == (2, "", "")
 
 
 @pytest.mark.parametrize(
     "nowhere", [{"to": {1: "gone"}}, {"to": {1: "/dev/full"}}, {"closed": [1]}]
 )
-def test_work_goes_on_and_is_done_whoever_reads(
-    nowhere: dict[str, Any], run: Run, tmp_path: Path
-) -> None:
+def test_work_goes_on_and_is_done_whoever_reads(nowhere, run, tmp_path):
     drawn = tmp_path / "raw"
     small = ("--classes", "2", "--per-class", "1", "--val-per-class", "1")
     assert run("pipelines", "demo-raw", str(drawn), *small, **nowhere) == (0, "", "")
@@ -186,9 +199,7 @@ def test_work_goes_on_and_is_done_whoever_reads(
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
-def test_letters_that_a_terminal_has_not_are_escaped(
-    encoding: str, run: Run, tmp_path: Path
-) -> None:
+def test_letters_that_a_terminal_has_not_are_escaped(encoding, run, tmp_path):
     nowhere = str(tmp_path / "Größe 训练 \udcff")
     escaped = nowhere.encode(encoding, "backslashreplace").decode(encoding)
     code, out, err = run("pipelines", "status", nowhere, encoding=encoding)
@@ -196,7 +207,7 @@ def test_letters_that_a_terminal_has_not_are_escaped(
     assert err.count("\n") == 1 and "\\udcff" in err
 
 
-def test_a_current_folder_that_was_deleted_is_one_line(run: Run, tmp_path: Path) -> None:
+def test_a_current_folder_that_was_deleted_is_one_line(run, tmp_path):
     (tmp_path / "gone").mkdir()
     code, out, err = run("pipelines", "status", cwd=tmp_path / "gone")
     assert (code, out) == (2, "")
@@ -206,102 +217,21 @@ def test_a_current_folder_that_was_deleted_is_one_line(run: Run, tmp_path: Path)
 
 
 HEAVY = {"torch", "ray", "mlflow", "pandas", "scipy", "matplotlib", "boto3", "PIL"}
-AT_ONCE = """
-import contextlib, runpy, sys
-words = sys.argv = sys.argv[1:]
-with contextlib.suppress(SystemExit):
-    if words[0].endswith(".py"):
-        runpy.run_path(words[0], run_name="__main__")
-    else:
-        runpy.run_module(words[0], run_name="__main__", alter_sys=True)
-print(*{name.partition(".")[0] for name in sys.modules}, file=sys.stderr)
-"""
 
 
 @pytest.mark.parametrize(
     ("words", "without"),
     [
-        (("pipelines.command",), HEAVY | {"numpy", "pyarrow"}),
-        (("pipelines", "--help"), HEAVY),
-        (("pipelines.build",), {"torch"}),
+        (("-m", "alexnet.model"), {"ray", "mlflow", "boto3"}),
+        (("-m", "pipelines", "--help"), HEAVY),
+        (("-m", "pipelines.build"), {"torch"}),
         ((SCRIPT, "--help"), HEAVY | {"numpy", "pyarrow"}),
         ((SCRIPT, "--print-config"), HEAVY | {"numpy", "pyarrow"}),
-        (("training.registry", "list"), {"torch", "ray", "matplotlib", "boto3"}),
+        (("-m", "training.registry", "list"), {"torch", "ray", "matplotlib", "boto3"}),
     ],
 )
-def test_a_quick_answer_imports_nothing_heavy(words, without, tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-c", AT_ONCE, *words],
-        cwd=ROOT,
-        env=os.environ | {"ALEXNET_HOME": str(tmp_path)},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    imported = set(done.stderr.splitlines()[-1].split())
-    assert "pipelines" in imported and imported & without == set()
-
-
-def test_ctrl_c_says_how_to_continue_and_exits_130(
-    local_ray: str, drawn_raw: str, drawn_shards: str, tmp_path: Path
-) -> None:
-    flags = ["--raw", drawn_raw, "--samples-per-shard", "1", "--workers", "1"]
-    for attempt in range(5):
-        out = tmp_path / f"out{attempt}"
-        argv = ["build", *flags, "--out", str(out), "--max-rejected", "3%"]
-        run = started(argv, tmp_path, {"RAY_ADDRESS": local_ray})
-        first = out / "train-000000.tar"
-        wait_until(lambda run=run, first=first: first.exists() or run.poll() is not None)
-        run.send_signal(signal.SIGINT)
-        _, errors = run.communicate(timeout=120)
-        if run.returncode != 0:  # a busy machine may be too late for so short a build
-            break
-    assert run.returncode == 130, errors
-    assert "the same command continues" in errors.splitlines()[-1]
-    assert not (out / "manifest.json").exists()
-    assert not list(out.rglob("*.tmp"))
-
-
-def test_importing_the_model_loads_no_ray_mlflow_or_boto3():
-    code = "import sys, alexnet.model; print({'ray', 'mlflow', 'boto3'} & set(sys.modules))"
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    assert done.stdout.strip() == "set()"
-
-
-def test_importing_every_module_makes_no_file_starts_no_ray_and_prints_nothing(tmp_path):
-    files = [
-        path
-        for package in ("alexnet", "pipelines", "training")
-        for path in (ROOT / package).rglob("*.py")
-    ]
-    dotted = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in files]
-    modules = [name.removesuffix(".__init__") for name in dotted if not name.endswith("__main__")]
-    assert "training.registry.gate" in modules
-    code = (
-        "import sys, importlib, logging, threading, os\n"
-        f"sys.path.insert(0, {str(ROOT)!r})\n"
-        "path, env = list(sys.path), set(k for k in os.environ if k.startswith('ALEXNET'))\n"
-        f"for name in {modules!r}: importlib.import_module(name)\n"
-        "import ray\n"
-        "assert not ray.is_initialized()\n"
-        "assert [p for p in sys.path if p in path] == path, 'sys.path changed'\n"
-        "assert env == set(k for k in os.environ if k.startswith('ALEXNET')), 'env changed'\n"
-        "assert not logging.getLogger('training').handlers, 'logging configured'\n"
-    )
-    home = tmp_path / "home"
-    work = tmp_path / "work"
-    home.mkdir()
-    work.mkdir()
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code],
-        cwd=work,
-        env={"PATH": "/usr/bin:/bin", "HOME": str(home), "MPLCONFIGDIR": str(tmp_path / "mpl")},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == ""
-    assert list(work.iterdir()) == []
-    assert not (home / ".alexnet").exists()
+def test_a_quick_answer_imports_nothing_heavy(words, without, home):
+    command = [sys.executable, "-X", "importtime", *words]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    imported = set(re.findall(r"^import time: .*\| +([^. \n]+)", done.stderr, re.MULTILINE))
+    assert "alexnet" in imported and imported & without == set()

@@ -1,145 +1,285 @@
-"""Two and three processes over gloo learn and measure what one does."""
+"""Two and three processes over gloo learn, measure and decide what one does."""
 
 import itertools
-from dataclasses import asdict, dataclass
+import multiprocessing
+import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
-from ranks import run_ranks
+import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 from shard_sets import write_shard_set
-from small_training import CPU, Record, evaluated, fit, seen_ids, small_config, without_dropout
+from small_training import CPU, evaluated, fit, seen_ids, small_config, without_dropout
 
+from alexnet.optim import Rates
 from pipelines.shards import load_manifest
-from training import loop
+from training import guards
 from training.evaluate import evaluate
+from training.guards import Requests
 from training.loader import Loader
+from training.meter import GRAD_NORM, IMAGES, LOSS
 from training.network import build_model, input_spec
+from training.order import rank_part
+from training.steps import Place, Stepper
+
+BATCH = 7  # which neither 2 nor 3 ranks divide
+WORLDS = (3, 2)
 
 
-def counted(uri: str, rank: int = 0, world_size: int = 1) -> dict[str, Any]:
+def serve(rank: int, folder: Path, *args: Any) -> None:
+    """One process is this rank of each world that has it, since importing torch takes seconds."""
+    torch.set_num_threads(1)
+    without_dropout(setattr)
+    for world_size in (size for size in WORLDS if rank < size):
+        place = Place(CPU, rank=rank, world_size=world_size)
+        meeting = f"file://{folder / f'meeting-{world_size}'}"
+        dist.init_process_group("gloo", meeting, rank=rank, world_size=world_size)
+        found = one_step(place) | trained(place, folder / f"{world_size}-{rank}", *args)
+        torch.save(found, folder / f"{world_size}-{rank}.pt")
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def batch() -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(BATCH, 3, 227, 227, generator=generator), torch.arange(BATCH) % 4
+
+
+def stepped(place: Place, dtype: torch.dtype = torch.float32, **changes: Any) -> dict[str, Any]:
+    """What one step of this rank's part leaves; no decay, so that the momentum is the gradient."""
+    config = small_config(optim_weight_decay=0.0, **changes)
+    stepper = Stepper(config, build_model(config, 4).to(dtype), place)
+    images, labels = batch()
+    ids = torch.from_numpy(rank_part(torch.arange(BATCH).numpy(), place.rank, place.world_size))
+    how = {"number": 0, "rates": Rates(0.01, 0.01, 0.01, 0.01), "global_size": BATCH}
+    step = stepper.step(images[ids].to(dtype), labels[ids], **how)
+    first, last = step.communication or (0.0, 0.0)
+    return {
+        "gradients": stepper.tensors()["optimizer"],
+        "buffers": dict(stepper.model.named_buffers()),
+        "sums": step.sums,
+        "exposed": last - first,
+    }
+
+
+def one_step(place: Place) -> dict[str, Any]:
+    last = lambda: place.rank == place.world_size - 1  # noqa: E731
+    with pytest.MonkeyPatch.context() as patch:  # rank 0's clock alone says when to look
+        patch.setattr(guards, "_NOTICE_SECONDS", 0.0 if place.rank == 0 else 1e9)
+        asked = {
+            "rank 0 late": Requests(1e-9 if place.rank == 0 else None, place),
+            "others late": Requests(None if place.rank == 0 else 1e-9, place),
+            "last noticed": Requests(None, place, preempted=last),
+            "last stopped": Requests(None, place, stopping=last),
+            "nobody": Requests(60.0, place, stopping=lambda: False, preempted=lambda: False),
+        }
+        requests = {name: (r.made(1), r.made(2), r.late()) for name, r in asked.items()}
+    return {
+        "requests": requests,
+        "looks": looks(place),
+        "plain": stepped(place),
+        "double": stepped(place, torch.float64),
+        "compressed": stepped(place, compress_gradients=True),
+        "normed": stepped(place, model_batch_norm=True),
+    }
+
+
+def looks(place: Place) -> list[int]:
+    """After which of 12 steps, in which rank 0 is the slowest, somebody asks whether to stop."""
+    asked: list[int] = []
+    requests = Requests(None, place, stopping=lambda: bool(asked.append(step)))
+    for step in range(1, 13):
+        time.sleep(0.05 if place.rank == 0 else 0)
+        assert requests.made(step) == (False, False)
+    return asked
+
+
+def counted(uri: str, place: Place) -> dict[str, Any]:
     """Of an untrained network, in float64: batches of other sizes round alike."""
     manifest, config = load_manifest(uri), small_config()
     network = build_model(config, 4).double().eval()
     with Loader(uri, manifest, "val", threads=1) as loader:
-        where = {"device": CPU, "rank": rank, "world_size": world_size}
+        where = {"device": CPU, "rank": place.rank, "world_size": place.world_size}
         found = evaluate(
             lambda x: network(x.double()), loader, input_spec(manifest, config), **where
         )
     return asdict(found)
 
 
-def train_on_rank(
-    rank: int, world_size: int, uri: str, few: str, keep: Path, middle: Path
-) -> dict[str, Any]:
-    steps = seen_ids(setattr)
-    place = loop.Place(CPU, rank=rank, world_size=world_size)
-    keep = keep / f"{world_size}-{rank}"
+def trained(place: Place, keep: Path, uri: str, few: str, middle: Path) -> dict[str, Any]:
     with pytest.MonkeyPatch.context() as patch:
-        without_dropout(patch.setattr)
-        plain = fit(small_config(), uri, keep / "plain", place=place)
-        ids = list(steps)
+        steps = seen_ids(patch.setattr)
+        whole = fit(small_config(), uri, keep / "whole", place=place)
         rest = fit(small_config(), uri, keep / "rest", resume=middle, place=place)
-    norm = fit(small_config(model_batch_norm=True), uri, keep / "norm", place=place)
+    config = small_config(model_batch_norm=True, optim_epochs=1)
+    norm = fit(config, uri, keep / "norm", place=place)
     return {
-        "ids": ids,
-        "resumed_ids": steps[8 : 8 + 5],
-        "folders": [str(run.last) if run.folders else "" for run in (plain, rest, norm)],
-        "logged": [len(plain.logged), [sorted(metrics) for _, metrics in plain.logged[-2:]]],
-        "reported": [(metrics, str(folder)) for metrics, folder in plain.reported],
-        "losses": [metrics["loss"] for _, metrics in plain.logged if "loss" in metrics],
+        "ids": steps,
+        "folders": [run.last if run.folders else None for run in (whole, rest, norm)],
+        "logged": whole.logged,
+        "reported": whole.reported,
         "result": norm.result,
-        "counts": [counted(data, rank, world_size) for data in (uri, few)],
+        "counts": [counted(data, place) for data in (uri, few)],
     }
 
 
-@dataclass(frozen=True)
-class Together:
-    alone: Record
-    ids: list[list[int]]
-    ranks: dict[int, list[dict[str, Any]]]
+@pytest.fixture(scope="module")
+def sets(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    """28 train images, 4 steps of 7; and fewer val images than ranks."""
+    folder = tmp_path_factory.mktemp("sets")
+    few = write_shard_set(folder / "few", train=(1,), val=(1, 1))
+    return write_shard_set(folder / "set", train=(10, 9, 9), val=(7, 6)), few
 
 
 @pytest.fixture(scope="module")
-def uri(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """28 samples: 4 steps of 7, which neither 2 nor 3 ranks divide."""
-    return write_shard_set(tmp_path_factory.mktemp("ranks") / "set", train=(10, 9, 9), val=(7, 6))
-
-
-@pytest.fixture(scope="module")
-def few(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Fewer val images than ranks."""
-    return write_shard_set(tmp_path_factory.mktemp("ranks") / "few", train=(1,), val=(1, 1))
-
-
-@pytest.fixture(scope="module")
-def together(uri: str, few: str, tmp_path_factory: pytest.TempPathFactory) -> Together:
-    """The same training by one process here and by two and three over gloo."""
-    folder = tmp_path_factory.mktemp("ranks")
+def alone(sets: tuple[str, str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What one process does, here."""
+    keep = tmp_path_factory.mktemp("ranks") / "alone"
     with pytest.MonkeyPatch.context() as patch:
         without_dropout(patch.setattr)
         steps = seen_ids(patch.setattr)
-        alone = fit(small_config(checkpoint_steps=3), uri, folder / "alone")
-    ranks = run_ranks([3, 2], train_on_rank, folder, uri, few, folder, alone.folders[3])
-    return Together(alone, steps, ranks)
+        run = fit(small_config(checkpoint_steps=3), sets[0], keep)
+        double, plain = stepped(Place(CPU), torch.float64), stepped(Place(CPU))
+    counts = [counted(uri, Place(CPU)) for uri in sets]
+    return {"run": run, "ids": steps, "double": double, "plain": plain, "counts": counts}
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
-def test_ranks_see_between_them_what_one_process_sees(together, world_size):
-    ranks = together.ranks[world_size]
-    for step, ids in enumerate(together.ids):
+@pytest.fixture(scope="module")
+def folder(sets, alone, tmp_path_factory) -> Path:
+    """The same by two and three over gloo."""
+    folder = tmp_path_factory.mktemp("ranks")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["training.loop", "training.evaluate", "pytest"])
+    args = (folder, *sets, alone["run"].folders[3])
+    processes = [context.Process(target=serve, args=(rank, *args)) for rank in range(max(WORLDS))]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0] * max(WORLDS)
+    return folder
+
+
+@pytest.fixture(scope="module", params=sorted(WORLDS))
+def ranks(folder: Path, request: pytest.FixtureRequest) -> list[dict[str, Any]]:
+    files = [folder / f"{request.param}-{rank}.pt" for rank in range(request.param)]
+    return [torch.load(file, weights_only=False) for file in files]
+
+
+def test_gradients_of_uneven_parts_are_those_of_the_whole_batch(ranks, alone):
+    """In float64 within 1e-6 of each tensor's largest; in float32, whose sums of thousands of
+    products depend on their order by more, within 1e-6."""
+    for rank, (what, unit) in itertools.product(ranks, (("double", True), ("plain", False))):
+        gradients = alone[what]["gradients"]
+        assert rank[what]["gradients"].keys() == gradients.keys()
+        for name, expected in gradients.items():
+            error = (rank[what]["gradients"][name] - expected).abs().max()
+            assert error < 1e-6 * (expected.abs().max() if unit else 1), f"{what} {name}"
+
+
+def test_sums_of_the_parts_are_those_of_the_batch_and_communication_is_measured(ranks, alone):
+    sums, whole = torch.stack([rank["plain"]["sums"] for rank in ranks]), alone["plain"]
+    assert sums[:, IMAGES].sum() == BATCH and len(set(sums[:, IMAGES].tolist())) == 2
+    torch.testing.assert_close(sums[:, LOSS].sum(), whole["sums"][LOSS], rtol=1e-6, atol=0)
+    norm = torch.sqrt(sum((value.double() ** 2).sum() for value in whole["gradients"].values()))
+    for row in (*sums, whole["sums"]):
+        torch.testing.assert_close(row[GRAD_NORM], norm, rtol=1e-5, atol=0)
+    assert whole["exposed"] == 0 and all(rank["plain"]["exposed"] > 0 for rank in ranks)
+
+
+def test_compressed_gradients_lose_what_bfloat16_loses(ranks, alone):
+    first, *others = (rank["compressed"]["gradients"] for rank in ranks)
+    for name, expected in alone["plain"]["gradients"].items():
+        found = first[name]
+        assert found.dtype == torch.float32
+        assert torch.equal(found, found.bfloat16().float()), "sent as bfloat16"
+        error = (found - expected).abs().max() / expected.abs().max()
+        assert 0 < error < 2**-6, f"{name}: {error:.1e}"
+        assert all(torch.equal(other[name], found) for other in others), "ranks differ"
+
+
+def test_running_statistics_are_the_means_over_all_ranks(ranks, monkeypatch):
+    own = []  # what each rank's part alone would leave
+    images, _ = batch()
+    without_dropout(monkeypatch.setattr)
+    for rank in range(len(ranks)):
+        model = build_model(small_config(model_batch_norm=True), 4)
+        model(images[rank :: len(ranks)].contiguous(memory_format=torch.channels_last))
+        own.append(dict(model.named_buffers()))
+    for name, found in ((n, b) for rank in ranks for n, b in rank["normed"]["buffers"].items()):
+        if name.endswith("num_batches_tracked"):
+            assert found == 1
+        else:
+            mean = torch.stack([buffers[name] for buffers in own]).mean(0)
+            torch.testing.assert_close(found, mean, rtol=1e-4, atol=1e-6)
+
+
+def test_all_ranks_stop_and_save_by_the_clock_of_the_first_or_a_request_to_any(ranks):
+    """(stop, save) after two steps, and whether it is late. Notices are asked for from the second
+    on, when rank 0's clock has told all of them to."""
+    nothing, save, stop = (False, False), (False, True), (True, False)
+    for rank in ranks:
+        assert rank["requests"] == {
+            "rank 0 late": (save, save, True),
+            "others late": (nothing, nothing, False),
+            "last noticed": (nothing, save, False),
+            "last stopped": (stop, stop, False),
+            "nobody": (nothing, nothing, False),
+        }
+
+
+def test_all_ranks_meet_at_the_pace_of_the_first(ranks):
+    first, *others = [rank["looks"] for rank in ranks]
+    assert all(asked == first for asked in others)
+    assert first[:2] == [1, 2] and len(first) < 12
+
+
+def test_ranks_see_between_them_what_one_process_sees(ranks, alone):
+    expected = alone["ids"] + alone["ids"][3:]  # the whole, and what is resumed
+    assert len(alone["ids"]) == 8 and all(len(rank["ids"]) == len(expected) for rank in ranks)
+    for step, ids in enumerate(expected):
         parts = [rank["ids"][step] for rank in ranks]
         assert sorted(itertools.chain(*parts)) == sorted(ids), f"step {step}"
-    for step, ids in enumerate(together.ids[3:]):
-        parts = [rank["resumed_ids"][step] for rank in ranks]
-        assert sorted(itertools.chain(*parts)) == sorted(ids), f"step {step} after resuming"
-    assert all(len(rank["ids"]) == len(together.ids) == 8 for rank in ranks)
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
 @pytest.mark.parametrize("number", [0, 1], ids=["whole", "resumed from one process"])
-def test_ranks_learn_what_one_process_learns(together, world_size, number):
+def test_ranks_learn_what_one_process_learns(ranks, alone, number):
     """Weights after 8 steps of momentum. float32 sums in another order: 1e-6 is measured."""
-    alone = load_file(together.alone.last / "model.safetensors")
-    found = load_file(Path(together.ranks[world_size][0]["folders"][number]) / "model.safetensors")
+    found = load_file(ranks[0]["folders"][number] / "model.safetensors")
     initial = build_model(small_config(), 4).state_dict()
-    for name, value in alone.items():
+    for name, value in load_file(alone["run"].last / "model.safetensors").items():
         moved = (value - initial[name]).abs().max()
         difference = (found[name] - value).abs().max()
         assert difference < 2e-3 * moved, f"{name}: moved {moved:.2e}, differs {difference:.2e}"
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
-def test_only_rank_zero_speaks_and_all_ranks_report(together, world_size):
-    first, *others = together.ranks[world_size]
-    assert first["logged"][0] == len(together.alone.logged)
-    assert all(rank["logged"][0] == 0 for rank in others)
+def test_only_rank_zero_speaks_and_all_ranks_report(ranks, alone):
+    first, *others = ranks
+    losses = [
+        [metrics["loss"] for _, metrics in logged if "loss" in metrics]
+        for logged in (first["logged"], alone["run"].logged)
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert all(folder is not None for _, folder in first["reported"])
     for rank in others:
-        assert [metrics for metrics, _ in rank["reported"]] == [m for m, _ in first["reported"]]
-        assert {folder for _, folder in rank["reported"]} == {"None"}
-        assert rank["folders"] == ["", "", ""]
-    assert "None" not in {folder for _, folder in first["reported"]}
-    alone = [metrics["loss"] for _, metrics in together.alone.logged if "loss" in metrics]
-    assert first["losses"] == pytest.approx(alone, rel=1e-4)
+        assert rank["logged"] == [] and rank["folders"] == [None] * 3
+        assert rank["reported"] == [(metrics, None) for metrics, _ in first["reported"]]
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
-def test_measured_is_what_is_saved_with_batch_norm_over_ranks(together, world_size, uri):
+def test_measured_is_what_is_saved_with_batch_norm_over_ranks(ranks, sets):
     """Running statistics differ by rank: all ranks must evaluate those of the checkpoint."""
-    first, *others = together.ranks[world_size]
+    first, *others = ranks
     assert all(rank["result"] == first["result"] for rank in others)
-    found = evaluated(Path(first["folders"][2]), uri, "val", model_batch_norm=True)
+    found = evaluated(first["folders"][2], sets[0], "val", model_batch_norm=True)
     assert found.top1 == first["result"]["val_top1"]
     assert found.loss == pytest.approx(first["result"]["val_loss"], rel=1e-5)
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
-def test_ranks_count_every_image_once_also_where_there_are_fewer_than_ranks(
-    together, world_size, uri, few
-):
-    alone = [counted(data) for data in (uri, few)]
-    assert [found["images"] for found in alone] == [13, 2]
-    for rank in together.ranks[world_size]:
-        for found, expected in zip(rank["counts"], alone, strict=True):
+def test_ranks_count_every_image_once_also_where_there_are_fewer_than_ranks(ranks, alone):
+    assert [found["images"] for found in alone["counts"]] == [13, 2]
+    for rank in ranks:
+        for found, expected in zip(rank["counts"], alone["counts"], strict=True):
             assert found == expected | {"loss": pytest.approx(expected["loss"], rel=1e-9)}

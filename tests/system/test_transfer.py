@@ -19,29 +19,33 @@ from training import evaluate, loop
 from training.loader import Loader
 from training.meter import Meter, Reading
 from training.order import epoch_order, global_batch, rank_part
+from training.steps import Place
 from training.transfer import sent
 
-TRAIN, VAL = (10, 9, 9), (7, 6)  # 4 steps of 7
+TRAIN = (10, 9, 9)  # 4 steps of 7
 
 
 @pytest.fixture(scope="module")
 def uri(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return write_shard_set(tmp_path_factory.mktemp("transfer") / "set", train=TRAIN, val=VAL)
+    return write_shard_set(tmp_path_factory.mktemp("transfer") / "set", train=TRAIN)
+
+
+def watched(uri: str, device: torch.device, told: Callable[..., object], **changes: Any) -> None:
+    """An epoch with a log line every two steps, of which `told` gets metrics and step."""
+    config, place = small_config(log_steps=2, optim_epochs=1, **changes), Place(device, threads=2)
+    loop.fit(config, uri, load_manifest(uri), place, log=told, report=Record().report)
 
 
 def blocked(uri: str, **changes: Any) -> list[Counter[str]]:
     """What would block the stand-in before each log line, that of its own reading included."""
     before: list[Counter[str]] = []
 
-    class Watching(Record):
-        def log(self, metrics: dict[str, float], step: int) -> None:
-            before.append(Counter(found))
-            found.clear()
+    def told(*_: object) -> None:
+        before.append(Counter(found))
+        found.clear()
 
-    record, config = Watching(), small_config(log_steps=2, optim_epochs=1, **changes)
-    place = loop.Place(stand_in.DEVICE, threads=2)
     with stand_in.blocking() as found:
-        loop.fit(config, uri, load_manifest(uri), place, log=record.log, report=record.report)
+        watched(uri, stand_in.DEVICE, told, **changes)
     return before
 
 
@@ -54,7 +58,10 @@ COUNTING = {
 LARS = {"optim_rule": "lars", "optim_ema_decay": 0.9, "model_batch_norm": True}
 
 
-@pytest.mark.parametrize("changes", [{}, LARS, {"optim_rule": "paper"}, {"synthetic": True}])
+KINDS = [{}, LARS, {"optim_rule": "paper"}, {"synthetic": True}]
+
+
+@pytest.mark.parametrize("changes", KINDS)
 def test_no_step_and_no_batch_of_an_evaluation_waits(uri, monkeypatch, changes):
     monkeypatch.setattr(evaluate, "_GPU_BATCH", 4)
     _, steps, evaluation = blocked(uri, **changes)
@@ -66,14 +73,12 @@ def test_no_step_and_no_batch_of_an_evaluation_waits(uri, monkeypatch, changes):
     ("wait", "listed"),
     [
         (lambda x: x + torch.tensor(0.0, device=x.device), "tensor"),
-        (lambda x: x + torch.zeros(()).to(x.device), "_to_copy"),
         (lambda x: x + torch.zeros(()).to(x.device, non_blocking=True), "_to_copy"),
         (lambda x: x.mul_(bool(x.max() > -1)), "_local_scalar_dense"),
-        (lambda x: x.copy_(x.cpu().pin_memory(), non_blocking=True), "_to_copy"),
         (lambda x: x.copy_(torch.ones(x.shape)), "copy_"),
     ],
 )
-def test_a_step_that_waits_is_listed(uri, monkeypatch, wait: Callable[[Tensor], Tensor], listed):
+def test_a_step_that_waits_is_listed(uri, monkeypatch, wait, listed):
     view = loop.train_view
     monkeypatch.setattr(loop, "train_view", lambda *args: wait(view(*args)))
     _, steps, _ = blocked(uri)
@@ -101,7 +106,7 @@ def test_batches_arrive_whole_in_order_and_each_with_its_own_draws(uri):
 
 
 def test_a_run_on_the_stand_in_learns_what_the_cpu_does(uri):
-    there = loop.Place(stand_in.DEVICE, threads=2)
+    there = Place(stand_in.DEVICE, threads=2)
     with stand_in.blocking():
         found = fit(small_config(), uri, place=there)
     expected = fit(small_config(), uri)
@@ -111,10 +116,11 @@ def test_a_run_on_the_stand_in_learns_what_the_cpu_does(uri):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-@pytest.mark.parametrize("changes", [{}, LARS, {"optim_rule": "paper"}, {"synthetic": True}])
+@pytest.mark.parametrize("changes", KINDS)
 def test_no_step_and_no_batch_of_an_evaluation_waits_on_a_gpu(uri, monkeypatch, changes):
     strict = torch.cuda.set_sync_debug_mode
     read, scores = Meter.read, evaluate._scores
+    steps: list[int] = []
 
     def reading(self: Meter, world_size: int) -> Reading:
         strict("default")
@@ -126,18 +132,15 @@ def test_no_step_and_no_batch_of_an_evaluation_waits_on_a_gpu(uri, monkeypatch, 
             yield found
         strict("default")
 
-    class Watching(Record):
-        def log(self, metrics: dict[str, float], step: int) -> None:
-            super().log(metrics, step)
-            strict("error" if step == 2 else "default")
+    def told(_: object, step: int) -> None:
+        steps.append(step)
+        strict("error" if step == 2 else "default")
 
     monkeypatch.setattr(Meter, "read", reading)
     monkeypatch.setattr(evaluate, "_scores", scoring)
     monkeypatch.setattr(evaluate, "_GPU_BATCH", 4)
-    record, config = Watching(), small_config(log_steps=2, optim_epochs=1, **changes)
-    place = loop.Place(torch.device("cuda", 0), threads=2)
     try:
-        loop.fit(config, uri, load_manifest(uri), place, log=record.log, report=record.report)
+        watched(uri, torch.device("cuda", 0), told, **changes)
     finally:
         strict("default")
-    assert [step for step, _ in record.logged] == [2, 4, 4]
+    assert steps == [2, 4, 4]
