@@ -23,8 +23,9 @@ class Cluster:
         self, folder: Path, env: dict[str, str], head: Sequence[str] = _FOR_DRIVERS
     ) -> None:
         """folder: for Ray's sockets; its path must be short. env: of every process."""
-        unasked = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_prestart_worker_first_driver": "0"}
-        self._env = unasked | {"RAY_AUTH_MODE": "disabled"} | env
+        known = {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
+        known |= {"RAY_prestart_worker_first_driver": "0", "RAY_worker_niceness": "0"}
+        self._env = known | env
         self._folder, self._started = folder, 0
         self.nodes: list[subprocess.Popen[bytes]] = []
         (port,) = free_ports(1)

@@ -31,6 +31,9 @@ def surroundings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
         patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        # Workers of a Ray start when they are needed, and get as much of the CPUs as the tests.
+        patch.setenv("RAY_prestart_worker_first_driver", "0")
+        patch.setenv("RAY_worker_niceness", "0")
         for name in ("RAY_ADDRESS", "AWS_PROFILE", "AWS_ENDPOINT_URL", "MLFLOW_TRACKING_URI"):
             patch.delenv(name, raising=False)
         yield
@@ -231,7 +234,6 @@ def local_ray(s3: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str
         patch.delenv("RAY_AUTH_MODE", raising=False)
         patch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))
         patch.setenv("PYTHONPATH", str(ROOT))
-        patch.setenv("RAY_prestart_worker_first_driver", "0")  # as the product's own
         context = ray.init(
             address="local", num_cpus=2, include_dashboard=False, logging_level="warning"
         )
