@@ -18,18 +18,14 @@ from alexnet.errors import UserError
 from pipelines import fetch
 
 FILE = "imagenette2-160.tgz"
-IMAGES = {
-    f"{split}/{wnid}/{name}.JPEG": jpeg(seed)
-    for seed, (split, wnid, name) in enumerate(
-        [
-            ("train", "n01440764", "n01440764_10026"),
-            ("train", "n01440764", "ILSVRC2012_val_00000293"),  # the published split is a new one
-            ("train", "n03888257", "n03888257_7"),
-            ("val", "n01440764", "n01440764_141"),
-            ("val", "n03888257", "ILSVRC2012_val_00000662"),
-        ]
-    )
-}
+NAMES = [
+    "train/n01440764/n01440764_10026",
+    "train/n01440764/ILSVRC2012_val_00000293",  # the published split is a new one
+    "train/n03888257/n03888257_7",
+    "val/n01440764/n01440764_141",
+    "val/n03888257/ILSVRC2012_val_00000662",
+]
+IMAGES = {f"{name}.JPEG": jpeg(seed) for seed, name in enumerate(NAMES)}
 
 
 def packed(members: dict[str, bytes | tarfile.TarInfo]) -> bytes:
@@ -47,9 +43,8 @@ def packed(members: dict[str, bytes | tarfile.TarInfo]) -> bytes:
 
 def published() -> bytes:
     """With the litter that an archive may hold; its bytes differ each time."""
-    members = {f"imagenette2-160/{name}": data for name, data in IMAGES.items()}
     litter = {"noisy_imagenette.csv": b"path,noise\n", "train/.DS_Store": os.urandom(40)}
-    return packed({f"imagenette2-160/{name}": data for name, data in litter.items()} | members)
+    return packed({f"imagenette2-160/{name}": data for name, data in (litter | IMAGES).items()})
 
 
 class Server(http.server.ThreadingHTTPServer):

@@ -43,24 +43,21 @@ def tar(members: list[tuple[str, bytes]]) -> bytes:
     return buffer.getvalue()
 
 
-def devkit(
-    wnids_by_id: list[str], announced: int | list[int], ground_truth: str, year: int = 2012
-) -> bytes:
-    """A devkit whose leaf k + 1 is wnids_by_id[k], each with `announced` images."""
-    meta = synsets(wnids_by_id, announced, f"ILSVRC{year}_ID")
-    truth = (f"ILSVRC{year}_validation_ground_truth.txt", ground_truth.encode())
-    return packed_devkit([("meta.mat", meta), truth])
+def devkit(wnids: list[str], announced: int | list[int], truth: str, year: int = 2012) -> bytes:
+    """A devkit whose leaf k + 1 is wnids[k], each with `announced` images."""
+    meta = ("meta.mat", synsets(wnids, announced, f"ILSVRC{year}_ID"))
+    return packed_devkit([meta, (f"ILSVRC{year}_validation_ground_truth.txt", truth.encode())])
 
 
-def synsets(wnids_by_id: list[str], announced: int | list[int], id_field: str) -> bytes:
+def synsets(wnids: list[str], announced: int | list[int], id_field: str) -> bytes:
     """A meta.mat: the leaves in the order of their IDs, then the node above them."""
     names = f"{id_field} WNID words gloss num_children children wordnet_height num_train_images"
-    table = np.empty((len(wnids_by_id) + 1, 1), [(name, object) for name in names.split()])
-    counts = [announced] * len(wnids_by_id) if isinstance(announced, int) else announced
-    for row, wnid in enumerate(wnids_by_id):
-        table[row, 0] = (row + 1, wnid, f"name of {wnid}", "gloss", 0, [], 0, counts[row])
-    everything = list(range(1, len(wnids_by_id) + 1))
-    table[-1, 0] = (len(table), "n00000001", "entity", "", len(everything), everything, 1, 0)
+    table = np.empty((len(wnids) + 1, 1), [(name, object) for name in names.split()])
+    counts = [announced] * len(wnids) if isinstance(announced, int) else announced
+    for row, (wnid, count) in enumerate(zip(wnids, counts, strict=True)):
+        table[row, 0] = (row + 1, wnid, f"name of {wnid}", "gloss", 0, [], 0, count)
+    leaves = list(range(1, len(wnids) + 1))
+    table[-1, 0] = (len(table), "n00000001", "entity", "", len(leaves), leaves, 1, 0)
     meta = io.BytesIO()
     savemat(meta, {"synsets": table})
     return meta.getvalue()
@@ -73,31 +70,34 @@ def packed_devkit(files: list[tuple[str, bytes]]) -> bytes:
 A, B, C = "n00000010", "n00000020", "n00000030"
 
 
+def imagefolder(folder: Path, files: dict[str, bytes]) -> Path:
+    for name, data in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+    return folder
+
+
+def class_folders(folder: Path, images: dict[str, int | bytes]) -> str:
+    """By relative name: a drawn JPEG of that seed, or these bytes."""
+    made = {name: what if isinstance(what, bytes) else jpeg(what) for name, what in images.items()}
+    return str(imagefolder(folder, made))
+
+
 def archives(folder: Path, **replaced: bytes | None) -> Path:
     """Three classes of two train images, three val images; IDs C = 1, A = 2, B = 3.
 
     `train`, `val` or `devkit` replace an archive; None leaves it out.
     """
-    inner = [
-        (f"{wnid}.tar", tar([(f"{wnid}_{n}.JPEG", jpeg(10 * k + n)) for n in (7, 3)]))
-        for k, wnid in enumerate((B, C, A))
-    ]
+    names = {key: f"ILSVRC2012_img_{key}.tar" for key in ("train", "val")}
+    names |= {"devkit": "ILSVRC2012_devkit_t12.tar.gz"}
     val = [(f"ILSVRC2012_val_{n:08d}.JPEG", jpeg(100 + n)) for n in (2, 3, 1)]
     made = {
-        "train": tar(inner),
+        "train": _train(B, C, A, numbers=(7, 3)),
         "val": tar(val),
         "devkit": devkit([C, A, B], 2, "3\n1\n2\n"),
-    } | replaced
-    names = {
-        "train": "ILSVRC2012_img_train.tar",
-        "val": "ILSVRC2012_img_val.tar",
-        "devkit": "ILSVRC2012_devkit_t12.tar.gz",
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    for key, name in names.items():
-        if (data := made[key]) is not None:
-            (folder / name).write_bytes(data)
-    return folder
+    return _written(folder, names, made | replaced)
 
 
 def archives_2010(folder: Path, **replaced: bytes | None) -> Path:
@@ -106,39 +106,26 @@ def archives_2010(folder: Path, **replaced: bytes | None) -> Path:
     IDs B = 1, A = 2; val: A, B; test: B, A. `train`, `val`, `test`, `devkit`, `patches` or `truth`
     replace a file; None leaves it out.
     """
+    names = {key: f"ILSVRC2010_images_{key}.tar" for key in ("train", "val", "test")}
+    names |= {"patches": "patch_images.tar", "devkit": "ILSVRC2010_devkit-1.0.tar.gz"}
+    names |= {"truth": "ILSVRC2010_test_ground_truth.txt"}
+    places = [f"train/{B}_2", "val/ILSVRC2010_val_00000001", "test/ILSVRC2010_test_00000002"]
+    patches = [(f"patch_images/{name}.JPEG", jpeg(301 + n)) for n, name in enumerate(places)]
     made = {
-        "train": tar(
-            [
-                (f"{wnid}.tar", tar([(f"{wnid}_{n}.JPEG", jpeg(10 * k + n)) for n in (1, 2)]))
-                for k, wnid in enumerate((A, B))
-            ]
-        ),
+        "train": _train(A, B, numbers=(1, 2)),
         "val": tar([(f"val/ILSVRC2010_val_{n:08d}.JPEG", jpeg(100 + n)) for n in (2, 1)]),
         "test": tar([(f"test/ILSVRC2010_test_{n:08d}.JPEG", jpeg(200 + n)) for n in (1, 2)]),
-        "patches": tar(
-            [
-                (f"patch_images/train/{B}_2.JPEG", jpeg(301)),
-                ("patch_images/val/ILSVRC2010_val_00000001.JPEG", jpeg(302)),
-                ("patch_images/test/ILSVRC2010_test_00000002.JPEG", jpeg(303)),
-            ]
-        ),
+        "patches": tar(patches),
         "devkit": devkit([B, A], 2, "2\n1\n", year=2010),
         "truth": b"1\n2\n",
-    } | replaced
-    names = {
-        "train": "ILSVRC2010_images_train.tar",
-        "val": "ILSVRC2010_images_val.tar",
-        "test": "ILSVRC2010_images_test.tar",
-        "patches": "patch_images.tar",
-        "devkit": "ILSVRC2010_devkit-1.0.tar.gz",
-        "truth": "ILSVRC2010_test_ground_truth.txt",
     }
+    return _written(folder, names, made | replaced)
+
+
+def _train(*wnids: str, numbers: tuple[int, ...]) -> bytes:
+    inner = [[(f"{w}_{n}.JPEG", jpeg(10 * k + n)) for n in numbers] for k, w in enumerate(wnids)]
+    return tar([(f"{wnid}.tar", tar(images)) for wnid, images in zip(wnids, inner, strict=True)])
+
+
+def _written(folder: Path, names: dict[str, str], made: dict[str, bytes | None]) -> Path:
     return imagefolder(folder, {names[key]: data for key, data in made.items() if data is not None})
-
-
-def imagefolder(folder: Path, files: dict[str, bytes]) -> Path:
-    for name, data in files.items():
-        path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(data)
-    return folder

@@ -49,13 +49,9 @@ def timm(raw: Path, **info: Any) -> Path:
         more = {"filename": f"ILSVRC2012_val_{n:08d}.JPEG", "height": 60, "width": 80}
         files += sample(f"ILSVRC2012_val_{n:08d}", jpeg(100 + n), n, label=n, **more)
     written(raw, VAL, files)
-    splits = {
-        split: {"name": split, "filenames": names, "shard_lengths": counts, "num_samples": total}
-        for split, names, counts, total in (
-            ("train", [TRAIN, "imagenet1k-train-0001.tar"], [4, 4], 8),
-            ("validation", [VAL], [3], 3),
-        )
-    }
+    train = {"name": "train", "filenames": [TRAIN, "imagenet1k-train-0001.tar"]}
+    val = {"name": "validation", "filenames": [VAL], "shard_lengths": [3], "num_samples": 3}
+    splits = {"train": train | {"shard_lengths": [4, 4], "num_samples": 8}, "validation": val}
     document = {"name": "imagenet1k", "splits": splits} | info
     (raw / "_info.json").write_text(json.dumps(document))
     return raw

@@ -29,6 +29,12 @@ def made_shards(
     return finish.finish(out, made, finish.finished_shards(out, made)[0])
 
 
+def part_of(raw: str, out: Path, recipe: plan.Recipe) -> str:
+    """A finished set of `raw`, which may be incomplete, in `out`."""
+    made_shards(raw, str(out), recipe, partial=True)
+    return str(out)
+
+
 def contents(out: str) -> dict[str, bytes]:
     """Everything that must not depend on who built when."""
     return {

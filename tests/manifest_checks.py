@@ -16,6 +16,7 @@ import botocore.session
 import botocore.validate
 import jsonschema
 import kubernetes_validate
+import manifests
 from cfnlint.config import ConfigMixIn
 from cfnlint.decode.decode import decode_str
 from cfnlint.runner import Runner
@@ -24,21 +25,7 @@ from grafana_foundation_sdk.cog.plugins import register_default_plugins
 from grafana_foundation_sdk.models.dashboard import Dashboard
 from known_settings import is_setting
 from manifest_commands import CommandError, check_ray_flags
-from manifests import (
-    ACCESS,
-    CLUSTER,
-    COMPOSE,
-    DASHBOARD,
-    KUBERAY,
-    KUBERNETES,
-    PROVISIONING,
-    RULES,
-    SCRAPE,
-    pod_templates,
-    settings,
-    walk,
-)
-from manifests import documents as read
+from manifests import pod_templates, settings, walk
 
 KUBERNETES_VERSION = "1.34"
 RESOURCES = {"cpu", "memory", "nvidia.com/gpu", "storage"}
@@ -46,20 +33,22 @@ RESOURCES = {"cpu", "memory", "nvidia.com/gpu", "storage"}
 
 def complaints(path: Path, documents: list[Any]) -> list[str]:
     """Empty where all is well."""
-    if path == COMPOSE:
+    if path == manifests.COMPOSE:
         return _compose(documents[0])
-    if path in KUBERAY:
+    if path in manifests.KUBERAY:
         return [line for each in documents for line in _kuberay(each)]
-    if path in KUBERNETES:
+    if path in manifests.KUBERNETES:
         found = [line for each in documents for line in _kubernetes(each)]
         return found or _selectors(path, documents) + list(_read_elsewhere(documents))
-    if path == CLUSTER:
+    if path == manifests.CLUSTER:
         return _launcher(documents[0])
-    if path == ACCESS:
+    if path == manifests.ACCESS:
         return _cloudformation(documents[0])
-    if path == DASHBOARD:
+    if path == manifests.DASHBOARD:
         return _dashboard(documents[0])
-    schema = {RULES: "rules", SCRAPE: "scrape"} | {each: each.stem for each in PROVISIONING}
+    schema = {manifests.RULES: "rules", manifests.SCRAPE: "scrape"} | {
+        each: each.stem for each in manifests.PROVISIONING
+    }
     return _against(_our_schema(schema[path]), documents[0])
 
 
@@ -94,10 +83,6 @@ def _compose(document: Any) -> list[str]:
         waited = service.get("depends_on", {}).keys() - document["services"].keys()
         found += [f"{name} waits for no service: {each}" for each in waited]
     return found + _unknown_settings(document)
-
-
-def _unknown_settings(document: Any) -> list[str]:
-    return [f"no setting: {name}" for name, _ in settings(document) if not is_setting(name)]
 
 
 def _kuberay(document: Any) -> list[str]:
@@ -143,19 +128,25 @@ def _core(text: str) -> list[str]:
     return _unknown_settings(document) + _unknown_resources(document)
 
 
+def _unknown_settings(document: Any) -> list[str]:
+    return [f"no setting: {name}" for name, _ in settings(document) if not is_setting(name)]
+
+
 def _unknown_resources(document: Any) -> list[str]:
     """Of containers; Kubernetes takes any name, and would look for a node that has such a thing."""
-    return [
-        f"no such resource: {name}"
-        for path, value in walk(document)
-        if path[-2:] in (("resources", "limits"), ("resources", "requests"))
-        for name in value.keys() - RESOURCES
-    ]
+    asked = (("resources", "limits"), ("resources", "requests"))
+    names = [name for path, value in walk(document) if path[-2:] in asked for name in value]
+    return [f"no such resource: {name}" for name in names if name not in RESOURCES]
 
 
 def _selectors(path: Path, documents: list[Any]) -> list[str]:
     """Labels are free: only what selects them shows that they are right."""
-    others = [each for file in (*KUBERNETES, *KUBERAY) if file != path for each in _read(file)]
+    others = [
+        each
+        for file in (*manifests.KUBERNETES, *manifests.KUBERAY)
+        if file != path
+        for each in _read(file)
+    ]
     templates = [template for each in (*documents, *others) for template in pod_templates(each)]
     pods = [template["metadata"].get("labels", {}) for template in templates]
     found = []
@@ -174,9 +165,7 @@ def _selects(way: tuple[Any, ...], value: Any) -> bool:
     return plain or way[-1:] == ("matchLabels",)
 
 
-@functools.cache
-def _read(path: Path) -> list[Any]:
-    return read(path)
+_read = functools.cache(manifests.documents)
 
 
 def _read_elsewhere(documents: list[Any]) -> Iterator[str]:

@@ -56,12 +56,8 @@ def _python(words: list[str]) -> None:
                 importlib.import_module("training.registry.__main__")._parse(flags)
             case ["-m", "training.predict", *flags]:
                 importlib.import_module("training.predict")._parser().parse_args(flags)
-            case ["-m", "training.evaluate", *flags]:
-                importlib.import_module("training.evaluate")._parse(flags)
-            case ["-m", "training.figures", *flags]:
-                importlib.import_module("training.figures")._parse(flags)
-            case ["-m", "training.export", *flags]:
-                importlib.import_module("training.export")._parse(flags)
+            case ["-m", "training.evaluate" | "training.figures" | "training.export", *flags]:
+                importlib.import_module(words[1])._parse(flags)
             case ["-m", name, *flags] if name.split(".")[0] == "benchmarks":
                 name = "benchmarks.__main__" if name == "benchmarks" else name
                 importlib.import_module(name).main([*flags, "--help"])

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import torch
+from drawn import encoded
 from PIL import Image
 
 from pipelines import shards, storage
@@ -40,16 +41,14 @@ def write_shard_set(
             first += size
             packed = shards.pack(name, samples)
             data = packed.tar
-            storage.write_new(storage.join(str(folder), f"{name}.tar"), data)
+            storage.write_new(f"{folder}/{name}.tar", data)
             tables.append(packed.index)
             infos.append((name, split, size, len(data), hashlib.sha256(data).hexdigest()))
             pixels += [np.asarray(Image.open(io.BytesIO(s.jpeg))) for s in samples]
         index = shards.parquet_bytes(pa.concat_tables(tables))
-        storage.write_new(storage.join(str(folder), "index", f"{split}.parquet"), index)
+        storage.write_new(f"{folder}/index/{split}.parquet", index)
     document = _manifest(infos, np.stack(pixels), classes, side)
-    storage.write_new(
-        storage.join(str(folder), "manifest.json"), shards.canonical_json(document, indent=1)
-    )
+    storage.write_new(f"{folder}/manifest.json", shards.canonical_json(document, indent=1))
     return str(folder)
 
 
@@ -59,23 +58,10 @@ def _sample(
     label = number % classes
     hue = np.array([label * 255 // max(1, classes - 1), 255 * (label % 2), 128])
     image = np.clip(hue + rng.integers(-40, 40, (side, side, 3)), 0, 255).astype(np.uint8)
-    buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, "JPEG", quality=90)
-    wnid = f"n{label:08d}"
-    return shards.Sample(
-        key=f"{split}_{number:04d}",
-        label=label,
-        wnid=wnid,
-        jpeg=buffer.getvalue(),
-        name=f"{split}_{number:04d}.JPEG",
-        source="drawn",
-        source_offset=0,
-        source_size=0,
-        source_sha256="",
-        width=side,
-        height=side,
-        fixes=(),
-    )
+    key, jpeg = f"{split}_{number:04d}", encoded(Image.fromarray(image), quality=90)
+    lineage = {"source": "drawn", "source_offset": 0, "source_size": 0, "source_sha256": ""}
+    size = {"width": side, "height": side, "fixes": ()}
+    return shards.Sample(key, label, f"n{label:08d}", jpeg, f"{key}.JPEG", **lineage, **size)
 
 
 def _manifest(
@@ -102,10 +88,7 @@ def _manifest(
         "shards": [dict(zip(columns, info, strict=True)) for info in infos],
         "totals": {split: {} for _, split, *_ in infos},
         "source": {"layout": "drawn"},
-        "rejected": {},
-        "fixes": {},
-        "partial": False,
-    }
+    } | {"rejected": {}, "fixes": {}, "partial": False}
 
 
 def open_loader(uri: str | Path, split: str = "train", **options: float) -> Loader:

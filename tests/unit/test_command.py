@@ -89,9 +89,7 @@ def test_a_uid_without_an_entry_has_a_name_and_the_home_that_was_given(monkeypat
         ("benchmarks.cost", ["--prize", "x"], "--price"),
     ],
 )
-def test_every_program_names_the_unknown_flag_and_the_one_that_was_meant(
-    program: str, words: list[str], meant: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_every_program_names_the_unknown_flag_and_the_one_meant(program, words, meant, capsys):
     assert importlib.import_module(program).main(words) == 2
     line = capsys.readouterr().err.splitlines()[-1]
     assert line.startswith("error: ") and words[-1 if "dry" in words[-1] else -2] in line

@@ -1,6 +1,5 @@
 """pipelines/finish.py: which shards count as finished, and what is made of them."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,18 +12,12 @@ from pipelines.progress import BuildFailed, MaxRejected
 from pipelines.write_shard import codec_versions, write_shard
 
 
-def other_versions(name: str) -> Callable[[], dict[str, str]]:
-    return lambda: codec_versions() | {name: "0.1"}
-
-
 @pytest.mark.parametrize("name", codec_versions())
-def test_shards_that_other_codecs_made_do_not_count(
-    name: str, drawn_shards: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_shards_that_other_codecs_made_do_not_count(name, drawn_shards, monkeypatch):
     made = plan_files.load(drawn_shards)
     done, missing = finish.finished_shards(drawn_shards, made)
     assert ([shard for shard, _ in done], missing) == ([*made.shards], {})
-    monkeypatch.setattr(finish, "codec_versions", other_versions(name))
+    monkeypatch.setattr(finish, "codec_versions", lambda: codec_versions() | {name: "0.1"})
     done, missing = finish.finished_shards(drawn_shards, made)
     assert done == [] and len(missing) == len(made.shards)
     assert {why.partition(" (")[0] for why in missing.values()} == {finish.OTHER_CODECS}
@@ -39,20 +32,21 @@ def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1])
 
 
+TAR_OR_INDEX = "its tar or index was damaged or gone"
+
+
 @pytest.mark.parametrize(
     ("file", "damage", "why"),
     [
         ("_meta/train-000001.parquet", Path.unlink, finish.NOT_MADE),
         ("_meta/train-000001.parquet", cut, "its sidecar was damaged"),
         ("_meta/train-000001.parquet", other_images, "it held other images"),
-        ("train-000001.tar", cut, "its tar or index was damaged or gone"),
-        ("train-000001.tar", Path.unlink, "its tar or index was damaged or gone"),
-        ("train-000001.idx", Path.unlink, "its tar or index was damaged or gone"),
+        ("train-000001.tar", cut, TAR_OR_INDEX),
+        ("train-000001.tar", Path.unlink, TAR_OR_INDEX),
+        ("train-000001.idx", Path.unlink, TAR_OR_INDEX),
     ],
 )
-def test_a_shard_counts_only_with_its_own_sidecar_tar_and_index(
-    copy: Path, file: str, damage: Callable[[Path], None], why: str
-) -> None:
+def test_a_shard_counts_only_with_its_own_sidecar_tar_and_index(copy, file, damage, why):
     damage(copy / file)
     done, missing = finish.finished_shards(str(copy), plan_files.load(str(copy)))
     assert missing == {1: why}
@@ -60,18 +54,16 @@ def test_a_shard_counts_only_with_its_own_sidecar_tar_and_index(
     assert len(names) == 5 and "train-000001" not in names
 
 
-def test_a_set_of_other_codecs_is_not_repaired_by_halves(
-    copy: Path, drawn_raw: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_set_of_other_codecs_is_not_repaired_by_halves(copy, drawn_raw, monkeypatch):
     (copy / "train-000001.tar").write_bytes(b"cut")
     before = contents(str(copy))
-    monkeypatch.setattr(finish, "codec_versions", other_versions("pillow"))
+    monkeypatch.setattr(finish, "codec_versions", lambda: codec_versions() | {"pillow": "0.1"})
     with pytest.raises(UserError, match=r"other codecs had made it .* install those versions, or"):
         build.repair(str(copy), ["train-000001.tar"], drawn_raw)
     assert contents(str(copy)) == before
 
 
-def test_a_class_of_which_nothing_can_be_read_is_refused_or_recorded(tmp_path: Path) -> None:
+def test_a_class_of_which_nothing_can_be_read_is_refused_or_recorded(tmp_path):
     bad = {f"train/b/b{n}.jpg": b"<html>" for n in range(3)}
     good = {f"train/a/a{n}.jpg": jpeg(n) for n in range(9)}
     raw, no_limit = str(imagefolder(tmp_path / "raw", good | bad)), MaxRejected(share=1.0)

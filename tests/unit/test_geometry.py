@@ -83,9 +83,8 @@ def test_strips_do_not_explode(height, width, monkeypatch):
 
     monkeypatch.setattr(preprocess.F, "interpolate", recording)
     image = torch.full((3, height, width), 77, dtype=torch.uint8)
-    assert torch.equal(
-        resize_and_crop(image, 256, 227), torch.full((3, 227, 227), 77, dtype=torch.uint8)
-    )
+    found = resize_and_crop(image, 256, 227)
+    assert found.shape == (3, 227, 227) and (found == 77).all()
     assert max(sizes[0]) <= 8 * 256
 
 
@@ -111,9 +110,8 @@ def test_a_torch_without_lanczos_is_named(monkeypatch):
 def test_input_spec_survives_json():
     spec = spec_of(240, COVARIANCE, mean=(123.456, 117.1, 104.0), std=(58.4, 57.1, 57.4))
     document = json.loads(json.dumps(spec.to_json()))
-    assert InputSpec.from_json(document) == spec
-    assert document == spec.to_json()
-    assert hash(InputSpec.from_json(document)) == hash(spec)
+    found = InputSpec.from_json(document)
+    assert (found, hash(found), document) == (spec, hash(spec), spec.to_json())
 
 
 @pytest.mark.parametrize(
@@ -122,22 +120,20 @@ def test_input_spec_survives_json():
 def test_a_damaged_specification_is_refused(change):
     with pytest.raises(UserError, match="input specification is damaged"):
         InputSpec.from_json(spec_of(227).to_json() | change)
-
-
-def test_a_specification_without_a_field_names_it():
     document = spec_of(227).to_json()
-    del document["std"]
-    with pytest.raises(UserError, match="'std'"):
+    del document[next(iter(change))]
+    with pytest.raises(UserError, match=f"damaged .*{next(iter(change))!r}"):
         InputSpec.from_json(document)
 
 
-@pytest.mark.parametrize(("resize", "crop"), [(256, 226), (240, 241), (200, 227)])
-def test_impossible_geometry_is_refused(resize, crop):
-    with pytest.raises(UserError, match="choose 227 <= crop <= resize"):
-        InputSpec(resize, crop, (0.0,) * 3, (1.0,) * 3, IDENTITY)
-
-
-@pytest.mark.parametrize("value", [0.0, math.nan, math.inf])
-def test_pixels_without_spread_are_refused(value):
-    with pytest.raises(UserError, match="must be positive in every channel"):
-        spec_of(227, std=(1.0, value, 1.0))
+@pytest.mark.parametrize(
+    ("resize", "crop", "std", "named"),
+    [
+        (256, 226, 1.0, "choose 227 <= crop <= resize"),
+        (240, 241, 1.0, "choose 227 <= crop <= resize"),
+        *((256, 227, std, "must be positive in every") for std in (0.0, math.nan, math.inf)),
+    ],
+)
+def test_impossible_values_are_refused(resize, crop, std, named):
+    with pytest.raises(UserError, match=named):
+        InputSpec(resize, crop, (0.0,) * 3, (1.0, std, 1.0), IDENTITY)

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from drawn import A, imagefolder
-from drawn_layouts import hugging_face, parquet, train_row
+from drawn_layouts import IMAGE, hugging_face, parquet, train_row
 from waiting import wait_until
 
 from alexnet.errors import UserError
@@ -39,9 +39,7 @@ def container(tmp_path: Path) -> bytes:
     return data
 
 
-def test_images_come_in_the_order_of_the_source_with_their_positions(
-    tmp_path: Path, container: bytes
-) -> None:
+def test_images_come_in_the_order_of_the_source_with_their_positions(tmp_path, container):
     rng = random.Random(0)
     offsets = sorted(rng.sample(range(0, 6 * MIB, KIB), 300))  # some overlap
     rows = [row("c.tar", offset, rng.randrange(5 * KIB)) for offset in offsets]
@@ -71,13 +69,7 @@ def test_images_come_in_the_order_of_the_source_with_their_positions(
         ([(0, 12 * MIB), (12 * MIB, 10), (13 * MIB, 10)], 3, 12 * MIB + 20),
     ],
 )
-def test_neighbours_share_a_read(
-    tmp_path: Path,
-    container: bytes,
-    places: list[tuple[int, int]],
-    requests: int,
-    num_bytes: int,
-) -> None:
+def test_neighbours_share_a_read(tmp_path, container, places, requests, num_bytes):
     rows = [row("c.tar", offset, size) for offset, size in places[::-1]]
     reader = reads.Reader(str(tmp_path), rows)
     found = dict(reader)
@@ -86,7 +78,7 @@ def test_neighbours_share_a_read(
     assert reads.cost(table(rows)) == (requests, num_bytes)
 
 
-def test_rows_of_parquet_files_are_read_by_row_group(tmp_path: Path) -> None:
+def test_rows_of_parquet_files_are_read_by_row_group(tmp_path):
     train = [train_row(A, number, 0) for number in range(40)]
     raw = str(hugging_face(tmp_path, train=train, row_group=5, size=1000))
     rows = sources.scan(raw, ["train"], partial=True).table.to_pylist()
@@ -104,59 +96,48 @@ def test_rows_of_parquet_files_are_read_by_row_group(tmp_path: Path) -> None:
     assert reads.cost(table(rows)) == (2, 0)
 
 
-def test_a_changed_parquet_file_is_told(tmp_path: Path) -> None:
-    raw = str(hugging_face(tmp_path))
-    rows = sources.scan(raw, ["train"]).table.to_pylist()
-    path = tmp_path / "data/train-00000-of-00002.parquet"
-    parquet(path, [train_row(A, 5, 0), train_row(A, 6, 0)])
-    with pytest.raises(UserError, match=r"0-of-00002\.parquet has changed: row 0 was .* and is"):
-        list(reads.Reader(raw, rows))
-    parquet(path, [train_row(A, 5, 0)])
-    with pytest.raises(UserError, match="has changed: row 1 is gone, it has 1 rows now"):
-        list(reads.Reader(raw, rows))
-    path.write_bytes(path.read_bytes()[:-20])
-    with pytest.raises(UserError, match=r"0-of-00002\.parquet is damaged"):
-        list(reads.Reader(raw, rows))
-    path.unlink()
-    with pytest.raises(UserError, match=r"0-of-00002\.parquet has changed: it is gone"):
-        list(reads.Reader(raw, rows))
-
-
-def test_damaged_pages_of_a_parquet_file_are_told(tmp_path: Path) -> None:
+def test_a_changed_parquet_file_is_told(tmp_path):
     raw = str(hugging_face(tmp_path, size=5000))
     rows = sources.scan(raw, ["train"]).table.to_pylist()
     path = tmp_path / "data/train-00000-of-00002.parquet"
     data = path.read_bytes()
-    path.write_bytes(data[:4] + b"\xff" * 2000 + data[2004:])
-    with pytest.raises(UserError, match=r"0-of-00002\.parquet is damaged .*fetch it again"):
-        list(reads.Reader(raw, rows))
+
+    def refused(message: str) -> None:
+        with pytest.raises(UserError, match=rf"0-of-00002\.parquet {message}"):
+            list(reads.Reader(raw, rows))
+
+    path.write_bytes(data[:4] + b"\xff" * 2000 + data[2004:])  # in its pages
+    refused("is damaged .*fetch it again")
+    path.write_bytes(data[:-20])
+    refused("is damaged")
+    parquet(path, [train_row(A, 5, 0), train_row(A, 6, 0)])
+    refused("has changed: row 0 was .* and is")
+    parquet(path, [train_row(A, 5, 0)])
+    refused("has changed: row 1 is gone, it has 1 rows now")
+    path.unlink()
+    refused("has changed: it is gone")
 
 
-def test_a_image_that_a_parquet_file_does_not_hold_is_empty(tmp_path: Path) -> None:
-    schema = pa.schema([("image", pa.struct([("bytes", pa.binary()), ("path", pa.string())]))])
-    images = pa.table([[{"bytes": None, "path": f"{A}_1_{A}.JPEG"}]], schema=schema)
-    pa.parquet.write_table(images, tmp_path / "a.parquet")
+def test_a_image_that_a_parquet_file_does_not_hold_is_empty(tmp_path):
+    images = pa.array([{"bytes": None, "path": f"{A}_1_{A}.JPEG"}], IMAGE)
+    pa.parquet.write_table(pa.table({"image": images}), tmp_path / "a.parquet")
     rows = [row("a.parquet", 0, None, f"{A}_1.JPEG")]
     assert list(reads.Reader(str(tmp_path), rows)) == [(0, b"")]
 
 
-def test_short_and_vanished_files_are_told_with_their_bytes(
-    tmp_path: Path, container: bytes
-) -> None:
+def test_short_and_vanished_files_are_told_with_their_bytes(tmp_path, container):
     rows = [row("c.tar", 0, 10), row("c.tar", 19 * MIB, 10)]
     (tmp_path / "c.tar").write_bytes(container[: 19 * MIB + 4])
     reader = iter(reads.Reader(str(tmp_path), rows))
     assert next(reader) == (0, container[:10])
-    with pytest.raises(
-        UserError, match=r"c\.tar has changed: of bytes 19,922,944 to 19,922,954 only 4 are there"
-    ):
+    with pytest.raises(UserError, match=r"c\.tar has changed: .* 19,922,954 only 4 are there"):
         next(reader)
     (tmp_path / "c.tar").unlink()
     with pytest.raises(UserError, match=r"c\.tar has changed: it is gone"):
         list(reads.Reader(str(tmp_path), rows))
 
 
-def test_an_empty_shard_and_an_empty_folder_cost_nothing(tmp_path: Path) -> None:
+def test_an_empty_shard_and_an_empty_folder_cost_nothing(tmp_path):
     assert list(reads.Reader(str(tmp_path), [])) == []
     imagefolder(tmp_path, {"a.jpg": b""})
     assert list(reads.Reader(str(tmp_path), [row("a.jpg", 0, 0)])) == [(0, b"")]
@@ -167,20 +148,13 @@ def test_an_empty_shard_and_an_empty_folder_cost_nothing(tmp_path: Path) -> None
 
 class Slow(http.server.BaseHTTPRequestHandler):
     """An object store whose every answer takes a while, or until so many are asked for at once. Any
-    key holds FILE, or else its own last letter, without end."""
+    key holds its own last letter, without end."""
 
     DELAY = 0.05  # seconds
-    FILE: ClassVar[bytes] = b""
     lock: ClassVar = threading.Lock()
     together: ClassVar[threading.Barrier | None] = None
     answers: ClassVar[int] = 0
     protocol_version = "HTTP/1.1"
-
-    def do_HEAD(self) -> None:
-        time.sleep(self.DELAY)
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(self.FILE)))
-        self.end_headers()
 
     def do_GET(self) -> None:
         if Slow.together:
@@ -188,11 +162,10 @@ class Slow(http.server.BaseHTTPRequestHandler):
         else:
             time.sleep(self.DELAY)
         first, last = map(int, self.headers["Range"].removeprefix("bytes=").split("-"))
-        body = self.FILE[first : last + 1] or self.path[-1:].encode() * (last - first + 1)
         self.send_response(206)
-        self.send_header("Content-Length", str(len(body)))
+        self.send_header("Content-Length", str(last - first + 1))
         self.end_headers()
-        self.wfile.write(body)
+        self.wfile.write(self.path[-1:].encode() * (last - first + 1))
         with Slow.lock:
             Slow.answers += 1
 
@@ -214,9 +187,7 @@ def slow_store(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     server.server_close()
 
 
-def test_sixteen_requests_are_under_way_at_once(
-    slow_store: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_sixteen_requests_are_under_way_at_once(slow_store, monkeypatch):
     monkeypatch.setattr(Slow, "together", threading.Barrier(16, timeout=120))  # or it breaks
     rows = [row(f"{number:03d}", 512, KIB) for number in range(160)]
     reader = reads.Reader(slow_store, rows)
@@ -224,9 +195,7 @@ def test_sixteen_requests_are_under_way_at_once(
     assert reader.requests == 160
 
 
-def test_a_slow_consumer_waits_for_the_first_answer_only(
-    slow_store: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_slow_consumer_waits_for_the_first_answer_only(slow_store, monkeypatch):
     rows = [row(f"{number:03d}", 512, KIB) for number in range(16)]
     with reads.Reader(slow_store, rows) as reader:
         stream = iter(reader)
@@ -237,19 +206,7 @@ def test_a_slow_consumer_waits_for_the_first_answer_only(
         assert len(list(stream)) == 15
 
 
-def test_waiting_for_the_footers_of_parquet_files_is_waiting(
-    slow_store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    parquet(tmp_path / "x.parquet", [train_row(A, number, number) for number in range(4)])
-    monkeypatch.setattr(Slow, "FILE", (tmp_path / "x.parquet").read_bytes())
-    reader = reads.Reader(slow_store, [row("x.parquet", 0, KIB)])
-    next(reader._fetches())  # asks for the size and the footer
-    assert reader.wait_seconds >= 2 * Slow.DELAY
-
-
-def test_no_more_than_64_mib_are_read_ahead_and_leaving_the_loop_ends_the_threads(
-    slow_store: str,
-) -> None:
+def test_no_more_than_64_mib_are_read_ahead_and_leaving_the_loop_ends_the_threads(slow_store):
     rows = [row(f"{number:04d}", 512, MIB) for number in range(1000)]
     with pytest.raises(KeyboardInterrupt), reads.Reader(slow_store, rows) as reader:
         for position, _ in reader:
@@ -261,9 +218,7 @@ def test_no_more_than_64_mib_are_read_ahead_and_leaving_the_loop_ends_the_thread
     wait_until(lambda: not any(thread.name.startswith("ahead") for thread in threading.enumerate()))
 
 
-def test_one_image_larger_than_that_is_read_alone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_one_image_larger_than_that_is_read_alone(tmp_path, monkeypatch):
     monkeypatch.setattr(reads, "_MAX_AHEAD", 100)
     monkeypatch.setattr(reads, "_MAX_READ", 10)
     (tmp_path / "c.tar").write_bytes(bytes(range(250)) * 4)

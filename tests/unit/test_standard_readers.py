@@ -1,22 +1,17 @@
 """A built set as the libraries of others read it: webdataset, wids, Hugging Face, DALI's index.
 
-DALI's `fn.readers.webdataset` takes a text file beside each tar, as its tools/wds2idx.py writes it.
-Version 1.2, every field divided by one space and every line ended by a line feed:
+DALI's `fn.readers.webdataset` takes a text file beside each tar, as its tools/wds2idx.py writes it:
 
     v1.2 8
     cls 512 1 n01440764_10026.cls jpg 1536 20131 n01440764_10026.jpg json 22528 310 n0…026.json
-    …
 
-The first line has the number of samples, which must be positive. Then comes one line per sample,
-in tar order, with four fields for each member, also in tar order: the extension (what follows the
-first dot of the base name), the offset of the member's first data byte (not of its header; DALI
-refuses what is no multiple of 512), its size in bytes, and its whole name. DALI reads the fields
-with C++'s `>>`, so that no name may hold a blank. Source: NVIDIA/DALI, tools/wds2idx.py and
-dali/operators/reader/loader/webdataset_loader.cc (`ParseIndexFile`, `ParseSampleDesc`).
+The first line has the number of samples. Then comes one line per sample, in tar order, with four
+fields for each member: the extension, the offset of its first data byte (not of its header), its
+size in bytes, and its whole name. Every field is divided by one space. Source: NVIDIA/DALI,
+tools/wds2idx.py and dali/operators/reader/loader/webdataset_loader.cc (`ParseIndexFile`).
 """
 
 import hashlib
-import io
 import json
 import tarfile
 import warnings
@@ -25,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from PIL import Image
 
 from pipelines import shards
 
@@ -55,6 +49,7 @@ def index_rows(out: str, split: str) -> list[dict[str, Any]]:
 def shard_names(out: str, split: str) -> list[str]:
     names = sorted(path.name for path in Path(out).glob(f"{split}-*.tar"))
     assert len(names) > 1
+    assert names == [f"{split}-{number:06d}.tar" for number in range(len(names))]
     return names
 
 
@@ -63,26 +58,8 @@ def members(tar: Path) -> list[tuple[str, bytes]]:
         return [(info.name, archive.extractfile(info).read()) for info in archive]
 
 
-def json_members(out: str, split: str) -> dict[str, Any]:
-    """Key → what the sample's KEY.json says."""
-    return {
-        name.removesuffix(".json"): json.loads(data)
-        for shard in shard_names(out, split)
-        for name, data in members(Path(out) / shard)
-        if name.endswith(".json")
-    }
-
-
 @pytest.mark.parametrize("split", SPLITS)
-def test_shards_are_numbered_from_zero_without_a_hole(drawn_shards: str, split: str) -> None:
-    names = shard_names(drawn_shards, split)
-    assert names == [f"{split}-{number:06d}.tar" for number in range(len(names))]
-
-
-@pytest.mark.parametrize("split", SPLITS)
-def test_webdataset_reads_a_brace_range_as_the_index_lists_it(
-    drawn_shards: str, split: str
-) -> None:
+def test_webdataset_reads_a_brace_range_as_the_index_lists_it(drawn_shards, split):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of webdataset about itself
         import webdataset
@@ -98,9 +75,7 @@ def test_webdataset_reads_a_brace_range_as_the_index_lists_it(
 
 
 @pytest.mark.parametrize("split", SPLITS)
-def test_wids_finds_every_sample_by_its_number(
-    drawn_shards: str, split: str, tmp_path: Path
-) -> None:
+def test_wids_finds_every_sample_by_its_number(drawn_shards, split, tmp_path):
     import wids
 
     data = wids.ShardListDataset(
@@ -117,22 +92,17 @@ def test_wids_finds_every_sample_by_its_number(
         assert hashlib.sha256(sample[".jpg"].read()).hexdigest() == row["sha256"]
         assert Path(sample["__shard__"]).name == f"{row['shard']}.tar"
     data.close()
-
-
-@pytest.mark.parametrize("split", SPLITS)
-def test_the_wids_index_tells_md5_and_size_of_each_tar(drawn_shards: str, split: str) -> None:
-    document = json.loads((Path(drawn_shards) / f"shardindex-{split}.json").read_bytes())
+    document = json.loads(Path(drawn_shards, f"shardindex-{split}.json").read_bytes())
     assert [entry["url"] for entry in document["shardlist"]] == shard_names(drawn_shards, split)
     for entry in document["shardlist"]:
-        data = (Path(drawn_shards) / entry["url"]).read_bytes()
-        assert entry["md5sum"] == hashlib.md5(data).hexdigest()
-        assert entry["filesize"] == len(data)
+        tar = Path(drawn_shards, entry["url"]).read_bytes()
+        assert (entry["md5sum"], entry["filesize"]) == (hashlib.md5(tar).hexdigest(), len(tar))
 
 
 @pytest.mark.parametrize("streaming", [False, True], ids=["converted", "streaming"])
 def test_hugging_face_reads_images_labels_and_descriptions(
-    drawn_shards: str, hugging_face: Any, tmp_path: Path, streaming: bool
-) -> None:
+    drawn_shards, hugging_face, tmp_path, streaming
+):
     data = hugging_face.load_dataset(
         "webdataset",
         data_files={split: f"{drawn_shards}/{split}-*.tar" for split in SPLITS},
@@ -143,11 +113,10 @@ def test_hugging_face_reads_images_labels_and_descriptions(
     for split in SPLITS:
         undecoded = data[split].cast_column("jpg", hugging_face.Image(decode=False))
         assert {"__key__", "cls", "jpg", "json"} <= set(undecoded.column_names)
-        rows, descriptions = index_rows(drawn_shards, split), json_members(drawn_shards, split)
-        for row, sample in zip(rows, undecoded, strict=True):
+        for row, sample in zip(index_rows(drawn_shards, split), undecoded, strict=True):
             assert (sample["__key__"], sample["cls"]) == (row["key"], row["label"])
             assert hashlib.sha256(sample["jpg"]["bytes"]).hexdigest() == row["sha256"]
-            assert sample["json"] == descriptions[row["key"]]
+            assert (sample["json"]["wnid"], sample["json"]["width"]) == (row["wnid"], row["width"])
         assert next(iter(data[split]))["jpg"].mode == "RGB"
 
 
@@ -166,9 +135,7 @@ def parsed(idx: Path) -> list[list[tuple[str, int, int, str]]]:
 
 
 @pytest.mark.parametrize("split", SPLITS)
-def test_every_range_of_the_dali_index_holds_the_member_it_names(
-    drawn_shards: str, split: str
-) -> None:
+def test_every_range_of_the_dali_index_holds_the_member_it_names(drawn_shards, split):
     keys = []
     for shard in shard_names(drawn_shards, split):
         tar = Path(drawn_shards) / shard
@@ -180,10 +147,6 @@ def test_every_range_of_the_dali_index_holds_the_member_it_names(
         ]
         for sample in samples:
             (key,) = {name.removesuffix(f".{ext}") for ext, _, _, name in sample}
-            by_extension = {ext: (offset, size) for ext, offset, size, _ in sample}
-            assert sorted(by_extension) == ["cls", "jpg", "json"]
-            offset, size = by_extension["jpg"]
-            with Image.open(io.BytesIO(data[offset : offset + size])) as image:
-                assert image.format == "JPEG"
+            assert sorted(ext for ext, _, _, _ in sample) == ["cls", "jpg", "json"]
             keys.append(key)
     assert keys == [row["key"] for row in index_rows(drawn_shards, split)]

@@ -1,31 +1,22 @@
 """pipelines/transform/: nothing cut, forged or damaged passes, crashes or takes memory."""
 
 import gzip
-import io
 import random
 import re
 import resource
 import struct
-import tarfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from drawn import encoded, image
 from forged import absurd, interlaced_rows, patched, png, resized_jpeg, segment, unusual_sampling
 from PIL import Image
 
-from pipelines.transform import (
-    FIXES,
-    MAX_UNPACKED,
-    REASONS,
-    Rejected,
-    Stored,
-    to_stored,
-)
+from pipelines.transform import FIXES, MAX_UNPACKED, REASONS, Rejected, Stored, to_stored
 
 GEOMETRY = (256, 227, 90)
 
@@ -40,11 +31,7 @@ def verdict(raw: bytes) -> str:
 @contextmanager
 def memory_limit(megabytes: int) -> Iterator[None]:
     """More than this beyond what the process has now is a MemoryError."""
-    statm = Path("/proc/self/statm")
-    if not statm.exists():
-        pytest.skip("/proc tells how much memory this process has; not on this system")
-    now = int(statm.read_text().split()[0]) * resource.getpagesize()
-    before = resource.getrlimit(resource.RLIMIT_AS)
+    before, now = resource.getrlimit(resource.RLIMIT_AS), psutil.Process().memory_info().vms
     resource.setrlimit(resource.RLIMIT_AS, (now + (megabytes << 20), before[1]))
     try:
         yield
@@ -66,6 +53,7 @@ JPEGS = {
     "restart marks": encoded(PHOTO, restart_marker_rows=1),
     "unusual sampling": unusual_sampling(),
 }
+BASE = JPEGS["baseline"]
 OTHERS = {
     "png": encoded(PHOTO, "PNG"),
     "interlaced": png(interlaced_rows(np.asarray(PHOTO)), 64, 48, 8, 2, 1),
@@ -85,56 +73,38 @@ WHOLE = JPEGS | OTHERS | {"mpo": MPO}
 
 
 @pytest.mark.parametrize("name", WHOLE)
-def test_a_file_cut_anywhere_never_passes(name: str) -> None:
+def test_a_file_cut_anywhere_never_passes(name):
     raw = MPO[: MPO.index(b"\xff\xd9") + 2] if name == "mpo" else WHOLE[name]
     assert verdict(raw) == ""
     for end in {*range(0, len(raw), 1 + len(raw) // 300), *range(len(raw) - 20, len(raw))}:
         reason = verdict(raw[:end])
         assert reason in ("zero_bytes", "not_an_image", "truncated"), end
-        assert (reason == "truncated") == (end > 17) or end <= 17
+        assert end <= 17 or reason == "truncated"
 
 
 @pytest.mark.parametrize("name", JPEGS)
-def test_a_cut_jpeg_never_passes_not_even_with_an_end_mark(name: str) -> None:
+def test_a_cut_jpeg_never_passes_not_even_with_an_end_mark(name):
     raw = JPEGS[name]
     start = segment(raw, 0xDA).stop
     for end in range(start, len(raw) - 2, 1 + len(raw) // 500):
         assert verdict(raw[:end] + b"\xff\xd9") in ("truncated", "corrupt"), end
 
 
-def test_a_jpeg_without_its_last_scans_never_passes() -> None:
+def test_a_jpeg_without_its_last_scans_never_passes():
     raw = JPEGS["progressive"]
     marks = [found.start() for found in re.finditer(rb"\xff[\xc4\xda]", raw)]
     for end in marks[marks.index(segment(raw, 0xDA).start) + 1 :]:
         assert verdict(raw[:end] + b"\xff\xd9") == "truncated"
 
 
-def test_a_missing_restart_interval_is_noticed() -> None:
+def test_a_missing_restart_interval_is_noticed():
     raw = JPEGS["restart marks"]
     first, second = raw.index(b"\xff\xd0"), raw.index(b"\xff\xd1")
     assert verdict(raw[:first] + raw[second:]) == "corrupt"
 
 
-def test_real_photos_cut_anywhere_never_pass(data_folder: Path) -> None:
-    with tarfile.open(data_folder / "photos-200.tar") as archive:
-        members = [member for member in archive if member.isfile()][::40]
-        photos = [archive.extractfile(member).read() for member in members]
-    with Image.open(io.BytesIO(photos[0])) as image:
-        photos.append(encoded(image, quality=90, progressive=True))
-    for raw in photos:
-        assert verdict(raw) == ""
-        for end in [*range(700, len(raw) - 2, len(raw) // 12), len(raw) - 3]:
-            assert verdict(raw[:end]) == "truncated"
-            assert verdict(raw[:end] + b"\xff\xd9") in ("truncated", "corrupt")
-
-
-def test_what_lies_behind_a_jpegs_end_mark_does_not_matter() -> None:
-    end = MPO.index(b"\xff\xd9") + 2
-    assert {verdict(MPO[:stop]) for stop in (end, end + 1, end + 100, len(MPO))} == {""}
-
-
 @pytest.mark.parametrize("interlaced", [0, 1])
-def test_a_png_that_lacks_rows_behind_good_checksums_never_passes(interlaced: int) -> None:
+def test_a_png_that_lacks_rows_behind_good_checksums_never_passes(interlaced):
     pixels = np.asarray(PLAIN)
     plain = b"".join(b"\0" + row.tobytes() for row in pixels)
     rows = interlaced_rows(pixels) if interlaced else plain
@@ -143,19 +113,17 @@ def test_a_png_that_lacks_rows_behind_good_checksums_never_passes(interlaced: in
         assert verdict(png(rows[:-lost], 64, 48, 8, 2, interlaced)) == "truncated"
 
 
-@pytest.mark.parametrize(
-    "raw",
-    [encoded(PLAIN, "PNG"), encoded(PLAIN.quantize(64), "PNG", transparency=bytes(range(64)))],
-    ids=["RGB", "palette"],
-)
-def test_one_flipped_bit_anywhere_in_a_png_is_noticed(raw: bytes) -> None:
+@pytest.mark.parametrize("picture", [PLAIN, PLAIN.quantize(64)], ids=["RGB", "palette"])
+def test_one_flipped_bit_anywhere_in_a_png_is_noticed(picture):
     """Many of them leave a stream that can be unpacked, to other pixels or colours."""
+    clear = {"transparency": bytes(range(64))} if picture.mode == "P" else {}
+    raw = encoded(picture, "PNG", **clear)
     assert verdict(raw) == ""
     passed = [n for n, b in enumerate(raw) if verdict(patched(raw, n, bytes([b ^ 4]))) == ""]
     assert passed == []
 
 
-def test_a_tiff_whose_strips_lack_rows_never_passes() -> None:
+def test_a_tiff_whose_strips_lack_rows_never_passes():
     raw, tag = OTHERS["tiff"], struct.pack("<HHI", 279, 4, 1)  # StripByteCounts
     assert raw.count(tag + struct.pack("<I", 64 * 48 * 3)) == 1
     fewer = raw.replace(tag + struct.pack("<I", 64 * 48 * 3), tag + struct.pack("<I", 64 * 47 * 3))
@@ -166,31 +134,31 @@ ABSURD = absurd()
 
 
 @pytest.mark.parametrize("name", ABSURD)
-def test_absurd_sizes_are_refused_before_anything_is_allocated(name: str) -> None:
+def test_absurd_sizes_are_refused_before_anything_is_allocated(name):
     with memory_limit(32):
         assert verdict(ABSURD[name]) == "too_many_pixels"
         assert verdict(gzip.compress(ABSURD[name])) == "too_many_pixels"
 
 
-def test_more_pixels_than_the_bytes_can_hold_are_refused_before_allocation() -> None:
+def test_more_pixels_than_the_bytes_can_hold_are_refused_before_allocation():
     with memory_limit(32):
-        assert verdict(resized_jpeg(encoded(PLAIN), 9000, 9000)) == "truncated"
-        progressive = encoded(PLAIN, progressive=True)
-        assert verdict(resized_jpeg(progressive, 9000, 9000, 0xC2)) == "truncated"
+        assert verdict(resized_jpeg(BASE, 9000, 9000)) == "truncated"
+        assert verdict(resized_jpeg(JPEGS["progressive"], 9000, 9000, 0xC2)) == "truncated"
         bmp = patched(OTHERS["bmp"], 18, (9000).to_bytes(4, "little") * 2)
         assert verdict(bmp) == "truncated"
         assert verdict(png(b"\0" * 100, 9000, 9000, 8, 2)) == "truncated"
 
 
-@pytest.mark.parametrize("size", [(1, 30_000), (30_000, 1), (1, 1), (2, 2)])
-def test_extreme_shapes_take_little_memory(size: tuple[int, int]) -> None:
+@pytest.mark.parametrize("size", [(1, 30_000), (30_000, 1), (3000, 3), (1, 1), (2, 2), (20, 17)])
+def test_extreme_shapes_are_enlarged_and_cropped_and_take_little_memory(size):
     raw = encoded(image(*size))
     with memory_limit(64):
         made = to_stored(raw, *GEOMETRY)
     assert isinstance(made, Stored) and (made.height, made.width) == size
+    assert made.pixels.shape == (3, 227, 227)
 
 
-def test_a_gzip_bomb_is_refused_within_its_limit() -> None:
+def test_a_gzip_bomb_is_refused_within_its_limit():
     bomb = gzip.compress(encoded(PLAIN) + bytes(MAX_UNPACKED), compresslevel=1)
     assert len(bomb) < MAX_UNPACKED / 200
     with memory_limit(4 * MAX_UNPACKED >> 20):
@@ -198,8 +166,8 @@ def test_a_gzip_bomb_is_refused_within_its_limit() -> None:
 
 
 PACKED = OTHERS["gzip"]
-START = segment(JPEGS["baseline"], 0xC0).start
-SCAN = segment(JPEGS["baseline"], 0xDA).start
+START, SCAN = segment(BASE, 0xC0).start, segment(BASE, 0xDA).start
+TWO = encoded(PLAIN.copy(), "TIFF", save_all=True, append_images=[OTHER.copy()])
 
 
 @pytest.mark.parametrize(
@@ -215,22 +183,19 @@ SCAN = segment(JPEGS["baseline"], 0xDA).start
         (encoded(PLAIN.convert("CMYK"), "TIFF"), "unsupported"),
         (encoded(PLAIN.convert("F"), "TIFF"), "unsupported"),
         (encoded(PLAIN, "TIFF", compression="tiff_lzw"), "unsupported"),
-        (
-            encoded(PLAIN.copy(), "TIFF", save_all=True, append_images=[OTHER.copy()])[:-900],
-            "truncated",
-        ),
+        (TWO[:-900], "truncated"),
         (b"P3 1 1 255 1 2 3 ", "unsupported"),
         (b"P6 1 1 70000 abc", "corrupt"),
         (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "unsupported"),
         (patched(PACKED, len(PACKED) // 2, b"\xff\0\xff\0\xff"), "corrupt"),
         (patched(PACKED, len(PACKED) - 8, b"\0\0\0\0"), "corrupt"),  # its checksum
-        (patched(JPEGS["baseline"], START + 4, b"\x0c"), "unsupported"),  # 12 bits
-        (patched(JPEGS["baseline"], START + 1, b"\xc3"), "unsupported"),  # lossless
-        (patched(JPEGS["baseline"], START + 1, b"\xc9"), "unsupported"),  # arithmetic
-        (patched(JPEGS["baseline"], START + 9, b"\x02"), "unsupported"),  # 2 components
-        (patched(JPEGS["baseline"], START + 5, b"\0\0"), "corrupt"),  # no height
-        (patched(JPEGS["baseline"], SCAN + 5, b"\x77"), "corrupt"),  # a scan of no component
-        (JPEGS["baseline"][:2] + JPEGS["baseline"], "corrupt"),
+        (patched(BASE, START + 4, b"\x0c"), "unsupported"),  # 12 bits
+        (patched(BASE, START + 1, b"\xc3"), "unsupported"),  # lossless
+        (patched(BASE, START + 1, b"\xc9"), "unsupported"),  # arithmetic
+        (patched(BASE, START + 9, b"\x02"), "unsupported"),  # 2 components
+        (patched(BASE, START + 5, b"\0\0"), "corrupt"),  # no height
+        (patched(BASE, SCAN + 5, b"\x77"), "corrupt"),  # a scan of no component
+        (BASE[:2] + BASE, "corrupt"),
         (b"\xff\xd8\xff\xd9", "corrupt"),
         (patched(OTHERS["bmp"], 30, b"\x01"), "unsupported"),  # run lengths
         (patched(OTHERS["gif"], 13 + 3 * 64, b"\x77"), "corrupt"),
@@ -238,33 +203,24 @@ SCAN = segment(JPEGS["baseline"], 0xDA).start
         (patched(OTHERS["webp"], 12, b"ABCD"), "corrupt"),
     ],
 )
-def test_what_is_no_usable_image_is_rejected(raw: bytes, reason: str) -> None:
+def test_what_is_no_usable_image_is_rejected(raw, reason):
     assert verdict(raw) == reason
 
 
 def mutated(rng: random.Random, raws: list[bytes]) -> bytes:
-    """One of `raws` with a few bytes flipped, replaced, cut out, put in or spliced in."""
+    """One of `raws` with a few bytes flipped, cut out, put in or taken from another."""
     data = bytearray(rng.choice(raws))
     for _ in range(rng.choice((1, 1, 2, 5))):
         position = rng.randrange(len(data) if rng.random() < 0.6 else min(len(data), 200))
-        some = rng.randrange(1, 30)
-        match rng.randrange(5):
-            case 0:
-                data[position] ^= 1 << rng.randrange(8)
-            case 1:
-                data[position] = rng.choice((0, 255, rng.randrange(256)))
-            case 2:
-                del data[position : min(position + some, len(data) - 1)]
-            case 3:
-                data[position:position] = rng.randbytes(some)
-            case 4:
-                other = rng.choice(raws)
-                start = rng.randrange(len(other))
-                data[position : position + some] = other[start : start + some]
+        flipped, some = bytes([data[position] ^ 1 << rng.randrange(8)]), rng.randrange(1, 30)
+        other = rng.choice(raws)[rng.randrange(200) :][:some]
+        edits = [(1, flipped), (1, b"\xff"), (some, b""), (0, rng.randbytes(some)), (some, other)]
+        gone, put = rng.choice(edits)
+        data[position : position + gone] = put
     return bytes(data)
 
 
-def test_no_damage_is_ever_more_than_a_verdict(capfd: pytest.CaptureFixture[str]) -> None:
+def test_no_damage_is_ever_more_than_a_verdict(capfd):
     rng, raws = random.Random(0), [*WHOLE.values()]
     passed = 0
     with warnings.catch_warnings(action="error"):

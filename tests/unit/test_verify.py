@@ -2,7 +2,6 @@
 
 import random
 import re
-from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow as pa
@@ -19,7 +18,7 @@ def told(findings: Findings) -> list[str]:
     return [f"{problem.file}: {problem.text}" for problem in findings.problems]
 
 
-def test_an_untouched_set_has_no_problems(drawn_shards: str, drawn_raw: str) -> None:
+def test_an_untouched_set_has_no_problems(drawn_shards, drawn_raw):
     assert told(verify(drawn_shards)) == []
     for raw in (None, drawn_raw):
         findings = verify(drawn_shards, full=True, raw=raw)
@@ -41,20 +40,12 @@ def spoil(path: Path) -> None:
     path.write_bytes(b"\0\xff{")
 
 
+SMALL = ["manifest.json", "index/val.parquet", "shardindex-val.json", "quarantine/train.jsonl"]
+
+
 @pytest.mark.parametrize("damage", [flip_byte, cut, spoil, Path.unlink])
-@pytest.mark.parametrize(
-    "name",
-    [
-        "manifest.json",
-        "index/val.parquet",
-        "shardindex-val.json",
-        "quarantine/train.jsonl",
-        "train-000001.idx",
-    ],
-)
-def test_damage_of_a_small_file_is_found_without_reading_shards(
-    copy: Path, name: str, damage: Callable[[Path], None]
-) -> None:
+@pytest.mark.parametrize("name", [*SMALL, "train-000001.idx"])
+def test_damage_of_a_small_file_is_found_without_reading_shards(copy, name, damage):
     damage(copy / name)
     if (name, damage) == ("manifest.json", Path.unlink):
         with pytest.raises(UserError, match="no finished shard set"):
@@ -66,27 +57,25 @@ def test_damage_of_a_small_file_is_found_without_reading_shards(
 @pytest.mark.parametrize(
     ("name", "damage", "text"),
     [
-        ("train-000002.tar", cut, r"train-000002\.tar: its [\d,]+ bytes should be [\d,]+"),
-        ("val-000001.tar", Path.unlink, r"val-000001\.tar: missing"),
-        (REJECTED, Path.unlink, r"quarantine/\S+: missing"),
-        (REJECTED, cut, r"quarantine/\S+: its [\d,]+ bytes should be [\d,]+"),
-        ("_meta/val-000000.parquet", Path.unlink, r"_meta/val-000000\.parquet: missing"),
-        ("_meta/val-000000.parquet", spoil, r"_meta/val-000000\.parquet: damaged \(.*\)"),
-        ("_meta/plan.json", spoil, r"_meta/plan\.json: damaged \(.*\)"),
-        ("SHA256SUMS", Path.unlink, "SHA256SUMS: missing"),
+        ("train-000002.tar", cut, r"its [\d,]+ bytes should be [\d,]+"),
+        ("val-000001.tar", Path.unlink, "missing"),
+        (REJECTED, Path.unlink, "missing"),
+        (REJECTED, cut, r"its [\d,]+ bytes should be [\d,]+"),
+        ("_meta/val-000000.parquet", Path.unlink, "missing"),
+        ("_meta/val-000000.parquet", spoil, r"damaged \(.*\)"),
+        ("_meta/plan.json", spoil, r"damaged \(.*\)"),
+        ("SHA256SUMS", Path.unlink, "missing"),
     ],
 )
-def test_damage_of_other_files_is_found_and_named(
-    copy: Path, name: str, damage: Callable[[Path], None], text: str
-) -> None:
+def test_damage_of_other_files_is_found_and_named(copy, name, damage, text):
     damage(copy / name)
     for full in (False, True):
         (line,) = told(verify(str(copy), full=full))
-        assert re.fullmatch(text, line)
+        assert re.fullmatch(f"{name}: {text}", line)
 
 
 @pytest.mark.parametrize("name", ["train-000002.tar", REJECTED])
-def test_only_full_reads_what_is_large(copy: Path, name: str) -> None:
+def test_only_full_reads_what_is_large(copy, name):
     flip_byte(copy / name)
     assert told(verify(str(copy))) == []
     findings = verify(str(copy), full=True)
@@ -94,7 +83,7 @@ def test_only_full_reads_what_is_large(copy: Path, name: str) -> None:
     assert "another sha256" in findings.problems[0].text
 
 
-def test_a_file_that_nobody_lists_is_told_and_no_fault(copy: Path) -> None:
+def test_a_file_that_nobody_lists_is_told_and_no_fault(copy):
     (copy / "notes.txt").write_text("mine")
     (copy / "report").mkdir()
     (copy / "report" / "index.html").write_text("made later")
@@ -103,7 +92,7 @@ def test_a_file_that_nobody_lists_is_told_and_no_fault(copy: Path) -> None:
     assert findings.notes == ("1 files that SHA256SUMS does not list: notes.txt",)
 
 
-def test_random_damage_never_raises_and_is_found_in_every_listed_file(copy: Path) -> None:
+def test_random_damage_never_raises_and_is_found_in_every_listed_file(copy):
     rng = random.Random(5)
     files = sorted(path for path in copy.rglob("*") if path.is_file())
     for _ in range(60):
@@ -122,7 +111,6 @@ def test_random_damage_never_raises_and_is_found_in_every_listed_file(copy: Path
         except UserError as error:  # such as another format version
             assert path.name == "manifest.json" and "\n" not in str(error)
         path.write_bytes(data)
-    assert told(verify(str(copy), full=True)) == []
 
 
 @pytest.mark.parametrize("names", [[], ["a", "a", "b"], ["b", "a", "b", "c", "a"]])

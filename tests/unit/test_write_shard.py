@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from drawn import A, B, C, archives, encoded, image, imagefolder, jpeg
+from drawn import A, B, archives, encoded, image, imagefolder, jpeg
 from made import contents, made_shards
 
 from alexnet.errors import UserError
@@ -19,7 +19,12 @@ from pipelines.sources.ilsvrc import TRAIN_TAR
 from pipelines.transform import Stored, to_stored
 from pipelines.write_shard import Job, _PixelSums, write_shard
 
+PLAN = ("_meta/plan.json", "_meta/plan.parquet")
 TWO = plan.Recipe(samples_per_shard=2, splits=("train",), partial=True)
+
+
+def drawn(folder: Path) -> Path:
+    return archives(folder / "raw", val=None, devkit=None)
 
 
 def begun(raw: Path, out: Path) -> tuple[plan.Plan, Job]:
@@ -34,18 +39,17 @@ def write_each(made: plan.Plan, job: Job) -> None:
         write_shard(job, number, shard.name, shard.id)
 
 
-def published(out: Path) -> list[str]:
-    names = [name for name, _ in storage.list_files(str(out))]
-    return [name for name in names if not name.startswith(("_meta/plan", "_meta/raw"))]
+def published(out: Path) -> set[str]:
+    return {name for name, _ in storage.list_files(str(out))} - {"_meta/raw.json", *PLAN}
 
 
-def test_worker_with_other_codecs_than_the_driver_makes_no_shard(tmp_path: Path) -> None:
-    made, job = begun(archives(tmp_path / "raw", val=None, devkit=None), tmp_path / "out")
+def test_worker_with_other_codecs_than_the_driver_makes_no_shard(tmp_path):
+    made, job = begun(drawn(tmp_path), tmp_path / "out")
     for name in job.versions:
         other = replace(job, versions=job.versions | {name: "0.1"})
         with pytest.raises(UserError, match=rf"this worker has .*'{name}': '0\.1'.* install the s"):
             write_each(made, other)
-    assert published(tmp_path / "out") == []
+    assert not published(tmp_path / "out")
 
 
 def exchanged(archive: Path) -> bytes:
@@ -62,17 +66,16 @@ def put(archive: Path, data: bytes) -> None:
     """In the place of the archive, and one nanosecond younger."""
     before = archive.stat()
     archive.write_bytes(data)
-    assert archive.stat().st_size == before.st_size
     os.utime(archive, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
 
 
 @pytest.mark.parametrize("what", ["other images", "damage"])
 @pytest.mark.parametrize("when", ["while it is indexed", "before it is read", "while it is read"])
 def test_archive_that_changed_behind_the_plan_gives_no_shard(
-    when: str, what: str, tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    when, what, tmp_path, home, monkeypatch
+):
     """Its size is the same: at the planned places now lie other images, or none."""
-    raw, out = archives(tmp_path / "raw", val=None, devkit=None), tmp_path / "out"
+    raw, out = drawn(tmp_path), tmp_path / "out"
     archive = raw / TRAIN_TAR
     data = exchanged(archive) if what == "other images" else bytes(archive.stat().st_size)
 
@@ -93,10 +96,10 @@ def test_archive_that_changed_behind_the_plan_gives_no_shard(
         monkeypatch.setattr(transform, "to_stored", afterwards(to_stored))
     with pytest.raises(UserError, match=rf"{TRAIN_TAR} has changed since this build began"):
         write_each(made, job)
-    assert published(out) == []
+    assert not published(out)
 
 
-def test_image_that_grew_behind_the_plan_gives_no_shard(tmp_path: Path) -> None:
+def test_image_that_grew_behind_the_plan_gives_no_shard(tmp_path):
     """Read to its planned end, it would be stored, or rejected, as a cut one."""
     files = {f"train/{wnid}/{wnid}_{n}.JPEG": jpeg(n) for wnid in (A, B) for n in range(2)}
     made, job = begun(imagefolder(tmp_path / "raw", files), tmp_path / "out")
@@ -104,12 +107,12 @@ def test_image_that_grew_behind_the_plan_gives_no_shard(tmp_path: Path) -> None:
         imagefolder(tmp_path / "raw", {name: data + b"more"})
     with pytest.raises(UserError, match=r"\d\.JPEG has changed: it is longer than"):
         write_each(made, job)
-    assert published(tmp_path / "out") == []
+    assert not published(tmp_path / "out")
 
 
-def test_out_that_was_taken_away_does_not_come_back_with_a_part_of_the_set(tmp_path: Path) -> None:
-    raw, out, away = (tmp_path / name for name in ("raw", "out", "away"))
-    made, job = begun(archives(raw, val=None, devkit=None), out)
+def test_out_that_was_taken_away_does_not_come_back_with_a_part_of_the_set(tmp_path):
+    raw, out, away = drawn(tmp_path), tmp_path / "out", tmp_path / "away"
+    made, job = begun(raw, out)
     write_each(made, job)
     done, _ = finish.finished_shards(str(out), made)
     out.rename(away)
@@ -123,9 +126,7 @@ def test_out_that_was_taken_away_does_not_come_back_with_a_part_of_the_set(tmp_p
     assert contents(str(out)) == contents(str(tmp_path / "other"))
 
 
-def test_what_names_a_file_is_published_after_it_and_the_manifest_last(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_names_a_file_is_published_after_it_and_the_manifest_last(tmp_path, monkeypatch):
     files = {f"train/{A}/{A}_{n}.JPEG": b"" if n == 4 else jpeg(n) for n in range(5)}
     raw, out = imagefolder(tmp_path / "raw", files), tmp_path / "out"
     order: list[str] = []
@@ -150,16 +151,15 @@ def test_what_names_a_file_is_published_after_it_and_the_manifest_last(
     assert order.index("manifest.json") == len(order) - 1 == order.index("SHA256SUMS") + 1
 
 
-def test_rejected_images_are_listed_in_the_order_of_their_keys(tmp_path: Path) -> None:
-    files = {f"train/{A}/{A}_{n}.JPEG": f"<html>{n}".encode() for n in range(8)}
+def test_rejected_images_are_listed_in_the_order_of_their_keys(tmp_path):
+    keys = [f"{A}_{n}" for n in range(8)]
+    files = {f"train/{A}/{key}.JPEG": f"<html>{key}".encode() for key in keys}
     out = str(tmp_path / "out")
     made_shards(str(imagefolder(tmp_path / "raw", files)), out, TWO)
-    assert [row["key"] for row in shards.load_quarantine(out, "train")] == [
-        f"{A}_{n}" for n in range(8)
-    ]
+    assert [row["key"] for row in shards.load_quarantine(out, "train")] == keys
 
 
-def test_samples_lie_in_the_order_of_the_plan(drawn_shards: str) -> None:
+def test_samples_lie_in_the_order_of_the_plan(drawn_shards):
     """Not in that of the archive, in which they are read."""
     made = plan_files.load(drawn_shards)
     rejected = {row["key"] for row in shards.load_quarantine(drawn_shards, "train")}
@@ -173,9 +173,7 @@ def test_samples_lie_in_the_order_of_the_plan(drawn_shards: str) -> None:
         assert places != sorted(places), "it would not be seen"
 
 
-def test_pixel_statistics_are_those_of_the_train_pixels_before_encoding(
-    drawn_raw: str, drawn_shards: str
-) -> None:
+def test_pixel_statistics_are_those_of_the_train_pixels_before_encoding(drawn_raw, drawn_shards):
     pixels = []
     for row in sources.scan(drawn_raw, ["train"]).table.to_pylist():
         raw = storage.read(f"{drawn_raw}/{row['source']}", row["offset"], row["size"])
@@ -190,7 +188,7 @@ def test_pixel_statistics_are_those_of_the_train_pixels_before_encoding(
 
 
 @pytest.mark.parametrize("side", [227, 256, 258, 400])
-def test_pixel_sums_are_exact_for_every_side(side: int) -> None:
+def test_pixel_sums_are_exact_for_every_side(side):
     white = np.full((3, side, side), 255, np.uint8)
     drawn = np.random.default_rng(side).integers(0, 256, (3, side, side), dtype=np.uint8)
     sums = _PixelSums()
@@ -204,11 +202,7 @@ def test_pixel_sums_are_exact_for_every_side(side: int) -> None:
     }
 
 
-def test_without_train_the_pixel_statistics_are_those_of_the_first_split(tmp_path: Path) -> None:
+def test_without_train_the_pixel_statistics_are_those_of_the_first_split(tmp_path):
     raw, out = str(archives(tmp_path / "raw")), str(tmp_path / "out")
     manifest = made_shards(raw, out, plan.Recipe(splits=("val",)))
     assert manifest.document["pixels"]["split"] == "val"
-    rows = shards.load_index(out, "val").to_pylist()
-    # ground truth 3, 1, 2 by number in the name; IDs: C = 1, A = 2, B = 3
-    found = {row["key"][-1]: (row["wnid"], row["label"]) for row in rows}
-    assert found == {"1": (B, 1), "2": (C, 2), "3": (A, 0)}
