@@ -5,8 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from built import write_folders
-from drawn import archives_2010, tar
+from drawn import archives_2010, class_folders, tar
 from drawn_layouts import hugging_face, kaggle
 from labelled_tars import timm
 
@@ -33,7 +32,7 @@ def put(local: Path | str, place: str) -> str:
 
 def folders(place: Path) -> Path:
     names = [f"{split}/{c}/{c}{n}.jpg" for split in ALL[:2] for c in "abc" for n in (1, 2)]
-    return Path(write_folders(place / "raw", {name: n for n, name in enumerate(names)}))
+    return Path(class_folders(place / "raw", {name: n for n, name in enumerate(names)}))
 
 
 DRAWN: dict[str, tuple[Callable[[Path], Path], tuple[str, ...]]] = {
