@@ -76,6 +76,7 @@ def test_nothing_is_written_outside_of_raw(archives, raw, tmp_path, monkeypatch)
         "x/train/n01440764/.hidden.JPEG",
         "x/test/n01440764/out.JPEG",
         "x/train/out/out.JPEG",
+        "x/train/n01440764/out.JPEG.sh",
     ]
     evil = dict.fromkeys(names, b"out") | {"x/train": link("x/train", tarfile.SYMTYPE)}
     good = {f"./x/{name}": data for name, data in IMAGES.items()}

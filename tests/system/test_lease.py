@@ -210,16 +210,17 @@ def test_run_is_not_lost_while_its_store_is_away_nor_when_the_file_was_deleted(
 def test_superseded_uploader_stores_and_deletes_nothing(tmp_path):
     run = str(tmp_path / "run")
     first = lease.held(run)
-    check = lambda: lease.refuse_superseded(run, first.number, first.token)  # noqa: E731
+    check = partial(lease.refuse_superseded, run, first.number, first.token)
     uploads = Uploader(run, keep_last=1, keep_best=0, check=check)
     uploads.send(partial(made, tmp_path / "here", 1))
     uploads.wait()
     left(run, number=2)
     made(tmp_path / "run" / "checkpoint-00000003-other", 3)
-    uploads.send(partial(made, tmp_path / "here", 2))
-    with pytest.raises(Superseded):
-        uploads.wait()
-    uploads.tidy("checkpoint-00000001-any")
-    with pytest.raises(Superseded):
-        uploads.wait()
+    for action, what in (
+        (uploads.send, partial(made, tmp_path / "here", 2)),
+        (uploads.tidy, "checkpoint-00000001-any"),
+    ):
+        action(what)
+        with pytest.raises(Superseded):
+            uploads.wait()
     assert steps_in(run) == [1, 3]

@@ -1,9 +1,12 @@
-"""The cache of S3 shards on a node: fetched once, kept within the bound, never stale."""
+"""The cache of S3 shards on a node: fetched once, kept within the bound, never stale; a store that
+errs, lies or stays away, and a disk that is full, are retried, then told in a line."""
 
 import contextlib
 import errno
 import fcntl
+import hashlib
 import os
+import resource
 import stat
 import subprocess
 import sys
@@ -19,9 +22,11 @@ import pytest
 from drawn import ROOT
 from s3_shards import cached, info_of, uploaded
 from shard_sets import assert_equal_to_tars, open_loader
+from waiting import wait_until
 
 from alexnet.errors import UserError
 from pipelines import command, storage
+from training.loader import Loader
 
 pytestmark = pytest.mark.usefixtures("home")
 
@@ -246,3 +251,110 @@ def test_a_folder_of_another_user_is_no_place_for_shards(s3_set, home, tmp_path,
     with open_loader(uri) as loader, pytest.raises(UserError, match="belongs to another user"):
         loader.read(np.array([0]))
     assert not [*(tmp_path / "theirs").iterdir()]
+
+
+def test_s3_shard_with_another_sha256_is_fetched_twice_and_then_named(s3_set, home, downloads):
+    folder, uri, manifest = s3_set
+    data = bytearray((folder / "train-000001.tar").read_bytes())
+    data[-1] ^= 1  # same length
+    storage.write(f"{uri}/train-000001.tar", bytes(data))
+    with open_loader(uri) as loader:
+        loader.read(np.array([0]))
+        with pytest.raises(UserError) as told:
+            loader.read(np.array([5]))
+    for known in (hashlib.sha256(data).hexdigest(), info_of(manifest, "train-000001").sha256, uri):
+        assert known in str(told.value)
+    assert "verify --repair" in str(told.value) and "\n" not in str(told.value)
+    assert downloads.count("train-000001.tar") == 2
+    assert set(cached(home, manifest)) == {"train-000000"}
+    assert not list((home / "cache").glob("*.partial"))
+
+
+def slow_down(_: bytes) -> bytes:
+    raise UserError("the store answered SlowDown")
+
+
+@pytest.mark.parametrize(
+    ("fault", "times", "told"),
+    [
+        (lambda data: data[:-1] + b"x", 1, "arrived with another sha256"),
+        (slow_down, 3, "SlowDown; reading again in"),
+    ],
+    ids=["damaged on its way", "busy"],
+)
+def test_read_that_fails_is_repeated_with_longer_and_longer_pauses(
+    s3_set, home, monkeypatch, caplog, fault, times, told
+):
+    folder, uri, manifest = s3_set
+    waits = (0.01, 0.02, 0.04, 0.08)
+    monkeypatch.setattr("training.shard_cache._WAITS", waits)
+    read, asked = storage.read, []
+
+    def faulty(uri: str, *args: int) -> bytes:
+        if uri.endswith(".tar"):
+            asked.append(time.monotonic())
+            if len(asked) <= times:
+                return fault(read(uri, *args))
+        return read(uri, *args)
+
+    monkeypatch.setattr(storage, "read", faulty)
+    with open_loader(uri) as loader:
+        assert_equal_to_tars(folder, loader, "train", [0])
+    assert set(cached(home, manifest)) == {"train-000000"}
+    assert len(asked) == times + 1 and caplog.text.count(told) == times
+    if fault is slow_down:
+        assert all(b - a > wait for a, b, wait in zip(asked, asked[1:], waits, strict=False))
+
+
+@pytest.fixture
+def away(s3_set, monkeypatch) -> Iterator[Loader]:
+    """A loader whose store went away after the manifest was read."""
+
+    def failing(uri: str, *args: int) -> bytes:
+        raise ConnectionResetError(errno.ECONNRESET, "reset")
+
+    with open_loader(s3_set[1]) as loader:
+        monkeypatch.setattr(storage, "read", failing)
+        yield loader
+
+
+def test_store_that_stays_away_ends_with_one_line_and_leaves_nothing_half(away, home, monkeypatch):
+    monkeypatch.setattr("training.shard_cache._WAITS", (0.01, 0.01))
+    with pytest.raises(UserError, match=r"gave up after 0 s: start the same --name"):
+        away.read(np.array([0]))
+    assert [path.name for path in (home / "cache").iterdir()] == ["room.lock"]
+
+
+def test_closing_does_not_wait_for_a_store_that_is_away(away, monkeypatch, caplog):
+    monkeypatch.setattr("training.shard_cache._WAITS", (1e6,))
+    away._begin(np.array([0]), False, [], [])
+    wait_until(lambda: "reading again in 1e+06 s" in caplog.text)
+    away.__exit__()
+    assert caplog.text.count("reading again") == 1
+
+
+def test_object_that_vanished_is_told_at_once(s3_set, caplog):
+    _, uri, _ = s3_set
+    storage.delete(f"{uri}/train-000001.tar")
+    told = pytest.raises(UserError, match=r"train-000001.tar: not there any more; run `.*repair")
+    with open_loader(uri) as loader, told:
+        loader.read(np.array([5]))
+    assert "reading again" not in caplog.text
+
+
+def test_full_disk_is_one_line_and_the_cache_lets_go_of_what_it_can(s3_set, home):
+    _, uri, manifest = s3_set
+    with open_loader(uri, "val") as loader:
+        loader.read(np.array([0]))
+    assert set(cached(home, manifest)) == {"val-000000"}
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with open_loader(uri) as loader:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))  # a real failure to write
+        try:
+            with pytest.raises(UserError) as told:
+                loader.read(np.array([0]))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "File too large" in str(told.value) and "ALEXNET_HOME" in str(told.value)
+    assert "--cache-gb" in str(told.value) and "\n" not in str(told.value)
+    assert [path.name for path in (home / "cache").iterdir()] == ["room.lock"]
