@@ -93,7 +93,7 @@ def last_line(capsys: pytest.CaptureFixture[str]) -> list[str]:
     return words
 
 
-def test_a_finished_set_is_left_alone_and_the_next_command_told(
+def test_a_finished_set_is_left_alone_and_what_is_next_told(
     drawn_raw, copy, tmp_path, capsys, monkeypatch
 ):
     out = str(copy.rename(tmp_path / "my shards"))
@@ -181,9 +181,7 @@ def test_json_is_all_that_programs_get(raw, tmp_path, capsys):
     assert found["problems"] == [] and found["repaired"] is True
 
 
-def test_shards_of_one_size_become_shards_of_another_and_of_other_lengths(
-    drawn_raw, tmp_path, capsys
-):
+def test_shards_of_one_size_become_shards_of_another(drawn_raw, tmp_path, capsys):
     large, same, small = (str(tmp_path / name) for name in ("large", "same", "small"))
     made_shards(drawn_raw, large, Recipe(crop=256, samples_per_shard=8))
     argv = ["build", "--raw", large, "--samples-per-shard", "20", "--out"]

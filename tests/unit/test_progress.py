@@ -1,6 +1,5 @@
 """pipelines/progress.py: what a build reports while it runs, and when it is given up."""
 
-import io
 import json
 import os
 import sys
@@ -96,25 +95,6 @@ def test_the_rate_is_of_the_last_minute_and_the_eta_of_the_whole_run(clock):
     assert facts["eta_seconds"] == pytest.approx((100_000 - 33_000) / (33_000 / 300))
 
 
-class Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
-
-
-def test_on_a_terminal_one_line_is_renewed_and_ended(monkeypatch):
-    terminal = Terminal()
-    monkeypatch.setattr(progress, "_SECONDS", 0.01)
-    monkeypatch.setattr(sys, "stdout", terminal)
-    monkeypatch.setenv("COLUMNS", "40")
-    with Progress(1, 7, NONE).running():
-        wait_until(lambda: terminal.getvalue().count("\r") >= 2)
-    said = terminal.getvalue()
-    assert said.count("\n") == 1 and said.endswith("\n")
-    first, *lines = said.rstrip("\n").split("\r\x1b[K")
-    assert first == "" and len(lines) >= 2
-    assert all(len(line) == 39 and line.startswith("shards 0/1") for line in lines)
-
-
 @pytest.mark.parametrize(
     ("error", "state"),
     [
@@ -124,9 +104,7 @@ def test_on_a_terminal_one_line_is_renewed_and_ended(monkeypatch):
         (AssertionError(), "failed"),
     ],
 )
-def test_machines_get_json_alone_whose_last_line_says_how_the_build_ended(
-    monkeypatch, error, state
-):
+def test_the_last_line_of_json_says_how_the_build_ended(monkeypatch, error, state):
     monkeypatch.setattr(progress, "_SECONDS", 0.001)
     told = Progress(2, 14, MaxRejected(number=1), as_json=True)
     said = []
@@ -144,6 +122,16 @@ def test_machines_get_json_alone_whose_last_line_says_how_the_build_ended(
     assert lines[0]["state"] == "building"
     assert (last["state"], last["shards"], last["pictures"]) == (state, 1, 7)
     assert (last["rejected"], last["waiting_share"]) == (1, None)
+
+
+def test_on_a_terminal_one_line_is_renewed(capsys, monkeypatch):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "40")
+    with (told := Progress(1, 7, NONE)).running():
+        told._say()
+    first, *lines, end = capsys.readouterr().out.split("\r\x1b[K")
+    assert first == "" and len(lines) >= 1 and end.endswith("\n")
+    assert all(len(line) == 39 and line.startswith("shards 0/1") for line in lines)
 
 
 def test_a_reader_that_goes_away_does_not_end_the_build(monkeypatch):

@@ -34,9 +34,7 @@ def read_back(out: Path, split: str) -> dict[str, tuple[int, str, bytes]]:
 
 
 @pytest.mark.parametrize("layout", ["ilsvrc", "imagefolder", "kaggle", "hf_parquet"])
-def test_every_layout_of_the_same_images_gives_the_labels_of_the_ground_truth(
-    data_folder, tmp_path, layout
-):
+def test_every_layout_of_the_same_images_gives_the_true_labels(data_folder, tmp_path, layout):
     raw = data_folder / "tiny20" / layout
     made_shards(str(raw), str(tmp_path), Recipe(samples_per_shard=40, partial=True))
     with (data_folder / "tiny20" / "ground_truth.csv").open() as file:

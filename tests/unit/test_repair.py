@@ -122,9 +122,7 @@ def test_what_is_damaged_is_rebuilt_and_nothing_else(drawn_shards, copy, capsys,
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
 
 
-def test_repair_from_other_images_is_reported_by_the_changed_identity(
-    drawn_raw, copy, tmp_path, capsys
-):
+def test_repair_from_other_images_is_told_by_another_identity(drawn_raw, copy, tmp_path, capsys):
     raw = shutil.copytree(drawn_raw, tmp_path / "raw")
     (copy / "train-000001.tar").write_bytes(b"cut")
     index = shards.load_index(str(copy), "train").to_pylist()
@@ -168,7 +166,7 @@ def build_of(raw: str, out: Path) -> list[str]:
     return ["build", "--raw", raw, "--out", str(out), *flags]
 
 
-def test_repair_that_was_stopped_is_continued_and_no_build_takes_the_damage_for_good(
+def test_stopped_repair_goes_on_and_no_build_takes_the_damage(
     drawn_raw, drawn_shards, copy, capsys
 ):
     """It got as far as the manifest."""
@@ -183,9 +181,7 @@ def test_repair_that_was_stopped_is_continued_and_no_build_takes_the_damage_for_
     assert contents(str(copy)) == contents(drawn_shards)
 
 
-def test_set_that_was_never_finished_is_ended_by_its_build_alone_also_without_its_plan(
-    drawn_raw, drawn_shards, tmp_path, capsys
-):
+def test_unfinished_set_is_ended_by_its_build_alone(drawn_raw, drawn_shards, tmp_path, capsys):
     """Only the build command knows how many rejected images are a success."""
     out = tmp_path / "out"
     argv = build_of(drawn_raw, out)

@@ -11,12 +11,9 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from drawn import class_folders
-from made import part_of
 from PIL import Image
 
 from pipelines import report, shards
-from pipelines.plan import Recipe
 from pipelines.transform import FIXES, REASONS
 
 HOSTILE = '</style></details><img src=x onerror="a(1)"><script>b(2)</script>\u202e\x1b[31m&amp;$'
@@ -150,16 +147,6 @@ def test_totals_and_classes_are_those_of_the_manifest_and_the_index(copy):
     assert len(found.images["classes"]) == len(found.images["sizes"]) == 2
 
 
-def test_entries_of_raw_are_reported_by_rule_and_by_name(tmp_path):
-    class_folders(tmp_path / "raw", {"train/a/1.jpg": 1, "val/a/2.jpg": 2})
-    (tmp_path / "raw/train/a/notes.txt").write_text("no image")
-    (tmp_path / "raw/train/b").mkdir()
-    found = page(part_of(str(tmp_path / "raw"), tmp_path / "out", Recipe(partial=True)))
-    rows = {row[0]: row[1] for row in found.rows["entries"] if row}
-    assert rows["ignored: documents"] == "1"
-    assert rows["train/b"] == "an empty class folder"
-
-
 def test_a_page_of_many_classes_has_an_image_of_each_up_to_a_limit(copy, monkeypatch):
     monkeypatch.setattr(report, "_SHEETS", (60, 9))
     rng = np.random.default_rng(0)
@@ -264,20 +251,6 @@ def test_rejected_files_are_listed_with_reason_and_place_and_not_decoded(copy, m
     assert [row[0] for row in rows] == [f"k{i}.JPEGtrain k{i}" for i in range(3)]
     assert rows[0][3] == "row 17 of data/train.parquet"
     assert "5 more are in quarantine/SPLIT.jsonl" in found.text["quarantine"]
-
-
-def test_duplicates_and_leaks_are_reported_with_their_samples(copy):
-    assert "None: no raw file and no stored image occurs twice." in page(copy).text["duplicates"]
-    train, val = both(copy)
-    sums = val["source_sha256"].to_pylist()
-    sums[3] = train["source_sha256"][5].as_py()
-    put_index(copy, "val", source_sha256=sums)
-    [_, counts, _, example] = page(copy).rows["duplicates"]
-    differ = int(val["label"][3] != train["label"][5])
-    assert counts == ["equal raw files", "across splits", "1", "2", str(differ)]
-    samples = [f"train {train['key'][5]} ({train['wnid'][5]})"]
-    samples += [f"val {val['key'][3]} ({val['wnid'][3]})"]
-    assert example[:3] == ["raw file", "2", ", ".join(samples)]
 
 
 def test_duplicates_are_counted_as_a_dictionary_counts_them():

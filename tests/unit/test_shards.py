@@ -91,9 +91,7 @@ def test_a_sidecar_gives_back_rows_and_status():
             shards.unpack_sidecar(damaged)
 
 
-def test_the_manifest_says_what_was_built_without_a_clock_or_an_absolute_path(
-    drawn_shards, drawn_raw
-):
+def test_the_manifest_says_what_was_built_without_clock_or_place(drawn_shards, drawn_raw):
     manifest = shards.load_manifest(drawn_shards)
     assert manifest.num_classes == 4 and not manifest.partial
     assert list(manifest.wnids) == sorted(manifest.wnids)

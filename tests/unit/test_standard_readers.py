@@ -100,9 +100,7 @@ def test_wids_finds_every_sample_by_its_number(drawn_shards, split, tmp_path):
 
 
 @pytest.mark.parametrize("streaming", [False, True], ids=["converted", "streaming"])
-def test_hugging_face_reads_images_labels_and_descriptions(
-    drawn_shards, hugging_face, tmp_path, streaming
-):
+def test_hugging_face_reads_images_and_labels(drawn_shards, hugging_face, tmp_path, streaming):
     data = hugging_face.load_dataset(
         "webdataset",
         data_files={split: f"{drawn_shards}/{split}-*.tar" for split in SPLITS},

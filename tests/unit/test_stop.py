@@ -58,7 +58,7 @@ def test_workers_that_save_end_it_and_their_step_is_told(monkeypatch, writer):
 
 
 @pytest.mark.parametrize(("before", "told"), [(None, "none is stored"), (3, "step 3 is stored")])
-def test_workers_that_do_not_answer_are_waited_for_as_long_as_is_said(
+def test_silent_workers_are_waited_for_as_long_as_is_said(
     monkeypatch, writer, caplog, before, told
 ):
     monkeypatch.setattr(stop, "_SECONDS", 0.5)

@@ -23,9 +23,7 @@ from pipelines import command, s3, storage
 
 
 @pytest.mark.parametrize("write", [storage.write_new, storage.write])
-def test_the_bytes_are_on_disk_before_they_have_their_name_and_then_so_is_the_name(
-    write, tmp_path, monkeypatch
-):
+def test_the_bytes_are_on_disk_before_their_name_is(write, tmp_path, monkeypatch):
     synced: list[tuple[bool, bool, bytes]] = []
     sync = os.fsync
 
@@ -136,7 +134,7 @@ OPTIONAL = {
 
 @pytest.mark.parametrize("error", [errno.EINVAL, errno.ENOTSUP, errno.EPERM, errno.ENOSYS])
 @pytest.mark.parametrize("what", OPTIONAL)
-def test_what_a_file_system_does_not_offer_is_noted_once_and_done_without(
+def test_what_is_not_offered_is_noted_once_and_done_without(
     what, error, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setattr(command, "_noted", set())
@@ -153,9 +151,7 @@ def test_what_a_file_system_does_not_offer_is_noted_once_and_done_without(
 
 @pytest.mark.parametrize("error", [errno.ENOSPC, errno.EIO, errno.EROFS, errno.EDQUOT])
 @pytest.mark.parametrize("what", [what for what in OPTIONAL if what != "deletion"])
-def test_a_disk_that_is_full_or_broken_is_not_taken_for_one_that_offers_less(
-    what, error, tmp_path, monkeypatch
-):
+def test_a_disk_that_is_full_or_broken_is_an_error(what, error, tmp_path, monkeypatch):
     refuse(monkeypatch, error, *OPTIONAL[what])
     with pytest.raises(UserError, match=os.strerror(error)):
         storage.write_new(str(tmp_path / "file"), b"data")

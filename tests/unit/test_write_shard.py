@@ -71,9 +71,7 @@ def put(archive: Path, data: bytes) -> None:
 
 @pytest.mark.parametrize("what", ["other images", "damage"])
 @pytest.mark.parametrize("when", ["while it is indexed", "before it is read", "while it is read"])
-def test_archive_that_changed_behind_the_plan_gives_no_shard(
-    when, what, tmp_path, home, monkeypatch
-):
+def test_archive_changed_behind_the_plan_gives_no_shard(when, what, tmp_path, home, monkeypatch):
     """Its size is the same: at the planned places now lie other images, or none."""
     raw, out = drawn(tmp_path), tmp_path / "out"
     archive = raw / TRAIN_TAR
