@@ -1,19 +1,15 @@
-"""What is built under attack: a raw set, the same built undisturbed, and what must hold."""
+"""What is built under attack: raw sets, the same built undisturbed, and what must hold."""
 
-import hashlib
-import json
-import random
-import tarfile
 import time
-from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from build_lives import Life, Lives
-from drawn import A, B, C, jpeg
+import pytest
+from drawn import A, B, C, archives, imagefolder, jpeg
 from made import contents
+from mortal import Life, lived
 
-TRAIN, VAL = 6, 2  # images of each class
 CUT = (f"train/{A}/{A}_train3.JPEG", f"val/{B}/{B}_val1.JPEG")
 EMPTY = f"train/{C}/{C}_train0.JPEG"
 
@@ -31,46 +27,24 @@ class Undisturbed:
     def argv(self, out: Path, raw: Path | None = None) -> list[str]:
         return ["build", "--raw", str(raw or self.raw), "--out", str(out), *self.flags]
 
+    def start(self, out: Path, *more: str, raw: Path | None = None, **how: Any) -> Life:
+        return Life("pipelines", argv=[*self.argv(out, raw), *more], **how)
+
+    def finish(self, out: Path, *more: str) -> None:
+        """The same command once more, undisturbed: the same bytes, and no litter."""
+        life = self.start(out, *more)
+        assert life.end() == 0, life.errors
+        self.check_whole(out)
+
     def check_published(self, out: Path) -> None:
         """Whatever has its name already is whole, and what it has to be; nothing else is there."""
         for name, data in contents(str(out)).items():
             assert data == self.files.get(name), f"{name} is partial, wrong or a stranger"
 
     def check_whole(self, out: Path) -> None:
-        """The same bytes as undisturbed, and no litter."""
-        found = contents(str(out))
-        assert found.keys() == self.files.keys()
+        assert contents(str(out)).keys() == self.files.keys()
         self.check_published(out)
         assert unfinished(out) == []
-        if (self.raw / "train").is_dir():
-            check_fates(self.raw, out)
-
-
-def check_fates(raw: Path, out: Path) -> None:
-    """By Python's own tarfile: each image of a RAW of class folders has one fate, its own class
-    and its own source."""
-    wnids = sorted({path.parent.name for path in raw.glob("train/*/*")})
-    fates: Counter[tuple[str, int, str]] = Counter()
-    for shard in out.glob("*.tar"):
-        with tarfile.open(shard) as tar:
-            members = {member.name: member for member in tar.getmembers()}
-            assert len(members) == len(tar.getmembers())
-            for name in members:
-                if name.endswith(".jpg"):
-                    key = name.removesuffix(".jpg")
-                    label = int(tar.extractfile(members[f"{key}.cls"]).read())
-                    facts = json.load(tar.extractfile(members[f"{key}.json"]))
-                    fates[key, label, facts["source_sha256"]] += 1
-    for path in out.glob("quarantine/*/*.bin"):
-        key, digest = path.stem, hashlib.sha256(path.read_bytes()).hexdigest()
-        fates[key, wnids.index(key.partition("_")[0]), digest] += 1
-    images = [path for path in raw.glob("*/*/*") if path.is_file()]
-    truth = Counter(
-        (path.stem, wnids.index(path.parent.name), hashlib.sha256(path.read_bytes()).hexdigest())
-        for path in images
-    )
-    assert fates == truth
-    assert set(truth.values()) == {1}
 
 
 def unfinished(folder: Path) -> list[str]:
@@ -78,42 +52,52 @@ def unfinished(folder: Path) -> list[str]:
     return sorted(str(path) for path in folder.rglob(".*.tmp"))
 
 
+def check_refused(life: Life) -> None:
+    """In one line, and no more than that."""
+    life.check_refused()
+    assert len(life.errors.splitlines()) == 1, life.errors
+
+
+def undisturbed(raw: Path, out: Path, flags: list[str]) -> Undisturbed:
+    argv = ["build", "--raw", str(raw), *flags, "--out"]
+    for place in (f"{out}-first", str(out)):  # the first is a little slower than all later ones
+        started = time.monotonic()
+        life = lived("pipelines", argv=[*argv, place])
+        assert life.status == 0, life.errors
+    seconds = time.monotonic() - started
+    return Undisturbed(raw, flags, out, seconds, contents(str(out)))
+
+
 def images() -> dict[str, bytes]:
     """Three classes, 24 images, of which three are no images."""
     drawn = {
         f"{split}/{wnid}/{wnid}_{split}{n}.JPEG": jpeg(100 * k + 10 * count + n)
-        for split, count in (("train", TRAIN), ("val", VAL))
+        for split, count in (("train", 6), ("val", 2))
         for k, wnid in enumerate((A, B, C))
         for n in range(count)
     }
     return drawn | {name: drawn[name][:300] for name in CUT} | {EMPTY: b""}
 
 
-def damage(out: Path, draw: random.Random) -> dict[str, bytes]:
-    """Flips a bit of one to three files of a finished set, and returns what they are then. Of
-    sidecars in their first page: headers and footers of parquet files have no checksum, and no sum
-    of these files is kept."""
-    names = [name for name in contents(str(out)) if not name.startswith(("_meta/plan", "report/"))]
-    found = {}
-    for name in draw.sample(names, draw.randint(1, 3)):
-        data = bytearray((out / name).read_bytes())
-        if data:
-            place = 30 if name.startswith("_meta/") else draw.randrange(len(data))
-            data[place] ^= 1 << draw.randrange(8)
-        found[name] = bytes(data)
-        (out / name).write_bytes(data)
-    return found
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
+    """Class folders: seven shards, three images in quarantine."""
+    root = tmp_path_factory.mktemp("folders")
+    flags = ["--samples-per-shard", "4", "--max-rejected", "3"]
+    return undisturbed(imagefolder(root / "raw", images()), root / "out", flags)
 
 
-def undisturbed(lives: Lives, raw: Path, out: Path, flags: list[str]) -> Undisturbed:
-    argv = ["build", "--raw", str(raw), *flags, "--out"]
-    lives.run(*argv, str(out) + "-first")  # a little slower than all later ones
-    started = time.monotonic()
-    lives.run(*argv, str(out))
-    return Undisturbed(raw, flags, out, time.monotonic() - started, contents(str(out)))
+@pytest.fixture(scope="session")
+def mended(folders: Undisturbed, tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
+    """The same folders, the two cut images whole."""
+    root = tmp_path_factory.mktemp("mended")
+    raw = imagefolder(root / "raw", images() | dict.fromkeys(CUT, jpeg(999)))
+    return undisturbed(raw, root / "out", folders.flags)
 
 
-def one_line(life: Life, start: str | tuple[str, ...]) -> None:
-    """What a command says on stderr that could not go on."""
-    lines = life.errors.splitlines()
-    assert len(lines) == 1 and lines[0].startswith(start), life.errors
+@pytest.fixture(scope="session")
+def tars(tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
+    """ILSVRC archives, of which the index is kept in $ALEXNET_HOME."""
+    root = tmp_path_factory.mktemp("tars")
+    raw = archives(root / "raw")
+    return undisturbed(raw, root / "out", ["--samples-per-shard", "2"])

@@ -1,18 +1,19 @@
-"""How many faults, from which seed, and the table of what they did.
+"""How many faults, and from which seed; the fixtures of what is attacked.
 
     python -m pytest tests/faults --fault-runs 20 [--fault-seed SEED]
 
 Without --fault-runs each attack runs once, with the same draws every time.
 """
 
+import random
 import secrets
-import statistics
-from collections import defaultdict
+from types import SimpleNamespace
 
 import pytest
-from attacks import Attack, Survivals
+from bad_store import bucket, built_here, lived, proxy, raw_on_store, set_on_store  # noqa: F401
+from build_set import folders, mended, tars  # noqa: F401
+from trainings import training, whole  # noqa: F401
 
-_SURVIVALS = pytest.StashKey[Survivals]()
 _FIRST_SEED = pytest.StashKey[int]()
 
 
@@ -26,7 +27,6 @@ def pytest_configure(config: pytest.Config) -> None:
     if first is None:
         first = secrets.randbits(31) if config.getoption("--fault-runs", default=None) else 0
     config.stash[_FIRST_SEED] = first
-    config.stash[_SURVIVALS] = defaultdict(list)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -38,20 +38,6 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 @pytest.fixture
-def attack(request: pytest.FixtureRequest) -> Attack:
-    return Attack(request.param, request.config.stash[_SURVIVALS])
-
-
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    survivals = terminalreporter.config.stash.get(_SURVIVALS, {})
-    if not survivals:
-        return
-    write = terminalreporter.write_line
-    write(f"first seed {terminalreporter.config.stash[_FIRST_SEED]}; survived:")
-    write("| fault | place | runs | faults | seconds lost, median | worst |")
-    write("|---|---|---|---|---|---|")
-    for (fault, place), runs in sorted(survivals.items()):
-        lost = [run.seconds_lost for run in runs if run.seconds_lost is not None]
-        times = [f"{statistics.median(lost):.1f}", f"{max(lost):.1f}"] if lost else ["", ""]
-        faults = sum(run.faults for run in runs)
-        write(f"| {fault} | {place} | {len(runs)} | {faults} | {' | '.join(times)} |")
+def attack(request: pytest.FixtureRequest) -> SimpleNamespace:
+    """One run of an attack: its seed, and where its draws come from."""
+    return SimpleNamespace(seed=request.param, draw=random.Random(request.param))

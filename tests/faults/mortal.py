@@ -1,161 +1,177 @@
-"""Lives of a command that end when they are told to: python mortal.py MODULE
+"""Commands that are attacked while they run, many lives in a minute.
 
-A process that has imported MODULE once and forks each life from there, since the imports take
-seconds. It reads a line of JSON for each (`Mortals.live`) and answers with one when it is over.
+Each life is a process of its own, forked from one that has imported once what takes seconds:
+multiprocessing's server.
 """
 
+import atexit
 import contextlib
+import functools
 import importlib
-import json
+import itertools
+import multiprocessing
 import os
-import random
+import resource
+import shutil
 import signal
 import subprocess
 import sys
-import threading
+import tempfile
 import time
 import traceback
-from dataclasses import dataclass
+import warnings
+from collections.abc import Callable
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
-TESTS = Path(__file__).resolve().parents[1]
+import pytest
+from drawn import ROOT
+
+_numbers = itertools.count()
+_CONTEXT = multiprocessing.get_context("forkserver")
+_STOPS = (signal.SIGINT, signal.SIGTERM)
 # What a process does to the file system, as Python tells its audit hooks.
 _OPERATIONS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.link", "os.truncate"}
-_OPERATIONS.add("mortal.call")  # what the module tells of its own
-# Seconds by which a clock may be wrong from one look to the next.
-_JUMPS = (0.0, 0.0, 0.0, -86_400.0, -45.0, 45.0, 90.0, 86_400.0)
+_OPERATIONS.add("mortal.call")  # what a module tells of its own
 
 
-@dataclass(frozen=True)
+@functools.cache
+def _folder() -> Path:
+    """For what lives say; from now on the server runs."""
+    folder = tempfile.mkdtemp(prefix="lives-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    _CONTEXT.set_forkserver_preload(["pytest", "works"])
+    with pytest.MonkeyPatch.context() as patch:
+        path = [ROOT, ROOT / "tests", ROOT / "tests" / "faults"]
+        patch.setenv("PYTHONPATH", os.pathsep.join(map(str, path)))
+        patch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
+        forkserver.ensure_running()
+    return Path(folder)
+
+
 class Life:
-    """status: exit code, or minus the signal; operations: on files below the watched folders, of a
-    life that was not killed."""
+    """One run of function `work` of works.py. At its `at`-th operation on files whose paths hold
+    `watch` it is killed, or runs the command `sabotage`.
 
-    status: int
-    seconds: float
-    operations: int
-    said: str
+    memory: bytes of address space that it may take on.
+    """
+
+    def __init__(
+        self,
+        work: str,
+        *,
+        watch: str = "",
+        at: int | None = None,
+        sabotage: list[str] | None = None,
+        memory: int | None = None,
+        environment: dict[str, str] | None = None,
+        **arguments: Any,
+    ) -> None:
+        self._errors = _folder() / str(next(_numbers))
+        self._line, line = _CONTEXT.Pipe()
+        self._process = _CONTEXT.Process(
+            target=_live,
+            args=(line, self._errors, environment or {}, (watch, at, sabotage), memory),
+            kwargs={"work": work, "arguments": arguments},
+        )
+        self._process.start()
+        line.close()
+        self._line.recv()  # it answers signals from now on
+        self._began = time.monotonic()
+        self.seconds = 0.0
+
+    def signal(self, number: int) -> None:
+        if self._process.is_alive() and self._process.pid is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self._process.pid, number)
+
+    def after(self, seconds: float, do: Callable[[], None]) -> None:
+        """`do` at that instant of this life, or at its end where that comes first."""
+        self._process.join(max(0, self._began + seconds - time.monotonic()))
+        do()
+
+    def end(self) -> int:
+        """Its exit code, or minus its signal."""
+        self._process.join(100)
+        assert self.status is not None, "it stands still"
+        self.seconds = self.seconds or time.monotonic() - self._began
+        return self.status
+
+    @property
+    def status(self) -> int | None:
+        return self._process.exitcode
 
     @property
     def killed(self) -> bool:
         return self.status == -signal.SIGKILL
 
+    @property
+    def errors(self) -> str:
+        return self._errors.read_text()
 
-class Mortals:
-    """The process that forks them. As a context manager, since it must be ended."""
+    @functools.cached_property
+    def operations(self) -> int:
+        """On files whose paths held what was watched; of a life that was not killed."""
+        return int(self._line.recv())
 
-    def __init__(self, module: str) -> None:
-        path = os.pathsep.join(map(str, [TESTS.parent, TESTS, TESTS / "faults"]))
-        self._process = subprocess.Popen(
-            [sys.executable, "-W", "ignore", str(Path(__file__)), module],
-            env=os.environ | {"PYTHONPATH": path, "MLFLOW_DISABLE_TELEMETRY": "true"},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-
-    def __enter__(self) -> "Mortals":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._process.communicate(timeout=60)  # the end of its input is its end
-
-    def live(
-        self,
-        work: str,
-        *,
-        watch: str = "",
-        after: float | None = None,
-        at: int | None = None,
-        clock: int | None = None,
-        sent: signal.Signals = signal.SIGKILL,
-        home: Path | None = None,
-        **arguments: Any,
-    ) -> Life:
-        """Calls function `work` of the module in a process of its own, to which `sent` comes
-        `after` seconds or `at` its so many-th operation on files whose paths hold `watch`.
-
-        clock: a seed, with which time.time() jumps from call to call. home: its $ALEXNET_HOME.
-        """
-        asked = {"work": work, "watch": watch, "after": after, "at": at, "clock": clock}
-        asked |= {"sent": int(sent), "home": None if home is None else str(home)}
-        asked |= {"arguments": arguments}
-        assert self._process.stdin is not None and self._process.stdout is not None
-        self._process.stdin.write(json.dumps(asked) + "\n")
-        self._process.stdin.flush()
-        answer = self._process.stdout.readline()
-        assert answer, f"the process that forks them has ended with {self._process.wait()}"
-        return Life(**json.loads(answer))
+    def check_refused(self) -> None:
+        """It ended with a line that says what to do, below warnings at most."""
+        assert self.status in (1, 2), self.errors
+        assert self.errors.splitlines()[-1].startswith(("error: ", "failed: ")), self.errors
+        assert "Traceback" not in self.errors, self.errors
 
 
-def main(module: str) -> None:
-    works = importlib.import_module(module)
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # whatever a library prints is no answer
-    for line in sys.stdin:
-        answers.write(json.dumps(_life(works, json.loads(line))) + "\n")
-        answers.flush()
+def lived(work: str, *, after: float | None = None, **how: Any) -> Life:
+    """A whole life, which SIGKILL ends `after` so many seconds."""
+    life = Life(work, **how)
+    if after is not None:
+        life.after(after, lambda: life.signal(signal.SIGKILL))
+    life.end()
+    return life
 
 
-def _life(works: Any, asked: dict[str, Any]) -> dict[str, Any]:
-    read, write = os.pipe()
-    began = time.monotonic()
-    pid = os.fork()
-    if pid == 0:
-        os.close(read)
-        _born(works, asked, write)
-    os.close(write)
-    said: list[bytes] = []
-    listening = threading.Thread(target=_listen, args=(read, said))
-    listening.start()
-    if asked["after"] is not None:
-        listening.join(asked["after"])
-        with contextlib.suppress(ProcessLookupError):  # pidfd-less: it is not waited for yet
-            os.kill(pid, asked["sent"])
-    listening.join()
-    _, status = os.waitpid(pid, 0)
-    text = b"".join(said).decode(errors="replace")
-    told, over, count = text.rpartition("\0")  # the last that a life says, if it is not killed
-    return {
-        "status": os.waitstatus_to_exitcode(status),
-        "seconds": time.monotonic() - began,
-        "operations": int(count) if over else 0,
-        "said": told if over else text,
-    }
-
-
-def _listen(read: int, said: list[bytes]) -> None:
-    with os.fdopen(read, "rb") as pipe:
-        said.append(pipe.read())
-
-
-def _born(works: Any, asked: dict[str, Any], write: int) -> None:
-    """In the new process: stdout and stderr go to the pipe, which ends with it."""
-    status = 1
+def _live(
+    line: Any,
+    errors: Path,
+    environment: dict[str, str],
+    watched: tuple[str, int | None, list[str] | None],
+    memory: int | None,
+    *,
+    work: str,
+    arguments: dict[str, Any],
+) -> None:
+    count, status = [0], 1
     try:
-        os.dup2(write, 1)
-        os.dup2(write, 2)
-        counted = _watched(asked["watch"], asked["at"], asked["sent"])
-        if asked["home"] is not None:
-            os.environ["ALEXNET_HOME"] = asked["home"]
-        if asked["clock"] is not None:
-            _jump(random.Random(asked["clock"]))
-        status = getattr(works, asked["work"])(**asked["arguments"]) or 0
-    except KeyboardInterrupt:
+        os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT), 2)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        os.environ.update(environment)
+        tempfile.tempdir = None  # to be found anew
+        warnings.simplefilter("ignore")
+        function = getattr(importlib.import_module("works"), work)
+        count = _watch(*watched)
+        if memory is not None:
+            pages = int(Path("/proc/self/statm").read_text().split()[0])
+            most = pages * resource.getpagesize() + memory
+            resource.setrlimit(resource.RLIMIT_AS, (most, resource.RLIM_INFINITY))
+        for number in _STOPS:
+            signal.signal(number, signal.default_int_handler)
+        line.send("ready")
+        status = function(**arguments) or 0
+    except KeyboardInterrupt:  # before the first line of the program, which answers from then on
+        print("stopped; nothing was begun", file=sys.stderr)
         status = 130
-    except SystemExit as ended:
-        status = int(ended.code or 0)
+    except SystemExit as left:
+        status = left.code if isinstance(left.code, int) else 1
     except BaseException:
         traceback.print_exc()
     finally:
-        sys.stdout.flush()
         sys.stderr.flush()
-        os.write(1, b"\0%d" % counted[0])
+        line.send(count[0])
         os._exit(status)
 
 
-def _watched(watch: str, at: int | None, sent: int) -> list[int]:
+def _watch(watch: str, at: int | None, sabotage: list[str] | None) -> list[int]:
     """Counts operations from now on, in the list's one number."""
     count = [0]
 
@@ -165,17 +181,10 @@ def _watched(watch: str, at: int | None, sent: int) -> list[int]:
         if event == "open" and not arguments[2] & (os.O_WRONLY | os.O_RDWR):
             return
         count[0] += 1
-        if count[0] == at:
-            os.kill(os.getpid(), sent)
+        if count[0] == at and sabotage is None:
+            os.kill(os.getpid(), signal.SIGKILL)
+        elif count[0] == at:
+            subprocess.run(sabotage, stderr=subprocess.DEVNULL)
 
     sys.addaudithook(hook)
     return count
-
-
-def _jump(draw: random.Random) -> None:
-    real = time.time
-    time.time = lambda: real() + draw.choice(_JUMPS)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1])

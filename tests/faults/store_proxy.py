@@ -19,29 +19,21 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from urllib.parse import urlsplit
 
-# What can happen to a request, as the table of survivals tells it.
-ANYWHERE = (
-    "503 SlowDown",
-    "500 InternalError",
-    "502 with a page",
-    "reset before",
-    "delay",
-    "twice",
-)
+# What can happen to a request.
 OF_READS = ("answer cut", "reset in the answer")
 OF_WRITES = ("upload cut", "done, then reset", "done, then 500")
-OF_LISTS = ("stale list", "page for a list")
+PAGE = "page for a list"
 FLIPS = ("bit flipped in the answer", "bit flipped in the upload")
-FAULTS = (*ANYWHERE, *OF_READS, *OF_WRITES, *OF_LISTS)
 SILENT = "no answer"  # until the proxy is closed
+ANSWERS = ("503 SlowDown", "500 InternalError", "502 with a page")
+ANYWHERE = (*ANSWERS, "reset before", "delay", "twice")
+FAULTS = (*ANYWHERE, *OF_READS, *OF_WRITES, PAGE)
 
 _HOP = {"connection", "keep-alive", "transfer-encoding", "expect", "content-length"}
-_PAGE = b"<html><body>We will be back soon"
 _ERROR = '<?xml version="1.0" encoding="UTF-8"?><Error><Code>%s</Code><Message>%s</Message></Error>'
-_LONGEST_DELAY = 0.2
 # What differs between runs: the bucket, endings of checkpoints.
 _CHANCE = re.compile(r"^/[^/?]*|(?<=-)[0-9a-f]{6}(?=/)")
 
@@ -67,20 +59,16 @@ class Request:
     def is_list(self) -> bool:
         return self.method == "GET" and "list-type=2" in self.target
 
-    def possible(self, faults: Collection[str]) -> list[str]:
-        """Those of `faults` that can happen to it."""
-        fitting = {*ANYWHERE, SILENT}
-        if self.method == "GET":
-            fitting |= {*OF_READS}
-        if self.method in ("PUT", "DELETE"):
-            fitting |= {*OF_WRITES} - ({"upload cut"} if len(self.body) < 2 else set())
-        if self.is_list:
-            fitting |= {*OF_LISTS}
-        elif self.method == "GET":
-            fitting.add("bit flipped in the answer")
-        if self.body:
-            fitting.add("bit flipped in the upload")
-        return [fault for fault in faults if fault in fitting]
+    def can_have(self, fault: str) -> bool:
+        if fault == "upload cut" or fault == FLIPS[1]:
+            return len(self.body) > 1
+        if fault in OF_WRITES:
+            return self.method in ("PUT", "DELETE")
+        if fault == PAGE:
+            return self.is_list
+        if fault == FLIPS[0]:  # a list has no checksum
+            return self.method == "GET" and not self.is_list
+        return fault not in OF_READS or self.method == "GET"
 
 
 @dataclass(frozen=True)
@@ -90,16 +78,14 @@ class Answer:
     body: bytes
 
 
+def error_of(status: int, code: str) -> Answer:
+    """What a store says of a request that it refuses."""
+    text = _ERROR % (code, "a fault of this test")
+    return Answer(status, [("Content-Type", "application/xml")], text.encode())
+
+
 # What a store of another make does with a request: another one passed on, or an answer of its own.
 Habit = Callable[[Request], Request | Answer]
-
-
-@dataclass
-class Seen:
-    """What came by since `Proxy.fair`."""
-
-    requests: int = 0
-    faults: Counter[str] = field(default_factory=Counter)
 
 
 class Proxy(http.server.ThreadingHTTPServer):
@@ -115,15 +101,13 @@ class Proxy(http.server.ThreadingHTTPServer):
         self._lock = threading.Lock()
         self.fair()
 
-    def fair(self) -> Seen:
-        """From now on nothing fails. Returns what was seen since the last call."""
+    def fair(self) -> None:
+        """From now on nothing fails, and everything is counted anew."""
         with self._lock:
-            seen, self.seen = getattr(self, "seen", Seen()), Seen()
+            self.requests, self.faults = 0, Counter[str]()
             self.weather = Weather()
             self.habit: Habit = lambda request: request
-            self._asked: Counter[tuple[str, str, str]] = Counter()
-            self._lists: dict[str, list[Answer]] = {}
-            return seen
+            self._asked = Counter[tuple[str, str, str]]()
 
     def foul(self, weather: Weather) -> None:
         """From now on requests fail."""
@@ -136,40 +120,24 @@ class Proxy(http.server.ThreadingHTTPServer):
         ranges = "".join(value for name, value in request.headers if name.lower() == "range")
         asked = (request.method, _CHANCE.sub("", request.target), ranges)
         with self._lock:
-            self.seen.requests += 1
-            early = self.seen.requests <= weather.begins
+            self.requests += 1
+            early = self.requests <= weather.begins
             self._asked[asked] += 1
             draw = random.Random(f"{weather.seed} {asked} {self._asked[asked]}")
-        possible = request.possible(weather.faults)
-        if early or not possible or draw.random() >= weather.rate:
-            return "", draw
-        return draw.choice(possible), draw
-
-    def count(self, fault: str) -> None:
-        with self._lock:
-            self.seen.faults[fault] += 1
-
-    def earlier(self, request: Request, now: Answer, draw: random.Random) -> Answer:
-        """A listing as it was some time ago; `now` where there was none before."""
-        with self._lock:
-            before = self._lists.setdefault(request.target, [])
-            others = [answer for answer in before if answer.body != now.body]
-            before.append(now)
-            return draw.choice(others) if others else now
+            possible = [fault for fault in weather.faults if request.can_have(fault)]
+            if early or not possible or draw.random() >= weather.rate:
+                return "", draw
+            fault = draw.choice(possible)
+            self.faults[fault] += 1
+            return fault, draw
 
     def ask(self, request: Request, cut: int | None = None) -> Answer:
         """The server's answer; after `cut` bytes of the body the connection to it ends."""
+        headers = {name: value for name, value in request.headers if name.lower() not in _HOP}
+        headers["Content-Length"] = str(len(request.body))
         connection = http.client.HTTPConnection(self._server, timeout=60)
         with contextlib.closing(connection):
-            connection.putrequest(
-                request.method, request.target, skip_host=True, skip_accept_encoding=True
-            )
-            for name, value in request.headers:
-                if name.lower() not in _HOP:
-                    connection.putheader(name, value)
-            if request.body or request.method == "PUT":
-                connection.putheader("Content-Length", str(len(request.body)))
-            connection.endheaders(request.body[:cut] or None)
+            connection.request(request.method, request.target, request.body[:cut], headers)
             if cut is not None:
                 return Answer(0, [], b"")
             answer = connection.getresponse()
@@ -184,11 +152,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     disable_nagle_algorithm = True
     server: Proxy
 
-    def handle_one_request(self) -> None:
-        self.raw_requestline = self.rfile.readline(65537)
-        if not self.raw_requestline or not self.parse_request():
-            self.close_connection = True
-            return
+    def do_GET(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         request = Request(self.command, self.path, list(self.headers.items()), body)
         passed = self.server.habit(request)
@@ -197,29 +161,19 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             return
         fault, draw = self.server.fault_of(passed)
         answer = self._answer(passed, fault, draw)
-        if answer is None:
+        is_cut = fault in OF_READS
+        if answer is not None:
+            self._send(answer, draw.randrange(max(1, len(answer.body))) if is_cut else None)
+            self.close_connection |= is_cut
+        if answer is None or fault == "reset in the answer":
             self._reset()
-        elif fault == "answer cut" or fault == "reset in the answer":
-            self._send(answer, draw.randrange(max(1, len(answer.body))))
-            self.close_connection = True
-            if fault == "reset in the answer":
-                self._reset()
-        else:
-            self._send(answer)
+
+    do_HEAD = do_PUT = do_POST = do_DELETE = do_GET
 
     def _answer(self, request: Request, fault: str, draw: random.Random) -> Answer | None:
         """None for a connection that is reset."""
-        if fault == "stale list":
-            now = self.server.ask(request)
-            found = self.server.earlier(request, now, draw)
-            if found is not now:
-                self.server.count(fault)
-            return found
-        if fault:
-            self.server.count(fault)
         if fault in _INSTEAD:
-            status, code = _INSTEAD[fault]
-            return error_of(status, code) if code else Answer(status, _HTML, _PAGE)
+            return _INSTEAD[fault]
         if fault == SILENT:
             self.server.closing.wait()
         if fault in ("reset before", SILENT):
@@ -228,35 +182,28 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self.server.ask(request, cut=draw.randrange(1, len(request.body)))
             return None
         if fault == "bit flipped in the upload":
-            request = Request(
-                request.method, request.target, request.headers, _flipped(request.body, draw)
-            )
+            request = replace(request, body=_flipped(request.body, draw))
         if fault == "twice":
             self.server.ask(request)
         answer = self.server.ask(request)
-        if request.is_list:
-            self.server.earlier(request, answer, draw)
         if fault == "delay":
-            time.sleep(draw.uniform(0, _LONGEST_DELAY))
-        if fault == "done, then reset":
-            return None
+            time.sleep(draw.uniform(0, 0.2))
+        if fault == "bit flipped in the answer" and answer.status < 300 and answer.body:
+            return replace(answer, body=_flipped(answer.body, draw))
         if fault == "done, then 500":
             return error_of(500, "InternalError")
-        if fault == "bit flipped in the answer" and answer.status < 300 and answer.body:
-            return Answer(answer.status, answer.headers, _flipped(answer.body, draw))
-        return answer
+        return None if fault == "done, then reset" else answer
 
     def _send(self, answer: Answer, cut: int | None = None) -> None:
+        is_head = self.command == "HEAD"
         self.send_response_only(answer.status)
         for name, value in answer.headers:
-            if name.lower() not in _HOP:
+            if name.lower() not in _HOP or (is_head and name.lower() == "content-length"):
                 self.send_header(name, value)
-        announced = {name.lower(): value for name, value in answer.headers}
-        size = announced.get("content-length") if self.command == "HEAD" else len(answer.body)
-        if answer.status != 204:
-            self.send_header("Content-Length", str(size or 0))
+        if not is_head and answer.status != 204:
+            self.send_header("Content-Length", str(len(answer.body)))
         self.end_headers()
-        if self.command != "HEAD":
+        if not is_head:
             self.wfile.write(answer.body[:cut])
 
     def _reset(self) -> None:
@@ -269,19 +216,13 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         pass
 
 
-_HTML = [("Content-Type", "text/html")]
+_PAGE = b"<html><body>We will be back soon"
 _INSTEAD = {
-    "503 SlowDown": (503, "SlowDown"),
-    "500 InternalError": (500, "InternalError"),
-    "502 with a page": (502, ""),
-    "page for a list": (200, ""),
+    "503 SlowDown": error_of(503, "SlowDown"),
+    "500 InternalError": error_of(500, "InternalError"),
+    "502 with a page": Answer(502, [("Content-Type", "text/html")], _PAGE),
+    PAGE: Answer(200, [("Content-Type", "text/html")], _PAGE),
 }
-
-
-def error_of(status: int, code: str) -> Answer:
-    """What a store says of a request that it refuses."""
-    text = _ERROR % (code, "a fault of this test")
-    return Answer(status, [("Content-Type", "application/xml")], text.encode())
 
 
 def _flipped(data: bytes, draw: random.Random) -> bytes:

@@ -6,6 +6,7 @@ train images, train shards, official or not, and the peak bytes of memory of the
 """
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -47,21 +48,17 @@ def draw(raw: Path) -> None:
         with (raw / name).open("wb") as file:
             file.truncate(official.ARCHIVES[name].size)
     label = np.repeat(np.arange(CLASSES), counts)
-    train = members(
-        pa.array([f"{wnid}.tar" for wnid in wnids]).take(pa.array(label)),
-        [f"{wnids[k]}_{number}.JPEG" for number, k in enumerate(label)],
-    )
-    val = members(
-        pa.repeat("", VAL), [f"ILSVRC2012_val_{number:08d}.JPEG" for number in range(1, VAL + 1)]
-    )
-    index.once(str(raw / TRAIN_TAR), "nested", index._SCHEMA, lambda _: train)
-    index.once(str(raw / VAL_TAR), "flat", index._SCHEMA, lambda _: val)
-
-
-def members(outer: pa.Array, names: list[str]) -> pa.Table:
-    numbers = np.arange(len(names))
-    sizes = pa.array(100_000 + numbers % 1000)
-    return pa.table([outer, names, pa.array(numbers * 115_000), sizes], schema=index._SCHEMA)
+    inner = pa.array([f"{wnid}.tar" for wnid in wnids]).take(pa.array(label))
+    train = [f"{wnids[k]}_{number}.JPEG" for number, k in enumerate(label)]
+    val = [f"ILSVRC2012_val_{number:08d}.JPEG" for number in range(1, VAL + 1)]
+    for name, kind, outer, names in (
+        (TRAIN_TAR, "nested", inner, train),
+        (VAL_TAR, "flat", pa.repeat("", VAL), val),
+    ):
+        numbers = np.arange(len(names))
+        columns = [outer, names, pa.array(numbers * 115_000), pa.array(100_000 + numbers % 1000)]
+        table = pa.table(columns, schema=index._SCHEMA)
+        index.once(str(raw / name), kind, index._SCHEMA, lambda _, table=table: table)
 
 
 def main(folder: Path) -> None:
@@ -73,20 +70,11 @@ def main(folder: Path) -> None:
     source = sources.scan(str(raw), ["train", "val"])
     made = plan.make(source, plan.Recipe())
     plan_files.begin(str(folder / "out"), str(raw), made)
-    shards = [shard for shard in made.shards if shard.split == "train"]
-    print(
-        sum(shard.samples for shard in shards),
-        len(shards),
-        source.official,
-        peak_bytes(),
-    )
-
-
-def peak_bytes() -> int:
-    """Of this program: getrusage's figure would be that of whoever started it, if larger."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    (line,) = (line for line in lines if line.startswith("VmHWM:"))
-    return int(line.split()[1]) * 1024
+    shards = [shard.samples for shard in made.shards if shard.split == "train"]
+    # getrusage's figure would be that of whoever started this program, if larger.
+    peak = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert peak is not None
+    print(sum(shards), len(shards), source.official, int(peak[1]) * 1024)
 
 
 if __name__ == "__main__":

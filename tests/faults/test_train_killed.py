@@ -1,51 +1,17 @@
-"""SIGKILL at any instant of a training and of its checkpoints: the bits of one that was not."""
+"""A training that is killed, or whose disks and shards fail: it stops with one line or not
+at all, and the same command ends with the bits of one that nobody disturbed."""
 
-import json
-from collections.abc import Iterator
+import shutil
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
-from attacks import Attack
-from mortal import Mortals
-from shard_sets import write_shard_set
-from trainings import STEPS, Training, check_same_as
+from tmpfs import tmpfs
+from trainings import Training
 
 KILLS = 5
-
-
-@pytest.fixture(scope="module")
-def temporary(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where checkpoints are written first."""
-    return tmp_path_factory.mktemp("checkpoints")
-
-
-@pytest.fixture(scope="module")
-def mortals(temporary: Path) -> Iterator[Mortals]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TMPDIR", str(temporary))
-        with Mortals("mortal_training") as running:
-            yield running
-
-
-@pytest.fixture(scope="module")
-def uri(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("killed")
-    return write_shard_set(folder / "set", train=(10, 9, 9), val=(7, 6))
-
-
-@pytest.fixture(scope="module")
-def whole(mortals: Mortals, uri: str, tmp_path_factory: pytest.TempPathFactory) -> Training:
-    """A training that nobody disturbed."""
-    training = Training(mortals, uri, tmp_path_factory.mktemp("whole") / "training")
-    life = training.live(watch="checkpoint-")
-    assert life.status == 0, life.said
-    assert json.loads(training.files["state.json"])["step"] == STEPS
-    return training
-
-
-@pytest.fixture
-def training(mortals: Mortals, uri: str, tmp_path: Path) -> Training:
-    return Training(mortals, uri, tmp_path / "training")
+ROOM = 1 << 26
 
 
 @pytest.mark.first
@@ -55,7 +21,7 @@ def test_killed_at_any_instant_a_training_ends_with_the_same_bits(attack, whole,
     while len(training.lives) < KILLS:
         if not training.live(after=attack.draw.uniform(0, longest)).killed:
             break
-    check_survived(attack, "training", whole, training)
+    check_finished(whole, training)
 
 
 def test_killed_between_two_files_of_a_checkpoint_takes_nothing_half_written(
@@ -67,25 +33,89 @@ def test_killed_between_two_files_of_a_checkpoint_takes_nothing_half_written(
         instant = attack.draw.randint(1, operations // 2)
         if not training.live(watch="checkpoint-", at=instant).killed:
             break
-    check_survived(attack, "checkpoint", whole, training)
+    check_finished(whole, training)
 
 
-def check_survived(attack: Attack, place: str, whole: Training, training: Training) -> None:
+def check_finished(whole: Training, training: Training) -> None:
     """After the same command once more, where the last life was killed."""
-    kills = sum(life.killed for life in training.lives)
     if training.lives[-1].killed:
-        assert training.live().status == 0, training.lives[-1].said
-    check_same_as(whole, training)
-    lost = max(0.0, training.seconds - whole.seconds)
-    attack.survived("SIGKILL", place, faults=kills, seconds_lost=lost)
+        training.finish()
+    training.check_same_as(whole)
 
 
-def test_nothing_is_left_of_what_was_killed_in_its_first_file(whole, training, temporary):
-    left = training.run / "checkpoint-00000003-0a0a0a"
+def test_nothing_is_left_of_what_was_killed_in_its_first_file(whole, training, tmp_path):
+    left = Path(training.run) / "checkpoint-00000003-0a0a0a"
     left.mkdir(parents=True)
     (left / ".another-host~1~hashes.json.x.tmp").write_bytes(b"half")
-    assert training.live(watch="checkpoint-", at=3).killed
-    assert list(temporary.glob("checkpoint-*")), "it was killed while it saved"
-    assert training.live().status == 0
-    assert not list(temporary.glob("checkpoint-*"))
-    check_same_as(whole, training)
+    (tmp_path / "temporary").mkdir()
+    how: dict[str, Any] = {"environment": {"TMPDIR": str(tmp_path / "temporary")}}
+    assert training.live(watch="checkpoint-", at=3, **how).killed
+    assert list(tmp_path.glob("temporary/checkpoint-*")), "it was killed while it saved"
+    training.finish(**how)
+    assert not list(tmp_path.glob("temporary/checkpoint-*"))
+    training.check_same_as(whole)
+
+
+@pytest.mark.parametrize("place", ["temporary folder", "checkpoints"])
+def test_full_disk_is_told_and_with_room_the_same_command_finishes(
+    place, attack, whole, training, tmp_path
+):
+    needed = sum(len(data) for data in whole.files.values())
+    with tmpfs(tmp_path / "disk", 4096 * attack.draw.randint(1, needed // 4096)) as disk:
+        how: dict[str, Any] = {"environment": {"TMPDIR": str(disk.path)}}
+        if place == "checkpoints":
+            training.run, how = str(disk.path / "run"), {}
+        training.live(**how).check_refused()
+        disk.resize(ROOM)
+        training.finish(**how)
+        training.check_same_as(whole)
+
+
+@pytest.mark.parametrize("fault", ["removed", "moved away", "read-only"])
+def test_checkpoints_that_vanish_or_are_protected_cost_their_steps_at_most(
+    fault, attack, whole, training, tmp_path
+):
+    with tmpfs(tmp_path / "disk", ROOM) as disk:
+        run = training.run = str(disk.path / "run")
+        sabotage = {
+            "removed": ["rm", "-rf", run],
+            "moved away": ["mv", run, f"{run}-away"],
+            "read-only": ["mount", "-o", "remount,ro", str(disk.path)],
+        }[fault]
+        at = attack.draw.randint(5, whole.lives[0].operations // (2 if fault == "read-only" else 1))
+        life = training.live(watch="checkpoint-", at=at, sabotage=sabotage)
+        if life.status != 0:
+            life.check_refused()
+        disk.write_protect(False)
+        if life.status != 0 or not Path(run).exists():
+            training.finish()
+        training.check_learned_as(whole)
+
+
+# Every shard by one with other bytes, as a copy of another set would.
+REPLACED = """
+for shard in sorted(pathlib.Path(sys.argv[1]).glob("*.tar")):
+    data = bytearray(shard.read_bytes())
+    data[-2000] ^= 1
+    new = shard.with_suffix(".new")
+    new.write_bytes(data)
+    new.rename(shard)
+"""
+
+
+@pytest.mark.parametrize("fault", ["moved away", "replaced"])
+def test_shards_that_vanish_or_change_are_told_and_back_again_it_finishes(
+    fault, attack, whole, training, tmp_path
+):
+    uri = training.uri = str(shutil.copytree(whole.uri, tmp_path / "set"))
+    sabotage = [sys.executable, "-c", f"import pathlib, sys{REPLACED}", uri]
+    if fault == "moved away":
+        sabotage = ["mv", uri, f"{uri}-away"]
+    at = attack.draw.randint(1, whole.lives[0].operations)
+    life = training.live(watch="checkpoint-", at=at, sabotage=sabotage)
+    if life.status != 0:
+        life.check_refused()
+    shutil.rmtree(uri, ignore_errors=True)
+    shutil.copytree(whole.uri, uri)
+    training.finish()
+    training.check_same_as(whole)

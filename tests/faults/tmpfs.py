@@ -23,6 +23,17 @@ class Disk:
     def _remount(self, option: str) -> None:
         subprocess.run(["mount", "-o", f"remount,{option}", str(self.path)], check=True)
 
+    def fill(self, left: int = 0) -> Path:
+        """The file that takes all free bytes but so many."""
+        filler = self.path / "filler"
+        with filler.open("wb", buffering=0) as file:
+            for size in (1 << 20, 1 << 12):
+                with contextlib.suppress(OSError):
+                    while file.write(bytes(size)) == size:
+                        pass
+            file.truncate(max(0, file.tell() - left))
+        return filler
+
 
 @contextlib.contextmanager
 def tmpfs(path: Path, num_bytes: int) -> Iterator[Disk]:
@@ -37,13 +48,3 @@ def tmpfs(path: Path, num_bytes: int) -> Iterator[Disk]:
         yield Disk(path)
     finally:
         subprocess.run(["umount", "--lazy", str(path)], check=True)
-
-
-def filled(path: Path, free: int = 0) -> None:
-    """Takes all the room that its disk has, but for `free` bytes."""
-    with path.open("wb", buffering=0) as file:
-        for size in (1 << 20, 1 << 12):
-            with contextlib.suppress(OSError):
-                while file.write(bytes(size)) == size:
-                    pass
-        file.truncate(max(0, file.tell() - free))

@@ -1,10 +1,13 @@
-"""Trainings in folders of their own, which lives of `mortal_training` go on with."""
+"""Trainings that lives of `works.train` go on with."""
 
 import json
 from pathlib import Path
 from typing import Any
 
-from mortal import Life, Mortals
+import pytest
+from made_checkpoints import steps_in
+from mortal import Life, lived
+from shard_sets import write_shard_set
 
 from training import checkpoint
 
@@ -20,60 +23,72 @@ CHANGES = {
 
 
 class Training:
-    """One training in a folder of its own: lives that go on with it, and what they left."""
+    """One training: lives that go on with it, and what they left."""
 
-    def __init__(self, mortals: Mortals, uri: str, folder: Path) -> None:
-        self._mortals, self.uri, self._folder = mortals, uri, folder
-        self.run = folder / "run"
+    def __init__(self, uri: str, folder: Path, run: str = "") -> None:
+        self.uri, self._folder = uri, folder
+        self.run = run or str(folder / "run")
         self.lives: list[Life] = []
         folder.mkdir()
 
     def live(self, **how: Any) -> Life:
-        arguments = {"uri": self.uri, "run": str(self.run), "log": str(self._folder / "log")}
-        arguments |= {"changes": CHANGES}
-        self.lives.append(self._mortals.live("train", **arguments, **how))
+        arguments = {"uri": self.uri, "run": self.run, "log": str(self._folder / "log")}
+        self.lives.append(lived("train", changes=CHANGES, **arguments, **how))
         return self.lives[-1]
+
+    def finish(self, **how: Any) -> None:
+        life = self.live(**how)
+        assert life.status == 0, life.errors
 
     @property
     def lines(self) -> list[dict[str, Any]]:
         return [json.loads(line) for line in (self._folder / "log").read_text().splitlines()]
 
     @property
-    def seconds(self) -> float:
-        return sum(life.seconds for life in self.lives)
-
-    @property
     def files(self) -> dict[str, bytes]:
-        with checkpoint.newest_good(str(self.run)) as last:
+        """Of the last checkpoint."""
+        with checkpoint.newest_good(self.run) as last:
             assert last is not None
             return {path.name: path.read_bytes() for path in sorted(last.iterdir())}
 
+    def learned(self) -> dict[int, set[tuple[float, ...]]]:
+        """What was said of each step, in any life, of loss and samples."""
+        said: dict[int, set[tuple[float, ...]]] = {}
+        for line in self.lines:
+            keys = ("loss", "sample_digest", "val_loss")
+            if values := tuple(line[key] for key in keys if key in line):
+                said.setdefault(line["step"], set()).add(values)
+        return said
 
-def learned(training: Training) -> dict[int, set[tuple[float, ...]]]:
-    """What was said of each step, in any life, of loss and samples."""
-    said: dict[int, set[tuple[float, ...]]] = {}
-    for line in training.lines:
-        values = tuple(line[key] for key in ("loss", "sample_digest", "val_loss") if key in line)
-        if values:
-            said.setdefault(line["step"], set()).add(values)
-    return said
+    def check_learned_as(self, whole: "Training") -> None:
+        assert self.files == whole.files and self.learned() == whole.learned()
+
+    def check_same_as(self, whole: "Training") -> None:
+        """The steps that were done again among it: an upload goes on behind the steps up to the
+        next checkpoint, so that a kill takes at most those since the last checkpoint but one."""
+        self.check_learned_as(whole)
+        reached = 0
+        for line in self.lines:
+            if "loss" not in line and "val_loss" not in line:
+                assert reached - 2 * EVERY <= line["step"] <= reached, self.lines
+            reached = line["step"]
+        assert steps_in(self.run) == steps_in(whole.run)
+        held = {path.name for path in Path(self.run).rglob("*") if path.is_file()}
+        assert held == set(whole.files), "nothing of the killed is left"
 
 
-def check_steps_done_again(training: Training) -> None:
-    """An upload goes on behind the steps up to the next checkpoint: what a kill takes with it are
-    at most the steps since the last checkpoint but one."""
-    reached = 0
-    for line in training.lines:
-        if "loss" not in line and "val_loss" not in line:
-            assert reached - 2 * EVERY <= line["step"] <= reached, training.lines
-        reached = line["step"]
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Training:
+    """A training that nobody disturbed."""
+    folder = tmp_path_factory.mktemp("whole")
+    uri = write_shard_set(folder / "set", train=(10, 9, 9), val=(7, 6))
+    training = Training(uri, folder / "training")
+    training.finish(watch="checkpoint-")
+    assert json.loads(training.files["state.json"])["step"] == STEPS
+    return training
 
 
-def check_same_as(whole: Training, training: Training) -> None:
-    assert training.files == whole.files
-    assert learned(training) == learned(whole)
-    check_steps_done_again(training)
-    names = {path.name.split("-")[1] for path in training.run.iterdir()}
-    assert names == {path.name.split("-")[1] for path in whole.run.iterdir()}
-    held = {path.name for path in training.run.rglob("*") if path.is_file()}
-    assert held == set(whole.files), "nothing of the killed is left"
+@pytest.fixture
+def training(whole: Training, tmp_path: Path) -> Training:
+    """The same, to be disturbed."""
+    return Training(whole.uri, tmp_path / "training")

@@ -6,6 +6,7 @@ Without --fuzz-inputs each parser gets a short selection, the same in every run.
 """
 
 import secrets
+import shutil
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -16,11 +17,10 @@ import pytest
 from child import Child
 from hypothesis import HealthCheck, Phase, configuration
 from hypothesis.strategies import SearchStrategy
+from registered import Built
 
 SHORT = 40  # inputs of each target in `make test-all`
 BATCH = 1000  # inputs that one seed makes: Hypothesis remembers all of a batch
-
-Attack = Callable[[str, SearchStrategy[bytes]], None]
 _COUNTS = pytest.StashKey[dict[str, Counter[str]]]()
 
 
@@ -52,13 +52,20 @@ def child(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Child]:
 
 
 @pytest.fixture(scope="session")
-def good(child: Child) -> Path:
-    """For the good files that targets need besides an input."""
+def good(child: Child, drawn_shards: str, registered_models: Built) -> Path:
+    """Good files, of which a target gets one damaged: a set, a checkpoint, a registered model."""
+    (sums,) = (registered_models.folder / "foreign").rglob("SHA256SUMS")
+    for name, folder in (
+        ("set", drawn_shards),
+        ("checkpoint", registered_models.checkpoint),
+        ("model", sums.parent),
+    ):
+        shutil.copytree(folder, child.good / name)
     return child.good
 
 
 @pytest.fixture
-def attack(child: Child, pytestconfig: pytest.Config) -> Attack:
+def attack(child: Child, pytestconfig: pytest.Config) -> Callable[..., None]:
     """Gives a target its inputs and fails with the smallest that is a find."""
     inputs = pytestconfig.getoption("--fuzz-inputs", default=None)
     first = pytestconfig.getoption("--fuzz-seed", default=None)
@@ -67,41 +74,33 @@ def attack(child: Child, pytestconfig: pytest.Config) -> Attack:
     counts = pytestconfig.stash.setdefault(_COUNTS, {})
 
     def run(target: str, drawn: SearchStrategy[bytes]) -> None:
-        for start in range(0, left := inputs or SHORT, BATCH):
-            seed = first + start // BATCH
-            counted = counts.setdefault(target, Counter())
-            _batch(child, counted, target, drawn, seed, min(BATCH, left - start))
-        assert counts[target]["right"], f"{target} refused even the inputs without an edit"
+        counted = counts.setdefault(target, Counter())
+
+        def batch(seed: int, number: int) -> None:
+            @hypothesis.seed(seed)
+            @hypothesis.settings(
+                max_examples=number,
+                database=None,
+                deadline=None,
+                phases=(Phase.generate, Phase.shrink),
+                suppress_health_check=list(HealthCheck),
+            )
+            @hypothesis.given(drawn)
+            def check(data: bytes) -> None:
+                outcome, text = child.ask(target, data)
+                counted[outcome] += 1
+                if outcome == "bug":  # the last one written is the smallest
+                    find = child.folder / f"find-{target}"
+                    find.write_bytes(data)
+                    again = f"again with --fuzz-seed {seed} --fuzz-inputs {number}"
+                    raise AssertionError(f"{target}: {text}\nin {find}; {again}")
+
+            check()
+
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Generating overly large repr")
+            for start in range(0, left := inputs or SHORT, BATCH):
+                batch(first + start // BATCH, min(BATCH, left - start))
+        assert counted["right"], f"{target} refused even the inputs without an edit"
 
     return run
-
-
-def _batch(
-    child: Child,
-    counted: Counter[str],
-    target: str,
-    drawn: SearchStrategy[bytes],
-    seed: int,
-    number: int,
-) -> None:
-    @hypothesis.seed(seed)
-    @hypothesis.settings(
-        max_examples=number,
-        database=None,
-        deadline=None,
-        phases=(Phase.generate, Phase.shrink),
-        suppress_health_check=list(HealthCheck),
-    )
-    @hypothesis.given(drawn)
-    def one(data: bytes) -> None:
-        verdict = child.ask(target, data)
-        counted[verdict.outcome] += 1
-        if verdict.outcome == "bug":  # the last one written is the smallest
-            find = child.folder / f"find-{target}"
-            find.write_bytes(data)
-            again = f"again with --fuzz-seed {seed} --fuzz-inputs {number}"
-            raise AssertionError(f"{target}: {verdict.text}\nin {find}; {again}")
-
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Generating overly large repr")
-        one()
