@@ -33,7 +33,7 @@ from alexnet import renamed
 from alexnet.classifier import read_tensors
 from alexnet.errors import UserError
 from pipelines import storage
-from training.config import TrainConfig, science
+from training.config import ADDED, TrainConfig, in_words, science
 from training.order import Ids
 
 logger = logging.getLogger("training")
@@ -284,7 +284,7 @@ def load_optimizer(folder: Path, model: torch.nn.Module, optimizer: torch.optim.
 
 def _current(state: dict[str, Any]) -> dict[str, Any]:
     if isinstance(config := state.get("config"), dict):
-        renamed(config)
+        state["config"] = ADDED | renamed(config)
     return state
 
 
@@ -301,7 +301,7 @@ def _leaf(document: Any, dotted: str) -> str | None:
         if not isinstance(document, dict) or key not in document:
             return None
         document = document[key]
-    return json.dumps(document).strip('"')
+    return in_words(document)
 
 
 def _step(checkpoint: str) -> int:

@@ -15,6 +15,7 @@ import tyro
 
 from alexnet import Init, Rule, Variant
 from alexnet.errors import UserError
+from training.order import WINDOW_SHARDS
 
 _HIGHEST = 2**63  # what torch's generators take as a seed, and beyond all other uses
 
@@ -28,7 +29,7 @@ class ModelConfig:
     batch_norm: bool = False
     """Batch normalisation after every convolution (ungrouped only); in neither slides nor paper."""
     norm_group: int = 64
-    """Images per batch-norm statistic, whatever the workers; 0: all of a worker's at once."""
+    """About so many images per batch-norm statistic, on any workers; 0: all of a worker's."""
     init: Init = "source"
     """text: the paper's section 5; source: its released code, 0.03 in conv3-5; he: He normal."""
 
@@ -105,11 +106,15 @@ class TrainConfig:
     """Train on random images that stay on the device: the ceiling. Never registered."""
     seed: int = 0
     """Fixes initialisation, order, augmentation and dropout."""
+    shuffle_window: int = WINDOW_SHARDS
+    """Shards whose images are mixed with each other: more for sorted ones. S3: cache for two."""
     flat_loss_steps: int = 20_000
     """Stop if the loss is still that of guessing after so many steps; 0 never stops."""
 
     data: str | None = None
     """Folder or s3:// prefix of the shards; the newest ones under $ALEXNET_HOME by default."""
+    allow_sorted: bool = False
+    """Train although the shards are so sorted that batches hold few of the classes."""
     name: str | None = None
     """Name of the run; the same name continues it. By default recipe, date and time."""
     storage: str | None = None
@@ -173,6 +178,7 @@ def _check_ranges(config: TrainConfig) -> None:
         ("augment.colour-sigma", augment.colour_sigma, 0),
         ("augment.colour-epochs", augment.colour_epochs, 0),
         ("seed", config.seed, 0),
+        ("shuffle-window", config.shuffle_window, 1),
         ("flat-loss-steps", config.flat_loss_steps, 0),
         ("workers", config.workers, 1),
         ("min-workers", config.min_workers, 1),
@@ -226,8 +232,11 @@ WHERE_AND_HOW_MANY = frozenset(
     {"data", "name", "storage", "workers", "min_workers", "max_failures", "device", "compile"}
     | {"cpus_per_worker", "deterministic", "checkpoint_steps", "checkpoint_minutes", "keep_last"}
     | {"keep_best", "log_steps", "cache_gb", "cache", "decoded_gb", "shared_fs", "register"}
-    | {"profile"}
+    | {"profile", "allow_sorted"}
 )
+
+# Fields that configs of earlier releases lack, with what those did.
+ADDED = {"cache": "none", "decoded_gb": None, "shuffle_window": 8, "allow_sorted": False}
 
 # A field that configs of earlier releases have. It said what decoded images, never what was
 # learned, so a saved config is read without it.
@@ -246,8 +255,13 @@ def flatten(config: TrainConfig) -> dict[str, str]:
     for name, value in to_dict(config).items():
         inner = value if isinstance(value, dict) else {"": value}
         for key, leaf in inner.items():
-            flat[f"{name}.{key}" if key else name] = json.dumps(leaf).strip('"')
+            flat[f"{name}.{key}" if key else name] = in_words(leaf)
     return flat
+
+
+def in_words(leaf: Any) -> str:
+    """The value of a field as MLflow shows it."""
+    return json.dumps(leaf).strip('"')
 
 
 def science(config: TrainConfig) -> dict[str, str]:

@@ -16,13 +16,14 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
+import pyarrow as pa
 import simplejpeg
 import torch
 
 from alexnet.errors import UserError
 from pipelines import shards
 from training.decoded import Decoded
-from training.order import Ids
+from training.order import WINDOW_SHARDS, Ids
 from training.shard_files import OpenShard, ShardFiles, ShardUses
 
 _AHEAD = 3  # batches begun beyond the one that the consumer holds
@@ -59,7 +60,8 @@ class Loader:
     threads. Raises UserError for an index that is not the manifest's.
 
     cache_gb: how much of the node's own disk shards from S3 may take. decoded: where images are
-    kept once they are decoded; it is closed with the loader.
+    kept once they are decoded; it is closed with the loader. window: shards that are opened or
+    downloaded before their turn, as many as are mixed with each other.
     """
 
     def __init__(
@@ -71,9 +73,11 @@ class Loader:
         threads: int,
         cache_gb: float = 20.0,
         decoded: Decoded | None = None,
+        window: int = WINDOW_SHARDS,
     ) -> None:
         self._describe(manifest, split)
         self._samples, self._decoded = Samples(uri, manifest, split, decoded), decoded
+        self._window = window
         self._files = ShardFiles(uri, manifest.split_shards(split), int(cache_gb * 1e9))
         self._buffers = Buffers(manifest.crop, idle=_AHEAD + 2)
         self._threads = threads
@@ -102,7 +106,7 @@ class Loader:
         """One batch for each array of ids, decoded ahead of the consumer, and the next shards
         opened or downloaded ahead; `pin` for a GPU. Raises what reading raises, after the good
         batches before it: UserError for a shard that is missing, changed or undecodable."""
-        uses = self._samples.uses(ids_of_batches)
+        uses = self._samples.uses(ids_of_batches, self._window)
         begun = deque[_Begun]()
         try:
             for number, ids in enumerate(ids_of_batches):
@@ -121,7 +125,7 @@ class Loader:
 
     def prefetch(self, ids_of_batches: Sequence[Ids]) -> None:
         """Opens or downloads the first shards of batches to come, as far as there is room."""
-        now, ahead = self._samples.uses(ids_of_batches).advance(0)
+        now, ahead = self._samples.uses(ids_of_batches, self._window).advance(0)
         self._files.open([], ahead=[*now, *ahead])
 
     def read(self, ids: Ids) -> Batch:
@@ -200,14 +204,8 @@ class Samples:
         """Raises UserError for an index that is not the manifest's."""
         self._uri, self._decoded = uri, decoded
         # The rest, keys and hashes mostly, would be a gigabyte of ImageNet's index.
-        index = shards.load_index(uri, split, ("shard", "offset", "size", "label"))
+        index = load_whole_index(uri, manifest, split, ("shard", "offset", "size", "label"))
         self.count = len(index)
-        if self.count != manifest.num_samples(split):
-            raise UserError(
-                f"index/{split}.parquet of {uri} has {self.count} rows, its manifest "
-                f"promises {manifest.num_samples(split)}; run "
-                f"`python -m pipelines verify {shlex.quote(uri)}`"
-            )
         column = index["shard"].combine_chunks().dictionary_encode()
         self._names: list[str] = column.dictionary.to_pylist()
         self._shard = column.indices.to_numpy()
@@ -219,12 +217,12 @@ class Samples:
         """Names of the shards that they have to be read from."""
         return [self._names[shard] for shard in np.unique(self._shard[ids[self._to_decode(ids)]])]
 
-    def uses(self, ids_of_batches: Sequence[Ids]) -> ShardUses:
+    def uses(self, ids_of_batches: Sequence[Ids], window: int) -> ShardUses:
         """Which shards these batches have to be read from, and when."""
         ids = np.concatenate([np.zeros(0, np.int64), *ids_of_batches])
         sizes = np.array([len(ids) for ids in ids_of_batches], np.int64)
         batches, places = np.repeat(np.arange(len(sizes)), sizes), self._to_decode(ids)
-        return ShardUses(self._shard[ids[places]], batches[places], self._names)
+        return ShardUses(self._shard[ids[places]], batches[places], self._names, window)
 
     def _to_decode(self, ids: Ids) -> Ids:
         """Places in `ids` of the images that are not decoded yet."""
@@ -269,6 +267,20 @@ class Samples:
             f"sample {sample} of {name} does not decode ({why}); run "
             f"`python -m pipelines verify {shlex.quote(self._uri)} --full`"
         )
+
+
+def load_whole_index(
+    uri: str, manifest: shards.Manifest, split: str, columns: Sequence[str]
+) -> pa.Table:
+    """These columns of `shards.INDEX` for every sample of a split. Raises UserError for an index
+    that is not the manifest's."""
+    index = shards.load_index(uri, split, columns)
+    if len(index) != manifest.num_samples(split):
+        raise UserError(
+            f"index/{split}.parquet of {uri} has {len(index)} rows, its manifest promises "
+            f"{manifest.num_samples(split)}; run `python -m pipelines verify {shlex.quote(uri)}`"
+        )
+    return index
 
 
 class Buffers:

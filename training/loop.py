@@ -86,8 +86,15 @@ def _loader(config: TrainConfig, data: str, manifest: Manifest, split: str, plac
     decoded = None
     if config.cache == "decoded":
         decoded = open_decoded(manifest, split, config.decoded_gb)
-    threads, cache_gb = place.threads, config.cache_gb
-    return Loader(data, manifest, split, threads=threads, cache_gb=cache_gb, decoded=decoded)
+    return Loader(
+        data,
+        manifest,
+        split,
+        threads=place.threads,
+        cache_gb=config.cache_gb,
+        decoded=decoded,
+        window=config.shuffle_window,
+    )
 
 
 @dataclass
@@ -282,7 +289,8 @@ class _Run:
 
     def _batches(self, epoch: int, first: int = 0) -> list[Ids]:
         """The global batches of an epoch, from number `first` on."""
-        order = epoch_order(self.train.shard_sizes, seed=self.config.seed, epoch=epoch)
+        seed, window = self.config.seed, self.config.shuffle_window
+        order = epoch_order(self.train.shard_sizes, seed=seed, epoch=epoch, window=window)
         count = self.steps_per_epoch
         return [global_batch(order, number, count) for number in range(first, count)]
 

@@ -5,34 +5,41 @@ exactly once, all ranks take the same number of steps, and a run stopped at any 
 next sample with another W too. A sample's id is its row in the split's index.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 Ids = NDArray[np.int64]
 
-# Samples are shuffled inside windows of this many shards, so a node reading from S3 holds a few
-# shards at a time and still mixes tens of thousands of samples.
+# Samples are shuffled inside windows of so many shards by default, so a node reading from S3 holds
+# a few shards at a time and still mixes tens of thousands of samples.
 WINDOW_SHARDS = 8
 
 
-def epoch_order(shard_sizes: Sequence[int], *, seed: int, epoch: int) -> Ids:
-    """All sample ids of the split in the order of `epoch`: int64 (sum of sizes,).
+def epoch_order(
+    shard_sizes: Sequence[int], *, seed: int, epoch: int, window: int = WINDOW_SHARDS
+) -> Ids:
+    """All sample ids of the split in the order of `epoch`: int64 (sum of sizes,)."""
+    return np.concatenate(list(windows(shard_sizes, seed=seed, epoch=epoch, window=window)))
 
-    Shards are permuted, then samples inside each window of `WINDOW_SHARDS` of them. The bits come
-    from Philox's raw stream, which NumPy keeps stable over versions (NEP 19).
+
+def windows(
+    shard_sizes: Sequence[int], *, seed: int, epoch: int, window: int = WINDOW_SHARDS
+) -> Iterator[Ids]:
+    """The order of `epoch` in the parts that are shuffled whole: int64 (samples of the part,).
+
+    Shards are permuted, then samples inside each `window` of them. The bits come from Philox's raw
+    stream, which NumPy keeps stable over versions (NEP 19).
     """
     sizes = np.asarray(shard_sizes, dtype=np.int64)
     starts = np.concatenate([[0], np.cumsum(sizes)[:-1]])
     bits = np.random.Philox(key=[seed % 2**64, epoch])
     shards = _permutation(bits, len(sizes))
-    windows = []
-    for first in range(0, len(shards), WINDOW_SHARDS):
-        window = shards[first : first + WINDOW_SHARDS]
-        ids = np.concatenate([np.arange(starts[s], starts[s] + sizes[s]) for s in window])
-        windows.append(ids[_permutation(bits, len(ids))])
-    return np.concatenate(windows)
+    for first in range(0, len(shards), window):
+        chosen = shards[first : first + window]
+        ids = np.concatenate([np.arange(starts[s], starts[s] + sizes[s]) for s in chosen])
+        yield ids[_permutation(bits, len(ids))]
 
 
 def steps_per_epoch(num_samples: int, batch_size: int) -> int:

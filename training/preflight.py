@@ -22,7 +22,7 @@ from alexnet import NETWORK_SIDE
 from alexnet.errors import UserError
 from pipelines import storage
 from pipelines.shards import Manifest, load_manifest
-from training import checkpoint, decoded, lease, tracking
+from training import checkpoint, decoded, lease, mix, tracking
 from training.config import TrainConfig
 from training.network import build_model, input_spec
 from training.order import steps_per_epoch
@@ -61,8 +61,8 @@ class Job:
     """A run, resolved once and handed on to its workers, which decide nothing of it again.
 
     config: with data, name and storage filled in. run_id, status: of the run of this name in
-    MLflow, None where it would be new. The rest is known once the cluster is: CPUs of each worker,
-    whether the driver has a terminal, number and token of the lease.
+    MLflow, None where it would be new. mix: see training/mix.py. The rest is known once the cluster
+    is: CPUs of each worker, whether the driver has a terminal, number and token of the lease.
     """
 
     config: TrainConfig
@@ -71,6 +71,7 @@ class Job:
     tracking_uri: str
     run_id: str | None = None
     status: str | None = None
+    mix: float | None = None
     cpus: int = 1
     terminal: bool = False
     lease: tuple[int, str] = (0, "")
@@ -103,6 +104,8 @@ def preflight(config: TrainConfig, *, alone: bool) -> tuple[Job, Any]:
             lease.holder(storage.join(before, str(config.name)))
     if alone:
         _refuse_too_large(config, memory, *_here(config)[1:])
+    if job.status != "FINISHED":
+        job = dataclasses.replace(job, mix=mix.check_mix(config, manifest, begun=run is not None))
     return job, client
 
 
@@ -131,7 +134,6 @@ def dry_run(
     after = "nothing is left to train" if job.status == "FINISHED" else "it continues"
     state = "is new" if job.status is None else f"exists ({job.status}): {after}"
     waits = [] if writer is None else [("writer", f"perhaps still {writer}: the run would wait")]
-    caches = [("decoded", _decoded(job))] if config.cache == "decoded" else []
     return "\n".join(
         f"{name:<12}{text}"
         for name, text in [
@@ -140,6 +142,7 @@ def dry_run(
                 f"{job.data} ({manifest.digest[:12]}): {train:,} train and {val:,} val samples of "
                 f"{manifest.num_classes} classes, {manifest.crop} px",
             ),
+            *([] if job.mix is None else [("classes", mix.shown(job.mix))]),
             ("network", f"{config.model.variant}, {job.memory.parameters:,} parameters"),
             (
                 "steps",
@@ -148,7 +151,7 @@ def dry_run(
             ),
             ("memory", memory),
             ("place", place),
-            *caches,
+            *([("decoded", _decoded(job))] if config.cache == "decoded" else []),
             ("checkpoints", _checkpoints(job)),
             ("tracking", f"{job.tracking_uri} answers; run {config.name} {state}"),
             *waits,
@@ -163,10 +166,8 @@ def workers_of(config: TrainConfig) -> str:
 
 def resolve(config: TrainConfig) -> tuple[TrainConfig, Manifest]:
     """Fills in what flags left open and refuses what cannot work, before anything starts."""
-    given = config.name
-    if given is None:
-        given = f"{config.recipe}-{time.strftime('%Y%m%d-%H%M%S')}"
-    name = checked_name(given, "--name")
+    usual = f"{config.recipe}-{time.strftime('%Y%m%d-%H%M%S')}"
+    name = checked_name(usual if config.name is None else config.name, "--name")
     place = checked_place(config.storage or str(storage.home() / "runs"), "--storage")
     refuse_unwritable_path(place, name)
     data = config.data or storage.newest_shards()
@@ -363,8 +364,7 @@ def _saved_bytes(model: nn.Module, *, half: bool) -> list[int]:
 def _refuse_too_large(config: TrainConfig, memory: Memory, total: int, device: str) -> None:
     if memory.total > total:
         workers = config.min_workers or config.workers
-        beside = memory.weights + memory.checkpoint
-        fits = int((total - beside) / memory.image * workers * 0.99)
+        fits = int((total - memory.weights - memory.checkpoint) / memory.image * workers * 0.99)
         raise UserError(
             f"a batch of {config.optim.batch_size} over {workers} worker(s) needs about "
             f"{_gb(memory.total)} each, {device} has {_gb(total)}; pass --optim.batch-size "

@@ -21,7 +21,6 @@ from numpy.typing import NDArray
 from alexnet.errors import UserError
 from pipelines import storage
 from pipelines.shards import ShardInfo
-from training.order import WINDOW_SHARDS
 from training.shard_cache import NodeCache, repair_hint, sha256_of
 
 _IO_THREADS = 4
@@ -137,11 +136,11 @@ class ShardUses:
     """From when to when the batches ahead need which shards; goes through them with the batches.
 
     shards, batches: int64 (N,), each sample's shard, as a place in `names`, and the number of its
-    batch, in ascending order.
+    batch, in ascending order. window: shards to tell of ahead.
     """
 
     def __init__(
-        self, shards: NDArray[np.int64], batches: NDArray[np.int64], names: list[str]
+        self, shards: NDArray[np.int64], batches: NDArray[np.int64], names: list[str], window: int
     ) -> None:
         used, first = np.unique(shards, return_index=True)
         last = len(shards) - 1 - np.unique(shards[::-1], return_index=True)[1]
@@ -149,6 +148,7 @@ class ShardUses:
         # By first use: numbers of the first and the last batch that need a shard, and its name.
         self._upcoming = deque((begin, end, names[shard]) for begin, end, shard in sorted(rows))
         self._active: list[tuple[int, int, str]] = []
+        self._window = window
 
     def advance(self, batch: int) -> tuple[list[str], list[str]]:
         """The shards that `batch` or an earlier one needs and that are not done with yet, and the
@@ -156,7 +156,7 @@ class ShardUses:
         while self._upcoming and self._upcoming[0][0] <= batch:
             self._active.append(self._upcoming.popleft())
         self._active = [use for use in self._active if use[1] >= batch]
-        ahead = [name for _, _, name in itertools.islice(self._upcoming, WINDOW_SHARDS)]
+        ahead = [name for _, _, name in itertools.islice(self._upcoming, self._window)]
         return [name for _, _, name in self._active], ahead
 
 

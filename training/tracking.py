@@ -29,7 +29,7 @@ from alexnet.errors import UserError, reason
 from pipelines import storage
 from pipelines.shards import Manifest
 from training import store
-from training.config import TrainConfig, flatten, science, to_dict
+from training.config import ADDED, TrainConfig, flatten, in_words, science, to_dict
 from training.lease import Superseded
 from training.store import tracking_uri as tracking_uri
 
@@ -320,9 +320,8 @@ def _refuse_long(config: TrainConfig) -> None:
 
 def _refuse_other_science(run: Run, config: TrainConfig, manifest: Manifest) -> None:
     now = science(config) | {"manifest": manifest.digest[:16]}
-    then = renamed({**run.data.params}) | {
-        "manifest": run.data.tags.get("manifest_sha256", "")[:16]
-    }
+    then = {name: in_words(value) for name, value in ADDED.items()} | renamed({**run.data.params})
+    then["manifest"] = run.data.tags.get("manifest_sha256", "")[:16]
     differs = [f"{key} {then.get(key)} → {now[key]}" for key in now if then.get(key) != now[key]]
     if differs:
         raise UserError(

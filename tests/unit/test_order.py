@@ -52,13 +52,21 @@ def test_epochs_and_seeds_have_orders_of_their_own():
     assert len(orders) == 6
 
 
-def test_shards_are_permuted_and_mixed_only_within_a_window_of_eight():
-    order = epoch_order([10] * 24, seed=0, epoch=0)
-    windows = [set((order[i : i + 80] // 10).tolist()) for i in (0, 80, 160)]
-    assert [len(shards) for shards in windows] == [8, 8, 8]
-    assert windows[0] != set(range(8)), "shards were not permuted"
-    changes = np.count_nonzero(np.diff(order[:80] // 10))
-    assert changes > 50, "samples of one shard come in a row"
+@pytest.mark.parametrize(("asked", "window"), [({}, 8), ({"window": 4}, 4), ({"window": 16}, 16)])
+def test_shards_are_permuted_and_mixed_only_within_a_window(asked: dict[str, int], window: int):
+    order = epoch_order([10] * 32, seed=0, epoch=0, **asked)
+    size = 10 * window
+    windows = [set((order[i : i + size] // 10).tolist()) for i in range(0, 320, size)]
+    assert [len(shards) for shards in windows] == [window] * (32 // window)
+    assert windows[0] != set(range(window)), "shards were not permuted"
+    changes = np.count_nonzero(np.diff(order[:size] // 10))
+    assert changes > 0.6 * size, "samples of one shard come in a row"
+
+
+def test_a_window_of_all_shards_or_more_mixes_all():
+    whole = epoch_order(SIZES, seed=2, epoch=0, window=len(SIZES))
+    np.testing.assert_array_equal(whole, epoch_order(SIZES, seed=2, epoch=0, window=1000))
+    assert sorted(whole) == list(range(TOTAL))
 
 
 def test_every_place_of_the_order_is_equally_likely_for_a_sample():
