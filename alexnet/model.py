@@ -32,6 +32,7 @@ The paper says the input is 224×224, which does not give 55×55; 227×227 witho
 
 import math
 from collections import OrderedDict
+from collections.abc import Sequence
 from typing import Any, get_args
 
 import torch
@@ -62,8 +63,8 @@ class AlexNet(nn.Module):
     `batch_norm` puts batch normalisation between each convolution and its ReLU. The convolution's
     bias goes, because the normalisation would subtract it again and has a shift of its own; nothing
     else changes. It is offered for `ungrouped` only: nobody uses LRN after batch normalisation.
-    While training, each `norm_group` images are normalised by themselves, however large the batch;
-    with 0, all images of the batch together. Evaluation does not depend on it.
+    While training, groups of about `norm_group` images are normalised by themselves, however large
+    the batch; with 0, all images of the batch together. Evaluation does not depend on it.
 
     `init` (None means "source"):
       text    section 5 of the paper: weights N(0, 0.01²), bias 1 in conv2, conv4, conv5, fc6, fc7
@@ -252,16 +253,18 @@ def _around(values: Tensor, size: int) -> Tensor:
 
 
 class GroupedBatchNorm2d(nn.BatchNorm2d):
-    """x: (B, C, H, W) → the same, normalised in training by each group of `group` images in a row.
+    """x: (B, C, H, W) → the same, normalised in training by each group of about `group` images in a
+    row.
 
-    Statistics of groups of fixed size ("ghost" batches): with plain batch normalisation, what is
+    Statistics of groups of one size ("ghost" batches): with plain batch normalisation, what is
     learned depends on how many images a worker sees at once, so on the number of workers. Source
     of the idea: Hoffer, Hubara and Soudry 2017, arXiv 1705.08741.
 
-    The last group also takes what is left over, so it has between `group` and 2·group - 1 images; a
-    batch of fewer is one group. The running statistics move once per batch, towards the mean of
-    its groups' means and variances. They are thus linear in the groups: averaging the buffers of
-    ranks with equally many groups gives what one process that saw all of the groups has.
+    B images make B / `group` groups, rounded, at least one. Their sizes differ by one image at most
+    and are three to five quarters of `group` where there are two or more. The
+    running statistics move once per batch, towards the mean over its images of their groups' means
+    and variances; not at all for a batch without images. The mean of several ranks' buffers, each
+    weighted by its images, is thus what one process leaves that saw the same groups.
 
     In evaluation, in an export and in its state dict it is a BatchNorm2d.
     """
@@ -271,46 +274,56 @@ class GroupedBatchNorm2d(nn.BatchNorm2d):
         self.group = group
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.training or len(x) < 2 * self.group:
+        count = max(1, (2 * len(x) + self.group) // (2 * self.group))  # rounded, halves up
+        if not self.training or (count == 1 and len(x)):
             return super().forward(x)
-        if torch.compiler.is_compiling():
-            return self._fusible(x)
-        count = len(x) // self.group
-        sizes = [self.group] * (count - 1) + [len(x) - self.group * (count - 1)]
+        if not len(x):  # torch would move the running statistics, to nothing
+            return x * self.weight[:, None, None] + self.bias[:, None, None]
+        size, larger = divmod(len(x), count)
+        edge = larger * (size + 1)
+        parts = [(x[:edge], size + 1)] if larger else []
+        parts.append((x[edge:], size))
+        normalised = self._fusible if torch.compiler.is_compiling() else self._each
+        groups, means, variances = zip(*(normalised(*part) for part in parts), strict=True)
+        shares = [len(part) / len(x) for part, _ in parts]
+        self._move(shares, means, variances)
+        return torch.cat(groups)
+
+    def _each(self, x: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Groups of `size` images normalised; the means over groups of their means and variances,
+        each (C,)."""
+        assert self.running_mean is not None
         # Rows are groups. With a momentum of 1, batch_norm leaves a group's own statistics there.
-        means = torch.zeros(count, self.num_features, device=x.device)
+        means = self.running_mean.new_zeros(len(x) // size, self.num_features)
         variances = torch.zeros_like(means)
         groups = [
             nn.functional.batch_norm(
                 part, mean, variance, self.weight, self.bias, True, 1.0, self.eps
             )
-            for part, mean, variance in zip(torch.split(x, sizes), means, variances, strict=True)
+            for part, mean, variance in zip(torch.split(x, size), means, variances, strict=True)
         ]
-        self._move(means.mean(0), variances.mean(0))
-        return torch.cat(groups)
+        return torch.cat(groups), means.mean(0), variances.mean(0)
 
-    def _fusible(self, x: Tensor) -> Tensor:
+    def _fusible(self, x: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
         """The same in operations on all groups at once, which a compiler fuses; a kernel for each
         group would make its graph grow with the batch. Uncompiled it is several times slower."""
-        edge = self.group * (len(x) // self.group - 1)
-        parts = (torch.unflatten(x[:edge], 0, (-1, self.group)), x[edge:].unsqueeze(0))
-        normalised, means, variances = [], [], []
-        for part in parts:  # (groups, images, C, H, W)
-            part32 = part.float()
-            variance, mean = torch.var_mean(part32, (1, 3, 4), correction=0, keepdim=True)
-            scale = self.weight[:, None, None] * torch.rsqrt(variance + self.eps)
-            shifted = (part32 - mean) * scale + self.bias[:, None, None]
-            normalised.append(shifted.to(x.dtype).flatten(0, 1))
-            pixels = part[0, :, 0].numel()
-            means.append(mean.flatten(1))
-            variances.append(variance.flatten(1) * (pixels / (pixels - 1)))
-        self._move(torch.cat(means).mean(0), torch.cat(variances).mean(0))
-        return torch.cat(normalised)
+        part = torch.unflatten(x, 0, (-1, size))  # (groups, images, C, H, W)
+        wide = part.to(torch.promote_types(x.dtype, torch.float32))
+        variance, mean = torch.var_mean(wide, (1, 3, 4), correction=0, keepdim=True)
+        scale = self.weight[:, None, None] * torch.rsqrt(variance + self.eps)
+        shifted = (wide - mean) * scale + self.bias[:, None, None]
+        pixels = part[0, :, 0].numel()
+        unbiased = variance.flatten(1).mean(0) * (pixels / (pixels - 1))
+        return shifted.to(x.dtype).flatten(0, 1), mean.flatten(1).mean(0), unbiased
 
     @torch.no_grad()
-    def _move(self, mean: Tensor, variance: Tensor) -> None:
+    def _move(
+        self, shares: Sequence[float], means: Sequence[Tensor], variances: Sequence[Tensor]
+    ) -> None:
+        """shares: of the batch's images, of which these are the statistics."""
         assert self.running_mean is not None and self.running_var is not None
         assert self.num_batches_tracked is not None and self.momentum is not None
-        self.running_mean.lerp_(mean, self.momentum)
-        self.running_var.lerp_(variance, self.momentum)
+        for running, found in ((self.running_mean, means), (self.running_var, variances)):
+            parts = [share * part for share, part in zip(shares, found, strict=True)]
+            running.lerp_(torch.stack(parts).sum(0), self.momentum)
         self.num_batches_tracked.add_(1)

@@ -165,7 +165,7 @@ class Stepper:
         optim.set_rates(self.optimizer, rates)
         self.optimizer.zero_grad(set_to_none=True)
         (loss_sum * (place.world_size / global_size)).backward()  # type: ignore[no-untyped-call]
-        communication = self._joined()
+        communication = self._joined(len(x))
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
         self.optimizer.step()
@@ -225,17 +225,21 @@ class Stepper:
     def _note_own_gradient(self, _: Tensor) -> None:
         self._own_gradient = self._clock.mark()
 
-    def _joined(self) -> tuple[Mark, Mark] | None:
-        """Averages the buffers; the exposed part of the communication of this step."""
+    def _joined(self, images: int) -> tuple[Mark, Mark] | None:
+        """Averages the buffers over the images of all ranks, of which this one had `images`; the
+        exposed part of the communication of this step."""
         if self.place.world_size == 1:
             return None
         buffers = [buffer for buffer in self.model.buffers() if buffer.is_floating_point()]
         if buffers:
-            together = torch.cat([buffer.flatten() for buffer in buffers])
+            weight = torch.ones_like(buffers[0].flatten()[:1])
+            together = torch.cat([buffer.flatten() for buffer in buffers] + [weight]) * images
+            if not images:  # whatever a layer made of nothing
+                together.zero_()
             dist.all_reduce(together)
-            together /= self.place.world_size
             sizes = [buffer.numel() for buffer in buffers]
-            for buffer, mean in zip(buffers, torch.split(together, sizes), strict=True):
+            means = torch.split(together[:-1] / together[-1], sizes)
+            for buffer, mean in zip(buffers, means, strict=True):
                 buffer.copy_(mean.view_as(buffer))
         assert self._own_gradient is not None
         return self._own_gradient, self._clock.mark()

@@ -48,13 +48,15 @@ def batch() -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randn(BATCH, 3, 227, 227, generator=generator), torch.arange(BATCH) % 4
 
 
-def stepped(place: Place, dtype: torch.dtype = torch.float32, **changes: Any) -> dict[str, Any]:
+def stepped(
+    place: Place, dtype: torch.dtype = torch.float32, size: int = BATCH, **changes: Any
+) -> dict[str, Any]:
     """What one step of this rank's part leaves; no decay, so that the momentum is the gradient."""
     config = small_config(optim_weight_decay=0.0, **changes)
     stepper = Stepper(config, build_model(config, 4).to(dtype), place)
     images, labels = batch()
-    ids = torch.from_numpy(rank_part(torch.arange(BATCH).numpy(), place.rank, place.world_size))
-    how = {"number": 0, "rates": Rates(0.01, 0.01, 0.01, 0.01), "global_size": BATCH}
+    ids = torch.from_numpy(rank_part(torch.arange(size).numpy(), place.rank, place.world_size))
+    how = {"number": 0, "rates": Rates(0.01, 0.01, 0.01, 0.01), "global_size": size}
     step = stepper.step(images[ids].to(dtype), labels[ids], **how)
     first, last = step.communication or (0.0, 0.0)
     return {
@@ -84,6 +86,10 @@ def one_step(place: Place) -> dict[str, Any]:
         "double": stepped(place, torch.float64),
         "compressed": stepped(place, compress_gradients=True),
         "normed": stepped(place, model_batch_norm=True),
+        "scarce": [
+            stepped(place, size=1, model_batch_norm=True, model_norm_group=group)["buffers"]
+            for group in (64, 0)
+        ],
     }
 
 
@@ -201,20 +207,31 @@ def test_compressed_gradients_lose_what_bfloat16_loses(ranks, alone):
         assert all(torch.equal(other[name], found) for other in others), "ranks differ"
 
 
-def test_running_statistics_are_the_means_over_all_ranks(ranks, monkeypatch):
-    own = []  # what each rank's part alone would leave
-    images, _ = batch()
+def left_by(images: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The running statistics of one process that sees these images alone."""
+    model = build_model(small_config(model_batch_norm=True), 4)
+    model(images.contiguous(memory_format=torch.channels_last))
+    named = dict(model.named_buffers()).items()
+    return {name: buffer for name, buffer in named if buffer.is_floating_point()}
+
+
+def test_running_statistics_are_the_means_over_the_images_of_all_ranks(ranks, monkeypatch):
     without_dropout(monkeypatch.setattr)
-    for rank in range(len(ranks)):
-        model = build_model(small_config(model_batch_norm=True), 4)
-        model(images[rank :: len(ranks)].contiguous(memory_format=torch.channels_last))
-        own.append(dict(model.named_buffers()))
-    for name, found in ((n, b) for rank in ranks for n, b in rank["normed"]["buffers"].items()):
-        if name.endswith("num_batches_tracked"):
-            assert found == 1
-        else:
-            mean = torch.stack([buffers[name] for buffers in own]).mean(0)
+    parts = [batch()[0][rank :: len(ranks)] for rank in range(len(ranks))]
+    own = [left_by(part) for part in parts]
+    shares = torch.tensor([len(part) / BATCH for part in parts])
+    for rank in ranks:
+        for name in own[0]:
+            mean = torch.stack([buffers[name] for buffers in own], dim=-1) @ shares
+            found = rank["normed"]["buffers"][name]
             torch.testing.assert_close(found, mean, rtol=1e-4, atol=1e-6)
+
+
+def test_ranks_without_images_do_not_move_running_statistics(ranks, monkeypatch):
+    without_dropout(monkeypatch.setattr)
+    for name, alone in left_by(batch()[0][:1]).items():
+        for found in (buffers for rank in ranks for buffers in rank["scarce"]):
+            torch.testing.assert_close(found[name], alone, rtol=1e-4, atol=1e-6)
 
 
 def test_all_ranks_stop_and_save_by_the_clock_of_the_first_or_a_request_to_any(ranks):
