@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from pipelines.shards import Manifest
 
 _Command = Callable[[argparse.Namespace], int]
+# Layouts that earlier releases always took in their own order, sorted or not: a set that was begun
+# so goes on so.
+_READ_AS_THEY_ARE = ("huggingface", "webdataset", "shards")
 _SHARED_FS: Any = {"action": "store_true", "help": "every node sees the local paths given"}
 
 
@@ -82,7 +85,7 @@ def _add_plan_flags(parser: argparse.ArgumentParser) -> None:
     exif = "of images that say they lie on their side (ignore, as published results do)"
     add("--exif-orientation", metavar="|".join(get_args(Orientation)), help=exif)
     add("--samples-per-shard", type=int, help=f"({default.samples_per_shard})")
-    spread = "how images are spread over shards (what suits the layout)"
+    spread = "how images are spread over shards (what mixes the classes: source or classes)"
     add("--shuffle", metavar="|".join(get_args(Shuffle)), help=spread)
     add("--seed", type=int, help=f"of every shuffle ({default.seed})")
     add("--splits", default=",".join(default.splits), help=f"of {','.join(SPLITS)} (%(default)s)")
@@ -362,7 +365,7 @@ def _next_command(arguments: argparse.Namespace, plan: Plan, out: str) -> str:
 def _planned(arguments: argparse.Namespace) -> tuple[Source, Plan, str]:
     """Reads RAW; the last is OUT. Raises UserError for impossible flags, and for all that
     `sources.scan` does."""
-    from pipelines import sources
+    from pipelines import plan_files, sources
     from pipelines.sources import official
 
     given = {field.name: getattr(arguments, field.name) for field in fields(Recipe)}
@@ -378,12 +381,15 @@ def _planned(arguments: argparse.Namespace) -> tuple[Source, Plan, str]:
         for line in official.verify_md5(raw, dict(storage.list_files(raw))):
             print(line, file=sys.stderr, flush=True)
     source = sources.select(source, recipe.subset, recipe.per_class)
+    out = None if arguments.out is None else storage.absolute(arguments.out)
     suits: dict[str, Any] = {"shuffle": source.shuffle}  # this source, unless the user knows better
+    if out is not None and source.layout in _READ_AS_THEY_ARE:
+        suits["shuffle"] = plan_files.order_in(out) or source.shuffle
     if source.stored:
         suits |= {name: getattr(source.stored, name) for name in ("resize", "crop", "quality")}
     plan = make(source, replace(recipe, **suits | given))
-    out = storage.home() / "shards" / plan.plan_id[:12] if arguments.out is None else arguments.out
-    return source, plan, storage.absolute(str(out))
+    usual = storage.absolute(str(storage.home() / "shards" / plan.plan_id[:12]))
+    return source, plan, out or usual
 
 
 def _existing(out: str | None, *, begun: bool = False) -> str:

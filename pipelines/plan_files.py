@@ -19,7 +19,7 @@ from alexnet.errors import UserError
 from pipelines import shards, storage
 from pipelines.plan import Plan, ShardPlan
 from pipelines.shards import DAMAGE, SPLITS, Damaged, check_counts, check_shard_name, check_table
-from pipelines.sources import TABLE
+from pipelines.sources import TABLE, Shuffle
 from pipelines.sources.table import check
 
 _PLAN, _ROWS, _RAW = "_meta/plan.json", "_meta/plan.parquet", "_meta/raw.json"
@@ -53,6 +53,13 @@ def begin(out: str, raw: str, plan: Plan) -> Plan:
     if raw_of(out) != raw:
         storage.write(storage.join(out, _RAW), shards.canonical_json({"raw": raw}))
     return dataclasses.replace(plan, entries=found.get("entries"))
+
+
+def order_in(out: str) -> Shuffle | None:
+    """That of the plan kept in `out`; None where there is none."""
+    if not storage.exists(storage.join(out, _PLAN)):
+        return None
+    return load(out).recipe.shuffle
 
 
 def refuse_full(out: str, plan: Plan, numbers: Collection[int]) -> None:

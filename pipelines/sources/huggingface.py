@@ -32,6 +32,7 @@ from pipelines.sources.table import (
     fewer,
     image_names,
     labelled,
+    order_that_mixes,
     part,
     ranked,
     with_own_keys,
@@ -84,6 +85,7 @@ def _scan(raw: str, listing: entries.Listing, splits: Sequence[str], partial: bo
         _, wnids, class_names, notes = ranked(raw, classes, names, partial)
     used = [found for split in splits for found in read if found.file.split == split]
     table = labelled([found.rows for found in used], wnids)
+    shuffle = order_that_mixes(table)
     origin = "a name of its ClassLabel" if own else "equal to the rank of the WNID in image.path"
     with_labels = {found.file.split for found in used if len(found.classes)}
     return Source(
@@ -98,7 +100,7 @@ def _scan(raw: str, listing: entries.Listing, splits: Sequence[str], partial: bo
         },
         containers=tuple((found.file.name, files[found.file.name]) for found in used),
         notes=notes,
-        shuffle="source",
+        shuffle=shuffle,
     )
 
 

@@ -43,6 +43,12 @@ _GOOD_KEY = rf"^[\x21-\x2d\x30-\x7e]{{1,{_MAX_KEY}}}$"  # printable ASCII, no do
 
 _SHOWN = 5
 
+# Below this share of neighbours with different labels, images are sorted by class.
+_FEWEST_CHANGES = 0.1
+# Images of a stretch, and by how much more than chance its labels may differ from all. With 2,
+# batches of thousands from a window of a few shards are still nearly as mixed as a full shuffle's.
+_STRETCH, _UNEVEN = 1000, 2.0
+
 Shuffle = Literal["classes", "global", "source"]
 
 
@@ -114,6 +120,32 @@ def labelled(parts: Sequence[pa.Table], wnids: Sequence[str]) -> pa.Table:
         "label": pc.fill_null(label, UNLABELLED),
     }
     return pa.table([columns[name] for name in TABLE.names], schema=TABLE)
+
+
+def order_that_mixes(table: pa.Table) -> Shuffle:
+    """How a source whose images are in the order of `table` is spread over shards so that each has
+    every class: as it is where its train images are mixed, which gives the longest reads.
+
+    Not mixed are those of which nearly all neighbours are of one class, and those whose stretches
+    hold other shares of the classes than chance would give them.
+    """
+    train = table.filter(pc.equal(table["split"], "train"))["label"].to_numpy()
+    labels, ranks, counts = np.unique(train, return_inverse=True, return_counts=True)
+    if len(labels) < 2:
+        return "source"
+    if np.mean(train[1:] != train[:-1]) < _FEWEST_CHANGES:
+        return "classes"
+    stretches = len(train) // _STRETCH
+    degrees = (stretches - 1) * (len(labels) - 1)
+    if degrees < 1:
+        return "source"
+    number = np.arange(len(train)) * stretches // len(train)
+    cells = np.bincount(number * len(labels) + ranks, minlength=stretches * len(labels))
+    expected = np.outer(np.bincount(number), counts / len(train))
+    chi2 = float(((cells.reshape(expected.shape) - expected) ** 2 / expected).sum())
+    # Of mixed images it is 1 ± √(2 / degrees): few stretches may differ by chance.
+    uneven = chi2 / degrees > max(_UNEVEN, 1 + 5 * (2 / degrees) ** 0.5)
+    return "classes" if uneven else "source"
 
 
 def ranked(

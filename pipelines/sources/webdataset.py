@@ -29,11 +29,11 @@ from pipelines.sources.table import (
     SPLITS,
     UNLABELLED,
     Layout,
-    Shuffle,
     Source,
     StoredAs,
     fewer,
     labelled,
+    order_that_mixes,
     part,
     ranked,
     read_text,
@@ -61,7 +61,6 @@ _SAMPLES = pa.schema(
     ]
 )
 _PLACE = ["wnid", "source", "offset", "size"]
-_MIXED = 0.1  # share of neighbours with different labels, above which tars count as shuffled
 
 _OWN_SHARD = re.compile(r"(train|val|test)-\d{6}\.tar")
 _OWN_COLUMNS = ["key", "label", "wnid", "shard", "offset", "size"]
@@ -131,7 +130,7 @@ def _scan(raw: str, listing: entries.Listing, splits: Sequence[str], partial: bo
         containers=tuple((name, files[name]) for name in split_of if split_of[name] in splits),
         announced={split: number for split, number in announced.items() if number} or None,
         notes=(*notes, *told),
-        shuffle=_shuffle(found),
+        shuffle=order_that_mixes(found),
         ignored_members=ignored,
     )
 
@@ -339,13 +338,6 @@ def _origin(rows: pa.Table) -> str:
     return f"KEY.cls or label in KEY.json{', equal to the rank of the WNID' if by_wnid else ''}"
 
 
-def _shuffle(found: pa.Table) -> Shuffle:
-    """Tars that are sorted by class are mixed; others, as most people write them, are already."""
-    train = found.filter(pc.equal(found["split"], "train"))["label"].to_numpy()
-    sorted_ = len(train) > 1 and np.mean(train[1:] != train[:-1]) < _MIXED
-    return "classes" if sorted_ else "source"
-
-
 # A finished set of this program
 
 
@@ -378,17 +370,18 @@ def _scan_own(raw: str, listing: entries.Listing, splits: Sequence[str], partial
     document = manifest.document
     rejected = sum(document.get("rejected", {}).values())
     told = f"{rejected:,} images were rejected when these shards were made and are not in them"
+    table = labelled([_own_part(raw, manifest, split) for split in splits], manifest.wnids)
     return Source(
         raw=raw,
         layout="shards",
-        table=labelled([_own_part(raw, manifest, split) for split in splits], manifest.wnids),
+        table=table,
         wnids=manifest.wnids,
         class_names=manifest.class_names,
         labels_from={split: _own_origin(manifest, split) for split in splits},
         containers=containers,
         announced={split: manifest.num_samples(split) for split in splits},
         notes=(told,) if rejected else (),
-        shuffle="source",
+        shuffle=order_that_mixes(table),
         stored=StoredAs(manifest.resize, manifest.crop, manifest.quality, manifest.digest),
     )
 

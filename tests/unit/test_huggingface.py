@@ -40,6 +40,11 @@ def test_rows_name_file_and_row_and_have_the_canonical_name(tmp_path):
     assert source.containers == tuple((name, (tmp_path / name).stat().st_size) for name in names)
 
 
+def test_files_that_are_sorted_by_class_are_mixed(tmp_path):
+    rows = [train_row(wnid, n, label) for label, wnid in enumerate((A, B, C)) for n in range(12)]
+    assert sources.scan(str(hugging_face(tmp_path, train=rows)), BOTH).shuffle == "classes"
+
+
 def test_images_are_not_read(tmp_path):
     raw = hugging_face(tmp_path, size=3000)
     expected = sources.scan(str(raw), BOTH).table

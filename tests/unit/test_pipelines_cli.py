@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 from drawn import ROOT, A, B, C, archives, jpeg, tar
+from labelled_tars import numbered
 from made import made_shards
 from PIL import Image
 
-from pipelines import cluster, shards, storage
+from pipelines import cluster, plan, plan_files, shards, sources, storage
 from pipelines.cli import main
 from pipelines.plan import Recipe
 
@@ -63,6 +64,19 @@ def test_plan_says_what_build_would_do_and_changes_nothing(raw, capsys):
 )
 def test_wrong_flags_are_one_line_and_exit_2(raw, capsys, flags, named):
     assert named in refused(capsys, "build", "--raw", raw, *flags)
+
+
+def test_a_set_that_was_begun_in_the_order_of_its_sorted_source_goes_on_so(tmp_path, capsys):
+    raw = str(numbered(tmp_path / "raw", {"train.tar": [0] * 12 + [1] * 12, "val.tar": [0, 1]}))
+    made = plan.make(sources.scan(raw, ("train", "val")), Recipe(shuffle="source"))
+    plan_files.begin(out := str(tmp_path / "out"), raw, made)
+
+    def planned(*flags: str) -> str:
+        assert main(["plan", "--raw", raw, "--json", *flags]) == 0
+        return str(json.loads(capsys.readouterr().out)["plan_id"])
+
+    assert planned("--out", out) == made.plan_id
+    assert planned("--out", out, "--shuffle", "classes") == planned() != made.plan_id
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
 from drawn import A, B, C, encoded, image, imagefolder, jpeg, tar
@@ -14,6 +15,7 @@ from labelled_tars import TRAIN, VAL, WNIDS, Files, numbered, sample, timm, writ
 from alexnet.errors import UserError
 from pipelines import shards, sources, storage
 from pipelines.sources import tars
+from pipelines.sources.table import order_that_mixes
 
 BOTH = ("train", "val")
 
@@ -116,6 +118,26 @@ def test_keys_that_several_tars_share_become_unique(tmp_path):
 def test_tars_that_are_sorted_by_class_are_mixed(tmp_path):
     labels = {"train.tar": [0] * 12 + [1] * 12, "val.tar": [0, 1]}
     assert sources.scan(str(numbered(tmp_path, labels)), BOTH).shuffle == "classes"
+
+
+def of_labels(labels: np.ndarray, split: str = "train") -> pa.Table:
+    return pa.table({"split": [split] * len(labels), "label": labels})
+
+
+@pytest.mark.parametrize("classes", [2, 10, 300])
+def test_the_order_of_a_source_is_kept_only_where_it_mixes_the_classes(classes):
+    """In a random order, which has to be kept; in a round, as even as can be; sorted; and in groups
+    of classes that are mixed within each alone, as with one tar for every few classes."""
+    labels, rng = np.arange(6000) % classes, np.random.default_rng(0)
+    for _ in range(50):
+        assert order_that_mixes(of_labels(rng.permutation(labels))) == "source"
+    assert order_that_mixes(of_labels(labels)) == "source"
+    assert order_that_mixes(of_labels(np.sort(labels))) == "classes"
+    assert order_that_mixes(of_labels(np.sort(labels), split="val")) == "source"
+    if classes > 2:
+        half = labels < classes // 2
+        groups = [rng.permutation(labels[part]) for part in (half, ~half)]
+        assert order_that_mixes(of_labels(np.concatenate(groups))) == "classes"
 
 
 def test_every_kind_of_image_label_and_key_is_read(tmp_path):
