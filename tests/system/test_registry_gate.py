@@ -20,6 +20,7 @@ from training.evaluate import evaluate
 from training.loader import Loader
 from training.network import build_model, input_spec
 from training.registry import gate
+from training.registry.checks import SHIPPED
 from training.registry.gate import Asked, Verdict
 from training.registry.versions import DESCRIPTION, NAME, WEIGHTS
 
@@ -104,6 +105,94 @@ def test_better_model_takes_over(client):
     found = gate.promote(client, GOOD, Asked())
     assert champion(client) == GOOD and found.paired.low > 0
     assert found.paired.only_first == 13 - found.champion_metrics.correct1
+
+
+# The best champion so far
+
+
+@pytest.fixture
+def worse(client: MlflowClient) -> str:
+    """GOOD was the champion, POOR is it; a version with the answers of POOR."""
+    poor = client.get_model_version(NAME, POOR)
+    made = client.create_model_version(NAME, poor.source, poor.run_id, tags=poor.tags)
+    for version in (GOOD, POOR):
+        gate.promote(client, version, FORCED)
+    assert champion(client) == POOR
+    return str(made.version)
+
+
+def test_no_worse_than_the_champion_is_refused_where_the_best_so_far_was_better(client, worse):
+    seen = gate.promote(client, worse, Asked(dry_run=True))
+    found = refused(client, worse)
+    assert (seen.outcome, seen.checks) == ("refused", found.checks)
+    by_name = {check.name: check for check in found.checks}
+    assert by_name["champion"].passed and "the same answers" in by_name["champion"].value
+    assert f"best champion, {GOOD}" in failed(found) and found.best_before == GOOD
+    good, poor = found.best_metrics, found.champion_metrics
+    assert found.best_paired.difference == pytest.approx(poor.top1 - good.top1)
+    assert found.paired.difference == 0 and found.best_paired.only_first == 0
+    assert f"against champion {POOR} and {GOOD}, the best so far" in found.table()
+
+
+def test_policy_may_forget_the_best_champion(client, worse, tmp_path):
+    policy = tmp_path / "policy.toml"
+    policy.write_text(SHIPPED.read_text().replace("best_champion = true", "best_champion = false"))
+    found = refused(client, worse, Asked(policy=str(policy)))
+    assert found.best_before is None and found.checks[-1].name == "champion"
+    assert "champion" not in failed(found)
+
+
+def test_best_champion_whose_files_changed_is_refused_in_a_line_unless_forced(client, worse):
+    path = files_of(client, GOOD) / WEIGHTS
+    path.write_bytes(path.read_bytes()[:-1])
+    found = refused(client, worse)
+    check = found.checks[-1]
+    assert check.name == f"best champion, {GOOD}" and check.value.startswith("cannot be scored: ")
+    assert "not those that were registered" in check.value and "--force" in check.limit
+    assert gate.promote(client, worse, FORCED).outcome == "forced"
+
+
+def test_deleted_champions_are_told_and_the_best_of_the_others_counts(client, worse):
+    client.delete_model_version(NAME, GOOD)
+    found = refused(client, worse)
+    assert found.best_before is None and f"{GOOD} deleted" in found.checks[-1].value
+    assert found.checks[-1].passed and "champion" not in failed(found)
+
+
+def test_champion_that_a_rollback_took_back_is_not_among_the_best(client):
+    for version in (POOR, GOOD):
+        gate.promote(client, version, FORCED)
+    assert gate.rollback(client) == (GOOD, POOR)
+    assert gate.promote(client, AGAIN, Asked(dry_run=True)).best_before is None
+
+
+def test_best_champion_is_the_last_of_the_most_accurate_on_the_same_data(client, registered_models):
+    manifest = load_manifest(registered_models.data).digest
+    history = {"champions_before": f"{GOOD} {AGAIN} {FOREIGN}"}
+    gate.move_champion(client, None, POOR, history)
+
+    def best(*measured: str | None) -> str:
+        for version, top1 in zip((GOOD, AGAIN, FOREIGN, POOR), measured, strict=True):
+            gate._write_tags(client, version, {"gate_val_top1": top1})
+        return gate.best_champion(client, POOR, manifest)[0]
+
+    assert best("0.5", "0.7", "0.6", "0.4") == AGAIN
+    assert best("0.5", "0.7", "0.7", "0.4") == FOREIGN
+    assert best("0.5", "0.7", "0.7", "0.7") == POOR
+    assert best("0.5", None, "nan", "0.4") in (AGAIN, FOREIGN), "what their runs logged: 1"
+    client.set_tag(client.get_model_version(NAME, AGAIN).run_id, "manifest_sha256", "0" * 64)
+    assert best("0.5", "0.7", "0.6", "0.4") == FOREIGN
+    assert gate.best_champion(client, POOR, "1" * 64) == (POOR, [])
+
+
+def test_best_champion_stays_in_a_history_that_is_cut():
+    numbers = [str(number) for number in range(1, 151)]
+    kept = gate._history(numbers, "7")["champions_before"].split()
+    assert kept == ["7", *numbers[-99:]]
+    assert gate._history(numbers, "90")["champions_before"].split() == numbers[-100:]
+
+
+# What else passes
 
 
 def test_moved_shards_are_accepted(client, tmp_path):

@@ -11,7 +11,7 @@ from manifest_commands import CommandError, check_command
 from manifests import exported_metrics
 from registered import MLFLOW_WARNINGS
 
-from benchmarks import cost_estimate, scaling, summary
+from benchmarks import cost_estimate, gate_power, scaling, summary
 from training.recipes import RECIPES
 
 pytestmark = [pytest.mark.filterwarnings(line) for line in MLFLOW_WARNINGS]
@@ -140,8 +140,9 @@ def test_metrics_of_the_operations_page_are_those_of_the_code() -> None:
 
 
 def test_tables_of_the_documents_are_those_that_are_printed(capsys) -> None:
-    for main, path in ((cost_estimate.main, "operations"), (scaling.main, "scaling")):
-        assert main([]) == 0
+    printed = ((cost_estimate, "operations"), (gate_power, "operations"), (scaling, "scaling"))
+    for program, path in printed:
+        assert program.main([]) == 0
         assert capsys.readouterr().out in (ROOT / "docs" / f"{path}.md").read_text()
     _, _, rest = summary.README.read_text().partition(summary.BEGIN)
     shown = rest.partition(summary.END)[0]

@@ -75,6 +75,7 @@ def test_recipe_takes_what_it_does_not_say_from_default(tmp_path):
     path.write_text(WHOLE + "[paper]\ntop1 = 0.55\n")
     paper, baseline = read_policy(path, "paper"), read_policy(path, "baseline")
     assert (paper.top1, paper.top5, baseline.top1) == (0.55, 0.7, 0.5)
+    assert paper.best_champion, "policies of earlier releases do not say it"
     path.write_text(WHOLE + "[deck]\ntop1 = 0.6\n")  # as earlier releases called it
     assert read_policy(path, "baseline").top1 == 0.6
 
@@ -88,6 +89,7 @@ def test_recipe_takes_what_it_does_not_say_from_default(tmp_path):
         (WHOLE + "[paper]\nlatency_ms = -1\n", "latency_ms is -1: .* greater than or equal to 0"),
         (WHOLE + "[paper]\nmargin = true\n", "margin is True"),
         (WHOLE + "[paper]\nmargin = nan\n", "margin is nan"),
+        (WHOLE + "[paper]\nbest_champion = 1\n", "best_champion is 1"),
         ("top1 = 0.5\n" + WHOLE, "top1 stands outside of a table"),
         (WHOLE.replace("margin = 0.02\n", ""), r"\[default\] margin: Field required"),
         ("", r"\[default\] top1: Field required"),

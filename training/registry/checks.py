@@ -63,6 +63,7 @@ class Policy:
     margin: Share
     latency_ms: Limit
     size_mb: Limit
+    best_champion: Annotated[bool, Field(strict=True)] = True
 
 
 def read_policy(path: str | Path, recipe: str) -> Policy:
@@ -177,18 +178,20 @@ def interval(only_first: int, only_second: int, images: int) -> tuple[float, flo
     return max(-1.0, difference - half), min(1.0, difference + half)
 
 
-def no_worse(candidate: Scored, champion: Scored, policy: Policy) -> tuple[Check, Paired]:
+def no_worse(
+    candidate: Scored, other: Scored, policy: Policy, name: str = "champion"
+) -> tuple[Check, Paired]:
     """Non-inferiority on the same images. A model that says the same of each is no worse, also
-    where there are too few of them to show it of another one."""
-    found = compare(candidate.correct, champion.correct)
+    where there are too few of them to show it of another one. name: of the other one."""
+    found = compare(candidate.correct, other.correct)
     value = (
         f"{found.difference:+.4f} top-1, 95 % {found.low:+.4f} to {found.high:+.4f} (only one is "
         f"right: {found.only_first} to {found.only_second}, p {found.p:.3g})"
     )
-    if np.array_equal(candidate.predicted, champion.predicted):
-        return Check("champion", f"{value}, the same answers", "no worse", True), found
+    if np.array_equal(candidate.predicted, other.predicted):
+        return Check(name, f"{value}, the same answers", "no worse", True), found
     limit = f"interval above {-policy.margin:+.4f}"
-    return Check("champion", value, limit, found.low >= -policy.margin), found
+    return Check(name, value, limit, found.low >= -policy.margin), found
 
 
 def size(network: torch.nn.Module, policy: Policy) -> Check:

@@ -2,6 +2,8 @@
 
 import dataclasses
 import datetime
+import functools
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +22,7 @@ from training.accuracy import Metrics, Scored
 from training.evaluate import score
 from training.network import LoadedModel, check_fits
 from training.registry import checks
-from training.registry.checks import SHIPPED, Check, Paired, read_policy
+from training.registry.checks import SHIPPED, Check, Paired, Policy, read_policy
 from training.registry.versions import (
     MISSING,
     NAME,
@@ -31,6 +33,8 @@ from training.registry.versions import (
     load,
     resolve,
     run_of,
+    runs_of,
+    versions,
 )
 
 CHAMPION = "champion"
@@ -58,7 +62,8 @@ class Asked:
 class Verdict:
     """at: UTC; manifest_sha256: of `data`; force_reason: why it shall pass all the same. metrics is
     None where the checks before the scoring failed, champion_metrics and paired where there is no
-    champion, or it cannot be scored on this data."""
+    champion, or it cannot be scored on this data. best_before: the best of the champions so far
+    where that is not the present one, likewise."""
 
     version: str
     champion_before: str | None
@@ -70,6 +75,9 @@ class Verdict:
     metrics: Metrics | None = None
     champion_metrics: Metrics | None = None
     paired: Paired | None = None
+    best_before: str | None = None
+    best_metrics: Metrics | None = None
+    best_paired: Paired | None = None
 
     @property
     def passed(self) -> bool:
@@ -106,6 +114,8 @@ class Verdict:
         """For a terminal."""
         before = self.champion_before
         against = f"against champion {before}" if before else "as the first champion"
+        if self.best_before is not None:
+            against += f" and {self.best_before}, the best so far"
         rows = [(c.name, c.value, c.limit, "ok" if c.passed else "REFUSED") for c in self.checks]
         head = f"version {self.version} {against}, on the val split of {self.data}"
         return f"{head}\n{aligned([('check', 'found', 'asked for', ''), *rows])}"
@@ -149,7 +159,7 @@ def promote(client: MlflowClient, version: str | None, asked: Asked) -> Verdict 
     if found.outcome == "refused":
         _write_tags(client, number, found.tags())
     else:
-        history = _history(_champions_before(client, champion))
+        history = _history(_champions_before(client, champion), found.best_before)
         tags = {**found.tags(), **history, "promoted_at": found.at}
         move_champion(client, champion, number, tags)
     return found
@@ -219,11 +229,43 @@ def _champions_before(client: MlflowClient, champion: str | None) -> list[str]:
     return [*str(tags.get("champions_before", "")).split(), champion]
 
 
-def _history(before: Sequence[str]) -> Tags:
+def best_champion(
+    client: MlflowClient, champion: str, manifest_sha256: str
+) -> tuple[str, list[str]]:
+    """The champion of the highest val top-1 among `champion` and those before it, of equals the
+    later one; and the numbers of those before that were deleted, which nobody can compare with.
+
+    Each counts with the top-1 that the gate measured of it (its tag, or what its run logged, which
+    the gate found alike), if it learned from the set of this manifest: on another val split the
+    same share means something else. One that a rollback took the alias from is no longer among
+    those before.
+    """
+    before = _champions_before(client, champion)
+    there = {str(version.version): version for version in versions(client)}
+    known = [there[number] for number in before if number in there]
+    runs, measured = runs_of(client, known), [(-1.0, -1, champion)]
+    for place, version in enumerate(known):
+        run = runs.get(version.run_id)
+        if run is not None and run.data.tags.get("manifest_sha256") == manifest_sha256:
+            top1 = _share(version.tags.get("gate_val_top1"))
+            top1 = run.data.metrics.get("val_top1", -1.0) if top1 is None else top1
+            measured.append((top1, place, str(version.version)))
+    return max(measured)[2], [number for number in before if number not in there]
+
+
+def _share(text: str | None) -> float | None:
+    return float(text) if text and re.fullmatch(r"[01](\.\d+)?", text) else None
+
+
+def _history(before: Sequence[str], best: str | None = None) -> Tags:
     """Tags of a version that is about to be champion. Without effect until it is: only the present
-    champion's list counts, so that no other write has to happen together with the alias."""
+    champion's list counts, so that no other write has to happen together with the alias. best: one
+    that is never left out of it."""
+    kept = list(before[-_LONGEST_HISTORY:])
+    if best is not None and best not in kept:
+        kept[0] = best
     return {
-        "champions_before": " ".join(before[-_LONGEST_HISTORY:]) or None,
+        "champions_before": " ".join(kept) or None,
         "previous_champion": before[-1] if before else None,
     }
 
@@ -328,26 +370,46 @@ def _measured(
         checks.size(model.network, policy),
         checks.as_used(uri, tracking.tracking_uri(), model, _some_images(found.data)),
     ]
-    paired = champion = None
-    if found.champion_before is not None:
-        uri = f"models:/{NAME}/{found.champion_before}"
-        try:
-            model = load(uri)
-            _refuse_misfit(uri, model, manifest, found.data)
-            champion = _scored(found.champion_before, model, found.data, manifest, asked)
-        except UserError as error:
-            value = f"cannot be scored: {error}"
-            made.append(Check("champion", value, 'no worse; or --force --reason "…"', False))
-        else:
-            check, paired = checks.no_worse(scored, champion, policy)
-            made.append(check)
-    return dataclasses.replace(
-        found,
-        checks=tuple(made),
-        metrics=metrics,
-        champion_metrics=None if champion is None else champion.metrics,
-        paired=paired,
-    )
+    found = dataclasses.replace(found, metrics=metrics)
+    if (champion := found.champion_before) is not None:
+        against = functools.partial(_compared, scored, found.data, manifest, policy, asked)
+        check, theirs, paired = against(champion, "champion")
+        made.append(check)
+        found = dataclasses.replace(found, champion_metrics=theirs, paired=paired)
+        if policy.best_champion:
+            best, gone = best_champion(MlflowClient(), champion, manifest.digest)
+            if gone:
+                value = f"{', '.join(gone[-3:])} deleted: nobody can compare with it"
+                made.append(Check("champions before", value, "those that are left", True))
+            if best not in (champion, found.version):
+                check, theirs, paired = against(best, f"best champion, {best}")
+                made.append(check)
+                found = dataclasses.replace(
+                    found, best_before=best, best_metrics=theirs, best_paired=paired
+                )
+    return dataclasses.replace(found, checks=tuple(made))
+
+
+def _compared(
+    scored: Scored,
+    data: str,
+    manifest: shards.Manifest,
+    policy: Policy,
+    asked: Asked,
+    version: str,
+    name: str,
+) -> tuple[Check, Metrics | None, Paired | None]:
+    """The candidate beside another version on the same images."""
+    uri = f"models:/{NAME}/{version}"
+    try:
+        model = load(uri)
+        _refuse_misfit(uri, model, manifest, data)
+        other = _scored(version, model, data, manifest, asked)
+    except UserError as error:
+        value = f"cannot be scored: {error}"
+        return Check(name, value, 'no worse; or --force --reason "…"', False), None, None
+    check, paired = checks.no_worse(scored, other, policy, name)
+    return check, other.metrics, paired
 
 
 def _scored(

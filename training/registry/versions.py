@@ -157,7 +157,7 @@ def _what_there_is(client: MlflowClient, held: Mapping[str, str]) -> str:
 def rows(client: MlflowClient) -> list[dict[str, Any]]:
     """One per version, newest first, with the keys of `_COLUMNS`; what is not known is None."""
     found, held_by = versions(client), aliases(client)
-    runs = _runs(client, found)
+    runs = runs_of(client, found)
     listed = []
     for version in found:
         number, run = str(version.version), runs.get(version.run_id)
@@ -175,8 +175,9 @@ def rows(client: MlflowClient) -> list[dict[str, Any]]:
     return listed
 
 
-def _runs(client: MlflowClient, found: Sequence[ModelVersion]) -> dict[str, Run]:
-    """By id; those of this project's experiment in batches, the few of others one by one."""
+def runs_of(client: MlflowClient, found: Sequence[ModelVersion]) -> dict[str, Run]:
+    """The trainings behind versions, by id: those of this project's experiment in batches, the few
+    of others one by one."""
     ids = sorted({str(version.run_id) for version in found if version.run_id})
     experiment = client.get_experiment_by_name(tracking.EXPERIMENT).experiment_id
     runs: dict[str, Run] = {}
