@@ -15,31 +15,32 @@ HEADER = "ImageId,PredictionString\n"
 IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 
 
+def csv(rows: str) -> bytes:
+    return (HEADER + rows).encode()
+
+
 def kaggle(folder: Path, changes: dict[str, bytes | None] | None = None) -> Path:
     """Three classes of two train images, three val images, two of test.
 
     `changes` replaces or adds files; None leaves one out. An image's bytes are its own name.
     """
-    train = [f"{wnid}_{n}" for wnid in (A, B, C) for n in (7, 3)]
+    train = [f"{wnid}/{wnid}_{n}" for wnid in (A, B, C) for n in (7, 3)]
     val = [f"ILSVRC2012_val_{n:08d}" for n in (1, 2, 3)]
     test = [f"ILSVRC2012_test_{n:08d}" for n in (1, 2)]
-    paths = [f"train/{key.split('_')[0]}/{key}" for key in train]
-    paths += [f"val/{key}" for key in val] + [f"test/{key}" for key in test]
-    train_list = [f"{key.split('_')[0]}/{key}" for key in train]
-    files: dict[str, bytes | None] = {
-        f"{DATA}/{path}.JPEG": path.rsplit("/", 1)[-1].encode() for path in paths
-    }
-    for name, keys in (("train_cls", train_list), ("val", val), ("test", test)):
-        lines = [f"{key} {number}\n" for number, key in enumerate(keys, start=1)]
-        files[f"{SETS}/{name}.txt"] = "".join(lines).encode()
-    files["LOC_synset_mapping.txt"] = f"{A} tench, Tinca tinca\n{B} jacamar\n{C} yurt\n".encode()
+    names = f"{A} tench, Tinca tinca\n{B} jacamar\n{C} yurt\n"
     # Only some train images have boxes; the rows of both files are in no order.
-    files["LOC_train_solution.csv"] = (
-        f"{HEADER}{C}_3,{C} 1 1 223 223 \n{A}_7,{A} 0 0 9 9 {A} 10 10 20 20 \n"
-    ).encode()
-    files["LOC_val_solution.csv"] = (
-        f"{HEADER}{val[2]},{A} 1 2 3 4 \n{val[0]},{C} 1 2 3 4 {C} 5 6 7 8 \n{val[1]},{B} 1 2 3 4 \n"
-    ).encode()
+    boxes = f"{C}_3,{C} 1 1 223 223 \n{A}_7,{A} 0 0 9 9 {A} 10 10 20 20 \n"
+    labels = f"{val[2]},{A} 1 2 3 4 \n{val[0]},{C} 1 2 3 4 {C} 5 6 7 8 \n{val[1]},{B} 1 2 3 4 \n"
+    files: dict[str, bytes | None] = {
+        "LOC_synset_mapping.txt": names.encode(),
+        "LOC_train_solution.csv": csv(boxes),
+        "LOC_val_solution.csv": csv(labels),
+    }
+    for split, keys in (("train", train), ("val", val), ("test", test)):
+        lines = [f"{key} {number}\n" for number, key in enumerate(keys, start=1)]
+        name = "train_cls" if split == "train" else split
+        files[f"{SETS}/{name}.txt"] = "".join(lines).encode()
+        files |= {f"{DATA}/{split}/{key}.JPEG": key.rpartition("/")[2].encode() for key in keys}
     files |= changes or {}
     return imagefolder(folder, {name: data for name, data in files.items() if data is not None})
 

@@ -2,7 +2,7 @@
 
 import pytest
 from drawn import A, B, C, imagefolder
-from drawn_layouts import DATA, HEADER, SETS, kaggle
+from drawn_layouts import DATA, SETS, csv, kaggle
 
 from alexnet.errors import UserError
 from pipelines import sources, storage
@@ -29,10 +29,6 @@ def test_val_labels_come_from_the_csv_train_labels_from_the_folder(tmp_path):
     for row in rows:
         data = storage.read(f"{tmp_path}/{row['source']}", row["offset"], row["size"])
         assert data.decode() == row["key"]
-
-
-def csv(rows: str) -> bytes:
-    return (HEADER + rows).encode()
 
 
 def mapping(*classes: str) -> dict[str, bytes]:

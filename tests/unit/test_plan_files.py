@@ -95,11 +95,12 @@ def test_a_plan_read_back_says_what_was_planned(tmp_path):
         plan_files.load(str(tmp_path / "elsewhere"))
 
 
-def test_a_plan_that_is_not_the_one_of_its_name_is_damaged(out):
+@pytest.mark.parametrize("text", ["[]", "{", "[" * 100_000, '{"plan_id": 1}', ""], ids=range(5))
+def test_a_plan_that_is_not_the_one_of_its_name_is_damaged(out, text):
     path = Path(out, "_meta", "plan.json")
     document = json.loads(path.read_text())
     document["identity"]["recipe"]["seed"] = 7
-    path.write_text(json.dumps(document))
+    path.write_text(text or json.dumps(document))
     with pytest.raises(UserError, match=r"plan\.json is damaged"):
         plan_files.load(out)
 
@@ -120,9 +121,8 @@ def test_a_damaged_plan_is_told_and_written_anew_when_it_is_gone(out):
     before = {path: path.read_bytes() for path in meta.iterdir()}
     status = dict.fromkeys(("shard", "split", "sha256", "md5", "dali_index_sha256"), "")
     status |= {"samples": 0, "bytes": 0, "rejected": [], "pixels": {}, "fixes": {}, "versions": {}}
-    sidecar = shards.pack_sidecar(
-        shards.INDEX.empty_table(), status | {"shard_id": MADE.shards[0].id}
-    )
+    status["shard_id"] = MADE.shards[0].id
+    sidecar = shards.pack_sidecar(shards.INDEX.empty_table(), status)
     storage.write(f"{out}/train-000000.tar", b"")
     (meta / "plan.json").write_bytes(b'{"plan_id":')
     (meta / "plan.parquet").write_bytes(b"PAR1 no more")

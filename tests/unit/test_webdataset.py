@@ -191,11 +191,6 @@ def of(key: str, *label: object, **more: object) -> Callable[[Path], object]:
     return train(*sample(key, jpeg(), *label, **more))
 
 
-def cut(raw: Path) -> None:
-    data = (raw / TRAIN).read_bytes()
-    (raw / TRAIN).write_bytes(data[: len(data) // 2])
-
-
 JPG, GOOD = jpeg(), [*sample(f"{A}_1", jpeg(1), 0), *sample(f"{B}_1", jpeg(2), 1)]
 TWO: Files = [("x.jpg", JPG), ("x.png", JPG), ("x.cls", b"0")]
 
@@ -204,11 +199,9 @@ TWO: Files = [("x.jpg", JPG), ("x.png", JPG), ("x.cls", b"0")]
     ("change", "reason"),
     [
         (of(f"{A}_1"), rf"{A}_1\.jpg has no label \(1 such images\)"),
-        (of(f"{A}_1", -1), rf"{A}_1\.jpg has no label"),
         (of("x", "tench"), r"x\.cls is 'tench', not the number of a class"),
         (of("x", "1.0"), r"x\.cls is '1\.0', not the number"),
         (of("x", label="tench"), r"label in .*x\.json is 'tench', not"),
-        (of("x", label=[1, 2]), r"x\.json is '\[1, 2\]', not the number"),
         (of("x", label=True), r"x\.json is 'True', not the number"),
         (train(("x.jpg", JPG), ("x.json", b"{")), r"x\.json is not valid JSON"),
         (of("x", 0, label=1), "x is of two classes, 0 and 1"),
@@ -224,7 +217,6 @@ TWO: Files = [("x.jpg", JPG), ("x.png", JPG), ("x.cls", b"0")]
         (of("x", 3), r"x\.jpg has label 3, and no image .* its WNID"),
         (train(*GOOD), r"0000\.tar holds 2 images, _info\.json says 4; fetch .* --partial"),
         (with_info(shard_lengths=[3, 4]), r"0000\.tar holds 4 images, _info\.json says 3; fetch"),
-        (cut, r"0000\.tar is truncated: .*; fetch it again"),
         (lambda raw: (raw / TRAIN).unlink(), r"0000\.tar of _info\.json is not there \(1 of 3"),
         (lambda raw: (raw / VAL).unlink(), "needs tars with val in their names, not there"),
         (lambda raw: (raw / "_info.json").write_text("[]"), r"_info\.json is not what timm writes"),
