@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, load_file
 from torch import Tensor, nn
 
-from alexnet import Variant, renamed
+from alexnet import Variant, former_network, renamed
 from alexnet.errors import UserError, reason
 from alexnet.model import AlexNet
 from alexnet.preprocess import InputSpec, centre_view
@@ -53,13 +53,14 @@ class Classifier(nn.Module):
 
 @dataclass(frozen=True)
 class ModelFields:
-    """What makes an AlexNet of these weights; see AlexNet for the meaning."""
+    """What makes an AlexNet of these weights; see AlexNet for the meaning. dropout: see DROPOUT."""
 
     variant: Variant
     num_classes: int
     width: float
     batch_norm: bool
     norm_group: int
+    dropout: str | None = None
 
 
 def read_description(path: Path) -> dict[str, Any]:
@@ -106,9 +107,12 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
 
 def load_network(weights: Path, fields: Mapping[str, Any]) -> AlexNet:
     """The network of `fields` (see ModelFields) with the weights of a safetensors file, on the CPU
-    and in evaluation mode. Raises UserError where the two do not belong together."""
+    and in evaluation mode. Raises UserError where the two do not belong together, and for weights
+    of a network that this release has no more."""
     try:
         known = asdict(ModelFields(**fields))
+        if former := former_network(known["variant"], known.pop("dropout")):
+            raise UserError(f"{weights.name} is of {former}; use the release that wrote it")
         with torch.device("meta"):  # the weights would only overwrite an initialisation
             network = AlexNet(**known)
         tensors = read_tensors(weights)

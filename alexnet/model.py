@@ -14,18 +14,27 @@ Feature maps for a 227×227×3 input, the same in both variants (rows × columns
     conv4  384 @ 3×3 pad 1         13×13×384     ungrouped    2 groups
     conv5  256 @ 3×3 pad 1         13×13×256     ungrouped    2 groups
     pool5  3×3 stride 2            6×6×256
-    dropout 0.5, fc6               4096
-    dropout 0.5, fc7               4096
+    dropout6                       6×6×256       dropout      -
+    fc6, relu6                     4096
+    dropout6, dropout7             4096          dropout7     dropout6
+    fc7, relu7                     4096
+    dropout7                       4096          -            dropout7
     fc8                            num_classes
     parameters, 1000 classes                     62,378,344   60,965,224
 
 A ReLU follows every convolution, fc6 and fc7.
 
+Dropout. `ungrouped` has the slides': on the inputs of fc6 and fc7, what is kept times 2 while
+training. `paper` has that of section 4.2 and of the released source: on the outputs of fc6 and fc7,
+nothing scaled while training, everything halved in evaluation. The two are not the same training:
+with the same weights and rate, scaling by 2 doubles the signal behind each dropout.
+
 Local response normalisation. PyTorch divides alpha by the window of 5 channels, and so does the
 2012 source that made the published numbers; alpha is therefore 1e-4 here. The formula printed in
-the paper has no such division: read literally, it would be alpha 5e-4 in PyTorch's terms. The paper
-applies it after the ReLU, and so does this file. The released source puts it on the linear output
-of conv1 (the ReLU comes after the pooling there), which is not the same function.
+the paper has no such division: read literally, it would be alpha 5e-4 in PyTorch's terms. The
+window ends at the edge of each half of the maps, as in the source, where each half is on a GPU of
+its own. The paper applies it after the ReLU, and so does this file. The source puts it on the
+linear output of conv1 (the ReLU comes after the pooling there), which is not the same function.
 
 The paper says the input is 224×224, which does not give 55×55; 227×227 without padding does.
 """
@@ -69,8 +78,8 @@ class AlexNet(nn.Module):
     `init` (None means "source"):
       text    section 5 of the paper: weights N(0, 0.01²), bias 1 in conv2, conv4, conv5, fc6, fc7
       source  the same, but std 0.03 in conv3, conv4, conv5, as the released 2012 source has it
-      he      He et al. 2015, normal, for ReLU; all biases 0; fc8 N(0, 0.01²), so that the first
-              loss is near that of guessing
+      he      He et al. 2015, normal, for ReLU; all biases 0; fc8 N(0, 0.001²), so that the first
+              loss is that of guessing, ln(num_classes), within a tenth
     The first two are the published numbers at any width: they were chosen for the full net, and a
     much narrower one hardly learns from them. Take "he" there.
 
@@ -92,16 +101,8 @@ class AlexNet(nn.Module):
         channels = [_scaled(count, width) for count in CONV_CHANNELS]
         hidden = _scaled(HIDDEN_UNITS, width)
         self.features = _features(channels, variant == "paper", norm_group if batch_norm else None)
-        self.classifier = nn.Sequential(
-            OrderedDict[str, nn.Module](
-                dropout6=nn.Dropout(0.5),
-                fc6=nn.Linear(POOLED_SIDE**2 * channels[-1], hidden),
-                relu6=nn.ReLU(inplace=True),
-                dropout7=nn.Dropout(0.5),
-                fc7=nn.Linear(hidden, hidden),
-                relu7=nn.ReLU(inplace=True),
-                fc8=nn.Linear(hidden, num_classes),
-            )
+        self.classifier = _classifier(
+            POOLED_SIDE**2 * channels[-1], hidden, num_classes, variant == "paper"
         )
         _initialise(self, init)
 
@@ -161,10 +162,24 @@ def _features(channels: list[int], paper: bool, norm_group: int | None) -> nn.Se
             )
         layers[f"relu{i}"] = nn.ReLU(inplace=True)
         if paper and i in (1, 2):
-            layers[f"lrn{i}"] = ResponseNorm(5, alpha=1e-4, beta=0.75, k=2)
+            layers[f"lrn{i}"] = ResponseNorm(5, alpha=1e-4, k=2, groups=2)
         if i in (1, 2, 5):
             layers[f"pool{i}"] = nn.MaxPool2d(3, 2)
         before = after
+    return nn.Sequential(layers)
+
+
+def _classifier(inputs: int, hidden: int, num_classes: int, paper: bool) -> nn.Sequential:
+    """(B, inputs) → (B, num_classes), modules named as in the table above."""
+    layers: OrderedDict[str, nn.Module] = OrderedDict()
+    for i, before in ((6, inputs), (7, hidden)):
+        if not paper:
+            layers[f"dropout{i}"] = nn.Dropout(0.5)
+        layers[f"fc{i}"] = nn.Linear(before, hidden)
+        layers[f"relu{i}"] = nn.ReLU(inplace=True)
+        if paper:
+            layers[f"dropout{i}"] = UnscaledDropout(0.5)
+    layers["fc8"] = nn.Linear(hidden, num_classes)
     return nn.Sequential(layers)
 
 
@@ -176,7 +191,7 @@ def _initialise(model: AlexNet, init: Init) -> None:
             nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
         else:
             wider = init == "source" and name in SOURCE_WIDER_STD
-            nn.init.normal_(layer.weight, std=0.03 if wider else 0.01)
+            nn.init.normal_(layer.weight, std=0.001 if init == "he" else 0.03 if wider else 0.01)
         if layer.bias is not None:
             nn.init.constant_(layer.bias, float(init != "he" and name in BIAS_ONE))
 
@@ -211,17 +226,33 @@ def _blocks(x: Tensor) -> Tensor:
     return rows.permute(0, 2, 4, 1, 3, 5).flatten(3).permute(0, 3, 1, 2)
 
 
+class UnscaledDropout(nn.Dropout):
+    """Dropout as the released 2012 source has it: y = mask·x while training, y = (1 − p)·x in
+    evaluation. torch's own divides by 1 − p while training; a p of 0.5 undoes that exactly."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * (1 - self.p)
+
+
 class ResponseNorm(nn.LocalResponseNorm):
-    """As torch's, within a rounding of float32, for a beta of 0.75. torch's own averages over a
-    fifth dimension: seven passes in another memory layout, and a backward pass that no GPU repeats
-    bit for bit. This one is sums of shifted squares, which a compiler makes one kernel of."""
+    """As torch's, within a rounding of float32, for a beta of 0.75 and in each of `groups` equal
+    groups of channels by itself. torch's own averages over a fifth dimension: seven passes in
+    another memory layout, and a backward pass that no GPU repeats bit for bit. This one is sums of
+    shifted squares, which a compiler makes one kernel of."""
+
+    def __init__(self, size: int, *, alpha: float, k: float, groups: int = 1) -> None:
+        super().__init__(size, alpha, 0.75, k)
+        self.groups = groups
 
     def forward(self, x: Tensor) -> Tensor:
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         a = self.alpha / self.size
         # torch gives `apply` no types.
-        normalised: Tensor = _Normalised.apply(wide, self.size, a, self.k)  # type: ignore[no-untyped-call]
-        return normalised.to(x.dtype)
+        normalised = [
+            _Normalised.apply(group, self.size, a, self.k)  # type: ignore[no-untyped-call]
+            for group in wide.chunk(self.groups, 1)
+        ]
+        return torch.cat(normalised, 1).to(x.dtype)
 
 
 class _Normalised(torch.autograd.Function):

@@ -64,7 +64,9 @@ class PaperSGD(torch.optim.Optimizer):
     """v ← momentum·v − lr·weight_decay·w − lr·gradient, w ← w + v: section 5 of Krizhevsky 2012.
 
     A step's rate stays with its gradient, so a lower rate slows down what comes, not what is under
-    way. Source also of the sign of v: the released code's update of weights.
+    way. At a rate of 0 nothing happens at all: w stands still, and v stays as it is, to be taken up
+    by the next step with a rate. Source of both, and of the sign of v: the released code's update
+    of weights.
     """
 
     def __init__(self, params: Iterable[dict[str, Any]], *, momentum: float) -> None:
@@ -74,7 +76,7 @@ class PaperSGD(torch.optim.Optimizer):
     def step(self) -> None:  # type: ignore[override]
         for group in self.param_groups:
             weights, gradients, velocities = _trained(self, group)
-            if not weights:
+            if not weights or not group["lr"]:
                 continue
             torch._foreach_mul_(velocities, group["momentum"])
             if group["weight_decay"]:
@@ -91,7 +93,8 @@ class LARS(torch.optim.Optimizer):
         v ← momentum·v + lr·λ·(gradient + weight_decay·w), w ← w − v
 
     per weight tensor. Biases and normalisation parameters, whose norms say little, have λ = 1, as
-    has a weight that is all zero: it would stay so for ever.
+    has a weight that is all zero: it would stay so for ever. At a rate of 0 nothing happens at all,
+    as in PaperSGD.
     """
 
     def __init__(self, params: Iterable[dict[str, Any]], *, momentum: float, trust: float) -> None:
@@ -102,6 +105,8 @@ class LARS(torch.optim.Optimizer):
     def step(self) -> None:  # type: ignore[override]
         for group in self.param_groups:
             decay = group["weight_decay"]
+            if not group["lr"]:
+                continue
             for weight, gradient, velocity in zip(*_trained(self, group), strict=True):
                 # A tensor on the device, so that the step waits for no norm.
                 rate = group["lr"] * _local_rate(weight, gradient, group["trust"], decay)
@@ -141,8 +146,7 @@ def set_rates(optimizer: torch.optim.Optimizer, rates: Rates) -> None:
 def step_decay(step: int, steps_per_epoch: int, milestones: Sequence[int]) -> float:
     """Multiplier of the base rate: 0.1^(milestones reached). Steps count from 0.
 
-    Milestones are epochs, counted from 0 too: epoch m is the first with the lower rate. The 2012
-    source divides by 10 at 25, 51 and 79.
+    Milestones are epochs, counted from 0 too: epoch m is the first with the lower rate.
     """
     return math.pow(0.1, sum(step >= epoch * steps_per_epoch for epoch in milestones))
 

@@ -29,7 +29,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from alexnet import renamed
+from alexnet import former_network, renamed
 from alexnet.classifier import read_tensors
 from alexnet.errors import UserError
 from pipelines import storage
@@ -233,8 +233,14 @@ def last_step(run: str) -> int | None:
 def refuse_other(
     state: dict[str, Any], where: str, config: TrainConfig, manifest_digest: str
 ) -> None:
-    """Raises UserError, naming what differs, for a checkpoint of other data or of a run that
-    learns something else."""
+    """Raises UserError, naming what differs, for a checkpoint of other data, of a run that learns
+    something else, or of a network that this release has no more."""
+    variant = _leaf(state["config"], "model.variant")
+    if former := former_network(variant, state.get("dropout")):
+        raise UserError(
+            f"checkpoint {where} of run {config.name} is of {former}; continue it with the release "
+            "that wrote it, or choose another --name"
+        )
     now = science(config) | {"manifest": manifest_digest[:16]}
     then = {key: _leaf(state["config"], key) for key in now}
     then["manifest"] = state["manifest"][:16]

@@ -53,9 +53,9 @@ class OptimConfig:
     bias_lr_constant: bool = False
     """Biases keep their highest rate while that of the weights falls, as in the 2012 source."""
     conv1_slow_epoch: int | None = None
-    """From this epoch on, counted from 0, conv1's weights learn at a tenth; 67 in the source."""
+    """From this epoch on, counted from 0, conv1's weights learn at a tenth; 66 in `paper`."""
     conv1_freeze_epoch: int | None = None
-    """From this epoch on, counted from 0, conv1 learns nothing more; 72 in the 2012 source."""
+    """From this epoch on, counted from 0, conv1 learns nothing more; 71 in `paper`."""
     lars_trust: float = 0.001
     """Trust coefficient of the lars rule: a step's length as a share of the weights', at rate 1."""
     schedule: Literal["step", "cosine", "plateau"] = "cosine"
@@ -83,7 +83,7 @@ class AugmentConfig:
     colour_sigma: float = 0.1
     """Standard deviation of the paper's PCA colour noise; 0 is off."""
     colour_epochs: int | None = None
-    """Epochs with colour noise; 67 in the 2012 source, None for all."""
+    """Epochs with colour noise; 66 in `paper`, None for all."""
 
 
 @dataclass(frozen=True)

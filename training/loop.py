@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from alexnet import NETWORK_SIDE
+from alexnet import DROPOUT, NETWORK_SIDE
 from alexnet.preprocess import Augment, draw_views, train_view
 from pipelines.shards import Manifest
 from training import checkpoint, guards
@@ -314,6 +314,7 @@ class _Run:
             "science": science_digest(self.config),
             "manifest": self.manifest.digest,
             "num_classes": self.manifest.num_classes,
+            "dropout": DROPOUT.get(self.config.model.variant),
             "wnids": list(self.manifest.wnids),
             "class_names": list(self.manifest.class_names),
             "input_spec": self.spec.to_json(),

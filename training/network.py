@@ -145,7 +145,7 @@ def _from_checkpoint(name: str, folder: Path) -> LoadedModel:
         # The fields of the model alone: where and how it was trained may have other names by now.
         fields = dataclasses.asdict(ModelConfig(**state["config"]["model"]))
         del fields["init"]
-        fields["num_classes"] = state["num_classes"]
+        fields |= {"num_classes": state["num_classes"], "dropout": state.get("dropout")}
         averaged = state["config"]["optim"]["ema_decay"] > 0
         about = f"recipe {state['config']['recipe']}, step {state['step']} of "
         about += f"{state['total_steps']}" + (", averaged weights" if averaged else "")

@@ -39,14 +39,26 @@ def baseline() -> TrainConfig:
 def paper() -> TrainConfig:
     """Krizhevsky 2012 (grouped, LRN, 60,965,224 parameters), as its released source trained it.
 
-    - Source: section 5 of the paper and layers-145 of the released code: batch 128, rate 0.01
-      inside the velocity, a tenth at epochs 25, 51 and 79 of 91 (biases 0.02 to the end, without
-      decay), momentum 0.9, decay 5e-4, conv1 at a tenth from epoch 67 and frozen from 72, std 0.03
-      in conv3-5, bias 1 in conv2/4/5 and the hidden layers, only the mean subtracted, 227 crops of
-      256, flips, colour noise 0.1 until epoch 67, ten-crop test.
-    - Known differences: LRN after the ReLU, as in the paper's text, and none within a map of conv2;
-      one mean colour, not a mean image; each image has its own crop and each epoch its own
-      order, where the source moved 32 images alike and kept one order.
+    - Source: the paper, sections 3 to 5, and layers-145 of the released code, the paper's "1 CNN":
+      batch 128, rate 0.01 inside the velocity, momentum 0.9, decay 5e-4, biases at 0.02 to the end
+      and without decay, weights at a tenth from epochs 24, 50 and 78, conv1 at another tenth from
+      66 and standing still from 71, std 0.03 in conv3-5, bias 1 in conv2/4/5 and the hidden layers,
+      dropout on the outputs of fc6 and fc7, LRN within each half of the maps, only the mean
+      subtracted, flips, colour noise 0.1 until epoch 66, ten-crop test.
+    - Epochs count from 0 here and from 1 in cuda-convnet (its model begins with epoch 1, and prints
+      that number), whose log has the changes in 25, 51, 67, 72 and 79, and the end in 91.
+    - Known differences: each change of rate comes between two epochs, where the source was stopped
+      by hand within one, nobody knows at which batch. The LRN of conv1 follows the ReLU, as the
+      paper's text has it; the source's sees the linear output. There is no second normalisation
+      within each map of conv2, which the paper does not have either. Views are 227 px, all of whose
+      windows lie inside, at 30 × 30 places of the stored image; the source's are 224 px at 33 × 33
+      places, and its last windows hang over the edge: the same 55×55 maps. One mean colour is
+      subtracted, not a mean image, which fits one crop only. Each image has its own crop and flip,
+      where the source gave 32 the same to save time; each epoch has its own order, where the source
+      read its files in one, so that no two epochs repeat a batch. Images with colour noise are not
+      divided by 1.1, which the paper does not do and no test image knows. Batches of an epoch
+      differ by one image at most, so that none is small. How the source's JPEG files were made is
+      not released: ours are resized by antialiased Lanczos. Random numbers are others.
     - Command: `python training/run.py paper`. As the paper's text has it, a tenth when the val
       error stops improving and one rate for all: `--optim.schedule plateau --optim.bias-lr-factor 1
       --optim.bias-lr-constant False --optim.conv1-slow-epoch None --optim.conv1-freeze-epoch None
@@ -60,19 +72,19 @@ def paper() -> TrainConfig:
         model=ModelConfig(variant="paper", init="source"),
         optim=OptimConfig(
             batch_size=128,
-            epochs=91,
+            epochs=90,
             lr=0.01,
             rule="paper",
             momentum=0.9,
             weight_decay=5e-4,
             bias_lr_factor=2.0,
             bias_lr_constant=True,
-            conv1_slow_epoch=67,
-            conv1_freeze_epoch=72,
+            conv1_slow_epoch=66,
+            conv1_freeze_epoch=71,
             schedule="step",
-            milestones=(25, 51, 79),
+            milestones=(24, 50, 78),
         ),
-        augment=AugmentConfig(crop="random", flip=True, colour_sigma=0.1, colour_epochs=67),
+        augment=AugmentConfig(crop="random", flip=True, colour_sigma=0.1, colour_epochs=66),
         normalise="mean",
         precision="fp32",
     )
@@ -134,6 +146,13 @@ RECIPES: dict[str, Callable[[], TrainConfig]] = {
     "fast": fast,
     "smoke": smoke,
 }
+
+
+def known_differences(recipe: str) -> str | None:
+    """Where a recipe departs from its source, in its own words, on one line."""
+    text = " ".join(str(RECIPES[recipe].__doc__).split())
+    _, found, rest = text.partition(" - Known differences: ")
+    return rest.partition(" - ")[0] if found else None
 
 
 def small_parts(config: TrainConfig) -> str | None:

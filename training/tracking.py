@@ -24,7 +24,7 @@ from mlflow.utils.credentials import get_default_host_creds
 from mlflow.utils.rest_utils import http_request
 from sqlalchemy.exc import SQLAlchemyError
 
-from alexnet import renamed
+from alexnet import DROPOUT, former_network, renamed
 from alexnet.errors import UserError, reason
 from pipelines import storage
 from pipelines.shards import Manifest
@@ -120,6 +120,12 @@ def find_run(
     return active[0] if active else None
 
 
+def variant_tags(config: TrainConfig) -> dict[str, str]:
+    """What runs and versions say of their network, for `former_network`."""
+    dropout = DROPOUT.get(config.model.variant)
+    return {"variant": config.model.variant} | ({"dropout": dropout} if dropout else {})
+
+
 def deleted(client: MlflowClient, run_id: str) -> str:
     """What to say of a run that was."""
     restore = store.command(client.tracking_uri, f"runs restore --run-id {run_id}")
@@ -143,7 +149,7 @@ def open_run(client: MlflowClient, config: TrainConfig, manifest: Manifest, data
     run_id = run.info.run_id
     tags = {
         "recipe": config.recipe,
-        "variant": config.model.variant,
+        **variant_tags(config),
         "manifest_sha256": manifest.digest,
         "plan_id": manifest.plan_id,
         "data": data,
@@ -322,6 +328,11 @@ def _refuse_other_science(run: Run, config: TrainConfig, manifest: Manifest) -> 
     now = science(config) | {"manifest": manifest.digest[:16]}
     then = {name: in_words(value) for name, value in ADDED.items()} | renamed({**run.data.params})
     then["manifest"] = run.data.tags.get("manifest_sha256", "")[:16]
+    if former := former_network(then.get("model.variant"), run.data.tags.get("dropout")):
+        raise UserError(
+            f"run {config.name} exists and is of {former}; continue it with the release that wrote "
+            "it, or choose another --name"
+        )
     differs = [f"{key} {then.get(key)} → {now[key]}" for key in now if then.get(key) != now[key]]
     if differs:
         raise UserError(

@@ -103,16 +103,24 @@ def test_paper_and_torch_agree_until_the_rate_changes():
     assert difference > 0.01  # the velocity that was under way goes on with the old rate
 
 
-def test_a_rate_of_zero_does_not_stop_the_papers_velocity():
-    model = nn.Linear(1, 1, bias=False)
-    optimizer = optimizer_of(model, "paper", weight_decay=0.0)
-    set_rates(optimizer, rates(1.0))
-    start = model.weight.item()
-    model.weight.grad = torch.ones(1, 1)
-    optimizer.step()
-    set_rates(optimizer, rates(0.0))
-    optimizer.step()
-    assert start - model.weight.item() == pytest.approx(1 + MOMENTUM)
+@pytest.mark.parametrize("rule", ["paper", "lars"])
+def test_at_a_rate_of_zero_all_stands_still_and_the_velocity_waits_for_the_next_step(rule):
+    model = nn.Linear(1, 2)  # a bias too, which has lars' rate of 1
+    optimizer = optimizer_of(model, rule, weight_decay=0.0)
+
+    def moved(rate: float) -> float:
+        before = model.bias.detach().clone()
+        set_rates(optimizer, rates(rate, factor=1.0))
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+        return float((before - model.bias.detach())[0])
+
+    assert moved(1.0) == pytest.approx(1)
+    weight = model.weight.detach().clone()
+    assert [moved(0.0) for _ in range(3)] == [0, 0, 0]
+    assert torch.equal(model.weight, weight)
+    assert moved(1.0) == pytest.approx(MOMENTUM + 1)
 
 
 def test_a_lars_step_is_the_trusted_share_of_the_weights_whatever_the_gradients_size():

@@ -17,6 +17,7 @@ from pipelines.shards import Manifest
 from training import tracking
 from training.accuracy import Metrics, short
 from training.config import TrainConfig
+from training.recipes import known_differences
 
 _MAX_DESCRIPTION = 5000  # characters of a version's description in MLflow's own tables
 _SHOWN_CLASSES = 10
@@ -53,6 +54,7 @@ def render(
         run_id=run_id,
         recipe=config.recipe,
         config=config,
+        differences=known_differences(config.recipe),
         parameters=sum(weight.numel() for weight in network.parameters()),
         manifest=manifest,
         classes=", ".join(names) + (f" and {more:,} more" if more else ""),

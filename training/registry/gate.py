@@ -15,6 +15,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.models import get_model_info
 from mlflow.tracking import MlflowClient
 
+from alexnet import former_network
 from alexnet.errors import UserError
 from pipelines import shards, storage
 from training import tracking
@@ -34,6 +35,7 @@ from training.registry.versions import (
     resolve,
     run_of,
     runs_of,
+    verified,
     versions,
 )
 
@@ -142,6 +144,10 @@ def promote(client: MlflowClient, version: str | None, asked: Asked) -> Verdict 
     champion = aliases(client).get(CHAMPION)
     if champion == number:
         return None
+    _refuse_former(candidate, "train it anew")
+    if champion is not None and asked.force is None:
+        remedy = 'promote without the comparison by --force --reason "…"'
+        _refuse_former(client.get_model_version(NAME, champion), remedy)
     run = run_of(client, candidate)
     if run is not None and run.info.lifecycle_stage != "active":
         raise UserError(
@@ -165,6 +171,15 @@ def promote(client: MlflowClient, version: str | None, asked: Asked) -> Verdict 
     return found
 
 
+def _refuse_former(version: ModelVersion, remedy: str) -> None:
+    """Raises UserError for a version that only the code it carries can score."""
+    if former := former_network(version.tags.get("variant"), version.tags.get("dropout")):
+        raise UserError(
+            f"version {version.version} is of {former}, which mlflow.pyfunc still serves and this "
+            f"release cannot score; {remedy}"
+        )
+
+
 def rollback(client: MlflowClient, *, dry_run: bool = False) -> tuple[str, str]:
     """Gives the alias back to the champion before: (the version that had it, that has it now).
 
@@ -179,7 +194,8 @@ def rollback(client: MlflowClient, *, dry_run: bool = False) -> tuple[str, str]:
         raise Refused(f"champion {champion} had none before it; promote another version instead")
     target = str(resolve(client, before[-1]).version)
     try:
-        load(f"models:/{NAME}/{target}")
+        with verified(f"models:/{NAME}/{target}"):  # its own code serves it, not this program's
+            pass
     except UserError as error:
         raise Refused(f"the champion before: {error}; or promote another version") from error
     if not dry_run:

@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 import alexnet
-from alexnet import NETWORK_SIDE
+from alexnet import DROPOUT, NETWORK_SIDE
 from alexnet.classifier import LAYOUT, ModelFields
 from alexnet.errors import UserError
 from alexnet.model import AlexNet
@@ -67,7 +67,7 @@ def register(
     description = _description(spec, manifest, config)
     with tempfile.TemporaryDirectory(prefix="register-") as temporary:
         model_id, sums = _log_model(client, run_id, network, description, Path(temporary))
-    tags = {"recipe": config.recipe, "variant": config.model.variant, **sums}
+    tags = {"recipe": config.recipe, **tracking.variant_tags(config), **sums}
     _make_sure_of_name(client)
     made = {"tags": tags, "description": text, "model_id": model_id, "await_creation_for": 0}
     version = client.create_model_version(NAME, f"models:/{model_id}", run_id, **made)
@@ -120,10 +120,13 @@ def _log_figures(
 def _description(spec: InputSpec, manifest: shards.Manifest, config: TrainConfig) -> dict[str, Any]:
     fields = asdict(config.model)
     del fields["init"]  # how the weights began
-    model = ModelFields(**fields, num_classes=manifest.num_classes)
+    dropout = DROPOUT.get(config.model.variant)
+    model = asdict(ModelFields(**fields, num_classes=manifest.num_classes, dropout=dropout))
+    if dropout is None:
+        del model["dropout"]  # which earlier releases do not know
     return {
         "layout": LAYOUT,
-        "model": asdict(model),
+        "model": model,
         "variant": config.model.variant,
         "recipe": config.recipe,
         "preprocessing": (
