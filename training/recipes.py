@@ -47,7 +47,7 @@ def paper() -> TrainConfig:
       subtracted, flips, colour noise 0.1 until epoch 66, ten-crop test.
     - Epochs count from 0 here and from 1 in cuda-convnet (its model begins with epoch 1, and prints
       that number), whose log has the changes in 25, 51, 67, 72 and 79, and the end in 91.
-    - Known differences: each change of rate comes between two epochs, where the source was stopped
+    - Known differences: Each change of rate comes between two epochs, where the source was stopped
       by hand within one, nobody knows at which batch. The LRN of conv1 follows the ReLU, as the
       paper's text has it; the source's sees the linear output. There is no second normalisation
       within each map of conv2, which the paper does not have either. Views are 227 px, all of whose

@@ -16,6 +16,7 @@ from alexnet.errors import UserError
 from pipelines.shards import load_manifest
 from training import checkpoint, tracking
 from training.network import load_model
+from training.recipes import known_differences
 from training.registry import __main__ as registry
 from training.registry import gate
 from training.registry.gate import Asked
@@ -24,7 +25,7 @@ from training.registry.versions import DESCRIPTION, NAME, SUMS
 
 pytestmark = [pytest.mark.filterwarnings(line) for line in MLFLOW_WARNINGS]
 DIFFERENCE = "dropout before fc6 and fc7, not on their outputs; LRN across both halves of the maps"
-PAPER = small_config(name="of-2012", model_variant="paper")
+PAPER = small_config(name="of-2012", recipe="paper", model_variant="paper")
 
 
 @pytest.fixture
@@ -77,13 +78,17 @@ def test_run_is_continued_only_with_the_present_network(client, registered_model
     assert "choose another --name" in told(lambda: tracking.find_run(client, PAPER, manifest))
 
 
-def test_version_says_which_dropout_its_weights_are_for(client, registered_models, trained):
+def test_version_says_which_dropout_its_weights_are_for_and_the_card_what_differs(
+    client, registered_models, trained
+):
     data = registered_models.data
     manifest = load_manifest(data)
     run_id = tracking.open_run(client, PAPER, manifest, data).info.run_id
     number = register(client, run_id, trained, manifest, PAPER)
     version = client.get_model_version(NAME, number)
     assert (version.tags["variant"], version.tags["dropout"]) == ("paper", "outputs")
+    card = Path(client.download_artifacts(run_id, "card/card.md")).read_text()
+    assert f"its source\n\n{known_differences('paper')}\n\n## Figures" in card
     given = load_model(number)
     assert torch.equal(
         given.network(x := torch.randn(1, 3, 227, 227)), load_model(str(trained)).network(x)

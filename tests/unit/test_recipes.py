@@ -10,7 +10,7 @@ from drawn import ROOT
 from alexnet.optim import Rates
 from training.command_line import parse
 from training.network import build_model
-from training.recipes import RECIPES, small_parts
+from training.recipes import RECIPES, known_differences, small_parts
 from training.steps import learning_rates
 
 
@@ -48,6 +48,13 @@ def test_paper_is_trained_as_its_source_says():
         conv1 = [*golden[: 67 - 1], *[0.00001] * 5, *[0.0] * 19]
         assert [rate.conv1_weights for rate in rates] == pytest.approx(conv1)
         assert [rate.conv1_biases for rate in rates] == [0.02] * (72 - 1) + [0.0] * 19
+
+
+def test_only_the_recipe_of_the_paper_has_differences_to_tell():
+    told = {recipe: known_differences(recipe) for recipe in RECIPES}
+    assert [recipe for recipe in told if told[recipe]] == ["paper"]
+    assert all(word in told["paper"] for word in ("LRN", "mean image", "crop", "1.1", "Lanczos"))
+    assert "run.py" not in told["paper"]
 
 
 def test_flags_that_recipes_offer_in_their_text_work():
