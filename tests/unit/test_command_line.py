@@ -92,7 +92,7 @@ def test_every_field_is_in_the_help_with_its_meaning_and_default(capsys, monkeyp
         (found,) = re.finditer(rf"(?:  |[│|] ){flag} .*$", text, re.MULTILINE)
         following = text[found.start() :]
         assert meaning in following[: len(found[0]) + 400], flag
-    assert "(default: 128)" in text and "(default: 25 51 79)" in text
+    assert "(default: 128)" in text and "(default: 24 50 78)" in text
     assert {"--config", "--print-config", "--dry-run"} <= set(text.split())
 
 
