@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from gated import FORCED, champion, enter_candidate_copy
+from gated import FORCED, champion, enter_candidate_copy, files_of
 from mlflow.tracking import MlflowClient
 from registered import GOOD, MLFLOW_WARNINGS, Built, resealed
 from small_training import fit, small_config
@@ -106,9 +106,10 @@ def former_version(client: MlflowClient, folder: Path) -> str:
     return str(client.create_model_version(NAME, str(folder), good.run_id, tags=tags).version)
 
 
-def test_former_version_is_neither_loaded_nor_judged_nor_compared(client, good_copy, capsys):
-    assert "dropout" not in json.loads((good_copy / DESCRIPTION).read_text())["model"]
-    number = former_version(client, good_copy)
+def test_former_version_is_neither_loaded_nor_judged_nor_compared(client, tmp_path, capsys):
+    folder = shutil.copytree(files_of(client, GOOD), tmp_path / "model")
+    assert "dropout" not in json.loads((folder / DESCRIPTION).read_text())["model"]
+    number = former_version(client, folder)
     assert "release that wrote it" in told(lambda: load_model(number))
     for argv in (["promote", number], ["promote", GOOD]):
         assert registry.main(argv) == 2
