@@ -10,7 +10,7 @@ import pytest
 import torch
 from gated import FORCED, champion, enter_candidate_copy, files_of
 from mlflow.tracking import MlflowClient
-from registered import GOOD, MLFLOW_WARNINGS, Built, resealed
+from registered import AGAIN, GOOD, MLFLOW_WARNINGS, Built, resealed
 from small_training import fit, small_config
 
 from alexnet.errors import UserError
@@ -97,8 +97,8 @@ def test_version_says_which_dropout_its_weights_are_for_and_the_card_what_differ
 
 def former_version(client: MlflowClient, folder: Path) -> str:
     """GOOD's files in `folder`, as an earlier release would have written of `paper`."""
-    fields = {"variant": "paper"}
-    changed(folder / DESCRIPTION, lambda description: description["model"].update(fields))
+    fields = {"variant": "paper", "gate_val_top1": "1.0"}
+    changed(folder / DESCRIPTION, lambda description: description["model"].update(variant="paper"))
     resealed(folder)
     sums = {"artifacts_sha256": hashlib.sha256((folder / SUMS).read_bytes()).hexdigest()}
     good = client.get_model_version(NAME, GOOD)
@@ -117,6 +117,9 @@ def test_former_version_is_neither_loaded_nor_judged_nor_compared(client, tmp_pa
         assert f"version {number} is of the former network `paper` ({DIFFERENCE})" in line
         client.set_registered_model_alias(NAME, "champion", number)
     assert gate.promote(client, GOOD, FORCED).outcome == "forced"
+    found = gate.promote(client, AGAIN, Asked())
+    assert found.outcome == "passed", "which is not compared with the best of the former network"
+    gate.rollback(client)
     gate.rollback(client)
     assert champion(client) == number, "whose own code still serves it"
     assert gate.promote(client, number, Asked()) is None

@@ -173,11 +173,15 @@ def promote(client: MlflowClient, version: str | None, asked: Asked) -> Verdict 
 
 def _refuse_former(version: ModelVersion, remedy: str) -> None:
     """Raises UserError for a version that only the code it carries can score."""
-    if former := former_network(version.tags.get("variant"), version.tags.get("dropout")):
+    if former := _former(version):
         raise UserError(
             f"version {version.version} is of {former}, which mlflow.pyfunc still serves and this "
             f"release cannot score; {remedy}"
         )
+
+
+def _former(version: ModelVersion) -> str | None:
+    return former_network(version.tags.get("variant"), version.tags.get("dropout"))
 
 
 def rollback(client: MlflowClient, *, dry_run: bool = False) -> tuple[str, str]:
@@ -249,7 +253,8 @@ def best_champion(
     client: MlflowClient, champion: str, manifest_sha256: str
 ) -> tuple[str, list[str]]:
     """The champion of the highest val top-1 among `champion` and those before it, of equals the
-    later one; and the numbers of those before that were deleted, which nobody can compare with.
+    later one; and the numbers of those before that nobody can compare with: they were deleted, or
+    are of a network that this release has no more.
 
     Each counts with the top-1 that the gate measured of it (its tag, or what its run logged, which
     the gate found alike), if it learned from the set of this manifest: on another val split the
@@ -258,7 +263,7 @@ def best_champion(
     """
     before = _champions_before(client, champion)
     there = {str(version.version): version for version in versions(client)}
-    known = [there[number] for number in before if number in there]
+    known = [there[number] for number in before if number in there and not _former(there[number])]
     runs, measured = runs_of(client, known), [(-1.0, -1, champion)]
     for place, version in enumerate(known):
         run = runs.get(version.run_id)
@@ -266,7 +271,8 @@ def best_champion(
             top1 = _share(version.tags.get("gate_val_top1"))
             top1 = run.data.metrics.get("val_top1", -1.0) if top1 is None else top1
             measured.append((top1, place, str(version.version)))
-    return max(measured)[2], [number for number in before if number not in there]
+    numbers = {str(version.version) for version in known}
+    return max(measured)[2], [number for number in before if number not in numbers]
 
 
 def _share(text: str | None) -> float | None:
@@ -395,7 +401,7 @@ def _measured(
         if policy.best_champion:
             best, gone = best_champion(MlflowClient(), champion, manifest.digest)
             if gone:
-                value = f"{', '.join(gone[-3:])} deleted: nobody can compare with it"
+                value = f"{', '.join(gone[-3:])} deleted, or of a former network"
                 made.append(Check("champions before", value, "those that are left", True))
             if best not in (champion, found.version):
                 check, theirs, paired = against(best, f"best champion, {best}")
