@@ -4,6 +4,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+import pytest
 from bad_store import weather_of
 from store_proxy import FAULTS, FLIPS, PAGE, Weather
 
@@ -67,6 +68,14 @@ def test_what_is_read_listed_replaced_and_deleted_is_right(attack, bucket, proxy
     proxy.fair()
     left = [name for name, _ in storage.list_files(f"{bucket}/set")]
     assert left == [name for name in names if name not in ("02", "06")]
+
+
+@pytest.mark.parametrize("fault", ["done, then reset", "done, then 500"])
+def test_an_own_write_whose_answer_was_lost_is_no_stranger(fault, bucket, proxy):
+    proxy.foul(Weather(0, 0.5, [fault]))
+    for number in range(10):
+        storage.write_new(f"{bucket}/{number}", content(number, 0))
+    assert proxy.faults[fault] > 3
 
 
 def test_an_answer_that_stays_damaged_is_one_line(bucket, proxy, monkeypatch):

@@ -150,17 +150,9 @@ def test_first_ctrl_c_saves_and_the_command_that_it_prints_goes_on_to_the_same_b
 
 # 15 steps an epoch; in the end every val image is told right. A checkpoint every 7 steps, so that
 # some steps are lost by a kill.
-ELASTIC = {
-    "model_width": 1 / 16,
-    "optim_batch_size": 16,
-    "optim_epochs": 8,
-    "optim_lr": 0.001,
-    "augment_crop": "centre",
-    "augment_flip": False,
-    "augment_colour_sigma": 0.0,
-    "checkpoint_steps": 7,
-    "shared_fs": True,
-}
+ELASTIC = {"optim_batch_size": 16, "optim_epochs": 8, "optim_lr": 0.001, "checkpoint_steps": 7}
+ELASTIC |= {"augment_crop": "centre", "augment_flip": False, "augment_colour_sigma": 0.0}
+ELASTIC |= {"model_width": 1 / 16, "shared_fs": True}
 
 
 @pytest.fixture

@@ -13,13 +13,8 @@ from training import checkpoint
 
 # 4 steps in each of 3 epochs; checkpoints after 3, 4, 6, 8, 9 and 12.
 STEPS, EVERY = 12, 3
-CHANGES = {
-    "model_batch_norm": True,
-    "optim_batch_size": 7,
-    "optim_epochs": 3,
-    "optim_ema_decay": 0.9,
-    "checkpoint_steps": EVERY,
-}
+CHANGES = {"optim_batch_size": 7, "optim_epochs": 3, "checkpoint_steps": EVERY}
+CHANGES |= {"model_batch_norm": True, "optim_ema_decay": 0.9}
 
 
 class Training:
