@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy.stats import binomtest
 
-from training.accuracy import Metrics, Scored, document, short, wilson
+from training.accuracy import Metrics, Scored, document, wilson
 
 MANIFEST = SimpleNamespace(
     wnids=("n0", "n1", "n2"), class_names=("tench", "shark", "ray"), digest="0" * 64
@@ -32,28 +32,11 @@ def answers(*rows: tuple[int, int, float]) -> Scored:
     )
 
 
-def of_confusion(confusion: np.ndarray) -> Scored:
-    cells = [(a, b, 0.9) for a in range(3) for b in range(3) for _ in range(confusion[a, b])]
-    return answers(*cells)
-
-
 @pytest.mark.parametrize("images", [1, 20, 3925, 50_000])
 def test_intervals_equal_scipys(images):
     for correct in {0, 1, images // 2, images - 1, images}:
         expected = binomtest(correct, images).proportion_ci(0.95, method="wilson")
         assert wilson(correct, images) == pytest.approx(tuple(expected), abs=1e-12)
-
-
-def test_intervals_are_the_published_ones():
-    """Newcombe 1998, table I, method 3."""
-    published = {
-        (81, 263): (0.2553, 0.3662),
-        (15, 148): (0.0624, 0.1605),
-        (1, 29): (0.0061, 0.1718),
-    }
-    for (correct, images), expected in published.items():
-        assert wilson(correct, images) == pytest.approx(expected, abs=5e-5)
-    assert wilson(0, 20) == pytest.approx((0, 0.1611), abs=5e-5)
     assert wilson(0, 0) == (0.0, 1.0), "no images, nothing known"
 
 
@@ -65,7 +48,8 @@ def test_metrics_are_shares_of_their_counts_with_intervals():
 
 def test_confusion_classes_and_pairs_count_every_image_at_its_label_and_prediction():
     confusion = np.array([[5, 2, 0], [0, 0, 0], [1, 2, 4]])
-    scored = of_confusion(confusion)
+    cells = [(a, b, 0.9) for a in range(3) for b in range(3) for _ in range(confusion[a, b])]
+    scored = answers(*cells)
     np.testing.assert_array_equal(scored.confusion, confusion)
     assert scored.metrics.correct1 == 9 == scored.correct.sum()
     found = document(scored, MANIFEST)
@@ -85,13 +69,7 @@ def test_the_most_confident_errors_come_first_and_ties_by_sample_id():
     assert scored.most_confident_errors(9).tolist() == [2, 5, 1, 3]
     assert scored.most_confident_errors(2).tolist() == [2, 5]
     first, *_ = document(scored, MANIFEST)["mistakes"]
-    assert first == {
-        "key": "val_2",
-        "sample_id": 2,
-        "true": "shark",
-        "predicted": "ray",
-        "probability": 0.8,
-    }
+    assert (first["key"], first["true"], first["predicted"]) == ("val_2", "shark", "ray")
     right = dataclasses.replace(scored, labels=scored.predicted)
     assert right.most_confident_errors(9).tolist() == []
 
@@ -105,8 +83,3 @@ def test_the_table_has_a_row_for_each_image_and_says_what_it_is_of():
     assert one["probabilities"] == pytest.approx([0.6, 0.24, 0.16])
     assert one["loss"] == pytest.approx(-np.log(0.24))
     assert (two["wnid"], two["correct"], two["place"]) == ("n2", True, 0)
-
-
-def test_names_are_cut_to_their_first_synonym_and_to_what_fits():
-    assert short("tench, Tinca tinca") == "tench"
-    assert short("West Highland white terrier") == "West Highland white…"

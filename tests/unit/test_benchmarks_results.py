@@ -1,11 +1,10 @@
 """Result files, the table made of them, aims that are judged by them, and costs that follow."""
 
-import re
 from pathlib import Path
 
 import pytest
 
-from benchmarks import aims, cost, results, summary
+from benchmarks import cost, results
 from benchmarks.aims import Aim, judge
 from benchmarks.table import Bars, Table
 
@@ -76,37 +75,6 @@ def test_an_aim_is_judged_within_rounds_by_the_worst_row(
     assert judge(aim(**changed), None).met is None
 
 
-def test_the_table_has_each_contender_once_and_every_aim(folder: Path) -> None:
-    text = summary.document(folder)
-    rows = [[cell.strip() for cell in line[1:-1].split("|")] for line in text.splitlines()]
-    rows = [row for row in rows if len(row) == 7][2:]
-    beside = [row[1] for row in rows if row[0] == summary.COMPARED["builder"][0]]
-    assert beside == [LIMIT, PEER]
-    limit, peer = rows[:2]
-    assert limit[2:6] == ["150 [100..200]", "142 [95..190]", "0.95 [0.95..0.95]", "≥ 0.9: met"]
-    assert peer[5].startswith("to be measured again: ")
-    link = re.fullmatch(r"\[amd-epyc-9b14-2cpus, [\d-]+\]\((.+)\)", peer[6])
-    assert link and (summary.README.parent / link[1]).exists()
-    told = {row[0] for row in rows}
-    shown_beside = {"building beside the limit", "building beside img2dataset"}
-    assert {aim.text for aim in aims.AIMS} - shown_beside <= told
-    alone = next(row for row in rows if row[0] == "start-up of a build beyond Ray's own, s")
-    assert alone[3] == "2.0" and alone[5] == "≤ 3: met"
-
-
-def test_summary_writes_between_its_marks_alone(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    readme = tmp_path / "README.md"
-    readme.write_text(f"above\n{summary.BEGIN}\nold\n{summary.END}\nbelow\n")
-    monkeypatch.setattr(summary, "README", readme)
-    assert summary.main(["--results", str(folder), "--write"]) == 0
-    assert summary.main(["--results", str(folder), "--write"]) == 0
-    text = readme.read_text()
-    assert text.startswith("above\n") and text.endswith("\nbelow\n") and "old" not in text
-    assert text.count(PEER) == 1
-
-
 def test_costs_follow_from_the_newest_results(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -116,4 +84,3 @@ def test_costs_follow_from_the_newest_results(
     row = next(line for line in out.splitlines() if "build | c7a.4xlarge" in line)
     assert f"| {seconds:.3g} | CPUs | {seconds * 3.6 / 3600:.6f} |" in row
     assert "71 images/s per CPU built (builder_amd-epyc-9b14-2cpus_" in out
-    assert "assumed in benchmarks/cost_estimate.py" in out

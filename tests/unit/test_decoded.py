@@ -53,7 +53,6 @@ def decodings(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 def test_images_of_the_file_are_bit_for_bit_those_of_the_decoder(uri, pixels, decodings):
     filled(uri)
-    assert len(decodings) == len(ALL)
     ids = np.array([14, 0, 3, 5, 5, 8, 9, 1])
     with worker(uri) as loader:
         batches = list(loader.batches([ids, ids[:0], ALL]))
@@ -61,22 +60,15 @@ def test_images_of_the_file_are_bit_for_bit_those_of_the_decoder(uri, pixels, de
         assert np.array_equal(batch.images.permute(0, 2, 3, 1).numpy(), pixels[wanted])
         assert batch.labels.tolist() == (wanted % 4).tolist()
     assert len(decodings) == len(ALL), "the next run decodes none"
-    with worker(uri, "val") as loader:
-        assert loader.read(np.arange(3)).images.shape == (3, 3, 227, 227)
-    assert len(decodings) == len(ALL) + 3, "val has a file of its own"
 
 
-def test_two_workers_decode_each_image_once_in_the_first_epoch_and_none_in_the_second(
-    uri, pixels, decodings
-):
-    counts = []
+def test_two_workers_decode_each_image_once_and_read_each_others(uri, pixels, decodings):
     with worker(uri) as one, worker(uri) as other:
-        for halves in ((ALL[::2], ALL[1::2]), (ALL[1::2], ALL[::2])):
-            for loader, mine in zip((one, other), halves, strict=True):
+        for mine in (ALL[::2], ALL[1::2]):
+            for loader in (one, other):
                 images = loader.read(mine).images
                 assert np.array_equal(images.permute(0, 2, 3, 1).numpy(), pixels[mine])
-            counts.append(len(decodings))
-    assert counts == [len(ALL), len(ALL)]
+    assert len(decodings) == len(ALL)
 
 
 def test_training_from_decoded_images_learns_the_same_and_decodes_in_its_first_epoch_alone(
@@ -93,22 +85,13 @@ def test_training_from_decoded_images_learns_the_same_and_decodes_in_its_first_e
 
 def test_images_beyond_the_limit_are_decoded_in_every_epoch(uri, pixels, decodings):
     whole = needed_bytes(load_manifest(uri), None)
-    for _ in range(2):
-        with worker(uri, limit_gb=whole / 2e9) as loader:
-            for _ in range(2):
-                images = loader.read(ALL).images
-        assert np.array_equal(images.permute(0, 2, 3, 1).numpy(), pixels)
+    with worker(uri, limit_gb=whole / 2e9) as loader:
+        for _ in range(3):
+            images = loader.read(ALL).images
+            assert np.array_equal(images.permute(0, 2, 3, 1).numpy(), pixels)
     half = len(ALL) // 2
-    assert len(decodings) == half + 4 * (len(ALL) - half)
+    assert len(decodings) == half + 3 * (len(ALL) - half)
     assert kept_bytes() <= whole / 2 + 2 * 4096, "the heads of the file"
-
-
-def test_shards_whose_images_are_all_decoded_are_not_opened(uri):
-    with worker(uri) as loader:
-        loader.read(ALL[:5])
-    with worker(uri) as loader:
-        list(loader.batches([ALL[:4], ALL[2:7]]))
-        assert set(loader._files._verified) == {"train-000001"}
 
 
 def test_file_of_another_set_crop_or_decoder_or_cut_short_is_rebuilt_with_a_line(
@@ -143,29 +126,24 @@ def test_file_in_use_for_other_images_is_left_alone_and_images_are_decoded(uri, 
     assert len(served(uri)) == len(ALL)
 
 
-def test_full_disk_ends_the_keeping_with_one_line(uri, pixels, caplog, monkeypatch):
-    def full(*_: object) -> int:
-        raise OSError(28, "No space left on device")
+def failing(*_: object) -> None:
+    raise OSError(5, "Input/output error")
 
-    with worker(uri) as loader:
-        monkeypatch.setattr(os, "pwrite", full)
+
+def test_disk_that_takes_no_more_ends_the_keeping_with_one_line(uri, pixels, caplog, monkeypatch):
+    with worker(uri) as loader, monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", failing)
         for _ in range(2):
             images = loader.read(ALL).images
-        monkeypatch.undo()
     assert np.array_equal(images.permute(0, 2, 3, 1).numpy(), pixels)
-    assert caplog.text.count("No space left on device") == 1
+    assert caplog.text.count("Input/output error; the rest is decoded every epoch") == 1
 
 
 def test_file_whose_disk_fails_at_the_end_is_not_believed_again(uri, monkeypatch, caplog):
     """What could not be written is no longer in the page cache, and marked nevertheless."""
-    with worker(uri) as loader:
+    with monkeypatch.context() as patch, worker(uri) as loader:
         loader.read(ALL)
-
-        def failing(_: int) -> None:
-            raise OSError(5, "Input/output error")
-
-        monkeypatch.setattr(os, "fsync", failing)
-    monkeypatch.undo()
+        patch.setattr(os, "fsync", failing)
     assert "Input/output error; it is emptied" in caplog.text and served(uri) == {}
 
 
@@ -177,12 +155,12 @@ def test_file_is_the_users_alone_and_no_link_is_followed(uri, tmp_path):
     with pytest.raises(UserError, match="others can write it; set ALEXNET_HOME"):
         opened(uri)
     path.unlink()
-    path.symlink_to(tmp_path / "victim")
-    with pytest.raises(UserError, match="or pass --cache none"):
-        opened(uri)
-    path.unlink()
-    path.parent.rename(tmp_path / "elsewhere")
-    path.parent.symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(UserError, match="or pass --cache none"):
-        opened(uri)
-    assert not (tmp_path / "victim").exists() and list((tmp_path / "elsewhere").iterdir()) == []
+    (tmp_path / "elsewhere").mkdir()
+    for place, to in ((path, "elsewhere/victim"), (path.parent, "elsewhere")):
+        place.symlink_to(tmp_path / to)
+        with pytest.raises(UserError, match="or pass --cache none"):
+            opened(uri)
+        place.unlink()
+        if place == path:
+            path.parent.rmdir()
+    assert list((tmp_path / "elsewhere").iterdir()) == []

@@ -7,10 +7,8 @@ import ast
 import re
 import sys
 from collections import Counter
-from graphlib import CycleError, TopologicalSorter
+from graphlib import TopologicalSorter
 from pathlib import Path
-
-import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("alexnet", "pipelines", "training")
@@ -64,17 +62,14 @@ MODULES = {module(name): name for name in TREES}
 
 def own_files(tree: ast.AST) -> set[str]:
     """Files of the three packages that are imported in one of them."""
-    found = set()
-    for imported in imports(tree):
-        for dotted in (imported, imported.rpartition(".")[0]):
-            if dotted in MODULES:
-                found.add(MODULES[dotted])
-                break
-    return found
+    names = [(name, name.rpartition(".")[0]) for name in imports(tree)]
+    found = [MODULES.get(whole) or MODULES.get(outer) for whole, outer in names]
+    return {file for file in found if file}
 
 
-def test_the_three_packages_are_found():
-    assert {"alexnet/model.py", "pipelines/build.py", "training/loop.py"} <= set(TREES)
+def test_the_three_packages_and_their_imports_are_found():
+    assert "training/steps.py" in own_files(TREES["training/loop.py"])
+    assert {"alexnet/model.py", "pipelines/build.py"} <= set(TREES)
 
 
 def test_imports_are_absolute_and_follow_the_arrow_from_alexnet_to_pipelines_to_training():
@@ -85,12 +80,8 @@ def test_imports_are_absolute_and_follow_the_arrow_from_alexnet_to_pipelines_to_
         for imported in imports(tree)
         if rank.get(imported.split(".")[0], 0) > rank[name.split("/")[0]]
     ] == []
-    assert [
-        name
-        for name, tree in TREES.items()
-        for node in ast.walk(tree)
-        if isinstance(node, ast.ImportFrom) and node.level
-    ] == []
+    nodes = [(name, node) for name, tree in TREES.items() for node in ast.walk(tree)]
+    assert [name for name, n in nodes if isinstance(n, ast.ImportFrom) and n.level] == []
 
 
 def test_training_takes_only_a_few_modules_from_pipelines():
@@ -125,8 +116,6 @@ def test_no_file_has_more_than_500_lines_and_no_function_more_than_60():
 
 def test_no_files_import_each_other_in_a_circle():
     graph = {name: own_files(tree) - {name} for name, tree in TREES.items()}
-    with pytest.raises(CycleError):
-        TopologicalSorter({"a": {"b"}, "b": {"a"}}).prepare()
     TopologicalSorter(graph).prepare()  # raises CycleError, which names the files
 
 

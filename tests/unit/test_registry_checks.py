@@ -3,7 +3,6 @@
 import itertools
 import math
 from contextlib import nullcontext
-from itertools import product
 from types import SimpleNamespace
 
 import numpy as np
@@ -65,9 +64,6 @@ def test_shipped_policy_holds_for_every_recipe_and_lets_published_accuracies_pas
         found = metrics(*published.get(recipe, (0.565, 0.791)))
         assert all(check.passed for check in checks.accuracy(found, 1000, policy)), recipe
         assert not any(c.passed for c in checks.accuracy(metrics(0.4, 0.6), 1000, policy)), recipe
-    smoke = read_policy(SHIPPED, "smoke")
-    (check,) = checks.accuracy(metrics(0.99, 1.0), 10, smoke)
-    assert check.passed and check.limit == "0.8200 or more (80% above chance, 10 classes)"
 
 
 def test_recipe_takes_what_it_does_not_say_from_default(tmp_path):
@@ -85,28 +81,23 @@ def test_recipe_takes_what_it_does_not_say_from_default(tmp_path):
     [
         (WHOLE + "[paper]\ntop_1 = 0.5\n", r"\[paper\] top_1 is 0.5: Unexpected keyword"),
         (WHOLE + "[paper]\ntop1 = 56.5\n", r"\[paper\] top1 is 56.5: .* less than or equal to 1"),
-        (WHOLE + '[paper]\ntop1 = "half"\n', r"top1 is 'half'"),
         (WHOLE + "[paper]\nlatency_ms = -1\n", "latency_ms is -1: .* greater than or equal to 0"),
         (WHOLE + "[paper]\nmargin = true\n", "margin is True"),
         (WHOLE + "[paper]\nmargin = nan\n", "margin is nan"),
         (WHOLE + "[paper]\nbest_champion = 1\n", "best_champion is 1"),
         ("top1 = 0.5\n" + WHOLE, "top1 stands outside of a table"),
         (WHOLE.replace("margin = 0.02\n", ""), r"\[default\] margin: Field required"),
-        ("", r"\[default\] top1: Field required"),
         ("[default", "is not TOML"),
+        (None, "No such file or directory; pass a file with --policy"),
     ],
 )
 def test_policy_that_means_nothing_is_refused_in_one_line(tmp_path, text, told):
     path = tmp_path / "policy.toml"
-    path.write_text(text)
+    if text is not None:
+        path.write_text(text)
     with pytest.raises(UserError, match=told) as error:
         read_policy(path, "baseline")
     assert "\n" not in str(error.value) and str(path) in str(error.value)
-
-
-def test_policy_that_is_not_there_is_refused(tmp_path):
-    with pytest.raises(UserError, match="No such file or directory; pass a file with --policy"):
-        read_policy(tmp_path / "none.toml", "baseline")
 
 
 # The checks
@@ -120,14 +111,13 @@ def test_floor_of_a_small_set_lies_above_chance(policy, classes, floor):
 
 
 def test_class_that_is_never_recognised_is_named(policy):
-    labels = [0] * 10 + [1] * 10 + [2] * 9
-    found = checks.worst_class(scored(labels, [0] * 20 + [0] * 9, 3), ["a", "b", "c"], policy)
-    assert (found.passed, found.value) == (False, "0.0000, b (0 of 10)")
-    found = checks.worst_class(scored(labels, [0] * 10 + [1] + [0] * 18, 3), "abc", policy)
-    assert (found.passed, found.value) == (True, "0.1000, b (1 of 10)")
-
-
-def test_classes_of_a_few_images_are_not_held_to_the_floor(policy):
+    labels = [0] * 10 + [1] * 10 + [2] * 9  # of which nine are too few to be held to the floor
+    for predicted, passed, value in (
+        ([0] * 29, False, "0.0000, b (0 of 10)"),
+        ([0] * 10 + [1] + [0] * 18, True, "0.1000, b (1 of 10)"),
+    ):
+        found = checks.worst_class(scored(labels, predicted, 3), "abc", policy)
+        assert (found.passed, found.value) == (passed, value)
     found = checks.worst_class(scored([0, 1, 2], [1, 2, 0], 3), "abc", policy)
     assert (found.passed, found.value) == (True, "none has 10 images")
 
@@ -139,24 +129,18 @@ def test_no_worse_needs_enough_images_unless_the_answers_are_the_same(policy):
     assert not check.passed and (paired.only_first, paired.only_second) == (1, 1)
     check, _ = checks.no_worse(scored(labels, one, 2), scored(labels, one, 2), policy)
     assert check.passed
-    many = labels * 200
-    check, paired = checks.no_worse(
-        scored(many, one * 200, 2), scored(many, other * 200, 2), policy
-    )
+    one, other = scored(labels * 200, one * 200, 2), scored(labels * 200, other * 200, 2)
+    check, paired = checks.no_worse(one, other, policy)
     assert check.passed and paired.difference == 0
-
-
-def test_one_hair_below_the_margin_is_refused(policy):
-    labels, worse = [0] * 10_000, [1] * 200 + [0] * 9_800
-    check, paired = checks.no_worse(scored(labels, worse, 2), scored(labels, labels, 2), policy)
+    worse, right = [1] * 200 + [0] * 9_800, [0] * 10_000  # at the margin, and so one hair below it
+    check, paired = checks.no_worse(scored(right, worse, 2), scored(right, right, 2), policy)
     assert paired.difference == -0.02 and not check.passed
 
 
 def test_size_is_that_of_the_weights_and_latency_that_of_one_image(policy, monkeypatch):
     network = AlexNet(num_classes=4, width=1 / 32).eval()
-    size = checks.size(network, policy)
-    weights = sum(tensor.numel() for tensor in network.state_dict().values())
-    assert size.passed and size.value == f"{4 * weights / 1e6:.1f} MB"
+    assert checks.size(torch.nn.Linear(8_000, 8_000, device="meta"), policy).value == "256.0 MB"
+    assert checks.size(network, policy).passed
     for seconds, passed in ((0.4999, True), (0.5001, False)):  # of each image, by this clock
         clock = SimpleNamespace(perf_counter=itertools.count(step=seconds).__next__)
         monkeypatch.setattr(checks, "time", clock)
@@ -173,13 +157,10 @@ def test_a_model_that_answers_otherwise_to_a_single_image_is_not_as_used(monkeyp
     )
     files = [jpeg(seed) for seed in range(8)]
     images = torch.stack([resize_and_crop(decode(file), 256, 227) for file in files])
-    rows = []
-    for own in top_k(model.network, images, model.input_spec, model.class_names, k=5):
-        names, shares = zip(*own, strict=True)
-        rows.append((list(names), list(shares)))
-    for row in rows[:wrong]:
-        row[0][0] = row[0][-1]
-        row[1][0] = 0.9
+    own = top_k(model.network, images, model.input_spec, model.class_names, k=5)
+    rows = [([name for name, _ in row], [share for _, share in row]) for row in own]
+    for names, shares in rows[:wrong]:
+        names[0], shares[0] = names[-1], 0.9
     monkeypatch.setattr(checks, "verified", nullcontext)
     monkeypatch.setattr(checks, "in_fresh_process", lambda *_: rows)
     found = checks.as_used("models:/alexnet/1", "", model, files)
@@ -196,59 +177,42 @@ def answers(both: int, only_first: int, only_second: int, neither: int) -> tuple
     return rows[:, 0], rows[:, 1]
 
 
-def test_counts_of_the_four_kinds_of_images():
-    found = checks.compare(*answers(50, 7, 3, 11))
-    assert (found.images, found.both) == (71, 50)
-    assert (found.only_first, found.only_second) == (7, 3)
-    assert found.difference == pytest.approx(57 / 71 - 53 / 71)
-
-
-@pytest.mark.parametrize(("b", "c"), [(0, 1), (1, 7), (3, 7), (10, 4), (30, 30), (0, 20)])
+@pytest.mark.parametrize(("b", "c"), [(0, 0), (0, 1), (3, 7), (10, 4), (30, 30), (0, 20)])
 def test_p_is_the_two_sided_sum_of_binomial_probabilities(b, c):
-    n, chances = b + c, [math.comb(b + c, k) / 2 ** (b + c) for k in range(b + c + 1)]
+    chances = [math.comb(b + c, k) / 2 ** (b + c) for k in range(b + c + 1)]
     by_hand = sum(p for p in chances if p <= chances[b] * (1 + 1e-7))
     found, mirrored = (checks.compare(*answers(9, *pair, 2)) for pair in ((b, c), (c, b)))
-    assert found.p == mirrored.p == pytest.approx(by_hand, abs=1e-12) and n > 0
-
-
-def test_no_disagreement_says_nothing_against_equality():
-    found = checks.compare(*answers(9, 0, 0, 4))
-    assert (found.p, found.difference) == (1.0, 0.0)
-    assert found.low == -found.high and found.high > 0
+    assert found.p == mirrored.p == pytest.approx(by_hand, abs=1e-12)
+    assert (found.both, found.only_first, found.only_second) == (9, b, c)
+    assert found.difference == pytest.approx((b - c) / (b + c + 11))
 
 
 def test_interval_is_the_adjusted_one_of_a_worked_example():
     # 21 pairs, 1 and 7 of which disagree: shares 2/23 and 8/23, difference -6/23,
     # variance (10/23 - 36/529) / 23 = 194/12167.
     half = 1.959964 * math.sqrt(194 / 12167)
-    found = checks.compare(*answers(1, 1, 7, 12))
-    assert found.low == pytest.approx(-6 / 23 - half, abs=1e-6)
-    assert found.high == pytest.approx(-6 / 23 + half, abs=1e-6)
+    assert checks.interval(1, 7, 21) == pytest.approx((-6 / 23 - half, -6 / 23 + half), abs=1e-6)
 
 
 @pytest.mark.parametrize("images", [12, 25, 60])
 @pytest.mark.parametrize(("first", "second"), [(0.05, 0.05), (0.15, 0.05), (0.3, 0.1), (0.02, 0.2)])
 def test_interval_covers_the_true_difference_in_95_of_100_cases(images, first, second):
     covered = 0.0
-    for b, c in product(range(images + 1), repeat=2):
-        if b + c > images:
-            continue
+    for b, c in itertools.product(range(images + 1), repeat=2):
         low, high = checks.interval(b, c, images)
-        if low <= first - second <= high:
+        if b + c <= images and low <= first - second <= high:
             ways = math.comb(images, b) * math.comb(images - b, c)
             covered += ways * first**b * second**c * (1 - first - second) ** (images - b - c)
     assert covered >= 0.94
 
 
 def test_interval_stays_within_what_a_difference_can_be():
-    assert checks.interval(0, 3, 3)[0] >= -1 and checks.interval(3, 0, 3)[1] <= 1
     half = 1.959964 * math.sqrt((1 - 1 / 9) / 3)  # 1.07: beyond -1 from -1/3, were it not cut
     assert checks.interval(0, 1, 1) == (-1.0, pytest.approx(-1 / 3 + half, abs=1e-6))
     assert checks.interval(1, 0, 1) == (pytest.approx(1 / 3 - half, abs=1e-6), 1.0)
 
 
 def test_answers_to_different_images_are_a_defect():
-    with pytest.raises(ValueError, match="not answers to the same"):
-        checks.compare(np.ones(3, dtype=bool), np.ones(4, dtype=bool))
-    with pytest.raises(ValueError, match="not answers to the same"):
-        checks.compare(np.ones(0, dtype=bool), np.ones(0, dtype=bool))
+    for first, second in ((3, 4), (0, 0)):
+        with pytest.raises(ValueError, match="not answers to the same"):
+            checks.compare(np.ones(first, dtype=bool), np.ones(second, dtype=bool))
