@@ -305,8 +305,10 @@ class GroupedBatchNorm2d(nn.BatchNorm2d):
         self.group = group
 
     def forward(self, x: Tensor) -> Tensor:
+        if not self.training:  # first: an export for any batch must not meet the arithmetic below
+            return super().forward(x)
         count = max(1, (2 * len(x) + self.group) // (2 * self.group))  # rounded, halves up
-        if not self.training or (count == 1 and len(x)):
+        if count == 1 and len(x):
             return super().forward(x)
         if not len(x):  # torch would move the running statistics, to nothing
             return x * self.weight[:, None, None] + self.bias[:, None, None]
