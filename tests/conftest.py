@@ -4,7 +4,6 @@ import contextlib
 import os
 import secrets
 import shutil
-import sqlite3
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -62,11 +61,7 @@ def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def used_home(home: Path, empty_store: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A home in which a command was run before."""
     home.mkdir()
-    shutil.copy(empty_store, home)
-    with contextlib.closing(sqlite3.connect(home / "mlflow.db")) as database:
-        place = (home / "mlartifacts").as_uri()
-        database.execute("update experiments set artifact_location = ?", [place])
-        database.commit()
+    shutil.copy(empty_store, home)  # the next command tells it its place
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "")
     return home
 
@@ -160,14 +155,6 @@ def good_copy(registry: "MlflowClient", tmp_path: Path) -> Path:
     folder = tmp_path / "model"
     folder.mkdir()
     return Path(mlflow.artifacts.download_artifacts(f"models:/alexnet/{GOOD}", dst_path=folder))
-
-
-@pytest.fixture(scope="session")
-def bare_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Versions without content, by `gated.make_bare_store`. Not to be changed by a test."""
-    from gated import make_bare_store
-
-    return make_bare_store(tmp_path_factory.mktemp("bare"))
 
 
 @pytest.fixture(scope="session")

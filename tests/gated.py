@@ -1,4 +1,4 @@
-"""Registries of which a test may change anything: with small models, and with versions alone."""
+"""Registries of small models of which a test may change anything, and what is in them."""
 
 import contextlib
 import itertools
@@ -13,32 +13,20 @@ from mlflow.tracking import MlflowClient
 from mlflow.tracking._tracking_service import utils
 from registered import GOOD, Built
 
-from training import tracking
 from training.registry import checks
 from training.registry.checks import Check
 from training.registry.gate import Asked
 from training.registry.versions import NAME, aliases
 
 FORCED = Asked(force="the demonstration is at noon")
-_PLACES = {
-    "runs": "artifact_uri",
-    "experiments": "artifact_location",
-    "logged_models": "artifact_location",
-    "model_versions": "storage_location",
-}
 
 
 def enter_whole_copy(built: Built, home: Path, patch: pytest.MonkeyPatch) -> MlflowClient:
-    """As `Built.enter_copy`, with copies of the artifacts too."""
+    """As `Built.enter_copy`, with copies of the artifacts too, where the store then finds them."""
     # By run, and of the whole process: the files of another copy, or of the original.
     patch.setattr(utils, "_artifact_repos_cache", OrderedDict())
-    client = built.enter_copy(home, patch)
     shutil.copytree(built.folder / "home" / "mlartifacts", home / "mlartifacts")
-    with contextlib.closing(sqlite3.connect(home / "mlflow.db")) as store, store:
-        old, new = str(built.folder / "home"), str(home)
-        for table, column in _PLACES.items():
-            store.execute(f"update {table} set {column} = replace({column}, ?, ?)", (old, new))
-    return client
+    return built.enter_copy(home, patch)
 
 
 def enter_candidate_copy(built: Built, home: Path, patch: pytest.MonkeyPatch) -> MlflowClient:
@@ -72,34 +60,3 @@ def champion(client: MlflowClient) -> str | None:
 
 def tags(client: MlflowClient, version: str) -> dict[str, str]:
     return dict(client.get_model_version(NAME, version).tags)
-
-
-def make_bare_store(folder: Path) -> Path:
-    """Four versions without content; 1 is the champion, 2 was refused once."""
-    store = folder / "mlflow.db"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{store}")
-        client = tracking.connect(tracking.tracking_uri())
-    client.create_registered_model(NAME)
-    for _ in range(4):
-        client.create_model_version(NAME, str(folder))
-    client.set_registered_model_alias(NAME, "champion", "1")
-    client.set_model_version_tag(NAME, "2", "gate", "refused")
-    client.set_model_version_tag(NAME, "2", "gate_reason", "worse")
-    return store
-
-
-def enter_bare_copy(store: Path, folder: Path, patch: pytest.MonkeyPatch) -> MlflowClient:
-    patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{shutil.copy(store, folder)}")
-    return tracking.connect(tracking.tracking_uri())
-
-
-# What a move of the champion from 1 to 2 with TAGS begins and ends with, as `state` tells it.
-TAGS = {"gate": "passed", "previous_champion": "1", "gate_reason": None}
-BEFORE = ("1", {"gate": "refused", "gate_reason": "worse"})
-AFTER = ("2", {"gate": "passed", "previous_champion": "1"})
-
-
-def state(client: MlflowClient) -> tuple[str | None, dict[str, str]]:
-    """The champion and the tags of version 2."""
-    return champion(client), dict(client.get_model_version(NAME, "2").tags)

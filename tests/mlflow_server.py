@@ -4,11 +4,21 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import requests
 from ports import free_ports
+from waiting import wait_until
+
+
+def wait_until_healthy(uri: str) -> None:
+    def answers() -> bool:
+        try:
+            return requests.get(f"{uri}/health", timeout=30).ok
+        except requests.RequestException:
+            return False
+
+    wait_until(answers)
 
 
 class Server:
@@ -30,15 +40,7 @@ class Server:
             self._process = subprocess.Popen(
                 self._command, stdout=log, stderr=log, env=environment, start_new_session=True
             )
-        deadline = time.monotonic() + 120
-        while time.monotonic() < deadline:
-            assert self._process.poll() is None, self._log.read_text()
-            try:
-                if requests.get(f"{self.uri}/health", timeout=30).ok:
-                    return
-            except requests.RequestException:
-                time.sleep(0.2)
-        raise TimeoutError(self._log.read_text())
+        wait_until_healthy(self.uri)
 
     def kill(self) -> None:
         if self._process is not None:

@@ -4,7 +4,6 @@ import dataclasses
 import hashlib
 import json
 import shutil
-import subprocess
 from pathlib import Path
 
 import mlflow
@@ -20,12 +19,6 @@ from training.config import TrainConfig
 from training.registry.package import register
 from training.registry.versions import DESCRIPTION, NAME, SUMS, file_sums
 
-# MLflow's own, at its first import; nothing that a caller could do otherwise.
-MLFLOW_WARNINGS = [
-    "ignore:The ``noload`` loader strategy is deprecated",
-    "ignore:.*Any type hint is inferred as AnyType",
-]
-
 
 @dataclasses.dataclass(frozen=True)
 class Built:
@@ -37,7 +30,7 @@ class Built:
 
     def enter_copy(self, home: Path, patch: pytest.MonkeyPatch) -> MlflowClient:
         """Makes `home` the $ALEXNET_HOME, with a registry that the test may change."""
-        home.mkdir(parents=True)
+        home.mkdir(parents=True, exist_ok=True)
         shutil.copy(self.folder / "home" / "mlflow.db", home)
         patch.setenv("ALEXNET_HOME", str(home))
         patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{home / 'mlflow.db'}")
@@ -112,9 +105,5 @@ def from_folder(client: MlflowClient, folder: Path) -> str:
 
 def resealed(folder: Path) -> str:
     """The folder, with hashes that match what it holds now."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    names = [path.relative_to(folder).as_posix() for path in files if path.suffix != ".pyc"]
-    names = [name for name in names if name not in ("SHA256SUMS", "registered_model_meta")]
-    sums = subprocess.check_output(["sha256sum", *names], cwd=folder, text=True)
-    (folder / "SHA256SUMS").write_text(sums)
+    (folder / SUMS).write_text(file_sums(folder))
     return str(folder)

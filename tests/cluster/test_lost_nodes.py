@@ -8,13 +8,11 @@ from subprocess import Popen
 import pytest
 from machines import Machines, submission, until
 from made import contents
-from registered import MLFLOW_WARNINGS
 from road import BUILD, OUT, RAW, RUNS, TRAIN, Job, learned, ok, run_named
 
 from pipelines import shards, storage
 
 pytestmark = [pytest.mark.timeout(600), pytest.mark.usefixtures("as_user")]
-pytestmark += [pytest.mark.filterwarnings(line) for line in MLFLOW_WARNINGS]
 
 
 def test_a_build_that_loses_a_node_ends_with_the_same_bytes(

@@ -9,14 +9,12 @@ import pytest
 from disturbances import cut_off, frozen, restart_mlflow, restart_postgres
 from machines import Machines, submission, until
 from made import contents
-from registered import MLFLOW_WARNINGS
 from road import BUILD, OUT, RAW, RUNS, STEPS, TRAIN, Job, learned
 from test_lost_nodes import tars, wait_for
 
 from pipelines import storage
 
 pytestmark = [pytest.mark.timeout(600), pytest.mark.usefixtures("as_user")]
-pytestmark += [pytest.mark.filterwarnings(line) for line in MLFLOW_WARNINGS]
 
 AWAY_SECONDS = 5.0  # Ray takes a node for lost after half a minute
 

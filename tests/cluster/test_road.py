@@ -11,13 +11,11 @@ from drawn import ROOT
 from machines import Machines
 from made import contents
 from mlflow.tracking import MlflowClient
-from registered import MLFLOW_WARNINGS
 from road import OUT, RUNS, STEPS, TRAIN, Job, alone, learned, off_cluster, ok, run_named
 
 from pipelines import shards, storage
 
 pytestmark = [pytest.mark.timeout(600), pytest.mark.usefixtures("as_user")]
-pytestmark += [pytest.mark.filterwarnings(line) for line in MLFLOW_WARNINGS]
 
 Show = Callable[[str], None]
 

@@ -9,15 +9,13 @@ import pytest
 from gated import enter_whole_copy
 from mlflow.tracking import MlflowClient
 from mortal import Life, lived
-from registered import AGAIN, GOOD, GOOD_CONFIG, MLFLOW_WARNINGS, POOR, Built
+from registered import AGAIN, GOOD, GOOD_CONFIG, POOR, Built
 from tmpfs import tmpfs
 
 from pipelines.shards import load_manifest
 from training import tracking
 from training.registry import gate
 from training.registry.versions import NAME, aliases, load, versions
-
-pytestmark = [pytest.mark.filterwarnings(line) for line in MLFLOW_WARNINGS]
 
 # Command, champion before and after. What POOR lacks must never make it champion.
 COMMANDS: list[tuple[list[str], str | None, str | None]] = [

@@ -16,7 +16,6 @@ import torch
 from drawn import ROOT
 from mlflow.tracking import MlflowClient
 from ports import free_ports
-from registered import MLFLOW_WARNINGS
 from seaweed import Seaweed
 from shard_sets import write_shard_set
 from small_training import fit, small_config
@@ -27,8 +26,6 @@ from training import tracking
 from training.network import load_model
 from training.registry.package import register
 from training.registry.versions import NAME
-
-pytestmark = [pytest.mark.filterwarnings(line) for line in MLFLOW_WARNINGS]
 
 DOCUMENT = (ROOT / "docs" / "operations.md").read_text()
 ALONE = ["setpriv", "--reuid=postgres", "--regid=postgres", "--clear-groups"]

@@ -3,7 +3,6 @@
 import json
 
 import pytest
-from registered import MLFLOW_WARNINGS
 from shard_sets import write_shard_set
 from small_training import small_config
 from tmpfs import tmpfs
@@ -11,8 +10,6 @@ from tmpfs import tmpfs
 from pipelines.shards import load_manifest
 from training import tracking
 from training.tracking import Spool
-
-pytestmark = [pytest.mark.filterwarnings(line) for line in MLFLOW_WARNINGS]
 
 ROW = ("loss", 1.5, 1_700_000_000_000, 7)
 

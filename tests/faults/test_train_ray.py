@@ -20,7 +20,6 @@ from clusters import Cluster
 from drawn import ROOT
 from mlflow.tracking import MlflowClient
 from mlflow_server import Server
-from registered import MLFLOW_WARNINGS
 from shard_sets import write_shard_set
 from small_training import fit, small_config
 
@@ -28,7 +27,6 @@ from training import checkpoint
 from training.config import TrainConfig, to_dict
 
 pytestmark = [pytest.mark.timeout(480)]
-pytestmark += [pytest.mark.filterwarnings(line) for line in MLFLOW_WARNINGS]
 
 RUN = str(ROOT / "training" / "run.py")
 SHELL = "import os, sys; os.execlp('sh', 'sh', '-c', sys.argv[1])"

@@ -12,7 +12,6 @@ from drawn_layouts import HEADER, hugging_face
 from forged import absurd, ycck
 from hypothesis import strategies as st
 from mutations import mutated, mutated_json
-from registered import MLFLOW_WARNINGS
 
 
 def packed(form: int) -> bytes:
@@ -109,7 +108,6 @@ KEPT = {
 
 
 @pytest.mark.parametrize("target", KEPT)
-@pytest.mark.filterwarnings(*MLFLOW_WARNINGS)
 def test_kept_files_are_those_written_or_well_formed_or_refused(attack, good, target: str) -> None:
     data = (good / KEPT[target]).read_bytes()
     is_json = KEPT[target].endswith(".json")

@@ -2,30 +2,24 @@
 
 import io
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
-from registered import FOREIGN, GOOD, MLFLOW_WARNINGS, POOR, Built
+from registered import FOREIGN, GOOD, POOR, Built
 from shard_sets import write_shard_set
 from small_training import CPU
 
 from pipelines import storage
-from pipelines.shards import load_manifest
+from pipelines.shards import load_index, load_manifest
 from training import checkpoint
 from training.accuracy import wilson
 from training.evaluate import evaluate, main
 from training.loader import Loader
 from training.registry.versions import load
-
-pytestmark = [pytest.mark.filterwarnings(line) for line in MLFLOW_WARNINGS]
 
 
 @pytest.fixture(autouse=True)
@@ -63,14 +57,9 @@ def test_every_name_of_a_model_leads_to_the_same_numbers(models, capsys):
     with Loader(models.data, manifest, "val", threads=1, cache_gb=1) as loader:
         expected = evaluate(network.network, loader, network.input_spec, device=CPU)
     assert expected.correct1 > 0
-    names = {
-        "champion": f"models:/alexnet/{GOOD}",
-        GOOD: f"models:/alexnet/{GOOD}",
-        "models:/alexnet@champion": f"models:/alexnet/{GOOD}",
-        f"models:/alexnet/{GOOD}": f"models:/alexnet/{GOOD}",
-        str(models.checkpoint): str(models.checkpoint),
-        str(models.checkpoint.parent): str(models.checkpoint.parent),  # the run's newest
-    }
+    run = models.checkpoint.parent  # whose newest it is
+    names = dict.fromkeys(["champion", GOOD, "models:/alexnet@champion"], f"models:/alexnet/{GOOD}")
+    names |= {str(folder): str(folder) for folder in (models.checkpoint, run)}
     for name, resolved in names.items():
         found = answer(capsys, name, "--data", models.data)
         assert found["model"]["name"] == resolved
@@ -87,7 +76,7 @@ def test_files_tell_what_the_terminal_tells(models, tmp_path, capsys):
     assert json.loads((out / "evaluation.json").read_text()) == found
     wrong = found["images"] - found["top1"]["correct"]
     assert 0 < wrong == len(found["mistakes"]) == sum(n for *_, n in found["confusion"])
-    index = pq.read_table(f"{models.data}/index/train.parquet", use_threads=False)
+    index = load_index(models.data, "train")
     table = pd.read_parquet(out / "predictions.parquet")
     for column in ("key", "label", "wnid"):
         assert table[column].tolist() == index[column].to_pylist()
@@ -100,17 +89,6 @@ def test_files_tell_what_the_terminal_tells(models, tmp_path, capsys):
         assert mistake["probability"] == pytest.approx(table["probabilities"][row][0], abs=1e-6)
     with Image.open(out / "mistakes.png") as image:
         assert image.format == "PNG" and image.width > 1000
-
-
-def test_ten_crop_is_another_measurement_on_larger_images(models, tmp_path, capsys):
-    data = write_shard_set(tmp_path / "set", train=(4,), val=(9,), side=231)
-    manifest = load_manifest(data)
-    spec = checkpoint.load_state(models.checkpoint)["input_spec"] | {"resize": 231, "crop": 231}
-    model = altered(models, tmp_path / "model", input_spec=spec, manifest=manifest.digest)
-    centre = answer(capsys, model, "--data", data)
-    ten = answer(capsys, model, "--data", data, "--ten-crop", "--batch-size", "35")
-    assert (centre["protocol"], ten["protocol"]) == ("centre", "ten_crop")
-    assert centre["images"] == ten["images"] == 9 and centre["loss"] != ten["loss"]
 
 
 def test_averaged_weights_are_what_is_evaluated_where_a_checkpoint_has_them(
@@ -163,37 +141,35 @@ def test_other_classes_geometry_or_unknown_classes_are_refused_with_what_differs
     assert "is from another release ('wnids')" in refusal(capsys, without, "--data", again)
 
 
-def test_what_cannot_be_evaluated_is_one_line_and_exit_code_2(models, tmp_path, capsys):
-    data = models.data
-    assert "cannot be loaded" in refusal(capsys, "nobody", "--data", data)
-    assert "cannot be loaded" in refusal(capsys, "77", "--data", data)
-    (tmp_path / "empty").mkdir()
-    assert "no checkpoint" in refusal(capsys, str(tmp_path / "empty"), "--data", data)
-    assert "no checkpoint" in refusal(capsys, str(tmp_path / "nowhere"), "--data", data)
-    assert "no finished shard set" in refusal(capsys, GOOD, "--data", str(tmp_path / "empty"))
-    assert "--splits test" in refusal(capsys, GOOD, "--data", data, "--split", "test")
-    assert "--batch-size 0" in refusal(capsys, GOOD, "--data", data, "--batch-size", "0")
-    assert "ten-crop needs images" in refusal(capsys, GOOD, "--data", data, "--ten-crop")
+@pytest.mark.parametrize(
+    ("model", "flags", "told"),
+    [
+        ("nobody", [], "cannot be loaded"),
+        ("77", [], "cannot be loaded"),
+        ("EMPTY", [], "no checkpoint"),
+        ("/nowhere", [], "no checkpoint"),
+        (GOOD, ["--data", "EMPTY"], "no finished shard set"),
+        (GOOD, ["--split", "test"], "--splits test"),
+        (GOOD, ["--batch-size", "0"], "--batch-size 0"),
+        (GOOD, ["--ten-crop"], "ten-crop needs images"),  # larger ones
+    ],
+)
+def test_what_cannot_be_evaluated_is_one_line(models, tmp_path, capsys, model, flags, told):
+    (tmp_path / "EMPTY").mkdir()
+    words = [model, "--data", models.data, *flags]
+    words = [word.replace("EMPTY", str(tmp_path / "EMPTY")) for word in words]
+    assert told in refusal(capsys, *words)
+
+
+def test_damaged_checkpoints_and_those_of_another_release_are_refused(models, tmp_path, capsys):
     later = dict(checkpoint.load_state(models.checkpoint)["config"])
     later["model"] = later["model"] | {"depth": 9}
     other = altered(models, tmp_path / "other", config=later)
-    assert "another release" in refusal(capsys, other, "--data", data)
-    damaged = Path(altered(models, tmp_path / "damaged"))
-    with (damaged / "model.safetensors").open("r+b") as file:
-        file.seek(-1, 2)
-        file.write(b"\x7f")
-    assert "does not match its sha256" in refusal(capsys, str(damaged), "--data", data)
-
-
-def test_an_unlabelled_split_is_refused(models, tmp_path, capsys):
-    shutil.copytree(models.data, tmp_path / "set")
-    path = tmp_path / "set" / "index" / "val.parquet"
-    index = pq.read_table(path, use_threads=False)
-    labels = pa.array([-1] * len(index), pa.int64())
-    pq.write_table(index.set_column(index.column_names.index("label"), "label", labels), path)
-    assert pc.max(labels).as_py() == -1
-    told = refusal(capsys, GOOD, "--data", str(tmp_path / "set"))
-    assert "without a label" in told
+    assert "another release" in refusal(capsys, other, "--data", models.data)
+    weights = Path(altered(models, tmp_path / "damaged")) / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x7f")
+    told = refusal(capsys, str(weights.parent), "--data", models.data)
+    assert "does not match its sha256" in told
 
 
 def test_a_network_that_answers_nan_is_refused(models, tmp_path, capsys):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from gated import FORCED, champion, enter_candidate_copy, files_of
 from mlflow.tracking import MlflowClient
-from registered import AGAIN, GOOD, MLFLOW_WARNINGS, Built, resealed
+from registered import AGAIN, GOOD, Built, resealed
 from small_training import fit, small_config
 
 from alexnet.errors import UserError
@@ -24,7 +24,6 @@ from training.registry.gate import Asked
 from training.registry.package import register
 from training.registry.versions import DESCRIPTION, NAME, SUMS
 
-pytestmark = [pytest.mark.filterwarnings(line) for line in MLFLOW_WARNINGS]
 DIFFERENCE = "dropout before fc6 and fc7, not on their outputs; LRN across both halves of the maps"
 PAPER = small_config(name="of-2012", recipe="paper", model_variant="paper")
 

@@ -16,26 +16,20 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote
 
 import pyarrow.compute as pc
 import pytest
-import ray.util.metrics
 from clusters import tree
 from drawn import ROOT
 from made import started
 from mlflow.tracking import MlflowClient
 from ports import free_ports
 from prometheus_client.parser import text_string_to_metric_families
-from registered import MLFLOW_WARNINGS
 from shard_sets import write_shard_set
 from small_training import small_config
 
-from pipelines import progress, shards
-from training import worker
+from pipelines import shards
 from training.config import to_dict
-
-pytestmark = [pytest.mark.filterwarnings(line) for line in MLFLOW_WARNINGS]
 
 # One node; what its processes count is handed to its port every second, not every ten.
 _RAY = """
@@ -206,51 +200,3 @@ def test_gauges_of_a_training_are_the_figures_of_its_log_lines(node, tmp_path):
     assert seen.pop("train_eta_seconds") <= {point.value for point in etas}
     assert seen.pop("train_workers") == {1.0}
     assert seen == {}
-
-
-def test_counting_without_ray_or_a_scrape_does_nothing():
-    code = (
-        "from pipelines import progress as build; from training import worker as train\n"
-        "import ray\n"
-        "row = {'samples': 1, 'rejected': [{'reason': 'cut'}], 'read_bytes': 0}\n"
-        "row |= {'stored_bytes': 1, 'wait_seconds': 0.0, 'work_seconds': 0.1}\n"
-        "build.export('out', row)\n"
-        "train.show('run', {'loss': float('nan'), 'other': 1}); train.count_restart('run')\n"
-        "assert not ray.is_initialized()\n"
-    )
-    subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=ROOT, check=True)
-
-
-@pytest.mark.parametrize(
-    "name",
-    ["plain/a-b_c.d~e f", "Größe", "训练一", "100%", 'a"b\\c', "two\nlines\x00\x7f", "\udcff", ""],
-)
-def test_labels_are_printable_ascii_without_quotes_from_which_the_name_can_be_had(name):
-    value = progress.label(name)
-    assert value.isascii() and (value.isprintable() and not set(value) & set('"\\'))
-    assert unquote(value, errors="surrogatepass") == name
-    assert (value == name) == (name.startswith("plain") or not name)
-
-
-def test_long_labels_are_cut_and_still_tell_one_name_from_the_other():
-    names = [f"s3://{'ö' * 3000}/{middle}/{'x' * 300}" for middle in "ab"] + ["x" * 201]
-    values = [progress.label(name) for name in names]
-    assert len(set(values)) == 3 and max(map(len, values)) <= 200
-    assert progress.label("x" * 200) == "x" * 200
-
-
-@pytest.mark.parametrize("error", [ValueError("no"), RuntimeError("gone"), KeyError("out")])
-def test_figures_that_ray_refuses_are_one_warning_and_end_nothing(error, monkeypatch, caplog):
-    def refuse(*_):
-        raise error
-
-    monkeypatch.setattr(ray.util.metrics.Counter, "inc", refuse)
-    monkeypatch.setattr(progress, "_warned", threading.Event())
-    row = {"samples": 1, "rejected": [], "read_bytes": 1}
-    row |= {"stored_bytes": 1, "wait_seconds": 0.1, "work_seconds": 0.1}
-    for _ in range(3):
-        progress.export("out", row)
-    worker.count_restart("run")
-    assert [record.message for record in caplog.records] == [
-        f"no figures for Prometheus: {error!r}"
-    ]

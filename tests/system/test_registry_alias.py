@@ -1,23 +1,47 @@
 """Moving the champion: a fault or a kill anywhere leaves the one before or the one after."""
 
+import shutil
 from pathlib import Path
 
 import pytest
-from gated import AFTER, BEFORE, TAGS, champion, enter_bare_copy, state
+from gated import champion, tags
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
-from registered import MLFLOW_WARNINGS
 
+from training import tracking
 from training.registry import gate
 from training.registry.gate import move_champion
 from training.registry.versions import NAME, Refused
 
-pytestmark = [pytest.mark.filterwarnings(line) for line in MLFLOW_WARNINGS]
+# What a move of the champion from 1 to 2 with TAGS begins and ends with, as `state` tells it.
+TAGS = {"gate": "passed", "previous_champion": "1", "gate_reason": None}
+BEFORE = ("1", {"gate": "refused", "gate_reason": "worse"})
+AFTER = ("2", {"gate": "passed", "previous_champion": "1"})
+
+
+@pytest.fixture(scope="module")
+def bare_store(empty_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three versions without content; 1 is the champion, 2 was refused once."""
+    store = shutil.copy(empty_store, tmp_path_factory.mktemp("bare"))
+    client = MlflowClient(f"sqlite:///{store}", f"sqlite:///{store}")
+    client.create_registered_model(NAME)
+    for _ in range(3):
+        client.create_model_version(NAME, "/nowhere")
+    client.set_registered_model_alias(NAME, "champion", "1")
+    client.set_model_version_tag(NAME, "2", "gate", "refused")
+    client.set_model_version_tag(NAME, "2", "gate_reason", "worse")
+    return store
 
 
 @pytest.fixture
 def client(bare_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MlflowClient:
-    return enter_bare_copy(bare_store, tmp_path, monkeypatch)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{shutil.copy(bare_store, tmp_path)}")
+    return tracking.connect(tracking.tracking_uri())
+
+
+def state(client: MlflowClient) -> tuple[str | None, dict[str, str]]:
+    """The champion and the tags of version 2."""
+    return champion(client), tags(client, "2")
 
 
 def test_alias_and_tags_change_together(client):

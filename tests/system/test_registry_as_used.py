@@ -3,13 +3,13 @@
 import hashlib
 import importlib.util
 import py_compile
-import subprocess
-import sys
+from contextlib import nullcontext
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
 
 import pytest
 from gated import FORCED, enter_whole_copy, files_of
-from registered import GOOD, MLFLOW_WARNINGS
+from registered import GOOD
 
 from alexnet.errors import UserError
 from pipelines.shards import load_index
@@ -17,35 +17,22 @@ from training import tracking
 from training.registry import checks, gate
 from training.registry.versions import NAME, load
 
-pytestmark = [pytest.mark.filterwarnings(line) for line in MLFLOW_WARNINGS]
+URI = f"models:/{NAME}/{GOOD}"
 
 
-def test_model_as_used_in_a_fresh_process_says_what_the_network_says(
-    registered_models, home, monkeypatch
-):
-    enter_whole_copy(registered_models, home, monkeypatch)
-    uri, model = f"models:/{NAME}/{GOOD}", load(f"models:/{NAME}/{GOOD}")
-    images = gate._some_images(registered_models.data)
-    assert len(images) == 8 and all(content[:2] == b"\xff\xd8" for content in images)
-    found = checks.as_used(uri, tracking.tracking_uri(), model, images)
-    assert (found.value, found.passed) == ("8 of 8 images alike", True)
-
-
-def test_model_that_cannot_be_used_is_told_in_one_line(registered_models, home, monkeypatch):
-    client = enter_whole_copy(registered_models, home, monkeypatch)
-    model = load(f"models:/{NAME}/{GOOD}")
-    (files_of(client, GOOD) / "artifacts" / "alexnet.json").unlink()
-    found = checks.as_used(
-        f"models:/{NAME}/{GOOD}",
-        tracking.tracking_uri(),
-        model,
-        gate._some_images(registered_models.data),
-    )
-    assert not found.passed and "artifacts/alexnet.json missing" in found.value
-    assert "\n" not in found.value
-    with pytest.raises(UserError, match="it cannot be used: ") as told:
-        checks.in_fresh_process(files_of(client, GOOD), tracking.tracking_uri(), [b"x"])
-    assert "\n" not in str(told.value)
+@pytest.mark.parametrize(
+    ("program", "told"),
+    [
+        ("import sys; sys.exit('first\\nlast words')", "it cannot be used: last words"),
+        ("import time; time.sleep(60)", "no answer within 0.5 s"),
+    ],
+)
+def test_process_that_gives_no_answer_is_told_in_one_line(tmp_path, monkeypatch, program, told):
+    monkeypatch.setattr(checks, "_FRESH", program)
+    monkeypatch.setattr(checks, "_FRESH_SECONDS", 0.5 if "sleep" in program else 60)
+    with pytest.raises(UserError) as refused:
+        checks.in_fresh_process(tmp_path, "", [b"x"])
+    assert str(refused.value) == told
 
 
 def planted(folder: Path, mark: Path) -> Path:
@@ -68,21 +55,23 @@ def test_planted_compiled_code_is_refused_also_by_force_and_never_runs(
 ):
     client = enter_whole_copy(registered_models, home, monkeypatch)
     mark, folder = tmp_path / "mark", files_of(client, GOOD)
-    uri = f"models:/{NAME}/{GOOD}"
-    model = load(uri)
+    model, images = load(URI), gate._some_images(registered_models.data)
     pyc = planted(folder, mark)
     found = gate.promote(client, GOOD, FORCED)
     assert [check.name for check in found.checks if not check.passed] == ["files"]
     assert "model.cpython" in found.reason and "__pycache__" in found.reason
-    images = gate._some_images(registered_models.data)
-    used = checks.as_used(uri, tracking.tracking_uri(), model, images)
+    used = checks.as_used(URI, tracking.tracking_uri(), model, images)
     assert not used.passed and "__pycache__" in used.value
-    # And where it is not refused it is not read either.
+    # And where it is not refused it is not read either, and the model's own code answers.
+    monkeypatch.setattr(checks, "verified", lambda uri: nullcontext(folder))
     before = sorted(folder.rglob("*"))
-    assert len(checks.in_fresh_process(folder, tracking.tracking_uri(), images)) == 8
+    used = checks.as_used(URI, tracking.tracking_uri(), model, images)
+    assert (used.value, used.passed) == ("8 of 8 images alike", True)
     assert not mark.exists() and sorted(folder.rglob("*")) == before and pyc in before
-    code = "import sys; sys.path.insert(0, sys.argv[1]); import alexnet.model"
-    subprocess.run([sys.executable, "-I", "-c", code, str(folder / "code")], check=True)
+    code = SourceFileLoader("planted", str(folder / "code" / "alexnet" / "model.py")).get_code(
+        "planted"
+    )
+    exec(code, {"__name__": "planted"})
     assert mark.exists(), "it would have run"
 
 

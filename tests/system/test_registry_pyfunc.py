@@ -14,11 +14,9 @@ import pytest
 import torch
 from mlflow.exceptions import MlflowException
 from PIL import Image
-from registered import GOOD, MLFLOW_WARNINGS, Built
+from registered import GOOD, Built
 
 from training.registry.versions import Registered, load
-
-pytestmark = [pytest.mark.filterwarnings(line) for line in MLFLOW_WARNINGS]
 
 URI = f"models:/alexnet/{GOOD}"
 
@@ -95,13 +93,15 @@ def test_formats_are_read_as_pillow_reads_them(model, kind):
     assert told.to_dict("records") == expected.to_dict("records")
 
 
-def test_top_k_limits_the_classes_and_stops_at_all_of_them(model):
+def test_top_k_limits_the_classes_stops_at_all_of_them_and_is_refused_below_one(model):
     contents = [image(3), image(4)]
     every = model.predict(contents)
     assert [len(names) for names in every["classes"]] == [4, 4], "five asked, four there"
     two = model.predict(contents, params={"top_k": 2})
     for column in ("classes", "probabilities"):
         assert [row[:2] for row in every[column]] == two[column].tolist()
+    with pytest.raises(MlflowException, match="top_k 0 is below 1"):
+        model.predict(contents, params={"top_k": 0})
 
 
 @pytest.mark.parametrize(
@@ -125,11 +125,6 @@ def test_what_is_no_image_is_refused_in_one_line(model, given, told):
         model.predict(given)
     assert refusal.value.error_code == "INVALID_PARAMETER_VALUE"
     assert "\n" not in refusal.value.message
-
-
-def test_top_k_below_one_is_refused(model):
-    with pytest.raises(MlflowException, match="top_k 0 is below 1"):
-        model.predict([image(1)], params={"top_k": 0})
 
 
 def test_signature_says_what_comes_out_and_the_example_runs(model):

@@ -8,7 +8,6 @@ import pytest
 import ray
 import ray.train
 from ray.train.v2._internal.exceptions import UserExceptionWithTraceback
-from registered import MLFLOW_WARNINGS
 from shard_sets import write_shard_set
 
 from alexnet.errors import UserError
@@ -18,8 +17,7 @@ from training.loop import TrainingStopped
 from training.run import main
 from training.worker import FinalErrors, said
 
-pytestmark = [pytest.mark.filterwarnings(line) for line in MLFLOW_WARNINGS]
-pytestmark += [pytest.mark.usefixtures("used_home")]
+pytestmark = pytest.mark.usefixtures("used_home")
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,8 @@ from mlflow.entities import Param, RunTag
 from mlflow.tracking import MlflowClient
 from mlflow_server import Server
 from ports import free_ports
-from registered import MLFLOW_WARNINGS
+from registered import GOOD_CONFIG
+from safetensors.torch import load_file
 from shard_sets import write_shard_set
 from small_training import small_config
 
@@ -20,8 +21,10 @@ from pipelines.shards import Manifest, load_manifest
 from training import tracking
 from training.config import flatten, to_dict
 from training.lease import Superseded
+from training.registry.package import register
+from training.registry.versions import load
 
-pytestmark = [pytest.mark.filterwarnings(line) for line in MLFLOW_WARNINGS]
+CONFIG = small_config(optim_lr=0.125)
 
 
 @pytest.fixture(scope="module")
@@ -34,48 +37,20 @@ def manifest(data: str) -> Manifest:
     return load_manifest(data)
 
 
-@pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("tracking-home")
-
-
-@pytest.fixture(autouse=True)
-def own_home(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ALEXNET_HOME", str(home))
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "")  # undoes what connect sets for children
-
-
 @pytest.fixture
-def client(own_home: None) -> MlflowClient:
+def client(used_home: Path) -> MlflowClient:
     return tracking.connect(tracking.tracking_uri())
 
 
-# Where
+@pytest.fixture
+def run_id(client: MlflowClient, manifest: Manifest, data: str) -> str:
+    """Of a new run."""
+    return str(tracking.open_run(client, CONFIG, manifest, data).info.run_id)
 
 
-def test_embedded_store_lies_under_the_home_with_its_artifacts(client, home):
-    assert (home / "mlflow.db").stat().st_size > 0
-    experiment = client.get_experiment_by_name("alexnet")
-    assert experiment.artifact_location == (home / "mlartifacts").as_uri()
-
-
-def test_server_that_is_not_there_is_told_within_seconds():
-    (port,) = free_ports(1)
-    uri, start = f"http://127.0.0.1:{port}", time.monotonic()
-    with pytest.raises(UserError) as told:
-        tracking.connect(uri)
-    assert time.monotonic() - start < 60, "MLflow's own retries take minutes"
-    assert str(told.value).startswith(f"MLflow at {uri} cannot be used")
-    assert "unset MLFLOW_TRACKING_URI" in str(told.value) and "\n" not in str(told.value)
-
-
-# A run
-
-
-def test_new_run_holds_config_data_set_and_code(client, manifest, data, tmp_path):
-    config = small_config(name="whole", optim_lr=0.125)
-    run = tracking.open_run(client, config, manifest, data)
-    assert run.data.params == flatten(config)
+def test_new_run_holds_config_data_set_and_code(client, run_id, manifest, data, tmp_path):
+    run = client.get_run(run_id)
+    assert run.data.params == flatten(CONFIG)
     assert run.data.params["optim.lr"] == "0.125"
     tags = run.data.tags
     assert (tags["recipe"], tags["variant"], tags["data"]) == ("baseline", "ungrouped", data)
@@ -86,44 +61,39 @@ def test_new_run_holds_config_data_set_and_code(client, manifest, data, tmp_path
     assert json.loads(used.dataset.source) == {"uri": data, "manifest_sha256": manifest.digest}
     profile = json.loads(used.dataset.profile)
     assert profile == {"train": 4, "val": 2, "classes": 4, "crop": 227}
-    saved = client.download_artifacts(run.info.run_id, "config.json", str(tmp_path))
-    assert json.loads(Path(saved).read_text()) == to_dict(config)
+    saved = client.download_artifacts(run_id, "config.json", str(tmp_path))
+    assert json.loads(Path(saved).read_text()) == to_dict(CONFIG)
 
 
-def test_same_name_continues_its_run_with_other_workers_and_log_steps(client, manifest, data):
-    config = small_config(name="twice")
-    first = tracking.open_run(client, config, manifest, data)
-    again = small_config(name="twice", workers=2, log_steps=7, register=False)
-    assert tracking.find_run(client, again, manifest).info.run_id == first.info.run_id
-    assert tracking.find_run(client, small_config(name="thrice"), manifest) is None
+def test_same_name_continues_its_run_with_other_workers_and_log_steps(client, run_id, manifest):
+    again = small_config(optim_lr=0.125, workers=2, log_steps=7, register=False)
+    assert tracking.find_run(client, again, manifest).info.run_id == run_id
+    assert tracking.find_run(client, small_config(name="other"), manifest) is None
 
 
-def test_name_of_a_run_that_learned_something_else_is_refused(client, manifest, data, tmp_path):
-    tracking.open_run(client, small_config(name="taken"), manifest, data)
+def test_name_of_a_run_that_learned_something_else_is_refused(client, run_id, manifest, tmp_path):
     with pytest.raises(UserError) as told:
-        tracking.find_run(client, small_config(name="taken", optim_lr=0.5), manifest)
-    assert "run taken exists with other settings (optim.lr 0.01 → 0.5)" in str(told.value)
+        tracking.find_run(client, small_config(optim_lr=0.5), manifest)
+    assert "run small exists with other settings (optim.lr 0.125 → 0.5)" in str(told.value)
     assert "choose another --name" in str(told.value)
     other = load_manifest(write_shard_set(tmp_path / "other", train=(5,), val=(2,)))
     with pytest.raises(UserError, match=f"manifest {manifest.digest[:16]} → {other.digest[:16]}"):
-        tracking.find_run(client, small_config(name="taken"), other)
+        tracking.find_run(client, CONFIG, other)
 
 
 def test_run_that_was_begun_under_the_former_names_is_continued(client, manifest):
-    config = small_config(name="former")
     experiment = client.get_experiment_by_name("alexnet").experiment_id
-    run_id = client.create_run(experiment, run_name="former").info.run_id
-    former = flatten(config) | {"recipe": "deck", "model.variant": "deck"}
+    run_id = client.create_run(experiment, run_name="small").info.run_id
+    former = flatten(CONFIG) | {"recipe": "deck", "model.variant": "deck"}
     del former["shuffle_window"]  # which earlier releases did not have
     params = [Param(key, value) for key, value in former.items()]
     client.log_batch(run_id, params=params, tags=[RunTag("manifest_sha256", manifest.digest)])
-    assert tracking.find_run(client, config, manifest).info.run_id == run_id
+    assert tracking.find_run(client, CONFIG, manifest).info.run_id == run_id
 
 
 @pytest.mark.parametrize(
     ("raised", "status"),
     [
-        (None, "FINISHED"),
         (KeyboardInterrupt, "KILLED"),
         (SystemExit, "KILLED"),
         (RuntimeError, "FAILED"),
@@ -131,25 +101,17 @@ def test_run_that_was_begun_under_the_former_names_is_continued(client, manifest
         (Superseded, "RUNNING"),  # by its new writer
     ],
 )
-def test_status_tells_how_the_run_was_left(client, manifest, data, raised, status):
-    config = small_config(name=f"left-{raised.__name__ if raised else 'well'}")
-    run_id = tracking.open_run(client, config, manifest, data).info.run_id
-    try:
-        with tracking.run_status(client, run_id):
-            assert client.get_run(run_id).info.status == "RUNNING"
-            if raised is not None:
-                raise raised("left")
-    except BaseException as error:
-        assert type(error) is raised
-    else:
-        assert raised is None, "swallowed"
+def test_status_tells_how_the_run_was_left(client, run_id, raised, status):
+    with pytest.raises(raised), tracking.run_status(client, run_id):
+        assert client.get_run(run_id).info.status == "RUNNING"
+        raise raised("left")
     assert client.get_run(run_id).info.status == status
     with tracking.run_status(client, run_id):  # continued
         assert client.get_run(run_id).info.status == "RUNNING"
+    assert client.get_run(run_id).info.status == "FINISHED"
 
 
-def test_metrics_have_their_step_and_repeated_steps_show_the_last(client, manifest, data):
-    run_id = tracking.open_run(client, small_config(name="metrics"), manifest, data).info.run_id
+def test_metrics_have_their_step_and_repeated_steps_show_the_last(client, run_id):
     tracker = tracking.Tracker(tracking.tracking_uri(), run_id)
     for step, loss in ((5, 2.0), (10, 1.5), (15, 1.0)):
         tracker.log({"loss": loss, "seconds": 3.0, "steps": 5.0}, step)
@@ -161,10 +123,8 @@ def test_metrics_have_their_step_and_repeated_steps_show_the_last(client, manife
     assert tracking.metric_history(client, run_id, "unknown") == []
 
 
-def test_last_sign_of_a_run_is_its_newest_loss(client, manifest, data):
-    run_id = tracking.open_run(client, small_config(name="signs"), manifest, data).info.run_id
+def test_last_sign_of_a_run_is_its_newest_loss(run_id):
     tracker = tracking.Tracker(tracking.tracking_uri(), run_id)
-    assert tracker.last_logged() is None
     tracker.log({"workers": 2.0}, 0)
     assert tracker.last_logged() is None
     for step in (5, 10, 7):  # after step 10 the run went back to a checkpoint
@@ -174,12 +134,12 @@ def test_last_sign_of_a_run_is_its_newest_loss(client, manifest, data):
     assert step == 7 and 0 <= seconds < 30
 
 
-# A server that comes and goes
+# A server
 
 
-@pytest.fixture
-def server(tmp_path: Path) -> Iterator[Server]:
-    server = Server(tmp_path)
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    server = Server(tmp_path_factory.mktemp("server"))
     try:
         server.start()
         yield server
@@ -187,24 +147,47 @@ def server(tmp_path: Path) -> Iterator[Server]:
         server.kill()
 
 
-def test_metrics_wait_on_disk_while_the_server_is_gone(server, home, manifest, data, caplog):
-    client = tracking.connect(server.uri)
-    run_id = tracking.open_run(client, small_config(name="spool"), manifest, data).info.run_id
+@pytest.fixture
+def served(server: Server, home: Path, monkeypatch: pytest.MonkeyPatch) -> MlflowClient:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
+    return tracking.connect(server.uri)
+
+
+@pytest.mark.timeout(60)  # MLflow's own retries take minutes
+def test_server_that_is_not_there_is_told_within_seconds(monkeypatch):
+    (port,) = free_ports(1)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
+    with pytest.raises(UserError) as told:
+        tracking.connect(tracking.tracking_uri())
+    assert str(told.value).startswith(f"MLflow at http://127.0.0.1:{port} cannot be used")
+    assert "unset MLFLOW_TRACKING_URI" in str(told.value)
+
+
+def test_version_registered_through_a_server_is_read_from_it(served, registered_models):
+    data, manifest = registered_models.data, load_manifest(registered_models.data)
+    run_id = tracking.open_run(served, GOOD_CONFIG, manifest, data).info.run_id
+    register(served, run_id, registered_models.checkpoint, manifest, GOOD_CONFIG)
+    found = load("models:/alexnet@candidate")
+    weights = load_file(registered_models.checkpoint / "model.safetensors")
+    assert all(weights[name].equal(value) for name, value in found.network.state_dict().items())
+
+
+def test_metrics_wait_on_disk_while_the_server_is_gone(
+    served, server, home, manifest, data, caplog
+):
+    run_id = tracking.open_run(served, CONFIG, manifest, data).info.run_id
     tracker, spool = tracking.Tracker(server.uri, run_id), home / "spool" / f"{run_id}.jsonl"
     tracker.log({"loss": 3.0}, 1)
     assert not spool.exists()
 
     server.kill()
-    start = time.monotonic()
     tracker.log({"loss": 2.0, "top1": 0.5}, 2)
     tracker.log({"loss": 1.0}, 3)
-    assert time.monotonic() - start < 100, "training waits for MLflow"
     assert len(spool.read_text().splitlines()) == 3
     assert "3 values wait on disk" in caplog.text
     assert tracker.last_logged()[0] == 3, "what waits on disk counts"
     tracker.attach(home, "profile")
     assert "profile could not be kept with the run" in caplog.text
-
     tracker.finish(patience=0)
     assert f"3 values have not reached MLflow; they stay in {spool}" in caplog.text
 
@@ -214,9 +197,8 @@ def test_metrics_wait_on_disk_while_the_server_is_gone(server, home, manifest, d
     restarted.finish(patience=240)  # waits for the server
     starting.join()
     assert not spool.exists()
-    client = MlflowClient(tracking_uri=server.uri)
-    assert tracking.metric_history(client, run_id, "loss") == [(1, 3.0), (2, 2.0), (3, 1.0)]
-    assert tracking.metric_history(client, run_id, "top1") == [(2, 0.5)]
-    assert client.get_run(run_id).data.params == flatten(small_config(name="spool"))
-    saved = client.download_artifacts(run_id, "config.json", str(spool.parent))
-    assert json.loads(Path(saved).read_text())["name"] == "spool"
+    assert tracking.metric_history(served, run_id, "loss") == [(1, 3.0), (2, 2.0), (3, 1.0)]
+    assert tracking.metric_history(served, run_id, "top1") == [(2, 0.5)]
+    assert served.get_run(run_id).data.params == flatten(CONFIG)
+    saved = served.download_artifacts(run_id, "config.json", str(home))
+    assert json.loads(Path(saved).read_text()) == to_dict(CONFIG)

@@ -4,16 +4,12 @@ import ast
 import re
 import shlex
 
-import pytest
 from drawn import ROOT
 from manifest_commands import CommandError, check_command
 from manifests import exported_metrics
-from registered import MLFLOW_WARNINGS
 
 from benchmarks import cost_estimate, gate_power, scaling, summary
 from training.recipes import RECIPES
-
-pytestmark = [pytest.mark.filterwarnings(line) for line in MLFLOW_WARNINGS]
 
 PROGRAMS = r"(?:python (?:-m |training/|-c )|ray |mlflow |make |ALEXNET_\w+=)"
 DOCUMENTS = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "infra" / "README.md"]
