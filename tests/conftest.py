@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from drawn import ROOT
+from ports import free_ports
 
 if TYPE_CHECKING:
     from archive_server import Server
@@ -222,7 +223,13 @@ def local_ray(s3: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str
         patch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))
         patch.setenv("PYTHONPATH", str(ROOT))
         context = ray.init(
-            address="local", num_cpus=2, include_dashboard=False, logging_level="warning"
+            address="local",
+            num_cpus=2,
+            include_dashboard=False,
+            logging_level="warning",
+            _metrics_export_port=free_ports(1)[0],
+            # What its processes count is handed to that port every second, not every ten.
+            _system_config={"metrics_report_interval_ms": 1000},
         )
         yield str(context.address_info["address"])
         ray.shutdown()
