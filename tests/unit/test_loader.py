@@ -9,6 +9,7 @@ import shutil
 import tarfile
 import threading
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -70,6 +71,16 @@ def test_batches_that_are_kept_are_never_overwritten_by_later_ones(uri):
         assert np.abs(found - pixels[i % 15]).max() <= 1
     assert np.abs(part[0].permute(1, 2, 0).numpy().astype(int) - pixels[4][:5]).max() <= 1
     assert len(later) == 20
+
+
+def test_only_a_few_batches_are_begun_ahead_of_the_consumer(uri):
+    with (
+        open_loader(uri) as loader,
+        mock.patch.object(loader, "_begin", wraps=loader._begin) as begun,
+    ):
+        batches = loader.batches([np.array([i]) for i in range(15)])
+        next(batches)
+        assert begun.call_count == 4, "one taken, three on their way"
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
