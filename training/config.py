@@ -15,8 +15,10 @@ import tyro
 
 from alexnet import Init, Rule, Variant
 from alexnet.errors import UserError
-from training.order import WINDOW_SHARDS
 
+# Samples are shuffled inside windows of so many shards by default, so a node reading from S3 holds
+# a few shards at a time and still mixes tens of thousands of samples.
+WINDOW_SHARDS = 8
 _HIGHEST = 2**63  # what torch's generators take as a seed, and beyond all other uses
 
 

@@ -22,8 +22,9 @@ import torch
 
 from alexnet.errors import UserError
 from pipelines import shards
+from training.config import WINDOW_SHARDS
 from training.decoded import Decoded
-from training.order import WINDOW_SHARDS, Ids
+from training.order import Ids
 from training.shard_files import OpenShard, ShardFiles, ShardUses
 
 _AHEAD = 3  # batches begun beyond the one that the consumer holds

@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 from alexnet.errors import UserError
 from pipelines import storage
 from pipelines.shards import Manifest
-from training.config import TrainConfig
+from training.config import WINDOW_SHARDS, TrainConfig
 from training.loader import load_whole_index
-from training.order import WINDOW_SHARDS, Ids, steps_per_epoch, windows
+from training.order import Ids, steps_per_epoch, windows
 
 logger = logging.getLogger("training")
 

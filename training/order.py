@@ -10,11 +10,9 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-Ids = NDArray[np.int64]
+from training.config import WINDOW_SHARDS
 
-# Samples are shuffled inside windows of so many shards by default, so a node reading from S3 holds
-# a few shards at a time and still mixes tens of thousands of samples.
-WINDOW_SHARDS = 8
+Ids = NDArray[np.int64]
 
 
 def epoch_order(
