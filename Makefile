@@ -8,7 +8,7 @@ setup: .venv/installed  ## virtual environment with every pinned dependency
 	python3 -m venv .venv && $(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]' && touch $@
 demo: setup  ## draw raw archives, build shards, train, promote, predict
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash infra/demo.sh
-test: setup  ## every unit, the road with real parts (MLflow goes away on it), a build and a training killed
+test: setup  ## every unit, the road with real parts (MLflow goes away on it), attacks that come first: kills, odd stores
 	$(TWO) tests/unit
 	$(TWO) tests/system
 	$(TWO) tests/faults -m first

@@ -185,6 +185,7 @@ def test_build_without_memory_rejects_no_image_and_goes_on_with_more(
         folders.finish(out)
 
 
+@pytest.mark.first
 def test_good_image_that_finds_no_memory_is_not_rejected():
     """A progressive JPEG needs several times its pixels; libjpeg says so like of any damage."""
     said = subprocess.run(

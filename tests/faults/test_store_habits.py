@@ -14,6 +14,8 @@ from store_proxy import Answer, Habit, Proxy, Request, error_of, proxied
 from alexnet.errors import UserError
 from pipelines import command, s3, storage
 
+pytestmark = pytest.mark.first
+
 CHECKSUMS = "x-amz-checksum-", "x-amz-sdk-checksum-"
 CONDITION = "if-none-match"
 BOTH = (*CHECKSUMS, CONDITION)

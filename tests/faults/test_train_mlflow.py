@@ -15,6 +15,7 @@ ROW = ("loss", 1.5, 1_700_000_000_000, 7)
 
 
 @pytest.mark.parametrize("torn", ["", '["loss", 1.0, 17', "[]", '["loss", "x", 1, 2]', "\udc80"])
+@pytest.mark.first
 def test_values_wait_for_the_next_training_and_a_torn_file_costs_what_was_torn(tmp_path, torn):
     path = tmp_path / "spool" / "a.jsonl"
     assert Spool(path).keep([ROW]) == "on disk"
@@ -25,6 +26,7 @@ def test_values_wait_for_the_next_training_and_a_torn_file_costs_what_was_torn(t
     assert Spool(path).rows() == []
 
 
+@pytest.mark.first
 def test_disk_that_is_full_or_protected_keeps_waiting_values_in_memory(tmp_path):
     with tmpfs(tmp_path / "disk", 4096 * 4) as disk:
         path, many = disk.path / "spool" / "a.jsonl", [ROW] * 1000
