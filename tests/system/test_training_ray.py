@@ -1,4 +1,4 @@
-"""Scores on Ray are those of one process."""
+"""Through Ray: scores are those of one process, and a stop that is asked for arrives."""
 
 import numpy as np
 import pytest
@@ -6,6 +6,7 @@ import ray
 import torch
 from shard_sets import write_shard_set
 from small_training import CPU
+from waiting import wait_until
 
 from alexnet.errors import UserError
 from alexnet.model import AlexNet
@@ -14,6 +15,7 @@ from training.accuracy import Scored
 from training.config import TrainConfig
 from training.evaluate import score
 from training.network import input_spec
+from training.worker import _stopping, ask_to_stop
 
 CLASSES = 7
 
@@ -50,3 +52,12 @@ def test_a_changed_shard_is_one_line_from_this_process_and_from_ray(local_ray, t
     for workers in (None, 1):
         with pytest.raises(UserError, match=r"val-000001.tar has .* sha256 .* verify"):
             scored(network, uri, workers)
+
+
+def test_a_stop_that_the_driver_asks_for_reaches_the_training_of_that_lease_alone(local_ray):
+    assert not ask_to_stop("mine"), "nobody has begun"
+    with _stopping("mine") as mine, _stopping("another's") as others:
+        assert not mine()
+        assert ask_to_stop("mine")
+        wait_until(mine)
+        assert not others()
