@@ -276,9 +276,11 @@ def newest_shards(holding: str = "manifest.json") -> str | None:
 
 
 def _list_folder(folder: Path, prefix: str) -> Iterator[tuple[str, int]]:
-    if not folder.is_dir():
+    try:
+        listing = os.scandir(folder)
+    except (FileNotFoundError, NotADirectoryError):
         return
-    with os.scandir(folder) as entries:
+    with listing as entries:
         for entry in entries:
             if entry.is_dir():
                 if prefix or entry.name != "lost+found":  # of a disk's root, and its owner's
@@ -286,7 +288,11 @@ def _list_folder(folder: Path, prefix: str) -> Iterator[tuple[str, int]]:
             elif entry.name.startswith(".") and entry.name.endswith(_TEMPORARY):
                 continue  # what a writer killed with SIGKILL leaves behind
             elif entry.is_file():
-                yield prefix + entry.name, entry.stat().st_size
+                try:
+                    size = entry.stat().st_size
+                except FileNotFoundError:  # deleted since the listing began
+                    continue
+                yield prefix + entry.name, size
 
 
 def is_alive(pid: int) -> bool:

@@ -60,6 +60,16 @@ def test_a_part_of_a_file_reads_as_a_file_that_ends_where_the_part_does(tmp_path
         assert part.read(length) == bytes(range(100))[10:30][at : at + length]
 
 
+def test_files_that_are_deleted_during_a_listing_are_left_out_of_it(tmp_path):
+    for name in "abc":
+        (tmp_path / name).write_bytes(b"data")
+    listing = storage._list_folder(tmp_path, "")
+    first, size = next(listing)
+    for name in {*"abc"} - {first}:
+        (tmp_path / name).unlink()
+    assert size == 4 and list(listing) == []
+
+
 def test_an_unreachable_store_is_told_with_its_address(monkeypatch):
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
