@@ -67,6 +67,14 @@ def used_home(home: Path, empty_store: Path, monkeypatch: pytest.MonkeyPatch) ->
     return home
 
 
+@pytest.fixture
+def client(used_home: Path) -> "MlflowClient":
+    """Of the store in that home."""
+    from training import tracking
+
+    return tracking.connect(tracking.tracking_uri())
+
+
 @pytest.fixture(scope="session")
 def data_folder() -> Path:
     """Real images, which no checkout contains."""

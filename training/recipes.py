@@ -25,8 +25,8 @@ def baseline() -> TrainConfig:
     - Computing: 0.76 EFLOP.
     - Top-1 on ImageNet: unmeasured (torchvision's other AlexNet reports 56.5 % of the centre view).
       Measured with a batch of 64, rate 0.01 and resized crops on the ten classes of Imagenette:
-      0.797 after 20 of 25 epochs; as it stands, on 256 px shards of them, 0.798 after its 90 epochs
-      in 113 s of one H200; see benchmarks/README.md.
+      0.797 after 20 of 25 epochs; unchanged, on 256 px shards of them, 0.798 after its 90 epochs in
+      113 s of one H200; both before fc8 began at a std of 0.001; see benchmarks/README.md.
     """
     return TrainConfig(
         recipe="baseline",

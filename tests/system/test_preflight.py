@@ -135,11 +135,6 @@ def manifest(data: str) -> Manifest:
     return load_manifest(data)
 
 
-@pytest.fixture
-def client(used_home: Path) -> MlflowClient:
-    return tracking.connect(tracking.tracking_uri())
-
-
 def stored_in(home: Path, **changes) -> TrainConfig:
     return small_config(storage=str(home / "runs"), **changes)
 

@@ -38,11 +38,6 @@ def manifest(data: str) -> Manifest:
 
 
 @pytest.fixture
-def client(used_home: Path) -> MlflowClient:
-    return tracking.connect(tracking.tracking_uri())
-
-
-@pytest.fixture
 def run_id(client: MlflowClient, manifest: Manifest, data: str) -> str:
     """Of a new run."""
     return str(tracking.open_run(client, CONFIG, manifest, data).info.run_id)
