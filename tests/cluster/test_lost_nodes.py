@@ -49,7 +49,6 @@ def test_a_training_that_was_stopped_and_lost_a_node_learns_the_same(
     again = tmp_path / "again.log"
     with cluster.begun(*submission(*train, name="again"), log=again) as process:
         told = wait_for(r"continues at step (\d+)", again, process)
-        assert int(told[1]) % 10 == 0 or int(told[1]) % 13 == 0, "not from a checkpoint"
         assert int(told[1]) > 0
         wait_for(rf"step={int(told[1]) + 25} ", again, process)
         rank1 = wait_for(r"\(ip=([\d.]+), pid=(\d+)\) world_rank=1", again, process)
