@@ -48,7 +48,7 @@ def _lines(figure_of: Any, chart: Lines) -> Any:
     figure = figure_of(figsize=(3.4 * across, 3.1 * down), layout="constrained")
     grid = list(figure.subplots(down, across, squeeze=False).flat)
     for axes, panel in zip(grid, chart.panels, strict=False):
-        _panel(axes, panel)
+        (_share_panel if panel.share else _panel)(axes, panel)
     for axes in grid[len(chart.panels) :]:
         axes.set_axis_off()
     return figure
@@ -72,6 +72,15 @@ def _panel(axes: Any, panel: Panel) -> None:
     axes.xaxis.set_minor_locator(NullLocator())
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(fontsize="x-small", frameon=False)
+
+
+def _share_panel(axes: Any, panel: Panel) -> None:
+    for name, points in panel.lines.items():
+        axes.plot(*zip(*points, strict=True), linewidth=1.2, label=name)
+    axes.set(xlabel=panel.across, ylabel=panel.up, ylim=(0, 1), xlim=(0, None))
+    axes.grid(axis="y", linewidth=0.4)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(fontsize="x-small", frameon=False, loc="lower right")
 
 
 def _short(size: float) -> str:

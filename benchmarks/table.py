@@ -24,11 +24,12 @@ class Bars:
 
 @dataclass(frozen=True)
 class Panel:
-    """Lines of (x, y) points by name, on logarithmic axes."""
+    """Lines of (x, y) points by name."""
 
     across: str  # what x is
     up: str  # what y is
     lines: Mapping[str, Sequence[tuple[float, float]]]
+    share: bool = False  # y is a share: from 0 to 1; else both axes are logarithmic
 
 
 @dataclass(frozen=True)
