@@ -31,7 +31,7 @@ def _add(uri: str, folder: str, numbers: range) -> None:
     experiment = client.get_experiment_by_name(tracking.EXPERIMENT).experiment_id
     for number in numbers:
         run = client.create_run(experiment, run_name=f"baseline-{number}")
-        client.log_metric(run.info.run_id, "val_top1", number / 10_000)
+        client.log_metric(run.info.run_id, "val/top1", number / 10_000)
         tags = {"recipe": "baseline", "gate": "passed", "previous_champion": str(number)}
         place = (Path(folder) / str(number)).as_uri()
         version = client.create_model_version(NAME, place, run.info.run_id, tags=tags)

@@ -25,6 +25,7 @@ from benchmarks.table import Bars, Table, spread
 from benchmarks.turns import in_turns, ratios
 from training.config import TrainConfig
 from training.driver import worker_settings
+from training.metrics import points
 from training.tracking import EXPERIMENT
 
 COLUMNS = (
@@ -160,10 +161,10 @@ def _logged(
     client = MlflowClient(f"sqlite:///{home}/mlflow.db")
     experiment = client.get_experiment_by_name(EXPERIMENT)
     (run,) = client.search_runs([experiment.experiment_id], f"attributes.run_name = '{_RUN}'")
-    history = client.get_metric_history(run.info.run_id, "step_images_per_second")
+    history = points(client, run.info.run_id, "step_images_per_second")
     lines = sorted(history, key=lambda metric: metric.step)
     assert len(lines) == 2, f"{len(lines)} lines were logged"
-    (workers,) = client.get_metric_history(run.info.run_id, "workers")
+    (workers,) = points(client, run.info.run_id, "workers")
     events = {
         "start of the process": began,
         "imports and MLflow's new store": experiment.creation_time / 1000,

@@ -16,6 +16,7 @@ from small_training import BY_HEART, Record, fit, small_config
 from pipelines.shards import load_manifest
 from training import tracking
 from training.config import TrainConfig
+from training.metrics import Tracker
 from training.registry.package import register
 from training.registry.versions import DESCRIPTION, NAME, SUMS, file_sums
 
@@ -77,7 +78,7 @@ def _logged_run(
     named = dataclasses.replace(config, name=name)
     run = tracking.open_run(client, named, load_manifest(data), data)
     run_id = str(run.info.run_id)
-    tracker = tracking.Tracker(tracking.tracking_uri(), run_id)
+    tracker = Tracker(tracking.tracking_uri(), run_id)
     for step, metrics in trained.logged[-4:]:
         tracker.log(metrics, step)
     return run_id

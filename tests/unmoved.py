@@ -98,8 +98,10 @@ def metrics(database: Path, name: str) -> dict[str, list[float]]:
         rows = connection.execute(f"{query} order by key, step", [name]).fetchall()
     found: dict[str, list[float]] = {}
     for key, value in rows:
-        if not any(word in key for word in TIMED):
-            found.setdefault(key, []).append(value)
+        group, _, name = key.rpartition("/")  # as earlier commits named it: val/loss is val_loss
+        name = f"{group}_{name}" if group in ("val", "data") else name
+        if not group.startswith("system") and not any(word in name for word in TIMED):
+            found.setdefault(name, []).append(value)
     return found
 
 

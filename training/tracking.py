@@ -1,7 +1,6 @@
-"""What MLflow holds of a run, and what happens when MLflow does not answer.
+"""What MLflow holds of a run.
 
-The driver owns the run: it opens or finds it, hands its id to rank 0 and closes it. Rank 0 logs
-through `Tracker`, which never stops the training: what cannot be sent is spooled and sent later.
+The driver owns the run: it opens or finds it, hands its id to rank 0 and closes it.
 """
 
 import contextlib
@@ -12,12 +11,11 @@ import os
 import re
 import sqlite3
 import subprocess
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import mlflow
-from mlflow.entities import Dataset, DatasetInput, Metric, Param, Run, RunTag, ViewType
+from mlflow.entities import Dataset, DatasetInput, Param, Run, RunTag, ViewType
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 from mlflow.utils.credentials import get_default_host_creds
@@ -26,7 +24,6 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from alexnet import DROPOUT, former_network, renamed
 from alexnet.errors import UserError, reason
-from pipelines import storage
 from pipelines.shards import Manifest
 from training import store
 from training.config import ADDED, TrainConfig, flatten, in_words, science, to_dict
@@ -42,9 +39,6 @@ _LONGEST_VALUE = 6000  # characters of a parameter
 _ROOT = Path(__file__).resolve().parents[1]
 # requests raises OSErrors.
 FAILURES = (MlflowException, OSError, SQLAlchemyError, sqlite3.Error)
-_UNSENT = ("seconds", "steps")  # of a log line: the sums that its rates are made of
-
-Row = tuple[str, float, int, int]  # name, value, milliseconds since 1970, step
 
 logger = logging.getLogger("training")
 
@@ -52,7 +46,7 @@ logger = logging.getLogger("training")
 def connect(uri: str, *, write: bool = False) -> MlflowClient:
     """A client that has reached its store. Raises UserError where there is none to reach, or, with
     `write`, it is a file that cannot be changed."""
-    _patience()
+    limit_patience()
     logging.getLogger("mlflow").setLevel(logging.WARNING)  # of each new store it tells its tables
     try:
         if (path := store.database_of(uri)) is not None:
@@ -164,118 +158,6 @@ def open_run(client: MlflowClient, config: TrainConfig, manifest: Manifest, data
     return client.get_run(run_id)
 
 
-class Tracker:
-    """Metrics of one run from one process. State: what could not be sent yet."""
-
-    def __init__(self, uri: str, run_id: str) -> None:
-        _patience()
-        self._client = MlflowClient(tracking_uri=uri)
-        self._run_id = run_id
-        self._spool = Spool(storage.home() / "spool" / f"{run_id}.jsonl")
-
-    def log(self, metrics: dict[str, float], step: int) -> None:
-        """Sends, or keeps for later; two tries of ten seconds at most."""
-        now = round(time.time() * 1000)
-        new = [(key, value, now, step) for key, value in metrics.items() if key not in _UNSENT]
-        pending = self._spool.rows() + new
-        try:
-            for first in range(0, len(pending), 1000):  # MLflow's limit for one request
-                batch = [Metric(*row) for row in pending[first : first + 1000]]
-                self._client.log_batch(self._run_id, metrics=batch)
-        except FAILURES as error:
-            where = self._spool.keep(pending)
-            why = reason(error)
-            logger.warning(f"MLflow does not answer ({why}); {len(pending)} values wait {where}")
-        else:
-            self._spool.clear()
-
-    def finish(self, patience: float = 60.0) -> None:
-        """Sends what still waits. A server that is being started again is waited for, `patience`
-        seconds at most; then a warning says where the values stay."""
-        deadline = time.monotonic() + patience
-        while self._spool.rows():
-            self.log({}, 0)
-            left = len(self._spool.rows())
-            if left and time.monotonic() > deadline:
-                logger.warning(
-                    f"{left} values have not reached MLflow; they stay in {self._spool.path} on "
-                    "this machine, and the same command sends them from there"
-                )
-                return
-            time.sleep(2 if left else 0)
-
-    def tag(self, name: str, value: str) -> None:
-        """Sets a tag of the run; a warning where MLflow does not answer."""
-        self._try(
-            f"tag {name} could not be set", lambda: self._client.set_tag(self._run_id, name, value)
-        )
-
-    def attach(self, folder: Path, name: str) -> None:
-        """Keeps a folder's files with the run as `name`; a warning where MLflow does not answer."""
-        self._try(
-            f"{name} could not be kept with the run",
-            lambda: self._client.log_artifacts(self._run_id, str(folder), name),
-        )
-
-    def last_logged(self) -> tuple[int, float] | None:
-        """(step, seconds ago) of the newest loss of this run; None for a run without one, or while
-        MLflow does not answer."""
-        spooled = [(step, at) for key, _, at, step in self._spool.rows() if key == "loss"]
-        try:
-            history = self._client.get_metric_history(self._run_id, "loss")
-        except FAILURES:
-            history = []
-        points = spooled + [(metric.step, metric.timestamp) for metric in history]
-        if not points:
-            return None
-        step, at = max(points, key=lambda point: point[1])
-        return step, max(0.0, time.time() - at / 1000)
-
-    def _try(self, failed: str, send: Callable[[], object]) -> None:
-        try:
-            send()
-        except FAILURES as error:
-            logger.warning(f"{failed}: {reason(error)}")
-
-
-class Spool:
-    """Metric values that wait until MLflow answers: in a file, or in memory while that cannot be.
-    State: the file, and the rows that it could not take."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._unwritten: list[Row] = []  # with what the file holds
-
-    def rows(self) -> list[Row]:
-        """All that wait, oldest first."""
-        rows = list(self._unwritten)
-        try:
-            for line in [] if rows else self.path.read_text().splitlines():
-                key, value, at, step = json.loads(line)
-                rows.append((str(key), float(value), int(at), int(step)))
-        except FileNotFoundError:
-            pass
-        except (OSError, TypeError, ValueError) as error:
-            logger.warning(f"values that wait in {self.path} are lost from here on: {error}")
-        return rows
-
-    def keep(self, rows: Sequence[Row]) -> str:
-        """Keeps `rows` alone, and says where. A full or broken disk is no reason to end a run."""
-        text = "".join(json.dumps(row) + "\n" for row in rows)
-        try:
-            storage.write(str(self.path), text.encode())
-        except UserError as error:
-            self._unwritten = list(rows)
-            return f"in memory ({error})"
-        self._unwritten = []
-        return "on disk"
-
-    def clear(self) -> None:
-        self._unwritten = []
-        with contextlib.suppress(OSError):  # sent again, they are the same values
-            self.path.unlink(missing_ok=True)
-
-
 @contextlib.contextmanager
 def run_status(client: MlflowClient, run_id: str) -> Iterator[None]:
     """RUNNING inside; FINISHED, KILLED or FAILED afterwards, by the way the block is left; as it is
@@ -295,7 +177,7 @@ def run_status(client: MlflowClient, run_id: str) -> Iterator[None]:
     client.set_terminated(run_id, "FINISHED")
 
 
-def _patience() -> None:
+def limit_patience() -> None:
     """Caps MLflow's own retries: by default a dead server would hold rank 0 up for minutes."""
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
@@ -370,9 +252,3 @@ def _code_sha256() -> str:
         for path in sorted((_ROOT / package).rglob("*.py")):
             digest.update(f"{path.relative_to(_ROOT)}\0".encode() + path.read_bytes())
     return digest.hexdigest()
-
-
-def metric_history(client: MlflowClient, run_id: str, key: str) -> list[tuple[int, float]]:
-    """(step, value) of one metric in step order; of repeated steps the last value."""
-    points: dict[int, float] = {m.step: m.value for m in client.get_metric_history(run_id, key)}
-    return sorted(points.items())

@@ -29,8 +29,9 @@ from pipelines import storage
 from pipelines.progress import label, never_fatal
 from training import checkpoint, lease, loop, meter
 from training.meter import log_line
+from training.metrics import Tracker
 from training.preflight import Job, check_node
-from training.tracking import STORED, Tracker
+from training.tracking import STORED
 from training.uploads import Uploader
 
 logger = logging.getLogger("training")

@@ -12,6 +12,8 @@ from machines import Machines
 from mlflow.entities import Run
 from mlflow.tracking import MlflowClient
 
+from training.metrics import metric_history, metrics_of
+
 RAW, OUT, RUNS = "s3://alexnet/raw", "s3://alexnet/shards", "s3://alexnet/runs"
 DRAWING = ["--classes", "4", "--per-class", "50", "--val-per-class", "10"]
 # 41 shards, so that a build can be met in its middle.
@@ -71,7 +73,6 @@ def learned(name: str, uri: str) -> dict[str, Any]:
     Of steps that were made twice, the last value."""
     run, client = run_named(name, uri), MlflowClient(tracking_uri=uri)
     assert run.info.status == "FINISHED"
-    keys = ["loss", "sample_digest", *(key for key in run.data.metrics if key.startswith("val_"))]
+    keys = ["loss", "sample_digest", *(key for key in metrics_of(run) if key.startswith("val_"))]
     assert {"val_images", "val_loss", "val_correct1"} <= set(keys)
-    histories = {key: client.get_metric_history(run.info.run_id, key) for key in keys}
-    return {key: {point.step: point.value for point in told} for key, told in histories.items()}
+    return {key: dict(metric_history(client, run.info.run_id, key)) for key in keys}

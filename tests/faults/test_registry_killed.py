@@ -14,6 +14,7 @@ from tmpfs import tmpfs
 
 from pipelines.shards import load_manifest
 from training import tracking
+from training.metrics import Tracker
 from training.registry import gate
 from training.registry.versions import NAME, aliases, load, versions
 
@@ -39,7 +40,7 @@ def registration(registered_models: Built) -> Callable[[MlflowClient], dict[str,
     def begun(client: MlflowClient) -> dict[str, str]:
         data, config = registered_models.data, dataclasses.replace(GOOD_CONFIG, name="killed")
         run_id = str(tracking.open_run(client, config, load_manifest(data), data).info.run_id)
-        tracker = tracking.Tracker(tracking.tracking_uri(), run_id)
+        tracker = Tracker(tracking.tracking_uri(), run_id)
         tracker.log({"loss": 1.0, "top1": 0.5, "val_loss": 1.0, "val_top1": 0.5}, 1)
         return {"run_id": run_id, "checkpoint": str(registered_models.checkpoint), "data": data}
 

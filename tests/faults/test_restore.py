@@ -23,6 +23,7 @@ from waiting import wait_until
 
 from pipelines.shards import load_manifest
 from training import tracking
+from training.metrics import Tracker
 from training.network import load_model
 from training.registry.package import register
 from training.registry.versions import NAME
@@ -151,7 +152,7 @@ def champion(client: MlflowClient, data: str, folder: Path) -> str:
     config, manifest = small_config(name="kept", optim_epochs=1), load_manifest(data)
     done = fit(config, data, folder)
     run_id = tracking.open_run(client, config, manifest, data).info.run_id
-    tracking.Tracker(tracking.tracking_uri(), run_id).log({"val_top1": 0.5, "loss": 1.0}, 2)
+    Tracker(tracking.tracking_uri(), run_id).log({"val_top1": 0.5, "loss": 1.0}, 2)
     number = register(client, run_id, done.last, manifest, config)
     assert number is not None
     client.set_registered_model_alias(NAME, "champion", number)

@@ -9,7 +9,7 @@ from tmpfs import tmpfs
 
 from pipelines.shards import load_manifest
 from training import tracking
-from training.tracking import Spool
+from training.metrics import Spool, Tracker, metric_history
 
 ROW = ("loss", 1.5, 1_700_000_000_000, 7)
 
@@ -52,7 +52,7 @@ def test_full_disk_of_the_embedded_store_does_not_end_a_training(attack, tmp_pat
         client = tracking.connect(uri)
         data = write_shard_set(tmp_path / "set", train=(4,), val=(2,))
         run = tracking.open_run(client, small_config(), load_manifest(data), data)
-        tracker = tracking.Tracker(uri, run.info.run_id)
+        tracker = Tracker(uri, run.info.run_id)
         full = attack.draw.randint(1, 20)
         free = full + attack.draw.randint(1, 15)
         for step in range(1, 41):
@@ -62,5 +62,5 @@ def test_full_disk_of_the_embedded_store_does_not_end_a_training(attack, tmp_pat
             if step == free:
                 filler.unlink()
         tracker.log({}, 0)
-        found = [(p.step, p.value) for p in client.get_metric_history(run.info.run_id, "loss")]
-        assert sorted(found) == [(n, 1 / n) for n in range(1, 41)]
+        found = metric_history(client, run.info.run_id, "loss")
+        assert found == [(n, 1 / n) for n in range(1, 41)]

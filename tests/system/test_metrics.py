@@ -24,6 +24,7 @@ from small_training import small_config
 from pipelines import cli, progress, shards
 from training import run
 from training.config import to_dict
+from training.metrics import points
 
 # Ray Data and Ray Train warn of their own defaults.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:ray")
@@ -163,11 +164,11 @@ def test_gauges_of_a_training_are_the_figures_of_its_log_lines(used_home, tmp_pa
     client = MlflowClient(tracking_uri=f"sqlite:///{used_home / 'mlflow.db'}")
     experiment = client.get_experiment_by_name("alexnet").experiment_id
     (found,) = client.search_runs([experiment])
-    steps = {point.step for point in client.get_metric_history(found.info.run_id, "loss")}
+    steps = {point.step for point in points(client, found.info.run_id, "loss")}
     assert seen.pop("train_step") <= steps
     logged = ["images_per_second", "data_wait", "utilization", "loss", "val_top1", "epoch"]
     for name in [*logged, "eta_seconds"]:
-        history = client.get_metric_history(found.info.run_id, name)
+        history = points(client, found.info.run_id, name)
         assert seen.pop(f"train_{name}") <= {point.value for point in history}, name
     assert seen.pop("train_workers") == {1.0}
     assert seen == {}

@@ -210,7 +210,7 @@ def test_worse_model_is_refused(client):
 
 
 @pytest.mark.parametrize(
-    ("metric", "change"), [("val_top1", -0.2), ("val_loss", 0.02), ("val_loss", float("nan"))]
+    ("metric", "change"), [("val/top1", -0.2), ("val/loss", 0.02), ("val/loss", float("nan"))]
 )
 def test_model_that_is_not_what_its_run_logged_is_refused(client, metric, change):
     run_id = client.get_model_version(NAME, GOOD).run_id

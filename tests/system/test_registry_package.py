@@ -225,10 +225,10 @@ def test_last_figures_that_never_reached_the_run_come_from_the_checkpoint_and_no
     monkeypatch.delenv("PYTHONDONTWRITEBYTECODE", raising=False)
     monkeypatch.setattr(sys, "path", list(sys.path))
     good = registry.get_run(registry.get_model_version("alexnet", GOOD).run_id).data
-    run_id = new_run(registry, {"val_top1": 0.5})
+    run_id = new_run(registry, {"val/top1": 0.5})
     number = register_good(registry, run_id, registered_models)
     found = registry.get_run(run_id).data.metrics
-    for key in ("val_top1", "val_loss", "epoch"):
+    for key in ("val/top1", "val/loss", "run/epoch"):
         assert found[key] == good.metrics[key]
     assert load(f"models:/alexnet/{number}")
 

@@ -21,6 +21,7 @@ from pipelines.shards import Manifest, load_manifest
 from training import tracking
 from training.config import flatten, to_dict
 from training.lease import Superseded
+from training.metrics import Tracker, metric_history, metrics_of
 from training.registry.package import register
 from training.registry.versions import load
 
@@ -86,6 +87,19 @@ def test_run_that_was_begun_under_the_former_names_is_continued(client, manifest
     assert tracking.find_run(client, CONFIG, manifest).info.run_id == run_id
 
 
+def test_metrics_are_in_groups_and_those_of_earlier_releases_are_read_with_them(client, run_id):
+    former = {"loss": 3.0, "val_top1": 0.1, "workers": 1.0}
+    for name, value in former.items():
+        client.log_metric(run_id, name, value, step=1)
+    line = {"loss": 2.0, "val_top1": 0.5, "data_wait": 0.1, "images_per_second": 9.0}
+    Tracker(tracking.tracking_uri(), run_id).log(line, 2)
+    run = client.get_run(run_id)
+    grouped = {"train/loss", "val/top1", "data/wait", "time/images_per_second"}
+    assert run.data.metrics.keys() - former.keys() == grouped
+    assert metrics_of(run) == former | line
+    assert metric_history(client, run_id, "val_top1") == [(1, 0.1), (2, 0.5)]
+
+
 @pytest.mark.parametrize(
     ("raised", "status"),
     [
@@ -107,19 +121,19 @@ def test_status_tells_how_the_run_was_left(client, run_id, raised, status):
 
 
 def test_metrics_have_their_step_and_repeated_steps_show_the_last(client, run_id):
-    tracker = tracking.Tracker(tracking.tracking_uri(), run_id)
+    tracker = Tracker(tracking.tracking_uri(), run_id)
     for step, loss in ((5, 2.0), (10, 1.5), (15, 1.0)):
         tracker.log({"loss": loss, "seconds": 3.0, "steps": 5.0}, step)
     time.sleep(0.01)  # a continued run repeats the steps since its checkpoint
     tracker.log({"loss": 1.25}, 10)
-    history = tracking.metric_history(client, run_id, "loss")
+    history = metric_history(client, run_id, "loss")
     assert history == [(5, 2.0), (10, 1.25), (15, 1.0)]
-    assert set(client.get_run(run_id).data.metrics) == {"loss"}
-    assert tracking.metric_history(client, run_id, "unknown") == []
+    assert set(client.get_run(run_id).data.metrics) == {"train/loss"}
+    assert metric_history(client, run_id, "lr") == []
 
 
 def test_last_sign_of_a_run_is_its_newest_loss(run_id):
-    tracker = tracking.Tracker(tracking.tracking_uri(), run_id)
+    tracker = Tracker(tracking.tracking_uri(), run_id)
     tracker.log({"workers": 2.0}, 0)
     assert tracker.last_logged() is None
     for step in (5, 10, 7):  # after step 10 the run went back to a checkpoint
@@ -171,7 +185,7 @@ def test_metrics_wait_on_disk_while_the_server_is_gone(
     served, server, home, manifest, data, caplog
 ):
     run_id = tracking.open_run(served, CONFIG, manifest, data).info.run_id
-    tracker, spool = tracking.Tracker(server.uri, run_id), home / "spool" / f"{run_id}.jsonl"
+    tracker, spool = Tracker(server.uri, run_id), home / "spool" / f"{run_id}.jsonl"
     tracker.log({"loss": 3.0}, 1)
     assert not spool.exists()
 
@@ -188,12 +202,12 @@ def test_metrics_wait_on_disk_while_the_server_is_gone(
 
     starting = threading.Timer(1, server.start)
     starting.start()
-    restarted = tracking.Tracker(server.uri, run_id)  # as after a restart of the worker
+    restarted = Tracker(server.uri, run_id)  # as after a restart of the worker
     restarted.finish(patience=240)  # waits for the server
     starting.join()
     assert not spool.exists()
-    assert tracking.metric_history(served, run_id, "loss") == [(1, 3.0), (2, 2.0), (3, 1.0)]
-    assert tracking.metric_history(served, run_id, "top1") == [(2, 0.5)]
+    assert metric_history(served, run_id, "loss") == [(1, 3.0), (2, 2.0), (3, 1.0)]
+    assert metric_history(served, run_id, "top1") == [(2, 0.5)]
     assert served.get_run(run_id).data.params == flatten(CONFIG)
     saved = served.download_artifacts(run_id, "config.json", str(home))
     assert json.loads(Path(saved).read_text()) == to_dict(CONFIG)

@@ -17,6 +17,7 @@ from pipelines.shards import Manifest
 from training import tracking
 from training.accuracy import Metrics, short
 from training.config import TrainConfig
+from training.metrics import metric_history, metrics_of, points
 from training.recipes import known_differences
 
 _MAX_DESCRIPTION = 5000  # characters of a version's description in MLflow's own tables
@@ -104,9 +105,9 @@ def _marked(value: Any) -> str:
 def _measured(client: MlflowClient, run: Run) -> dict[str, Any]:
     """Hardware of the last worker group, of which rank 0 names its own for all; throughput: median
     images/s, all workers; hours: start to last metric; accuracy: of the last epoch, as logged."""
-    found, run_id = run.data.metrics, run.info.run_id
-    rates = [rate for _, rate in tracking.metric_history(client, run_id, "images_per_second")]
-    steps = [metric.timestamp for metric in client.get_metric_history(run_id, "loss")]
+    found, run_id = metrics_of(run), run.info.run_id
+    rates = [rate for _, rate in metric_history(client, run_id, "images_per_second")]
+    steps = [metric.timestamp for metric in points(client, run_id, "loss")]
     device = run.data.tags.get("hardware", "hardware that was not recorded")
     workers = f"{found['workers']:.0f} worker(s)" if "workers" in found else "workers"
     accuracy = None

@@ -21,6 +21,7 @@ from pipelines import shards, storage
 from training import tracking
 from training.accuracy import Metrics, Scored
 from training.evaluate import score
+from training.metrics import metrics_of
 from training.network import LoadedModel, check_fits
 from training.registry import checks
 from training.registry.checks import SHIPPED, Check, Paired, Policy, read_policy
@@ -269,7 +270,7 @@ def best_champion(
         run = runs.get(version.run_id)
         if run is not None and run.data.tags.get("manifest_sha256") == manifest_sha256:
             top1 = _share(version.tags.get("gate_val_top1"))
-            top1 = run.data.metrics.get("val_top1", -1.0) if top1 is None else top1
+            top1 = metrics_of(run).get("val_top1", -1.0) if top1 is None else top1
             measured.append((top1, place, str(version.version)))
     numbers = {str(version.version) for version in known}
     return max(measured)[2], [number for number in before if number not in numbers]
@@ -385,7 +386,7 @@ def _measured(
     metrics, uri = scored.metrics, f"models:/{NAME}/{found.version}"
     made = [
         *found.checks,
-        checks.logged(metrics, run.data.metrics),
+        checks.logged(metrics, metrics_of(run)),
         *checks.accuracy(metrics, manifest.num_classes, policy),
         checks.worst_class(scored, manifest.class_names, policy),
         checks.latency(model.network, policy),

@@ -31,6 +31,7 @@ from alexnet.preprocess import InputSpec
 from pipelines import shards
 from training import checkpoint, figures, tracking
 from training.config import TrainConfig
+from training.metrics import metric_history, metrics_of, name_in_mlflow
 from training.network import build_model
 from training.registry import card
 from training.registry.versions import DESCRIPTION, NAME, SUMS, WEIGHTS, file_sums, sha256
@@ -87,11 +88,12 @@ def _registered_before(client: MlflowClient, run_id: str, folder: Path) -> str |
 def _complete(client: MlflowClient, run_id: str, state: dict[str, Any]) -> None:
     """The figures of the last evaluation, as the checkpoint has them, where they never reached the
     run: without them the gate could never pass its version."""
-    known = client.get_run(run_id).data.metrics
+    known = metrics_of(client.get_run(run_id))
     now, step = round(time.time() * 1000), int(state["evaluated_step"])
     lost = {key: value for key, value in state["metrics"].items() if known.get(key) != value}
     if lost:
-        client.log_batch(run_id, [Metric(key, lost[key], now, step) for key in lost])
+        rows = [Metric(name_in_mlflow(key), value, now, step) for key, value in lost.items()]
+        client.log_batch(run_id, rows)
 
 
 def _log_figures(
@@ -103,7 +105,7 @@ def _log_figures(
     config: TrainConfig,
 ) -> None:
     keys = ("loss", "top1", "val_loss", "val_top1")
-    history = {key: tracking.metric_history(client, run_id, key) for key in keys}
+    history = {key: metric_history(client, run_id, key) for key in keys}
     curves = figures.curves(history, str(config.name))
     client.log_figure(run_id, curves, "figures/curves.png")
     kernels = figures.conv1_kernels(network.conv1.weight)

@@ -23,6 +23,7 @@ from mlflow.tracking import MlflowClient
 
 from alexnet.errors import UserError, reason
 from training import tracking
+from training.metrics import metrics_of
 
 if TYPE_CHECKING:
     import torch
@@ -166,7 +167,7 @@ def rows(client: MlflowClient) -> list[dict[str, Any]]:
                 "version": number,
                 "aliases": sorted(alias for alias, held in held_by.items() if held == number),
                 "recipe": version.tags.get("recipe"),
-                "val_top1": run.data.metrics.get("val_top1") if run else None,
+                "val_top1": metrics_of(run).get("val_top1") if run else None,
                 "gate": version.tags.get("gate"),
                 "run": run.info.run_name if run else None,
                 "previous_champion": version.tags.get("previous_champion"),

@@ -1,0 +1,179 @@
+"""What MLflow holds of a run's figures: how they are named there, sent to it, and read back.
+
+Rank 0 logs through `Tracker`, which never stops the training: what cannot be sent is spooled and
+sent later.
+"""
+
+import contextlib
+import json
+import logging
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from mlflow.entities import Metric, Run
+from mlflow.tracking import MlflowClient
+
+from alexnet.errors import UserError, reason
+from pipelines import storage
+from training.tracking import FAILURES, limit_patience
+
+# MLflow's pages show metrics in groups, by what stands before the slash. Those of val_NAME and
+# data_NAME are val/NAME and data/NAME; releases before this wrote all of them as the log line does.
+_GROUPS = {
+    "train": "loss top1 top5 grad_norm lr",
+    "time": "images_per_second step_images_per_second utilization mfu exposed_communication "
+    "eta_seconds",
+    "run": "epoch progress sample_digest workers gpu_memory_gb",
+}
+_GROUP_OF = {name: group for group, names in _GROUPS.items() for name in names.split()}
+_PREFIXES = ("val", "data")
+_UNSENT = ("seconds", "steps")  # of a log line: the sums that its rates are made of
+
+Row = tuple[str, float, int, int]  # MLflow's name, value, milliseconds since 1970, step
+
+logger = logging.getLogger("training")
+
+
+def name_in_mlflow(name: str) -> str:
+    """Of a metric of the log line: "loss" is "train/loss", "val_top1" is "val/top1"."""
+    prefix, _, rest = name.partition("_")
+    return f"{prefix}/{rest}" if prefix in _PREFIXES else f"{_GROUP_OF[name]}/{name}"
+
+
+def metrics_of(run: Run) -> dict[str, float]:
+    """The last values by the log line's names; where a run was begun by an earlier release, those
+    written since come first."""
+    found: dict[str, float] = {}
+    for key in sorted(run.data.metrics, key=lambda key: "/" in key):
+        group, _, rest = key.rpartition("/")
+        found[f"{group}_{rest}" if group in _PREFIXES else rest] = run.data.metrics[key]
+    return found
+
+
+def points(client: MlflowClient, run_id: str, name: str) -> list[Metric]:
+    """All values of one metric of the log line, those of earlier releases first."""
+    keys = (name, name_in_mlflow(name))
+    return [point for key in keys for point in client.get_metric_history(run_id, key)]
+
+
+def metric_history(client: MlflowClient, run_id: str, name: str) -> list[tuple[int, float]]:
+    """(step, value) of one metric in step order; of repeated steps the last value."""
+    return sorted({point.step: point.value for point in points(client, run_id, name)}.items())
+
+
+class Tracker:
+    """Metrics of one run from one process. State: what could not be sent yet."""
+
+    def __init__(self, uri: str, run_id: str) -> None:
+        limit_patience()
+        self._client = MlflowClient(tracking_uri=uri)
+        self._run_id = run_id
+        self._spool = Spool(storage.home() / "spool" / f"{run_id}.jsonl")
+
+    def log(self, metrics: dict[str, float], step: int) -> None:
+        """Sends, or keeps for later; two tries of ten seconds at most."""
+        now = round(time.time() * 1000)
+        new = [
+            (name_in_mlflow(name), value, now, step)
+            for name, value in metrics.items()
+            if name not in _UNSENT
+        ]
+        pending = self._spool.rows() + new
+        try:
+            for first in range(0, len(pending), 1000):  # MLflow's limit for one request
+                batch = [Metric(*row) for row in pending[first : first + 1000]]
+                self._client.log_batch(self._run_id, metrics=batch)
+        except FAILURES as error:
+            where = self._spool.keep(pending)
+            why = reason(error)
+            logger.warning(f"MLflow does not answer ({why}); {len(pending)} values wait {where}")
+        else:
+            self._spool.clear()
+
+    def finish(self, patience: float = 60.0) -> None:
+        """Sends what still waits. A server that is being started again is waited for, `patience`
+        seconds at most; then a warning says where the values stay."""
+        deadline = time.monotonic() + patience
+        while self._spool.rows():
+            self.log({}, 0)
+            left = len(self._spool.rows())
+            if left and time.monotonic() > deadline:
+                logger.warning(
+                    f"{left} values have not reached MLflow; they stay in {self._spool.path} on "
+                    "this machine, and the same command sends them from there"
+                )
+                return
+            time.sleep(2 if left else 0)
+
+    def tag(self, name: str, value: str) -> None:
+        """Sets a tag of the run; a warning where MLflow does not answer."""
+        self._try(
+            f"tag {name} could not be set", lambda: self._client.set_tag(self._run_id, name, value)
+        )
+
+    def attach(self, folder: Path, name: str) -> None:
+        """Keeps a folder's files with the run as `name`; a warning where MLflow does not answer."""
+        self._try(
+            f"{name} could not be kept with the run",
+            lambda: self._client.log_artifacts(self._run_id, str(folder), name),
+        )
+
+    def last_logged(self) -> tuple[int, float] | None:
+        """(step, seconds ago) of the newest loss of this run; None for a run without one, or while
+        MLflow does not answer."""
+        keys = ("loss", name_in_mlflow("loss"))
+        spooled = [(step, at) for key, _, at, step in self._spool.rows() if key in keys]
+        try:
+            history = points(self._client, self._run_id, "loss")
+        except FAILURES:
+            history = []
+        found = spooled + [(metric.step, metric.timestamp) for metric in history]
+        if not found:
+            return None
+        step, at = max(found, key=lambda point: point[1])
+        return step, max(0.0, time.time() - at / 1000)
+
+    def _try(self, failed: str, send: Callable[[], object]) -> None:
+        try:
+            send()
+        except FAILURES as error:
+            logger.warning(f"{failed}: {reason(error)}")
+
+
+class Spool:
+    """Metric values that wait until MLflow answers: in a file, or in memory while that cannot be.
+    State: the file, and the rows that it could not take."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._unwritten: list[Row] = []  # with what the file holds
+
+    def rows(self) -> list[Row]:
+        """All that wait, oldest first."""
+        rows = list(self._unwritten)
+        try:
+            for line in [] if rows else self.path.read_text().splitlines():
+                key, value, at, step = json.loads(line)
+                rows.append((str(key), float(value), int(at), int(step)))
+        except FileNotFoundError:
+            pass
+        except (OSError, TypeError, ValueError) as error:
+            logger.warning(f"values that wait in {self.path} are lost from here on: {error}")
+        return rows
+
+    def keep(self, rows: Sequence[Row]) -> str:
+        """Keeps `rows` alone, and says where. A full or broken disk is no reason to end a run."""
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        try:
+            storage.write(str(self.path), text.encode())
+        except UserError as error:
+            self._unwritten = list(rows)
+            return f"in memory ({error})"
+        self._unwritten = []
+        return "on disk"
+
+    def clear(self) -> None:
+        self._unwritten = []
+        with contextlib.suppress(OSError):  # sent again, they are the same values
+            self.path.unlink(missing_ok=True)
