@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from alexnet.errors import UserError
 from pipelines import command, storage
-from pipelines.plan import Orientation, Plan, Recipe, make
+from pipelines.plan import Orientation, Plan, Recipe, chosen, make
 from pipelines.progress import BuildFailed, MaxRejected
 from pipelines.sources import SPLITS, Shuffle, Source
 
@@ -89,6 +89,7 @@ def _add_plan_flags(parser: argparse.ArgumentParser) -> None:
     add("--shuffle", metavar="|".join(get_args(Shuffle)), help=spread)
     add("--seed", type=int, help=f"of every shuffle ({default.seed})")
     add("--splits", default=",".join(default.splits), help=f"of {','.join(SPLITS)} (%(default)s)")
+    add("--val-share", type=float, metavar="0.1", help="make val of so much of each train class")
     add("--subset", metavar="WNID,...|FILE", help="these classes only")
     add("--per-class", type=int, metavar="N", help="at most N images of each class and split")
     add("--partial", action="store_true", help="accept fewer images than are announced")
@@ -374,13 +375,11 @@ def _planned(arguments: argparse.Namespace) -> tuple[Source, Plan, str]:
     given["subset"] = sources.parse_subset(arguments.subset) if arguments.subset else ()
     recipe = Recipe(**given)
     raw = storage.absolute(arguments.raw)
-    source = sources.scan(
-        raw, [split for split in SPLITS if split in recipe.splits], recipe.partial
-    )
+    source = sources.scan(raw, recipe.raw_splits, recipe.partial)
     if arguments.verify_md5:
         for line in official.verify_md5(raw, dict(storage.list_files(raw))):
             print(line, file=sys.stderr, flush=True)
-    source = sources.select(source, recipe.subset, recipe.per_class)
+    source = chosen(source, recipe)
     out = None if arguments.out is None else storage.absolute(arguments.out)
     suits: dict[str, Any] = {"shuffle": source.shuffle}  # this source, unless the user knows better
     if out is not None and source.layout in _READ_AS_THEY_ARE:

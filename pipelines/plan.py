@@ -25,7 +25,7 @@ import pyarrow.compute as pc
 from alexnet import NETWORK_SIDE
 from alexnet.errors import UserError
 from pipelines import shards
-from pipelines.sources import SPLITS, Shuffle, Source, StoredAs
+from pipelines.sources import SPLITS, Shuffle, Source, StoredAs, hold_out, select
 
 CODEC = "jpeg-pillow-420"  # Pillow's encoder: 0.06 dB better than simplejpeg's at the same size
 ORDERING = "runs-2"  # change it when an order or the shuffle below changes
@@ -52,6 +52,7 @@ class Recipe:
     subset: tuple[str, ...] = ()  # WNIDs; empty for all
     per_class: int | None = None
     partial: bool = False
+    val_share: float | None = None  # of each class's train images, for a RAW without val
 
     def __post_init__(self) -> None:
         if not NETWORK_SIDE <= self.crop <= self.resize:
@@ -71,6 +72,10 @@ class Recipe:
             )
         if self.per_class is not None and self.per_class < 1:
             raise UserError(f"--per-class {self.per_class} must be at least 1")
+        if self.val_share is not None and not 0 < self.val_share < 1:
+            raise UserError(f"--val-share {self.val_share:g} must lie between 0 and 1, as 0.1 does")
+        if self.val_share is not None and not {"train", "val"} <= {*self.splits}:
+            raise UserError("--val-share needs --splits train,val: it makes one from the other")
         if not self.splits or any(split not in SPLITS for split in self.splits):
             raise UserError(f"--splits {','.join(self.splits)}: choose from {','.join(SPLITS)}")
         for flag, value, kind in (
@@ -79,6 +84,12 @@ class Recipe:
         ):
             if value not in get_args(kind):
                 raise UserError(f"{flag} {value}: choose from {', '.join(get_args(kind))}")
+
+    @property
+    def raw_splits(self) -> list[str]:
+        """What RAW has to hold."""
+        own = {"val"} if self.val_share is not None else set()
+        return [split for split in SPLITS if split in {*self.splits} - own]
 
     @property
     def bytes_per_sample(self) -> float:
@@ -119,6 +130,16 @@ class Plan:
         return sum(shard.samples for shard in self.shards)
 
 
+def chosen(source: Source, recipe: Recipe) -> Source:
+    """What the recipe takes of RAW as it is: its val split, its classes, its images of each.
+
+    Raises UserError where nothing is left, as sources.hold_out and sources.select say.
+    """
+    if recipe.val_share is not None:
+        source = hold_out(source, recipe.val_share)
+    return select(source, recipe.subset, recipe.per_class)
+
+
 def make(source: Source, recipe: Recipe) -> Plan:
     """Same source content, recipe and seed give the same plan, wherever the source lies."""
     stored, (side, _) = source.stored, geometry(recipe, source.stored)
@@ -141,6 +162,8 @@ def make(source: Source, recipe: Recipe) -> Plan:
         },
     }
     identity["recipe"]["subset"] = sorted(recipe.subset)
+    if recipe.val_share is None:  # as in plans from before there was one
+        del identity["recipe"]["val_share"]
     work = [identity["format_version"], CODEC, recipe.resize, recipe.crop, recipe.quality]
     work += [recipe.exif_orientation, identity["source"]["stored"]]
     table, shard_plans = _cut(source.table, recipe, shards.canonical_json(work))

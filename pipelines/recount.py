@@ -7,7 +7,7 @@ from __future__ import annotations
 import os
 import re
 import tarfile
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 
 import pyarrow.compute as pc
@@ -59,17 +59,26 @@ def _files(source: Source, split: str) -> Iterator[str]:
     """What may be an image, or ought to hold some, below the folders of the split."""
     below = "ILSVRC/Data/CLS-LOC" if source.layout == "kaggle" else ""
     if storage.is_s3(source.raw):
-        for name, _ in storage.list_files(source.raw):
-            parts = Path(name).relative_to(below).parts if name.startswith(below) else ()
+        names = [n for n, _ in storage.list_files(source.raw) if n.startswith(below)]
+        unsplit = _are_unsplit(Path(name).relative_to(below).parts[0] for name in names)
+        for name in names:
+            parts = Path(name).relative_to(below).parts
             foreign = any(_is_foreign_folder(part) for part in parts[:-1])
-            if parts and parts[0].lower() in _SPLITS[split] and not foreign:
+            if (unsplit or parts[0].lower() in _SPLITS[split]) and not foreign:
                 yield from [name] * (not _is_foreign(parts[-1]))
         return
     root = Path(source.raw)
     top = root / below
-    for folder in sorted(entry.name for entry in top.iterdir()):
+    tops = sorted(entry.name for entry in top.iterdir())
+    if _are_unsplit(tops):
+        yield from (str(path.relative_to(root)) for path in _walk(top))
+    for folder in tops:
         if folder.lower() in _SPLITS[split]:
             yield from (str(path.relative_to(root)) for path in _walk(top / folder))
+
+
+def _are_unsplit(tops: Iterable[str]) -> bool:
+    return not {top.lower() for top in tops} & set().union(*_SPLITS.values())
 
 
 def _walk(top: Path) -> Iterator[Path]:

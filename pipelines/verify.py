@@ -28,7 +28,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import simplejpeg
 
-from pipelines import plan_files, shards, storage
+from pipelines import plan, plan_files, shards, storage
 from pipelines.progress import Pace, clock
 from pipelines.shards import Damaged, Manifest, ShardInfo, index_name, quarantine_name
 from pipelines.sources import UNLABELLED
@@ -331,13 +331,12 @@ def _check_raw(found: _Set, raw: str) -> None:
     from pipelines import recount, sources
 
     recipe = plan_files.load(found.out).recipe
-    source = sources.scan(storage.absolute(raw), found.splits, partial=True)
+    splits = [split for split in found.splits if split in recipe.raw_splits]
+    source = sources.scan(storage.absolute(raw), splits, partial=True)
     entries = found.manifest.document.get("entries", {}) if found.manifest else {}
-    for split, text in recount.unaccounted(source, found.splits, entries.get("left_out", {})):
+    for split, text in recount.unaccounted(source, splits, entries.get("left_out", {})):
         found.wrong(index_name(split), f"{text} in {raw}")
-    if recipe.subset or recipe.per_class is not None:
-        source = sources.select(source, recipe.subset, recipe.per_class)
-    _check_accounts(found, source.table, f"in {raw}")
+    _check_accounts(found, plan.chosen(source, recipe).table, f"in {raw}")
 
 
 class _Job(NamedTuple):

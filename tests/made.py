@@ -19,9 +19,8 @@ def made_shards(
 
     partial: whether RAW may be incomplete, if that is not what the recipe says.
     """
-    source = sources.scan(raw, recipe.splits, recipe.partial if partial is None else partial)
-    source = sources.select(source, recipe.subset, recipe.per_class)
-    made = plan.make(source, recipe)
+    source = sources.scan(raw, recipe.raw_splits, recipe.partial if partial is None else partial)
+    made = plan.make(plan.chosen(source, recipe), recipe)
     plan_files.begin(out, raw, made)
     job = job_for(made, raw, out)
     for number, shard in enumerate(made.shards):

@@ -18,6 +18,7 @@ from pipelines.sources.table import (
     Shuffle,
     Source,
     StoredAs,
+    hold_out,
     parse_subset,
     select,
 )
@@ -30,6 +31,7 @@ __all__ = [
     "Shuffle",
     "Source",
     "StoredAs",
+    "hold_out",
     "parse_subset",
     "scan",
     "select",
@@ -40,8 +42,9 @@ _NO_TEXT = re.compile("[\ud800-\udfff]")  # what Python makes of bytes that are 
 _REQUESTS = 16  # at a time
 _LAYOUTS = (
     *(ilsvrc.LAYOUT, folders.LAYOUT, kaggle.LAYOUT, huggingface.LAYOUT),
-    *(webdataset.OWN_LAYOUT, webdataset.LAYOUT),  # the last where there is no other
+    webdataset.OWN_LAYOUT,
 )
+_WITHOUT_OTHERS = (webdataset.LAYOUT, folders.UNSPLIT_LAYOUT)  # the first where there is no other
 
 
 def scan(raw: str, splits: Sequence[str], partial: bool = False) -> Source:
@@ -60,15 +63,17 @@ def scan(raw: str, splits: Sequence[str], partial: bool = False) -> Source:
             "prefix that holds the raw data"
         )
     _refuse_names(raw, [*files, *found.empty, *found.ignored, *found.broken])
-    *others, last = _LAYOUTS  # a tar that was unpacked beside itself is not another layout
-    layouts = [layout for layout in others if layout.recognises(found)]
-    layouts = layouts or [layout for layout in (last,) if layout.recognises(found)]
+    # A tar that was unpacked beside itself is not another layout.
+    layouts = [layout for layout in _LAYOUTS if layout.recognises(found)]
+    layouts = layouts or [one for one in _WITHOUT_OTHERS if one.recognises(found)][:1]
     if len(layouts) > 1:
         names = " and also ".join(layout.name for layout in layouts)
         raise UserError(f"{raw} is ambiguous: it holds {names}; give each its own folder")
     if not layouts:
-        expected = "; or ".join(layout.expected for layout in _LAYOUTS)
-        raise UserError(f"{raw}: no known layout; expected {expected}; found {_tops(found)}")
+        expected = "; or ".join(layout.expected for layout in (*_LAYOUTS, *_WITHOUT_OTHERS))
+        raise UserError(
+            f"{raw}: no known layout; expected {expected}; found {_tops(found)}{_deeper(found)}"
+        )
     (layout,) = layouts
     left_out = _unreadable(raw, found, layout, splits, partial)
     archives = _versions(raw, [name for name in files if name.endswith(".tar")])
@@ -83,8 +88,17 @@ def scan(raw: str, splits: Sequence[str], partial: bool = False) -> Source:
         left_out | source.left_out,
         source.ignored_members,
     )
-    notes = (*source.notes, *accounts.notes())
-    return replace(source, archives=archives, accounts=accounts, notes=notes)
+    return replace(
+        source,
+        archives=archives,
+        accounts=accounts,
+        notes=(*source.notes, *accounts.notes()),
+        other_splits=tuple(
+            split
+            for split, place in layout.places(found).items()
+            if split not in splits and any(re.search(place, name) for name in files)
+        ),
+    )
 
 
 def _refuse_names(raw: str, names: Sequence[str]) -> None:
@@ -121,6 +135,19 @@ def _tops(found: entries.Listing) -> str:
     return ", ".join(
         f"{top} ({found.broken[top]})" if top in found.broken else top for top in found.tops()[:5]
     )
+
+
+def _deeper(found: entries.Listing) -> str:
+    """Where RAW seems to be instead, one folder below."""
+    for top in found.tops():
+        below = {
+            name.removeprefix(f"{top}/"): size
+            for name, size in found.files.items()
+            if name.startswith(f"{top}/")
+        }
+        if any(one.recognises(entries.Listing(below)) for one in (*_LAYOUTS, *_WITHOUT_OTHERS)):
+            return f"; did you mean the folder {top} in it?"
+    return ""
 
 
 def _versions(raw: str, names: list[str]) -> dict[str, str]:

@@ -1,4 +1,5 @@
-"""Images in folders: train/WNID/, val/WNID/ and test/WNID/, or flat val/ and test/.
+"""Images in folders: train/WNID/, val/WNID/ and test/WNID/, or flat val/ and test/; or folders of
+classes alone, which all are train.
 
 Flat val images get their labels from a devkit beside the folders; flat test images have none,
 unless it is the devkit of 2010 with its test ground truth.
@@ -8,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -33,7 +34,8 @@ SYNSET_MAPPING = "LOC_synset_mapping.txt"
 _BY_FOLDER = "name of the class folder"
 _BY_NUMBER = "number in the file name, line of the devkit's ground truth, WNID of meta.mat"
 # A file under any other name may be an image, which its bytes will tell.
-_IS_IMAGE = r"(?i)\.(jpe?g|jpe|jfif|png|webp|bmp|gif|tiff?|ppm|pgm|pbm)$"
+_ENDING = r"\.(jpe?g|jpe|jfif|png|webp|bmp|gif|tiff?|ppm|pgm|pbm)$"
+_IS_IMAGE, _IN_FOLDER = rf"(?i){_ENDING}", rf"(?i)^[^/]+/[^/]+{_ENDING}"
 _IS_ARCHIVE = r"(?i)\.(tar|tgz|tbz2?|txz|tar\.\w+|zip|7z|rar|parquet|arrow|tfrecords?|mdb)$"
 _FOLDERS = {
     "train": ("train", "training"),
@@ -55,14 +57,21 @@ class Found:
 
 
 def _recognises(found: entries.Listing) -> bool:
-    return any(_split_folders(found, "").values())
+    return any(map(any, _split_folders(found, "").values()))
+
+
+def _is_unsplit(found: entries.Listing) -> bool:
+    """Images lie in folders at the top, none of which is called like a split."""
+    return not _recognises(found) and any(re.search(_IN_FOLDER, name) for name in found.files)
 
 
 def places(found: entries.Listing, below: str = "") -> dict[str, str]:
     """Regex of the entries of each split."""
     tops = _split_folders(found, below)
     return {
-        s: rf"^{re.escape(below)}({'|'.join(names)})(/|$)" for s, names in tops.items() if names
+        s: rf"^{re.escape(below)}({'|'.join(names)})(/|$)" if any(names) else ""
+        for s, names in tops.items()
+        if names
     }
 
 
@@ -106,11 +115,12 @@ def _scan(raw: str, listing: entries.Listing, splits: Sequence[str], partial: bo
 
 
 def _split_folders(found: entries.Listing, below: str) -> dict[str, list[str]]:
-    """The folders in `below` that hold each split; [] where none does."""
+    """The folders in `below` that hold each split; [] where none does. "" is `below` itself."""
     tops = found.tops(below)
-    return {
+    folders = {
         split: [top for top in tops if top.lower() in known] for split, known in _FOLDERS.items()
     }
+    return folders if below or any(folders.values()) else folders | {"train": [""]}
 
 
 def images(
@@ -130,7 +140,7 @@ def images(
             raise UserError(f"{raw} is ambiguous: {' and '.join(tops)} both are {split}; keep one")
         if split not in splits or not tops:
             continue
-        place = f"{below}{tops[0]}/"
+        place = f"{below}{tops[0]}/" if tops[0] else below
         inside = pc.starts_with(names, place)
         source, size = names.filter(inside), sizes.filter(inside)
         rule = entries.rules(source)
@@ -213,9 +223,10 @@ def _refuse_vacant(raw: str, vacant: dict[str, dict[str, str]], partial: bool) -
 def require(raw: str, found: Found, splits: Sequence[str], below: str) -> None:
     if absent := [split for split in splits if split not in found.images]:
         folders = " or ".join(f"{name}/{below}" for name in _FOLDERS[absent[0]])
+        own = ", or pass --val-share 0.1 to hold out a tenth of train" if absent == ["val"] else ""
         raise UserError(
             f"{raw}: --splits {','.join(splits)} needs images in {folders}, not there; add them"
-            f"{fewer(splits, absent)}"
+            f"{own}{fewer(splits, absent)}"
         )
 
 
@@ -316,4 +327,10 @@ LAYOUT = Layout(
     recognises=_recognises,
     places=places,
     scan=_scan,
+)
+UNSPLIT_LAYOUT = replace(
+    LAYOUT,
+    name="class folders without splits",
+    expected="folders CLASS/ of images, with --val-share",
+    recognises=_is_unsplit,
 )

@@ -81,6 +81,7 @@ class Source:
     accounts: entries.Accounts = field(default_factory=entries.Accounts)  # of every entry of RAW
     left_out: dict[str, str] = field(default_factory=dict)  # entries, by --partial: name → why
     ignored_members: dict[str, int] = field(default_factory=dict)  # of each archive
+    other_splits: tuple[str, ...] = ()  # that RAW holds and nobody asked for
 
     def count(self, split: str) -> int:
         return int(pc.sum(pc.equal(self.table["split"], split)).as_py() or 0)
@@ -266,7 +267,44 @@ def _column(value: Any, kind: pa.DataType, rows: int) -> pa.Array:
     return value.cast(kind) if isinstance(value, pa.Array) else pa.array(value, kind)
 
 
-# Fewer classes, or fewer images of each: a view of a source that was scanned whole
+# A val split of one's own, fewer classes, fewer images: views of a source that was scanned whole
+
+
+def hold_out(source: Source, share: float) -> Source:
+    """Makes this share of each class's train images the val split, at least one and not all: those
+    whose place in RAW has the lowest hashes. So the same images are val whenever it is asked, and
+    more images of a class move few of them.
+
+    Raises UserError for a source with a val split of its own, and for a class of one image.
+    """
+    if "val" in source.other_splits:
+        raise UserError(f"{source.raw} has a val split of its own; leave --val-share away")
+    train = np.flatnonzero(pc.equal(source.table["split"], "train"))
+    rows = source.table.take(pa.array(train))
+    places = zip(rows["source"].to_pylist(), rows["offset"].to_pylist(), strict=True)
+    hashes = [hashlib.sha256(f"{name}#{at}".encode()).digest()[:8] for name, at in places]
+    labels = rows["label"].to_numpy()
+    order = np.lexsort((np.frombuffer(b"".join(hashes), ">u8"), labels))
+    _, first, count = np.unique(labels[order], return_index=True, return_counts=True)
+    if 1 in count:
+        alone = rows["wnid"][order[first[np.flatnonzero(count == 1)[0]]].item()].as_py()
+        raise UserError(
+            f"{source.raw}: class {alone} has one train image, which cannot be both train and val "
+            f"({np.sum(count == 1):,} such classes); add images or remove the class"
+        )
+    rank = np.arange(len(order)) - np.repeat(first, count)
+    held = np.clip(np.rint(count * share), 1, count - 1)
+    split = np.asarray(source.table["split"], dtype=object)
+    split[train[order[rank < np.repeat(held, count)]]] = "val"
+    table = source.table.set_column(0, "split", pa.array(split, pa.string()))
+    told = f"val: {np.sum(held):,.0f} of {len(train):,} train images, held out by --val-share"
+    return replace(
+        source,
+        table=table,
+        labels_from=source.labels_from | {"val": source.labels_from["train"]},
+        announced=None,  # of the train images as they were
+        notes=(*source.notes, f"{told} {share:g}"),
+    )
 
 
 def select(source: Source, wnids: Sequence[str], per_class: int | None) -> Source:

@@ -1,5 +1,6 @@
 """pipelines/sources/folders.py: images in class folders."""
 
+import hashlib
 import re
 from pathlib import Path
 
@@ -170,3 +171,52 @@ def test_file_name_that_is_no_text_is_refused(tmp_path):
     (raw / "train" / A / "\udcf4.JPEG").write_bytes(b"x")
     with pytest.raises(UserError, match=r"1 names are not UTF-8 \('train/.*\\udcf4\.JPEG'\)"):
         sources.scan(str(raw), ("train",))
+
+
+def test_folders_without_splits_hold_out_the_same_share_of_each_class_again_and_again(tmp_path):
+    classes = {"red fox": 20, "狐狸": 11, "n01": 2}
+    names = [f"{name}/{n}.jpg" for name, count in classes.items() for n in range(count)]
+    imagefolder(tmp_path, dict.fromkeys(names, b"x") | {"README.md": b"mine"})
+    with pytest.raises(UserError, match=r"needs images in val/.*--val-share 0\.1"):
+        sources.scan(str(tmp_path), BOTH)
+
+    held = held_out(tmp_path)
+    assert {name: len(of) for name, of in held.items()} == {"red fox": 4, "狐狸": 2, "n01": 1}
+    for name, images in held.items():  # those with the lowest hashes
+        everyone = [f"{name}/{n}.jpg" for n in range(classes[name])]
+        order = sorted(everyone, key=lambda x: hashlib.sha256(f"{x}#0".encode()).digest())
+        assert images == {*order[: len(images)]}
+    assert held_out(tmp_path) == held
+    (tmp_path / "red fox" / "new.jpg").write_bytes(b"x")
+    assert len(held["red fox"] - held_out(tmp_path)["red fox"]) <= 1
+
+
+def held_out(raw: Path) -> dict[str, set[str]]:
+    source = sources.hold_out(sources.scan(str(raw), ["train"]), 0.2)
+    rows = source.table.to_pylist()
+    assert (
+        source.count("train") + source.count("val")
+        == len(rows)
+        == len({row["source"] for row in rows})
+    )
+    held = {name: set() for name in source.wnids}
+    for row in rows:
+        if row["split"] == "val":
+            held[row["wnid"]].add(row["source"])
+    return held
+
+
+def test_what_cannot_be_held_out_is_refused(tmp_path):
+    imagefolder(tmp_path, TRAIN)
+    imagefolder(tmp_path, {f"train/{A}/{A}_2.JPEG": b"x", "val/x/1.jpg": b"x"})
+    with pytest.raises(UserError, match="has a val split of its own; leave --val-share away"):
+        sources.hold_out(sources.scan(str(tmp_path), ["train"], partial=True), 0.1)
+    imagefolder(tmp_path / "alone", {"a/1.jpg": b"x", "b/1.jpg": b"x", "b/2.jpg": b"x"})
+    with pytest.raises(UserError, match=r"class a has one train image, .* both train and val"):
+        sources.hold_out(sources.scan(str(tmp_path / "alone"), ["train"]), 0.1)
+
+
+def test_a_folder_around_raw_is_refused_with_the_name_of_the_right_one(tmp_path):
+    imagefolder(tmp_path, {"notes.txt": b"", f"set/train/{A}/{A}_1.JPEG": b"x"})
+    with pytest.raises(UserError, match="did you mean the folder set in it"):
+        sources.scan(str(tmp_path), BOTH)

@@ -52,13 +52,13 @@ def test_plan_id_depends_on_everything_that_decides_the_bytes_and_nothing_else()
     changes = [{"resize": 300}, {"crop": 256}, {"quality": 91}, {"seed": 1}]
     changes += [{"samples_per_shard": 50}, {"splits": ("train",)}, {"partial": True}]
     changes += [{"shuffle": "global"}, {"exif_orientation": "apply"}, {"per_class": 9}]
-    changes += [{"subset": ("n00000001",)}]
+    changes += [{"subset": ("n00000001",)}, {"val_share": 0.1}]
     ids = [plan.make(source, replace(recipe, **change)).plan_id for change in changes]
     other_name = replace(source, class_names=("a", "b", "c"))
     other_size = replace(source, containers=(("train.tar", 10),))
     other_file = drawn_source(UNEVEN | {"n00000003": 68}, val=3)
     ids += [plan.make(other, recipe).plan_id for other in (other_name, other_size, other_file)]
-    assert len({original, *ids}) == 15
+    assert len({original, *ids}) == 16
 
 
 @pytest.mark.parametrize(

@@ -182,6 +182,19 @@ def test_a_subset_is_compared_with_the_same_subset_of_raw(raw, tmp_path):
     assert told(findings) == [] and "6 images decoded" in findings.checked
 
 
+def test_held_out_images_are_compared_with_the_same_ones_of_raw(tmp_path):
+    raw = class_folders(
+        tmp_path / "raw", {f"{c}/{n}.jpg": ord(c) + n for c in "ab" for n in range(5)}
+    )
+    out = part_of(raw, tmp_path / "held", Recipe(val_share=0.4))
+    assert shards.load_manifest(out).document["totals"]["val"]["samples"] == 4
+    findings = verify(out, full=True, raw=raw)
+    assert told(findings) == [] and "10 images decoded" in findings.checked
+    Path(raw, "c").mkdir()
+    Path(raw, "a", "odd.jfif").write_bytes(jpeg(99))
+    assert any("odd" in line for line in told(verify(out, full=True, raw=raw)))
+
+
 def test_what_the_build_overlooks_is_found_by_a_count_of_its_own(raw, out, monkeypatch):
     found = entries.listing(str(raw))
     class_folders(raw, {"train/b/b9.jpg": 90, "train/b/odd.jfif": 91})
