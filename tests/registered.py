@@ -81,6 +81,7 @@ def _logged_run(
     tracker = Tracker(tracking.tracking_uri(), run_id)
     for step, metrics in trained.logged[-4:]:
         tracker.log(metrics, step)
+    tracker.wait()
     return run_id
 
 

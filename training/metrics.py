@@ -5,11 +5,15 @@ sent later.
 """
 
 import contextlib
+import functools
 import json
 import logging
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from mlflow.entities import Metric, Run
 from mlflow.tracking import MlflowClient
@@ -63,23 +67,86 @@ def metric_history(client: MlflowClient, run_id: str, name: str) -> list[tuple[i
 
 
 class Tracker:
-    """Metrics of one run from one process. State: what could not be sent yet."""
+    """Metrics of one run from one process, sent by a thread of its own: nobody waits for MLflow but
+    who asks it something, or for the end. A process that is killed takes with it what was not sent
+    or spooled yet.
+
+    State: what the thread has to do, and what could not be sent.
+    """
 
     def __init__(self, uri: str, run_id: str) -> None:
         limit_patience()
         self._client = MlflowClient(tracking_uri=uri)
         self._run_id = run_id
         self._spool = Spool(storage.home() / "spool" / f"{run_id}.jsonl")
+        self._rows = deque[Row]()  # the newest, which the thread has not seen
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="mlflow")
+        self._fault: BaseException | None = None  # of our own making: a failure is a warning
 
     def log(self, metrics: dict[str, float], step: int) -> None:
-        """Sends, or keeps for later; two tries of ten seconds at most."""
+        """Returns at once. Lines that come faster than MLflow answers are sent together."""
         now = round(time.time() * 1000)
-        new = [
+        self._rows.extend(
             (name_in_mlflow(name), value, now, step)
             for name, value in metrics.items()
             if name not in _UNSENT
-        ]
-        pending = self._spool.rows() + new
+        )
+        self._ask(self._send_new)
+
+    def tag(self, name: str, value: str) -> None:
+        """Sets a tag of the run; a warning where MLflow does not answer."""
+        self._ask(
+            self._try,
+            f"tag {name} could not be set",
+            lambda: self._client.set_tag(self._run_id, name, value),
+        )
+
+    def attach(self, folder: Path, name: str) -> None:
+        """Keeps a folder's files with the run as `name`, and waits for that; a warning where MLflow
+        does not answer."""
+        send = functools.partial(self._client.log_artifacts, self._run_id, str(folder), name)
+        self._ask(self._try, f"{name} could not be kept with the run", send).result()
+
+    def last_logged(self) -> tuple[int, float] | None:
+        """(step, seconds ago) of the newest loss of this run; None for a run without one, or while
+        MLflow does not answer. Waits for the answer."""
+        newest: tuple[int, float] | None = self._ask(self._last_logged).result()
+        return newest
+
+    def wait(self) -> None:
+        """Until all that was asked for is done: sent, or kept for later."""
+        self._ask(lambda: None).result()
+
+    def finish(self, patience: float = 60.0) -> None:
+        """Waits until all is sent. A server that is being started again is waited for, `patience`
+        seconds at most; then a warning says where the values stay."""
+        self._ask(self._drain, patience).result()
+        if self._fault is not None:
+            raise self._fault
+
+    def _ask(self, do: Callable[..., Any], *arguments: Any) -> Future[Any]:
+        """Of the thread, which does one thing after the other. Raises what it met that was no
+        failure of MLflow's."""
+        if self._fault is not None:
+            raise self._fault
+        asked = self._thread.submit(do, *arguments)
+        asked.add_done_callback(self._note_fault)
+        return asked
+
+    def _note_fault(self, done: Future[Any]) -> None:
+        self._fault = self._fault or done.exception()
+
+    # In the thread
+
+    def _send_new(self) -> None:
+        if self._rows:  # not sent with those of an earlier line
+            self._send()
+
+    def _send(self) -> None:
+        """Sends, or keeps for later; two tries of ten seconds at most."""
+        pending = self._spool.rows()
+        while self._rows:
+            pending.append(self._rows.popleft())
         try:
             for first in range(0, len(pending), 1000):  # MLflow's limit for one request
                 batch = [Metric(*row) for row in pending[first : first + 1000]]
@@ -91,12 +158,10 @@ class Tracker:
         else:
             self._spool.clear()
 
-    def finish(self, patience: float = 60.0) -> None:
-        """Sends what still waits. A server that is being started again is waited for, `patience`
-        seconds at most; then a warning says where the values stay."""
+    def _drain(self, patience: float) -> None:
         deadline = time.monotonic() + patience
         while self._spool.rows():
-            self.log({}, 0)
+            self._send()
             left = len(self._spool.rows())
             if left and time.monotonic() > deadline:
                 logger.warning(
@@ -106,22 +171,7 @@ class Tracker:
                 return
             time.sleep(2 if left else 0)
 
-    def tag(self, name: str, value: str) -> None:
-        """Sets a tag of the run; a warning where MLflow does not answer."""
-        self._try(
-            f"tag {name} could not be set", lambda: self._client.set_tag(self._run_id, name, value)
-        )
-
-    def attach(self, folder: Path, name: str) -> None:
-        """Keeps a folder's files with the run as `name`; a warning where MLflow does not answer."""
-        self._try(
-            f"{name} could not be kept with the run",
-            lambda: self._client.log_artifacts(self._run_id, str(folder), name),
-        )
-
-    def last_logged(self) -> tuple[int, float] | None:
-        """(step, seconds ago) of the newest loss of this run; None for a run without one, or while
-        MLflow does not answer."""
+    def _last_logged(self) -> tuple[int, float] | None:
         keys = ("loss", name_in_mlflow("loss"))
         spooled = [(step, at) for key, _, at, step in self._spool.rows() if key in keys]
         try:

@@ -60,8 +60,9 @@ def train_worker(settings: dict[str, Job]) -> dict[str, float]:
         step = _agreed(0 if resume is None else checkpoint.load_state(resume)["step"])
         uploads, profile = None, None
         if rank == 0:
-            tracker.tag("hardware", meter.device_name(device))
+            stack.callback(tracker.wait)  # however this ends
             _tell_start(str(config.name), tracker, step)
+            tracker.tag("hardware", meter.device_name(device))
             uploads = stack.enter_context(_uploader(job, tracker))
             if resume is not None:
                 uploads.tidy(resume.name)
@@ -145,9 +146,9 @@ def _agreed(step: int) -> int:
 def _tell_start(run: str, tracker: Tracker, step: int) -> None:
     """One line when this is not the beginning of the run: what was lost and how long it took."""
     workers = ray.train.get_context().get_world_size()
+    last = tracker.last_logged()
     tracker.log({"workers": workers}, step)
     show(run, {"workers": workers})
-    last = tracker.last_logged()
     if step == 0 and last is None:
         return
     count_restart(run)

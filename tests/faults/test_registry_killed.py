@@ -42,6 +42,7 @@ def registration(registered_models: Built) -> Callable[[MlflowClient], dict[str,
         run_id = str(tracking.open_run(client, config, load_manifest(data), data).info.run_id)
         tracker = Tracker(tracking.tracking_uri(), run_id)
         tracker.log({"loss": 1.0, "top1": 0.5, "val_loss": 1.0, "val_top1": 0.5}, 1)
+        tracker.wait()
         return {"run_id": run_id, "checkpoint": str(registered_models.checkpoint), "data": data}
 
     return begun

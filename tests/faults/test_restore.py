@@ -152,7 +152,9 @@ def champion(client: MlflowClient, data: str, folder: Path) -> str:
     config, manifest = small_config(name="kept", optim_epochs=1), load_manifest(data)
     done = fit(config, data, folder)
     run_id = tracking.open_run(client, config, manifest, data).info.run_id
-    Tracker(tracking.tracking_uri(), run_id).log({"val_top1": 0.5, "loss": 1.0}, 2)
+    tracker = Tracker(tracking.tracking_uri(), run_id)
+    tracker.log({"val_top1": 0.5, "loss": 1.0}, 2)
+    tracker.wait()
     number = register(client, run_id, done.last, manifest, config)
     assert number is not None
     client.set_registered_model_alias(NAME, "champion", number)

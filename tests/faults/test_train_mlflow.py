@@ -59,8 +59,9 @@ def test_full_disk_of_the_embedded_store_does_not_end_a_training(attack, tmp_pat
             if step == full:
                 filler = disk.fill()
             tracker.log({"loss": 1 / step}, step)
+            tracker.wait()
             if step == free:
                 filler.unlink()
-        tracker.log({}, 0)
+        tracker.finish(patience=0)
         found = metric_history(client, run.info.run_id, "loss")
         assert found == [(n, 1 / n) for n in range(1, 41)]

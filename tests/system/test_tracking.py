@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from held_answers import relayed
 from mlflow.entities import Param, RunTag
 from mlflow.tracking import MlflowClient
 from mlflow_server import Server
@@ -15,6 +16,7 @@ from registered import GOOD_CONFIG
 from safetensors.torch import load_file
 from shard_sets import write_shard_set
 from small_training import small_config
+from waiting import wait_until
 
 from alexnet.errors import UserError
 from pipelines.shards import Manifest, load_manifest
@@ -92,7 +94,9 @@ def test_metrics_are_in_groups_and_those_of_earlier_releases_are_read_with_them(
     for name, value in former.items():
         client.log_metric(run_id, name, value, step=1)
     line = {"loss": 2.0, "val_top1": 0.5, "data_wait": 0.1, "images_per_second": 9.0}
-    Tracker(tracking.tracking_uri(), run_id).log(line, 2)
+    tracker = Tracker(tracking.tracking_uri(), run_id)
+    tracker.log(line, 2)
+    tracker.wait()
     run = client.get_run(run_id)
     grouped = {"train/loss", "val/top1", "data/wait", "time/images_per_second"}
     assert run.data.metrics.keys() - former.keys() == grouped
@@ -126,6 +130,7 @@ def test_metrics_have_their_step_and_repeated_steps_show_the_last(client, run_id
         tracker.log({"loss": loss, "seconds": 3.0, "steps": 5.0}, step)
     time.sleep(0.01)  # a continued run repeats the steps since its checkpoint
     tracker.log({"loss": 1.25}, 10)
+    tracker.wait()
     history = metric_history(client, run_id, "loss")
     assert history == [(5, 2.0), (10, 1.25), (15, 1.0)]
     assert set(client.get_run(run_id).data.metrics) == {"train/loss"}
@@ -181,17 +186,43 @@ def test_version_registered_through_a_server_is_read_from_it(served, registered_
     assert all(weights[name].equal(value) for name, value in found.network.state_dict().items())
 
 
+def test_logging_returns_while_mlflow_has_not_answered_and_later_lines_go_together(
+    served, server, manifest, data
+):
+    run_id = tracking.open_run(served, CONFIG, manifest, data).info.run_id
+    with relayed(server.uri) as relay:
+        tracker = Tracker(relay.uri, run_id)
+        relay.hold()
+        tracker.log({"loss": 1.0}, 1)
+        wait_until(lambda: relay.asked)
+        for step in range(2, 6):
+            tracker.log({"loss": 1.0 / step}, step)
+        tracker.tag("hardware", "a slow line")
+        assert len(relay.asked) == 1 and not relay.answered, "somebody waited for the answer"
+        relay.answer()
+        tracker.finish()
+        assert [path.rpartition("/")[2] for path in relay.answered] == [
+            "log-batch",
+            "log-batch",
+            "set-tag",
+        ]
+    assert metric_history(served, run_id, "loss") == [(step, 1 / step) for step in range(1, 6)]
+
+
 def test_metrics_wait_on_disk_while_the_server_is_gone(
     served, server, home, manifest, data, caplog
 ):
     run_id = tracking.open_run(served, CONFIG, manifest, data).info.run_id
     tracker, spool = Tracker(server.uri, run_id), home / "spool" / f"{run_id}.jsonl"
     tracker.log({"loss": 3.0}, 1)
+    tracker.wait()
     assert not spool.exists()
 
     server.kill()
     tracker.log({"loss": 2.0, "top1": 0.5}, 2)
+    tracker.wait()
     tracker.log({"loss": 1.0}, 3)
+    tracker.wait()
     assert len(spool.read_text().splitlines()) == 3
     assert "3 values wait on disk" in caplog.text
     assert tracker.last_logged()[0] == 3, "what waits on disk counts"
