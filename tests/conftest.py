@@ -34,7 +34,9 @@ def surroundings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         # Workers of a Ray start when they are needed, and get as much of the CPUs as the tests.
         patch.setenv("RAY_prestart_worker_first_driver", "0")
         patch.setenv("RAY_worker_niceness", "0")
-        for name in ("RAY_ADDRESS", "AWS_PROFILE", "AWS_ENDPOINT_URL", "MLFLOW_TRACKING_URI"):
+        for name in ("RAY_ADDRESS", "AWS_PROFILE", "AWS_ENDPOINT_URL"):
+            patch.delenv(name, raising=False)
+        for name in ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI"):
             patch.delenv(name, raising=False)
         yield
 

@@ -96,7 +96,10 @@ def again(config: TrainConfig) -> str:
     )
 
 
-_PLACES = ("ALEXNET_HOME", "MLFLOW_TRACKING_URI", "AWS_ENDPOINT_URL", "RAY_ADDRESS")
+_PLACES = (
+    *("ALEXNET_HOME", "MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI"),
+    *("AWS_ENDPOINT_URL", "RAY_ADDRESS"),
+)
 
 
 def flags_of(config: Any, base: Any, prefix: str = "--") -> list[str]:

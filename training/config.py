@@ -8,6 +8,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import unicodedata
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -19,6 +20,9 @@ from alexnet.errors import UserError
 # Samples are shuffled inside windows of so many shards by default, so a node reading from S3 holds
 # a few shards at a time and still mixes tens of thousands of samples.
 WINDOW_SHARDS = 8
+# Bytes. A name is a folder, or a file that is written as .HOST~PID~NAME.jsonl.XXXXXXXX.tmp first
+# (pipelines/storage.py): file systems take 255, a host's name of it up to 64; MLflow takes 250.
+LONGEST_NAME = 150
 _HIGHEST = 2**63  # what torch's generators take as a seed, and beyond all other uses
 
 
@@ -154,7 +158,9 @@ class TrainConfig:
     shared_fs: bool = False
     """Say that local paths are on a file system that every node shares."""
     register: bool = True
-    """Register the trained model as a version of `alexnet` with alias `candidate`."""
+    """Register the trained model as a new version, with alias `candidate`."""
+    model_name: str = "alexnet"
+    """The registered model that it becomes a version of."""
     profile: bool = False
     """Record a few steps as a trace for Perfetto, kept with the run."""
 
@@ -234,15 +240,37 @@ WHERE_AND_HOW_MANY = frozenset(
     {"data", "name", "storage", "workers", "min_workers", "max_failures", "device", "compile"}
     | {"cpus_per_worker", "deterministic", "checkpoint_steps", "checkpoint_minutes", "keep_last"}
     | {"keep_best", "log_steps", "cache_gb", "cache", "decoded_gb", "shared_fs", "register"}
-    | {"profile", "allow_sorted"}
+    | {"model_name", "profile", "allow_sorted"}
 )
 
 # Fields that configs of earlier releases lack, with what those did.
 ADDED = {"cache": "none", "decoded_gb": None, "shuffle_window": 8, "allow_sorted": False}
+ADDED |= {"model_name": TrainConfig.model_name}
 
 # A field that configs of earlier releases have. It said what decoded images, never what was
 # learned, so a saved config is read without it.
 RETIRED = frozenset({"decode"})
+
+
+def checked_name(name: str, flag: str) -> str:
+    """The name as all will know it: in Unicode's form NFC, so that the same letters are one name
+    whoever typed them. flag: how the user gave it.
+
+    Letters and digits of any script, '-', '_' and '.', not at the ends: such a name needs no quotes
+    in a shell or in MLflow's filters, and is one part of a path, of a key in S3 and of a log line.
+    Raises UserError for any other.
+    """
+    name = unicodedata.normalize("NFC", name)
+    # Marks are parts of letters, as in Hindi and Thai.
+    usual = all(c in "-_." or c.isalnum() or unicodedata.category(c)[0] == "M" for c in name)
+    ends = name != name.lstrip("-.").rstrip(".") or not name
+    if not usual or ends or len(name.encode()) > LONGEST_NAME:
+        shown = repr(name if len(name) <= 40 else f"{name[:40]}…")
+        raise UserError(
+            f"{flag} {shown} is not a name; use letters, digits, '-', '_' and '.', without '-' or "
+            f"'.' at the start or '.' at the end, {LONGEST_NAME} bytes of UTF-8 at most"
+        )
+    return name
 
 
 def to_dict(config: TrainConfig) -> dict[str, Any]:

@@ -67,8 +67,10 @@ def train(config: TrainConfig) -> int:
         logger.error(f"interrupted{why}; continue with: {again(config)}")
         return command.INTERRUPTED
     if version is not None:
-        logger.info(f"registered alexnet version {version} as candidate; promote it with:")
-        logger.info("  python -m training.registry promote")
+        name = config.model_name
+        of = f" --model {name}" if name != TrainConfig.model_name else ""
+        logger.info(f"registered {name} version {version} as candidate; promote it with:")
+        logger.info(f"  python -m training.registry promote{of}")
     return 0
 
 

@@ -23,7 +23,7 @@ from alexnet.errors import UserError
 from pipelines import storage
 from pipelines.shards import Manifest, load_manifest
 from training import checkpoint, decoded, lease, mix, tracking
-from training.config import TrainConfig
+from training.config import TrainConfig, checked_name
 from training.network import build_model, input_spec
 from training.order import steps_per_epoch
 from training.recipes import small_parts
@@ -33,9 +33,6 @@ logger = logging.getLogger("training")
 
 _FLOAT = 4  # bytes of a weight, a gradient, a velocity
 _BATCHES_AHEAD = 4  # decoded images in memory: those in use and the loader's read-ahead
-# Bytes. A name is a folder, or a file that is written as .HOST~PID~NAME.jsonl.XXXXXXXX.tmp first
-# (pipelines/storage.py): file systems take 255, a host's name of it up to 64; MLflow takes 250.
-LONGEST_NAME = 150
 _LONGEST_PATH, _LONGEST_KEY = 4096, 1024  # of Linux, of S3
 _BELOW = len("/checkpoint-00000000-000000/optimizer.safetensors") + 96  # as above, unrenamed
 
@@ -168,6 +165,7 @@ def resolve(config: TrainConfig) -> tuple[TrainConfig, Manifest]:
     """Fills in what flags left open and refuses what cannot work, before anything starts."""
     usual = f"{config.recipe}-{time.strftime('%Y%m%d-%H%M%S')}"
     name = checked_name(usual if config.name is None else config.name, "--name")
+    model_name = checked_name(config.model_name, "--model-name")
     place = checked_place(config.storage or str(storage.home() / "runs"), "--storage")
     refuse_unwritable_path(place, name)
     data = config.data or storage.newest_shards()
@@ -197,31 +195,11 @@ def resolve(config: TrainConfig) -> tuple[TrainConfig, Manifest]:
             f"--augment.crop random needs a margin, but {data} stores {NETWORK_SIDE} px; rebuild "
             "with `python -m pipelines build --raw RAW --crop 256`, or pass --augment.crop resized"
         )
+    config = dataclasses.replace(config, model_name=model_name)
     return dataclasses.replace(config, data=data, name=name, storage=place), manifest
 
 
-# Names and places that a user gives
-
-
-def checked_name(name: str, flag: str) -> str:
-    """The name as all will know it: in Unicode's form NFC, so that the same letters are one name
-    whoever typed them. flag: how the user gave it.
-
-    Letters and digits of any script, '-', '_' and '.', not at the ends: such a name needs no quotes
-    in a shell or in MLflow's filters, and is one part of a path, of a key in S3 and of a log line.
-    Raises UserError for any other.
-    """
-    name = unicodedata.normalize("NFC", name)
-    # Marks are parts of letters, as in Hindi and Thai.
-    usual = all(c in "-_." or c.isalnum() or unicodedata.category(c)[0] == "M" for c in name)
-    ends = name != name.lstrip("-.").rstrip(".") or not name
-    if not usual or ends or len(name.encode()) > LONGEST_NAME:
-        shown = repr(name if len(name) <= 40 else f"{name[:40]}…")
-        raise UserError(
-            f"{flag} {shown} is not a name; use letters, digits, '-', '_' and '.', without '-' or "
-            f"'.' at the start or '.' at the end, {LONGEST_NAME} bytes of UTF-8 at most"
-        )
-    return name
+# Places that a user gives
 
 
 def checked_place(uri: str, flag: str) -> str:

@@ -22,6 +22,7 @@ from pipelines import storage
 logger = logging.getLogger("training")
 
 _UNSET = "unset MLFLOW_TRACKING_URI to use the embedded store"
+UNSET_REGISTRY = "unset MLFLOW_REGISTRY_URI to use MLFLOW_TRACKING_URI's"
 _DATABASES = ("postgres", "mysql", "mssql", "oracle", "mariadb")
 ARTIFACTS = "mlartifacts"  # beside the embedded store's file
 
@@ -36,28 +37,39 @@ def tracking_uri() -> str:
     uri = os.environ.get("MLFLOW_TRACKING_URI", "").strip()
     if not uri:
         return _of_file(_embedded(), "ALEXNET_HOME", "set it to another folder")
+    return _checked(uri, "MLFLOW_TRACKING_URI", _UNSET)
+
+
+def registry_uri(of_runs: str) -> str:
+    """$MLFLOW_REGISTRY_URI, where registered models lie elsewhere than runs; by default with them.
+    Raises UserError as `tracking_uri`."""
+    uri = os.environ.get("MLFLOW_REGISTRY_URI", "").strip()
+    return _checked(uri, "MLFLOW_REGISTRY_URI", UNSET_REGISTRY) if uri else of_runs
+
+
+def _checked(uri: str, setting: str, unset: str) -> str:
+    """setting: the variable that holds it; unset: what to do instead."""
     shown = re.sub(r"//.*@", "//…@", uri).partition("?")[0][:200]  # without secrets
     scheme = uri.partition(":")[0].lower()
     if scheme in ("sqlite", "sqlite+pysqlite"):
         found = re.fullmatch(r"[^:]*:///([^:?].*)", uri)
         if not found:
             raise UserError(
-                f"MLFLOW_TRACKING_URI={shown} names no file; set it to sqlite:///FILE, with four "
-                f"slashes for an absolute path, or {_UNSET}"
+                f"{setting}={shown} names no file; set it to sqlite:///FILE, with four "
+                f"slashes for an absolute path, or {unset}"
             )
-        return _of_file(Path(found[1]).absolute(), "MLFLOW_TRACKING_URI", _UNSET)
+        return _of_file(Path(found[1]).absolute(), setting, unset)
     if scheme not in ("http", "https"):
         instead = (
-            f" (http://HOST:PORT) and no database file (sqlite:///FILE); set it so, or {_UNSET}"
+            f" (http://HOST:PORT) and no database file (sqlite:///FILE); set it so, or {unset}"
         )
         if scheme.startswith(_DATABASES):
             instead = (
                 " but its database, beside which artifacts have no place; start `python -m mlflow "
-                "server --backend-store-uri URI` with it, and set MLFLOW_TRACKING_URI to "
-                "http://HOST:PORT"
+                f"server --backend-store-uri URI` with it, and set {setting} to http://HOST:PORT"
             )
-        raise UserError(f"MLFLOW_TRACKING_URI={shown} is no MLflow server{instead}")
-    _refuse_misspelled(uri, shown)
+        raise UserError(f"{setting}={shown} is no MLflow server{instead}")
+    _refuse_misspelled(uri, shown, setting)
     return uri
 
 
@@ -124,22 +136,20 @@ def _of_file(path: Path, setting: str, do: str) -> str:
     return f"sqlite:///{path}"
 
 
-def _refuse_misspelled(uri: str, shown: str) -> None:
+def _refuse_misspelled(uri: str, shown: str, setting: str) -> None:
     try:
         parts = urlsplit(uri)
         host, secret = parts.hostname, parts.username is not None or parts.password is not None
         parts.port  # noqa: B018 - raises for what is no number
     except ValueError as error:
-        raise UserError(
-            f"MLFLOW_TRACKING_URI={shown}: {error}; set it to http://HOST:PORT"
-        ) from None
+        raise UserError(f"{setting}={shown}: {error}; set it to http://HOST:PORT") from None
     if secret:
         raise UserError(
-            "MLFLOW_TRACKING_URI holds a password or a user; take it out and set "
+            f"{setting} holds a password or a user; take it out and set "
             "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD on every node"
         )
     if not host or re.search(r"\s", uri):
-        raise UserError(f"MLFLOW_TRACKING_URI={shown} names no host; set it to http://HOST:PORT")
+        raise UserError(f"{setting}={shown} names no host; set it to http://HOST:PORT")
 
 
 # Causes: what stands in the error, how it is told (as it stands where None), what to do

@@ -53,7 +53,8 @@ def connect(uri: str, *, write: bool = False) -> MlflowClient:
             store.open_database(path)
         else:
             _refuse_old(uri)
-        client = MlflowClient(tracking_uri=uri, registry_uri=uri)
+        registry = store.registry_uri(uri)
+        client = MlflowClient(tracking_uri=uri, registry_uri=registry)
         found = client.get_experiment_by_name(EXPERIMENT)
         if write or found is None:
             store.check_writable(uri)
@@ -64,9 +65,36 @@ def connect(uri: str, *, write: bool = False) -> MlflowClient:
             raise MlflowException(f"Response: {{experiment {found.name!r}}}")
     except FAILURES as error:
         raise UserError(f"MLflow at {uri} cannot be used ({store.remedy(uri, error)}") from error
+    if registry != uri:
+        _reach_registry(client, registry, found.artifact_location, write=write)
     mlflow.set_tracking_uri(uri)
-    mlflow.set_registry_uri(uri)
+    # An empty one is where the runs are, and is not put into the environment.
+    mlflow.set_registry_uri(registry if registry != uri else "")
     return client
+
+
+def _reach_registry(client: MlflowClient, uri: str, artifacts: str, *, write: bool) -> None:
+    """Of registered models alone. Raises UserError where it cannot be used, or would refuse, after
+    the training, what lies among the artifacts of runs."""
+    try:
+        if (path := store.database_of(uri)) is not None:
+            store.open_database(path)
+        else:
+            _refuse_old(uri)
+        client.search_registered_models(max_results=1)
+        if write:
+            store.check_writable(uri)
+    except FAILURES as error:
+        raise UserError(
+            f"MLflow's registry at {uri} cannot be used ({reason(error)}); look at its server or "
+            f"file, or {store.UNSET_REGISTRY}"
+        ) from error
+    if write and path is None and artifacts.startswith(("mlflow-artifacts:", "file:", "/")):
+        raise UserError(
+            f"MLflow's registry at {uri} takes no model from {artifacts[:100]}, where only another "
+            "server finds it; start that of the runs with --no-serve-artifacts and "
+            f"--default-artifact-root s3://BUCKET/…, or {store.UNSET_REGISTRY}"
+        )
 
 
 def _refuse_old(uri: str) -> None:

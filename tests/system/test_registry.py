@@ -1,5 +1,6 @@
 """The registry's commands: what each prints and how it ends, force, dry runs and the way back."""
 
+import dataclasses
 import hashlib
 import json
 import re
@@ -13,11 +14,13 @@ from mlflow.tracking import MlflowClient
 from registered import AGAIN, FOREIGN, GOOD, GOOD_CONFIG, POOR, Built
 from shard_sets import write_shard_set
 
+from pipelines.shards import load_manifest
 from training import tracking
 from training.registry import __main__ as command
 from training.registry import gate
 from training.registry.gate import Asked
-from training.registry.versions import NAME, WEIGHTS, Refused
+from training.registry.package import register
+from training.registry.versions import NAME, WEIGHTS, Refused, aliases, versions
 
 
 @pytest.fixture
@@ -136,6 +139,30 @@ def test_rollback_to_changed_files_is_refused(client):
     with pytest.raises(Refused, match=r"the champion before: .*/3: .*safetensors changed"):
         gate.rollback(client)
     assert champion(client) == GOOD
+
+
+def test_model_of_another_name_has_versions_and_a_champion_of_its_own(
+    client, registered_models, capsys
+):
+    gate.promote(client, POOR, FORCED)
+    run_id = client.get_model_version(NAME, GOOD).run_id
+    config = dataclasses.replace(GOOD_CONFIG, model_name="birds")
+    manifest = load_manifest(registered_models.data)
+    register(client, run_id, registered_models.checkpoint, manifest, config)
+    first = client.get_model_version("birds", "1")
+    client.create_model_version("birds", first.source, run_id, tags=first.tags)
+    before = versions(client), aliases(client)
+    of = ("--model", "birds")
+    assert (
+        "\nversion 1 is the champion: models:/birds@champion" in printed(capsys, "promote", *of)[1]
+    )
+    assert printed(capsys, "promote", "2", *of)[0] == 0
+    assert aliases(client, "birds") == {"candidate": "1", "champion": "2"}
+    assert printed(capsys, "rollback", *of)[1] == "version 1 is the champion again, 2 is not\n"
+    assert len(printed(capsys, "list", *of)[1].splitlines()) == 3
+    assert (versions(client), aliases(client)) == before
+    code, out, err = printed(capsys, "list", "--model", "a/b")
+    assert (code, out) == (2, "") and err.startswith("error: --model 'a/b' is not a name")
 
 
 # list and show

@@ -114,7 +114,7 @@ def test_a_fault_at_any_step_leaves_before_or_after_and_the_same_again_completes
     for k in range(1, counting.calls + 1):
         for done in (False, True):
             client.set_registered_model_alias(NAME, "champion", "1")
-            gate._write_tags(client, "2", {"previous_champion": None, **BEFORE[1]})
+            gate._write_tags(client, NAME, "2", {"previous_champion": None, **BEFORE[1]})
             with pytest.raises(MlflowException, match="no answer"):
                 move_champion(Faulty(client, k, done=done), "1", "2", TAGS)
             seen.add(held := champion(client))

@@ -171,8 +171,8 @@ def test_best_champion_is_the_last_of_the_most_accurate_on_the_same_data(client,
 
     def best(*measured: str | None) -> str:
         for version, top1 in zip((GOOD, AGAIN, FOREIGN, POOR), measured, strict=True):
-            gate._write_tags(client, version, {"gate_val_top1": top1})
-        return gate.best_champion(client, POOR, manifest)[0]
+            gate._write_tags(client, NAME, version, {"gate_val_top1": top1})
+        return gate.best_champion(client, NAME, POOR, manifest)[0]
 
     assert best("0.5", "0.7", "0.6", "0.4") == AGAIN
     assert best("0.5", "0.7", "0.7", "0.4") == FOREIGN
@@ -180,7 +180,7 @@ def test_best_champion_is_the_last_of_the_most_accurate_on_the_same_data(client,
     assert best("0.5", None, "nan", "0.4") in (AGAIN, FOREIGN), "what their runs logged: 1"
     client.set_tag(client.get_model_version(NAME, AGAIN).run_id, "manifest_sha256", "0" * 64)
     assert best("0.5", "0.7", "0.6", "0.4") == FOREIGN
-    assert gate.best_champion(client, POOR, "1" * 64) == (POOR, [])
+    assert gate.best_champion(client, NAME, POOR, "1" * 64) == (POOR, [])
 
 
 def test_best_champion_stays_in_a_history_that_is_cut():

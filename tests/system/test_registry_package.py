@@ -25,7 +25,7 @@ from training import tracking
 from training.network import input_spec
 from training.registry import card, package
 from training.registry.package import register
-from training.registry.versions import aliases, load, versions
+from training.registry.versions import NAME, aliases, load, versions
 
 # Endings of what Python or torch writes with pickle.
 PICKLES = {".pkl", ".pickle", ".pt", ".pth", ".bin", ".joblib"}
@@ -90,6 +90,17 @@ def test_description_has_classes_geometry_and_where_it_comes_from(registry, regi
         "batch_norm": True,
         "norm_group": 64,
     }
+
+
+def test_registry_of_another_store_takes_the_version_and_the_runs_store_its_files(
+    registry, registered_models, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("MLFLOW_REGISTRY_URI", f"sqlite:///{tmp_path / 'registry.db'}")
+    client = tracking.connect(tracking.tracking_uri(), write=True)
+    assert versions(client) == []
+    number = register_good(client, new_run(registry), registered_models)
+    assert aliases(client) == {"candidate": number} and load(f"models:/alexnet/{number}")
+    assert len(versions(registry)) == 4, "those of the store of runs"
 
 
 # Its card
@@ -207,13 +218,13 @@ def test_a_later_checkpoint_of_a_registered_run_is_another_version(
     registry, registered_models, tmp_path
 ):
     run_id = registry.get_model_version("alexnet", GOOD).run_id
-    assert package._registered_before(registry, run_id, registered_models.checkpoint) == GOOD
+    assert package._registered_before(registry, NAME, run_id, registered_models.checkpoint) == GOOD
     weights = load_file(registered_models.checkpoint / "model.safetensors")
     weights["classifier.fc8.bias"] += 1
     save_file(weights, tmp_path / "model.safetensors")
-    assert package._registered_before(registry, run_id, tmp_path) is None
+    assert package._registered_before(registry, NAME, run_id, tmp_path) is None
     other = registry.get_model_version("alexnet", POOR).run_id
-    assert package._registered_before(registry, other, registered_models.checkpoint) is None
+    assert package._registered_before(registry, NAME, other, registered_models.checkpoint) is None
 
 
 def test_last_figures_that_never_reached_the_run_come_from_the_checkpoint_and_no_pyc_is_registered(

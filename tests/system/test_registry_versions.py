@@ -219,5 +219,5 @@ def test_versions_are_found_by_number_alias_and_as_the_candidate(registry):
 def test_unknown_version_is_told_with_what_there_is(registry, asked):
     with pytest.raises(UserError) as told:
         resolve(registry, asked)
-    line = f"there is no version {asked}; there are 4, 3, 2, 1; aliases candidate"
+    line = f"alexnet has no version {asked}; there are 4, 3, 2, 1; aliases candidate"
     assert str(told.value) == line

@@ -177,6 +177,21 @@ def test_server_that_is_not_there_is_told_within_seconds(monkeypatch):
     assert "unset MLFLOW_TRACKING_URI" in str(told.value)
 
 
+def test_registry_that_is_not_there_or_would_refuse_the_artifacts_is_told_before_a_training(
+    served, server, monkeypatch
+):
+    (port,) = free_ports(1)
+    same_by_another_name = server.uri.replace("127.0.0.1", "localhost")
+    for uri, told in (
+        (f"http://127.0.0.1:{port}", "cannot be used"),
+        (same_by_another_name, "takes no model from mlflow-artifacts:"),
+    ):
+        monkeypatch.setenv("MLFLOW_REGISTRY_URI", uri)
+        with pytest.raises(UserError, match=f"^MLflow's registry at {uri} {told}") as refused:
+            tracking.connect(server.uri, write=True)
+        assert "unset MLFLOW_REGISTRY_URI" in str(refused.value)
+
+
 def test_version_registered_through_a_server_is_read_from_it(served, registered_models):
     data, manifest = registered_models.data, load_manifest(registered_models.data)
     run_id = tracking.open_run(served, GOOD_CONFIG, manifest, data).info.run_id

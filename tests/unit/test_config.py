@@ -13,11 +13,16 @@ from alexnet.errors import UserError
 from pipelines import storage
 from pipelines.shards import load_manifest
 from training import recipes
-from training.config import WHERE_AND_HOW_MANY, flatten, science, science_digest
+from training.config import (
+    LONGEST_NAME,
+    WHERE_AND_HOW_MANY,
+    checked_name,
+    flatten,
+    science,
+    science_digest,
+)
 from training.network import build_model
 from training.preflight import (
-    LONGEST_NAME,
-    checked_name,
     checked_place,
     estimate,
     placed,
@@ -183,6 +188,11 @@ def test_other_names_are_one_short_line(name):
         checked_name(name, "--name")
     line = str(told.value)
     assert line.startswith("--name ") and line.isprintable() and len(line) < 250
+
+
+def test_name_that_no_model_can_be_registered_as_is_refused_before_the_shards_are_looked_for():
+    with pytest.raises(UserError, match=r"^--model-name 'a/b' is not a name"):
+        resolve(dataclasses.replace(small_config(), model_name="a/b"))
 
 
 def test_longest_name_fits_into_a_file_system_with_all_that_we_add(tmp_path, monkeypatch):

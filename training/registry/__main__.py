@@ -5,7 +5,8 @@
     python -m training.registry promote [V] [--dry-run] [--force --reason "…"]
     python -m training.registry rollback [--dry-run]
 
-V is the number of a version or an alias such as candidate. `promote --dry-run` compares a version
+V is the number of a version or an alias such as candidate, of the registered model alexnet or that
+of --model NAME. `promote --dry-run` compares a version
 with the champion and changes nothing. With --json each prints JSON.
 
 Exit codes: 0 done, 1 the gate refused, 2 wrong usage or input, or MLflow failed, 130 interrupted.
@@ -28,6 +29,7 @@ from mlflow.tracking import MlflowClient
 from alexnet.errors import UserError
 from pipelines import command
 from training import store, tracking
+from training.config import checked_name
 from training.registry.versions import NAME, Refused, aliases, resolve, rows, run_of, table
 
 # Exit code, the document for --json, the text otherwise.
@@ -44,6 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _answer(args: argparse.Namespace) -> int:
     try:
+        args.model = checked_name(args.model, "--model")
         client = tracking.connect(tracking.tracking_uri())
         answer: Answer = args.run(client, args)
         code, document, text = answer
@@ -79,6 +82,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     for each in (gate, back):
         each.add_argument("--dry-run", action="store_true", help="change nothing in MLflow")
     for each in (listed, show, gate, back):
+        each.add_argument("--model", metavar="NAME", default=NAME, help="instead of alexnet")
         each.add_argument("--json", action="store_true", help="print JSON")
     return parser.parse_args(argv)
 
@@ -98,7 +102,7 @@ def _add_promote_flags(gate: argparse.ArgumentParser) -> None:
 
 
 def _list(client: MlflowClient, args: argparse.Namespace) -> Answer:
-    found = rows(client)
+    found = rows(client, args.model)
     return 0, found, table(found)
 
 
@@ -107,7 +111,7 @@ def _list(client: MlflowClient, args: argparse.Namespace) -> Answer:
 
 def _show(client: MlflowClient, args: argparse.Namespace) -> Answer:
     """From a version back to its run, config, code and shards. What is not known is None."""
-    version = resolve(client, args.version)
+    version = resolve(client, args.version, args.model)
     run, number = run_of(client, version), str(version.version)
     tags = run.data.tags if run else {}
     uri, digest = args.data or tags.get("data"), tags.get("manifest_sha256")
@@ -115,7 +119,7 @@ def _show(client: MlflowClient, args: argparse.Namespace) -> Answer:
     infos = manifest.shards if manifest else ()
     document: dict[str, Any] = {
         "version": number,
-        "aliases": sorted(name for name, at in aliases(client).items() if at == number),
+        "aliases": sorted(name for name, at in aliases(client, args.model).items() if at == number),
         "tags": dict(sorted(version.tags.items())),
         "run": run
         and {"id": run.info.run_id, "name": run.info.run_name, "status": run.info.status},
@@ -171,6 +175,7 @@ def _promote(client: MlflowClient, args: argparse.Namespace) -> Answer:
     if args.force != bool(args.reason and args.reason.strip()):
         raise UserError('--force and --reason go together; pass --force --reason "why"')
     asked = Asked(
+        model=args.model,
         data=args.data,
         workers=args.workers,
         shared_fs=args.shared_fs,
@@ -181,7 +186,7 @@ def _promote(client: MlflowClient, args: argparse.Namespace) -> Answer:
     version = args.flag or args.version
     found = promote(client, version, asked)
     if found is None:
-        number = str(resolve(client, version).version)
+        number = str(resolve(client, version, args.model).version)
         told = f"version {number} is the champion already"
         return 0, {"version": number, "outcome": "champion already"}, told
     document = found.document() | {"dry_run": args.dry_run}
@@ -193,14 +198,14 @@ def _promote(client: MlflowClient, args: argparse.Namespace) -> Answer:
     if found.outcome != "refused" and not args.dry_run:
         if (uri := tracking.tracking_uri()).startswith("sqlite:"):
             lines.append(f"for mlflow itself: export MLFLOW_TRACKING_URI={shlex.quote(uri)}")
-        lines.append(f"version {found.version} is the champion: models:/{NAME}@{CHAMPION}")
+        lines.append(f"version {found.version} is the champion: models:/{args.model}@{CHAMPION}")
     return int(found.outcome == "refused"), document, "\n".join(lines)
 
 
 def _rollback(client: MlflowClient, args: argparse.Namespace) -> Answer:
     from training.registry.gate import rollback
 
-    before, now = rollback(client, dry_run=args.dry_run)
+    before, now = rollback(client, args.model, dry_run=args.dry_run)
     document = {"from": before, "to": now, "dry_run": args.dry_run}
     if args.dry_run:
         return 0, document, f"version {now} would be the champion again, {before} would not"

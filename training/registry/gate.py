@@ -50,9 +50,11 @@ Tags = Mapping[str, str | None]  # None removes one
 
 @dataclass(frozen=True)
 class Asked:
-    """data: where the shards are, if not where the run had them; workers, shared_fs: as `score`;
-    policy: a file; force: a reason to promote whatever the checks of the scored model say."""
+    """model: the registered model's name; data: where the shards are, if not where the run had
+    them; workers, shared_fs: as `score`; policy: a file; force: a reason to promote whatever the
+    checks of the scored model say."""
 
+    model: str = NAME
     data: str | None = None
     workers: int | None = None
     shared_fs: bool = False
@@ -140,15 +142,15 @@ def promote(client: MlflowClient, version: str | None, asked: Asked) -> Verdict 
     UserError for what cannot be judged, such as shards that are gone, and Refused where the
     champion changed meanwhile.
     """
-    candidate = resolve(client, version)
+    candidate = resolve(client, version, asked.model)
     number = str(candidate.version)
-    champion = aliases(client).get(CHAMPION)
+    champion = aliases(client, asked.model).get(CHAMPION)
     if champion == number:
         return None
     _refuse_former(candidate, "train it anew")
     if champion is not None and asked.force is None:
         remedy = 'promote without the comparison by --force --reason "…"'
-        _refuse_former(client.get_model_version(NAME, champion), remedy)
+        _refuse_former(client.get_model_version(asked.model, champion), remedy)
     run = run_of(client, candidate)
     if run is not None and run.info.lifecycle_stage != "active":
         raise UserError(
@@ -164,11 +166,11 @@ def promote(client: MlflowClient, version: str | None, asked: Asked) -> Verdict 
         client.log_dict(run.info.run_id, found.document(), f"{name}.json")
         client.log_text(run.info.run_id, found.table() + "\n", f"{name}.txt")
     if found.outcome == "refused":
-        _write_tags(client, number, found.tags())
+        _write_tags(client, asked.model, number, found.tags())
     else:
-        history = _history(_champions_before(client, champion), found.best_before)
-        tags = {**found.tags(), **history, "promoted_at": found.at}
-        move_champion(client, champion, number, tags)
+        before = _champions_before(client, asked.model, champion)
+        tags = {**found.tags(), **_history(before, found.best_before), "promoted_at": found.at}
+        move_champion(client, champion, number, tags, asked.model)
     return found
 
 
@@ -185,31 +187,33 @@ def _former(version: ModelVersion) -> str | None:
     return former_network(version.tags.get("variant"), version.tags.get("dropout"))
 
 
-def rollback(client: MlflowClient, *, dry_run: bool = False) -> tuple[str, str]:
+def rollback(client: MlflowClient, name: str = NAME, *, dry_run: bool = False) -> tuple[str, str]:
     """Gives the alias back to the champion before: (the version that had it, that has it now).
 
     Each champion knows those before it, so that a second rollback goes one further back. Raises
     Refused where there is none, and where its files are not what was registered.
     """
-    champion = aliases(client).get(CHAMPION)
+    champion = aliases(client, name).get(CHAMPION)
     if champion is None:
         raise Refused("there is no champion to roll back; promote one first")
-    before = _champions_before(client, champion)[:-1]
+    before = _champions_before(client, name, champion)[:-1]
     if not before:
         raise Refused(f"champion {champion} had none before it; promote another version instead")
-    target = str(resolve(client, before[-1]).version)
+    target = str(resolve(client, before[-1], name).version)
     try:
-        with verified(f"models:/{NAME}/{target}"):  # its own code serves it, not this program's
+        with verified(f"models:/{name}/{target}"):  # its own code serves it, not this program's
             pass
     except UserError as error:
         raise Refused(f"the champion before: {error}; or promote another version") from error
     if not dry_run:
         tags = {**_history(before[:-1]), "restored_at": _now()}
-        move_champion(client, champion, target, tags)
+        move_champion(client, champion, target, tags, name)
     return champion, target
 
 
-def move_champion(client: MlflowClient, before: str | None, after: str, tags: Tags) -> None:
+def move_champion(
+    client: MlflowClient, before: str | None, after: str, tags: Tags, name: str = NAME
+) -> None:
     """Points the alias from version `before` (None: nowhere) to `after`, which gets `tags` first:
     they mean nothing until it is the champion, so that a kill anywhere leaves the champion before
     or the one after, whole.
@@ -217,41 +221,41 @@ def move_champion(client: MlflowClient, before: str | None, after: str, tags: Ta
     Raises Refused where somebody else has moved it. MLflow sets an alias unconditionally: of two
     who do so within the same moment, the later one wins.
     """
-    _refuse_moved(client, before)
-    _write_tags(client, after, tags)
-    _refuse_moved(client, before)
-    client.set_registered_model_alias(NAME, CHAMPION, after)
+    _refuse_moved(client, name, before)
+    _write_tags(client, name, after, tags)
+    _refuse_moved(client, name, before)
+    client.set_registered_model_alias(name, CHAMPION, after)
 
 
-def _refuse_moved(client: MlflowClient, before: str | None) -> None:
-    held = aliases(client).get(CHAMPION)
+def _refuse_moved(client: MlflowClient, name: str, before: str | None) -> None:
+    held = aliases(client, name).get(CHAMPION)
     if held != before:
         was, now = ("none" if v is None else f"version {v}" for v in (before, held))
         raise Refused(f"{CHAMPION} changed from {was} to {now} meanwhile; promote again")
 
 
-def _write_tags(client: MlflowClient, version: str, tags: Tags) -> None:
+def _write_tags(client: MlflowClient, name: str, version: str, tags: Tags) -> None:
     for key, value in tags.items():
         if value is not None:
-            client.set_model_version_tag(NAME, version, key, value)
+            client.set_model_version_tag(name, version, key, value)
             continue
         try:
-            client.delete_model_version_tag(NAME, version, key)
+            client.delete_model_version_tag(name, version, key)
         except MlflowException as error:
             if error.error_code != MISSING:
                 raise
 
 
-def _champions_before(client: MlflowClient, champion: str | None) -> list[str]:
+def _champions_before(client: MlflowClient, name: str, champion: str | None) -> list[str]:
     """The champions so far, oldest first, `champion` last."""
     if champion is None:
         return []
-    tags = client.get_model_version(NAME, champion).tags
+    tags = client.get_model_version(name, champion).tags
     return [*str(tags.get("champions_before", "")).split(), champion]
 
 
 def best_champion(
-    client: MlflowClient, champion: str, manifest_sha256: str
+    client: MlflowClient, name: str, champion: str, manifest_sha256: str
 ) -> tuple[str, list[str]]:
     """The champion of the highest val top-1 among `champion` and those before it, of equals the
     later one; and the numbers of those before that nobody can compare with: they were deleted, or
@@ -262,8 +266,8 @@ def best_champion(
     same share means something else. One that a rollback took the alias from is no longer among
     those before.
     """
-    before = _champions_before(client, champion)
-    there = {str(version.version): version for version in versions(client)}
+    before = _champions_before(client, name, champion)
+    there = {str(version.version): version for version in versions(client, name)}
     known = [there[number] for number in before if number in there and not _former(there[number])]
     runs, measured = runs_of(client, known), [(-1.0, -1, champion)]
     for place, version in enumerate(known):
@@ -300,7 +304,7 @@ def _now() -> str:
 def _judge(candidate: ModelVersion, run: Run | None, champion: str | None, asked: Asked) -> Verdict:
     number = str(candidate.version)
     data, manifest = _data_of(number, run, asked.data)
-    model, first = _identity(f"models:/{NAME}/{number}", run, data, manifest)
+    model, first = _identity(f"models:/{asked.model}/{number}", run, data, manifest)
     found = Verdict(
         version=number,
         champion_before=champion,
@@ -383,7 +387,7 @@ def _measured(
 ) -> Verdict:
     policy = read_policy(asked.policy or SHIPPED, str(model.description.get("recipe")))
     scored = _scored(found.version, model, found.data, manifest, asked)
-    metrics, uri = scored.metrics, f"models:/{NAME}/{found.version}"
+    metrics, uri = scored.metrics, f"models:/{asked.model}/{found.version}"
     made = [
         *found.checks,
         checks.logged(metrics, metrics_of(run)),
@@ -400,7 +404,7 @@ def _measured(
         made.append(check)
         found = dataclasses.replace(found, champion_metrics=theirs, paired=paired)
         if policy.best_champion:
-            best, gone = best_champion(MlflowClient(), champion, manifest.digest)
+            best, gone = best_champion(MlflowClient(), asked.model, champion, manifest.digest)
             if gone:
                 value = f"{', '.join(gone[-3:])} deleted, or of a former network"
                 made.append(Check("champions before", value, "those that are left", True))
@@ -423,7 +427,7 @@ def _compared(
     name: str,
 ) -> tuple[Check, Metrics | None, Paired | None]:
     """The candidate beside another version on the same images."""
-    uri = f"models:/{NAME}/{version}"
+    uri = f"models:/{asked.model}/{version}"
     try:
         model = load(uri)
         _refuse_misfit(uri, model, manifest, data)

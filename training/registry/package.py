@@ -29,15 +29,16 @@ from alexnet.errors import UserError
 from alexnet.model import AlexNet
 from alexnet.preprocess import InputSpec
 from pipelines import shards
-from training import checkpoint, figures, tracking
+from training import checkpoint, figures, store, tracking
 from training.config import TrainConfig
 from training.metrics import metric_history, metrics_of, name_in_mlflow
 from training.network import build_model
 from training.registry import card
-from training.registry.versions import DESCRIPTION, NAME, SUMS, WEIGHTS, file_sums, sha256
+from training.registry.versions import DESCRIPTION, SUMS, WEIGHTS, file_sums, sha256
 
 logger = logging.getLogger("training")
 
+_LOGGED = "alexnet"  # name and kind of a run's model: what it is, whatever it is registered as
 _REQUIRED = ("mlflow", "numpy", "pandas", "pillow", "safetensors", "torch")
 
 
@@ -53,8 +54,9 @@ def register(
     before it could say so, is not registered a second time.
     """
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-    if config.register and (before := _registered_before(client, run_id, folder)) is not None:
-        client.set_registered_model_alias(NAME, "candidate", before)
+    name = config.model_name
+    if config.register and (before := _registered_before(client, name, run_id, folder)):
+        client.set_registered_model_alias(name, "candidate", before)
         return before
     state = checkpoint.load_state(folder)
     _complete(client, run_id, state)
@@ -69,17 +71,23 @@ def register(
     with tempfile.TemporaryDirectory(prefix="register-") as temporary:
         model_id, sums = _log_model(client, run_id, network, description, Path(temporary))
     tags = {"recipe": config.recipe, **tracking.variant_tags(config), **sums}
-    _make_sure_of_name(client)
-    made = {"tags": tags, "description": text, "model_id": model_id, "await_creation_for": 0}
-    version = client.create_model_version(NAME, f"models:/{model_id}", run_id, **made)
-    client.set_registered_model_alias(NAME, "candidate", version.version)
+    _make_sure_of_name(client, name)
+    source: dict[str, str] = {"source": f"models:/{model_id}", "model_id": model_id}
+    if (
+        store.registry_uri(client.tracking_uri) != client.tracking_uri
+    ):  # which knows no model of the run's store
+        source = {"source": client.get_logged_model(model_id).artifact_location}
+    version = client.create_model_version(
+        name, run_id=run_id, tags=tags, description=text, await_creation_for=0, **source
+    )
+    client.set_registered_model_alias(name, "candidate", version.version)
     return str(version.version)
 
 
-def _registered_before(client: MlflowClient, run_id: str, folder: Path) -> str | None:
+def _registered_before(client: MlflowClient, name: str, run_id: str, folder: Path) -> str | None:
     """The number of this run's version with the weights of a checkpoint."""
     weights = sha256(folder / "model.safetensors")
-    for version in client.search_model_versions(f"name = '{NAME}' and run_id = '{run_id}'"):
+    for version in client.search_model_versions(f"name = '{name}' and run_id = '{run_id}'"):
         if version.tags.get("weights_sha256") == weights:
             return str(version.version)
     return None
@@ -154,10 +162,10 @@ def _log_model(
     """
     run = client.get_run(run_id)
     logged = client.create_logged_model(
-        run.info.experiment_id, NAME, run_id, params=run.data.params, model_type=NAME
+        run.info.experiment_id, _LOGGED, run_id, params=run.data.params, model_type=_LOGGED
     )
     try:
-        saved = Model(NAME, run_id, model_uuid=logged.model_id, model_id=logged.model_id)
+        saved = Model(_LOGGED, run_id, model_uuid=logged.model_id, model_id=logged.model_id)
         _save(network, description, folder, saved)
         for compiled in [*(folder / "model").rglob("__pycache__")]:  # of MLflow, which tried it
             shutil.rmtree(compiled)
@@ -235,9 +243,9 @@ def _write_description(description: dict[str, Any], path: Path) -> None:
     path.write_text(json.dumps(description, indent=1))
 
 
-def _make_sure_of_name(client: MlflowClient) -> None:
+def _make_sure_of_name(client: MlflowClient, name: str) -> None:
     try:
-        client.create_registered_model(NAME)
+        client.create_registered_model(name)
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise

@@ -23,6 +23,7 @@ from mlflow.tracking import MlflowClient
 
 from alexnet.errors import UserError, reason
 from training import tracking
+from training.config import TrainConfig
 from training.metrics import metrics_of
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 
     from alexnet.preprocess import InputSpec
 
-NAME = "alexnet"
+NAME = TrainConfig.model_name  # of the registered model, by default
 # In a version's folder. MLflow puts what a model loads below artifacts/ and its code below code/.
 WEIGHTS = "artifacts/model.safetensors"
 DESCRIPTION = "artifacts/alexnet.json"
@@ -97,12 +98,15 @@ def load(uri: str) -> Registered:
         return Registered(network, spec, class_names, wnids, description)
 
 
-def versions(client: MlflowClient) -> list[ModelVersion]:
+# `name` is that of the registered model.
+
+
+def versions(client: MlflowClient, name: str = NAME) -> list[ModelVersion]:
     """All of them, newest first."""
     found: list[ModelVersion] = []
     token = None
     while True:
-        page = client.search_model_versions(f"name = '{NAME}'", page_token=token)
+        page = client.search_model_versions(f"name = '{name}'", page_token=token)
         found += page
         token = page.token
         if not token:
@@ -119,45 +123,46 @@ def run_of(client: MlflowClient, version: ModelVersion) -> Run | None:
         raise
 
 
-def aliases(client: MlflowClient) -> dict[str, str]:
+def aliases(client: MlflowClient, name: str = NAME) -> dict[str, str]:
     """Alias → the version's number."""
     try:
-        found = client.get_registered_model(NAME).aliases
+        found = client.get_registered_model(name).aliases
     except MlflowException as error:
         if error.error_code == MISSING:
             return {}
         raise
-    return {name: str(version) for name, version in found.items()}
+    return {alias: str(version) for alias, version in found.items()}
 
 
-def resolve(client: MlflowClient, version: str | None) -> ModelVersion:
+def resolve(client: MlflowClient, version: str | None, name: str = NAME) -> ModelVersion:
     """version: a number or an alias; None takes the candidate.
 
     Raises UserError, naming what there is, for one that there is not.
     """
-    held = aliases(client)
+    held = aliases(client, name)
     if version is None and "candidate" not in held:
-        raise UserError("there is no candidate; train one with `python training/run.py`")
+        raise UserError(f"{name} has no candidate; train one with `python training/run.py`")
     asked = "candidate" if version is None else version
     number = held.get(asked) or (asked if re.fullmatch(_NUMBER, asked) else None)
     if number is not None:
         try:
-            return client.get_model_version(NAME, str(int(number)))
+            return client.get_model_version(name, str(int(number)))
         except MlflowException as error:
             if error.error_code != MISSING:
                 raise
-    raise UserError(f"there is no version {asked[:100]}; there are {_what_there_is(client, held)}")
+    there = _what_there_is(client, name, held)
+    raise UserError(f"{name} has no version {asked[:100]}; there are {there}")
 
 
-def _what_there_is(client: MlflowClient, held: Mapping[str, str]) -> str:
-    numbers = [str(version.version) for version in versions(client)]
+def _what_there_is(client: MlflowClient, name: str, held: Mapping[str, str]) -> str:
+    numbers = [str(version.version) for version in versions(client, name)]
     listed = ", ".join(numbers[:10]) + (f", … ({len(numbers)} in all)" if numbers[10:] else "")
     return (listed or "none") + (f"; aliases {', '.join(sorted(held))}" if held else "")
 
 
-def rows(client: MlflowClient) -> list[dict[str, Any]]:
+def rows(client: MlflowClient, name: str = NAME) -> list[dict[str, Any]]:
     """One per version, newest first, with the keys of `_COLUMNS`; what is not known is None."""
-    found, held_by = versions(client), aliases(client)
+    found, held_by = versions(client, name), aliases(client, name)
     runs = runs_of(client, found)
     listed = []
     for version in found:
