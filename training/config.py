@@ -114,6 +114,10 @@ class TrainConfig:
     """Fixes initialisation, order, augmentation and dropout."""
     shuffle_window: int = WINDOW_SHARDS
     """Shards whose images are mixed with each other: more for sorted ones. S3: cache for two."""
+    init_from: str | None = None
+    """Weights to begin with: models:/alexnet@champion, run:NAME, or a safetensors file of them."""
+    freeze: Literal["none", "features"] = "none"
+    """features: the convolutions stay as --init-from gives them, and the rest is trained."""
     flat_loss_steps: int = 20_000
     """Stop if the loss is still that of guessing after so many steps; 0 never stops."""
 
@@ -232,6 +236,8 @@ def _check_pairs(config: TrainConfig) -> None:
             f"--min-workers {config.min_workers} is more than --workers {config.workers}; "
             f"pass --workers {config.workers}:{config.min_workers}"
         )
+    if config.freeze != "none" and config.init_from is None:
+        raise UserError("--freeze needs --init-from; drawn convolutions are worth nothing")
 
 
 # What a run may change when it continues: where and how it runs and how much it says, never what it
@@ -244,8 +250,9 @@ WHERE_AND_HOW_MANY = frozenset(
 )
 
 # Fields that configs of earlier releases lack, with what those did.
-ADDED = {"cache": "none", "decoded_gb": None, "shuffle_window": 8, "allow_sorted": False}
-ADDED |= {"model_name": TrainConfig.model_name}
+ADDED: dict[str, Any] = {"cache": "none", "decoded_gb": None, "shuffle_window": 8}
+ADDED |= {"allow_sorted": False, "model_name": TrainConfig.model_name}
+ADDED |= {"init_from": None, "freeze": "none"}
 
 # A field that configs of earlier releases have. It said what decoded images, never what was
 # learned, so a saved config is read without it.

@@ -16,7 +16,7 @@ from ray.train.torch import TorchTrainer
 from alexnet.errors import UserError
 from pipelines import cluster, command, storage
 from pipelines.progress import label
-from training import checkpoint, lease, preflight, stop, store, tracking
+from training import checkpoint, initial, lease, preflight, stop, store, tracking
 from training.command_line import again
 from training.config import TrainConfig
 from training.preflight import Job, placed, workers_of
@@ -83,10 +83,14 @@ def _trained(job: Job, client: Any, writer: lease.Lease) -> str | None:
     """Trains on the cluster that was joined; the number of the version it registers, if any."""
     config, manifest = job.config, job.manifest
     cpus, use_gpu = _places(config, job.tracking_uri)
+    if job.initial is not None:
+        logger.info(job.initial.said)
+        initial.keep(job.initial, job.folder)
     run_id = job.run_id or tracking.open_run(client, config, manifest, job.data).info.run_id
     job = dataclasses.replace(
         job,
         run_id=run_id,
+        initial=None,
         cpus=cpus,
         terminal=sys.stderr.isatty(),
         lease=(writer.number, writer.token),

@@ -48,6 +48,7 @@ def fit(
     log: Log,
     report: Report,
     resume: Path | None = None,
+    initial: Mapping[str, Tensor] | None = None,
     run_id: str = "",
     preempted: Callable[[], bool] | None = None,
     stopping: Callable[[], bool] | None = None,
@@ -56,7 +57,7 @@ def fit(
     """Trains to the last epoch and returns the last metrics of the val split.
 
     data: URI of a finished shard set, whose manifest is `manifest`. resume: a checkpoint folder to
-    go on from, at its next step.
+    go on from, at its next step. initial: weights to begin with; see training/initial.py.
     `log(metrics, step)` is called on rank 0; `report(metrics, write)` on every rank, at the same
     steps. On rank 0 `write` makes a checkpoint folder of that step, in any thread and at any time,
     which the receiver deletes; on the others it is None.
@@ -75,6 +76,8 @@ def fit(
         run = _Run(config, manifest, place, train, val, log, report, preempted, stopping, run_id)
         if resume is not None:
             run.restore(resume)
+        elif initial is not None:
+            run.stepper.begin_with(initial)
         while not run.finished and not run.stopped:
             run.epoch(step_done)
         return run.position.metrics

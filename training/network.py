@@ -69,11 +69,30 @@ def load_model(model: str) -> LoadedModel:
 
     Raises UserError for one that is not there, damaged, or from another release.
     """
-    # Path's own would raise for a name that is too long for a file.
-    if not os.path.isdir(model) and _REGISTERED.fullmatch(model):  # noqa: PTH112
+    if _is_registered(model):
         return _registered(model)
     with _checkpoint(model) as folder:
         return _from_checkpoint(model, folder)
+
+
+def lasting(model: str) -> str:
+    """What `load_model` takes, in the form that stays true: the version that an alias points to
+    now, a whole path. What is not there stays as it is, for `load_model` to refuse."""
+    if not _is_registered(model):
+        return storage.absolute(model)
+    # mlflow takes seconds, and a checkpoint needs none
+    from training import tracking
+    from training.registry import versions
+
+    uri = model
+    if "/" not in model:
+        uri = f"models:/{versions.NAME}{'/' if model.isdecimal() else '@'}{model}"
+    if match := re.fullmatch(r"models:/([^/@]+)@(.+)", uri):
+        client = tracking.connect(tracking.tracking_uri())
+        with contextlib.suppress(*tracking.FAILURES):
+            held = client.get_model_version_by_alias(match[1], match[2])
+            return f"models:/{match[1]}/{held.version}"
+    return uri
 
 
 def check_fits(model: LoadedModel, manifest: Manifest, data: str) -> None:
@@ -101,22 +120,18 @@ def _other_classes(has: tuple[str, ...], wanted: tuple[str, ...]) -> str:
     return f"other classes, for example label {label} is {wanted[label]}, where it has {has[label]}"
 
 
+def _is_registered(model: str) -> bool:
+    # Path's own would raise for a name that is too long for a file.
+    return not os.path.isdir(model) and _REGISTERED.fullmatch(model) is not None  # noqa: PTH112
+
+
 def _registered(model: str) -> LoadedModel:
-    # mlflow takes seconds, and a checkpoint needs none
-    from training import tracking
     from training.registry import versions
 
-    client = tracking.connect(tracking.tracking_uri())
-    uri = model
-    if "/" not in model:
-        uri = f"models:/{versions.NAME}{'/' if model.isdecimal() else '@'}{model}"
-    about = ""
-    if match := re.fullmatch(r"models:/([^/@]+)@(.+)", uri):
-        # The version is what is reported: the alias may point elsewhere tomorrow. Where there is no
-        # such alias, `versions.load` says so.
-        with contextlib.suppress(*tracking.FAILURES):
-            held = client.get_model_version_by_alias(match[1], match[2])
-            uri, about = f"models:/{match[1]}/{held.version}", f"now {match[2]}"
+    # The version is what is reported: the alias may point elsewhere tomorrow.
+    uri = lasting(model)
+    alias = model.rpartition("@")[2]
+    about = "" if alias.isdecimal() or uri.endswith(f"@{alias}") or "/" in alias else f"now {alias}"
     found = versions.load(uri)
     return LoadedModel(uri, about, found.network, found.input_spec, found.wnids, found.class_names)
 

@@ -22,8 +22,9 @@ from alexnet import NETWORK_SIDE
 from alexnet.errors import UserError
 from pipelines import storage
 from pipelines.shards import Manifest, load_manifest
-from training import checkpoint, decoded, lease, mix, tracking
+from training import checkpoint, decoded, initial, lease, mix, tracking
 from training.config import TrainConfig, checked_name
+from training.initial import Initial
 from training.network import build_model, input_spec
 from training.order import steps_per_epoch
 from training.recipes import small_parts
@@ -58,8 +59,9 @@ class Job:
     """A run, resolved once and handed on to its workers, which decide nothing of it again.
 
     config: with data, name and storage filled in. run_id, status: of the run of this name in
-    MLflow, None where it would be new. mix: see training/mix.py. The rest is known once the cluster
-    is: CPUs of each worker, whether the driver has a terminal, number and token of the lease.
+    MLflow, None where it would be new. initial: for the driver alone. mix: see training/mix.py. The
+    rest is known once the cluster is: CPUs of each worker, whether the driver has a terminal,
+    number and token of the lease.
     """
 
     config: TrainConfig
@@ -68,6 +70,7 @@ class Job:
     tracking_uri: str
     run_id: str | None = None
     status: str | None = None
+    initial: Initial | None = field(default=None, repr=False)
     mix: float | None = None
     cpus: int = 1
     terminal: bool = False
@@ -94,6 +97,8 @@ def preflight(config: TrainConfig, *, alone: bool) -> tuple[Job, Any]:
     if alone:
         check_node(job)
     client = tracking.connect(job.tracking_uri, write=True)
+    config = initial.lasting(config)
+    job = dataclasses.replace(job, config=config)
     if run := agreed(client, config, manifest):
         job = dataclasses.replace(job, run_id=run.info.run_id, status=run.info.status)
         if job.status == "RUNNING":  # perhaps with its checkpoints elsewhere
@@ -101,6 +106,8 @@ def preflight(config: TrainConfig, *, alone: bool) -> tuple[Job, Any]:
             lease.holder(storage.join(before, str(config.name)))
     if alone:
         _refuse_too_large(config, memory, *_here(config)[1:])
+    if config.init_from is not None and checkpoint.last_step(job.folder) is None:
+        job = dataclasses.replace(job, initial=initial.load_initial(config, manifest))
     if job.status != "FINISHED":
         job = dataclasses.replace(job, mix=mix.check_mix(config, manifest, begun=run is not None))
     return job, client
@@ -141,6 +148,7 @@ def dry_run(
             ),
             *([] if job.mix is None else [("classes", mix.shown(job.mix))]),
             ("network", f"{config.model.variant}, {job.memory.parameters:,} parameters"),
+            *([] if job.initial is None else [("", job.initial.said)]),
             (
                 "steps",
                 f"{each:,} in an epoch, {each * epochs:,} in {epochs} epochs; batches of {batch} "

@@ -5,7 +5,7 @@ import hashlib
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ParamSpec
@@ -124,6 +124,10 @@ class Stepper:
         self.config, self.place = config, place
         channels_last, recipe = torch.channels_last, config.optim
         self.model = model.to(place.device, memory_format=channels_last)  # type: ignore[call-overload]
+        self._frozen = config.freeze == "features"
+        if self._frozen:
+            self.model.features.requires_grad_(False)
+        self._to_train()
         self.optimizer = optim.sgd(
             self.model,
             momentum=recipe.momentum,
@@ -188,6 +192,12 @@ class Stepper:
             return {"model": raw, "optimizer": momentum}
         return {"model": self.ema.state, "raw": raw, "optimizer": momentum}
 
+    def begin_with(self, weights: Mapping[str, Tensor]) -> None:
+        """Those there are; the others keep what they were drawn as. Before the first step."""
+        self.model.load_state_dict({**self.model.state_dict(), **weights})
+        if self.ema is not None:
+            self.ema.load(self.model.state_dict(), updates=0)
+
     def restore(self, folder: Path, steps: int) -> None:
         """From a checkpoint of `tensors` after so many steps."""
         raw = "model" if self.ema is None else "raw"
@@ -204,7 +214,12 @@ class Stepper:
         averaged = contextlib.nullcontext() if self.ema is None else self.ema.applied()
         with averaged, self.autocast():
             yield self.model
+        self._to_train()
+
+    def _to_train(self) -> None:
         self.model.train()
+        if self._frozen:  # batch norm's running statistics stand still too
+            self.model.features.eval()
 
     def _replica(self) -> Network:
         network: nn.Module = self.model
@@ -218,7 +233,7 @@ class Stepper:
             if self.config.compress_gradients:
                 network.register_comm_hook(self.place.world_size, _bfloat16_mean)
             # Backward ends with the first layer: what follows is waiting for the others.
-            first = next(self.model.parameters())
+            first = next(p for p in self.model.parameters() if p.requires_grad)
             first.register_post_accumulate_grad_hook(self._note_own_gradient)
         return _compiled(network) if self.config.compile else network
 

@@ -27,7 +27,7 @@ from ray.util.metrics import Counter, Gauge
 from alexnet.errors import UserError
 from pipelines import storage
 from pipelines.progress import label, never_fatal
-from training import checkpoint, lease, loop, meter
+from training import checkpoint, initial, lease, loop, meter
 from training.meter import log_line
 from training.metrics import Tracker
 from training.preflight import Job, check_node
@@ -58,7 +58,9 @@ def train_worker(settings: dict[str, Job]) -> dict[str, float]:
     with contextlib.ExitStack() as stack:
         resume = stack.enter_context(checkpoint.newest_good(job.folder))
         step = _agreed(0 if resume is None else checkpoint.load_state(resume)["step"])
-        uploads, profile = None, None
+        uploads, profile, begins_with = None, None, None
+        if resume is None and config.init_from is not None:
+            begins_with = initial.read_kept(job.folder)
         if rank == 0:
             stack.callback(tracker.wait)  # however this ends
             _tell_start(str(config.name), tracker, step)
@@ -80,6 +82,7 @@ def train_worker(settings: dict[str, Job]) -> dict[str, float]:
             log=_logging(str(config.name), tracker, bar),
             report=_reporting(uploads),
             resume=resume,
+            initial=begins_with,
             run_id=str(job.run_id),
             preempted=_preemption(),
             stopping=stopping,
