@@ -42,12 +42,12 @@ def relayed(uri: str) -> Iterator[Relay]:
             relay.wait()
             relay.answered.append(self.path)
             self.send_response(answer.status)
-            self.send_header("Content-Type", answer.headers["Content-Type"])
+            self.send_header("Content-Type", answer.headers.get("Content-Type", ""))
             self.send_header("Content-Length", str(len(content)))
             self.end_headers()
             self.wfile.write(content)
 
-        do_POST = do_GET
+        do_PATCH = do_POST = do_PUT = do_GET
 
         def log_message(self, *args: object) -> None:
             pass

@@ -4,6 +4,7 @@ The driver owns the run: it opens or finds it, hands its id to rank 0 and closes
 """
 
 import contextlib
+import getpass
 import hashlib
 import json
 import logging
@@ -15,10 +16,24 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import mlflow
-from mlflow.entities import Dataset, DatasetInput, Param, Run, RunTag, ViewType
+from mlflow.entities import (
+    Dataset,
+    DatasetInput,
+    Experiment,
+    InputTag,
+    Param,
+    Run,
+    ViewType,
+)
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
-from mlflow.utils.credentials import get_default_host_creds
+from mlflow.utils.credentials import get_default_host_creds, read_mlflow_creds
+from mlflow.utils.mlflow_tags import (
+    MLFLOW_DATASET_CONTEXT,
+    MLFLOW_SOURCE_NAME,
+    MLFLOW_SOURCE_TYPE,
+    MLFLOW_USER,
+)
 from mlflow.utils.rest_utils import http_request
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -27,10 +42,13 @@ from alexnet.errors import UserError, reason
 from pipelines.shards import Manifest
 from training import store
 from training.config import ADDED, TrainConfig, flatten, in_words, science, to_dict
-from training.lease import Superseded
+from training.lease import Superseded, job_id
 from training.store import tracking_uri as tracking_uri
 
 EXPERIMENT = "alexnet"
+# As which MLflow's pages open the experiment: as model training, not as evaluations of agents. Its
+# Python has no constants for them.
+_KIND, _TRAINING = "mlflow.experimentKind", "custom_model_development"
 STORED = "checkpoint_step"  # tag of a run: that one was stored, and the step of the newest
 # Of a server: versions are registered as logged models, which older ones have no place for. It
 # would show at the end of the training.
@@ -63,6 +81,8 @@ def connect(uri: str, *, write: bool = False) -> MlflowClient:
             found = client.get_experiment_by_name(EXPERIMENT)
         if found.name != EXPERIMENT:  # JSON, but not of MLflow
             raise MlflowException(f"Response: {{experiment {found.name!r}}}")
+        if write:
+            _set_kind(client, found)
     except FAILURES as error:
         raise UserError(f"MLflow at {uri} cannot be used ({store.remedy(uri, error)}") from error
     if registry != uri:
@@ -167,22 +187,24 @@ def run_or_none(client: MlflowClient, run_id: str) -> Run | None:
 def open_run(client: MlflowClient, config: TrainConfig, manifest: Manifest, data: str) -> Run:
     """A new run with config, lineage and data set."""
     experiment = client.get_experiment_by_name(EXPERIMENT).experiment_id
-    run = client.create_run(experiment, run_name=config.name)
-    run_id = run.info.run_id
     tags = {
         "recipe": config.recipe,
         **variant_tags(config),
         "manifest_sha256": manifest.digest,
         "plan_id": manifest.plan_id,
         "data": data,
-        "mlflow.source.name": "training/run.py",
+        MLFLOW_USER: _user(),
+        MLFLOW_SOURCE_NAME: "training/run.py",
+        MLFLOW_SOURCE_TYPE: "LOCAL" if job_id() is None else "JOB",
         "mlflow.source.git.commit": _commit(),
         "code_sha256": _code_sha256(),
     }
+    run = client.create_run(experiment, run_name=config.name, tags=tags)
+    run_id = run.info.run_id
     params = [Param(key, value) for key, value in flatten(config).items()]
-    client.log_batch(run_id, params=params, tags=[RunTag(k, v) for k, v in tags.items()])
+    client.log_batch(run_id, params=params)
     client.log_dict(run_id, to_dict(config), "config.json")
-    client.log_inputs(run_id, [DatasetInput(dataset=_dataset(manifest, data), tags=[])])
+    client.log_inputs(run_id, _inputs(manifest, data))
     return client.get_run(run_id)
 
 
@@ -217,10 +239,17 @@ def _make_experiment(client: MlflowClient, database: Path | None) -> None:
     """database: the file of a store on this machine; a server decides about artifacts itself."""
     place = None if database is None else (database.parent / store.ARTIFACTS).as_uri()
     try:
-        client.create_experiment(EXPERIMENT, artifact_location=place)
+        client.create_experiment(EXPERIMENT, artifact_location=place, tags={_KIND: _TRAINING})
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":  # another program was faster
             raise
+
+
+def _set_kind(client: MlflowClient, found: Experiment) -> None:
+    """Also of one that has none, or one that MLflow's page has guessed."""
+    kind = found.tags.get(_KIND) or "inferred"
+    if "inferred" in kind and found.lifecycle_stage == "active":
+        client.set_experiment_tag(found.experiment_id, _KIND, _TRAINING)
 
 
 def _refuse_long(config: TrainConfig) -> None:
@@ -251,15 +280,35 @@ def _refuse_other_science(run: Run, config: TrainConfig, manifest: Manifest) -> 
         )
 
 
-def _dataset(manifest: Manifest, data: str) -> Dataset:
-    totals = {s: manifest.num_samples(s) for s in ("train", "val")}
-    return Dataset(
-        name=f"shards-{manifest.plan_id[:12]}",
-        digest=manifest.digest[:36],  # MLflow's limit; the whole one is the tag manifest_sha256
-        source_type="alexnet-shards",
-        source=json.dumps({"uri": data, "manifest_sha256": manifest.digest}),
-        profile=json.dumps({**totals, "classes": manifest.num_classes, "crop": manifest.crop}),
-    )
+def _inputs(manifest: Manifest, data: str) -> list[DatasetInput]:
+    """The two splits, with what they are for."""
+    return [
+        DatasetInput(
+            Dataset(
+                name=f"shards-{manifest.plan_id[:12]}-{split}",
+                digest=manifest.digest[:36],  # MLflow's limit; the tag manifest_sha256 has all
+                source_type="alexnet-shards",
+                source=json.dumps({"uri": data, "manifest_sha256": manifest.digest}),
+                profile=json.dumps(
+                    {
+                        "num_rows": manifest.num_samples(split),
+                        "classes": manifest.num_classes,
+                        "crop": manifest.crop,
+                    }
+                ),
+            ),
+            [InputTag(MLFLOW_DATASET_CONTEXT, context)],
+        )
+        for split, context in (("train", "training"), ("val", "eval"))
+    ]
+
+
+def _user() -> str:
+    """Who asks MLflow's server, or this machine's name for them, which a container may not have."""
+    try:
+        return str(read_mlflow_creds().username or getpass.getuser())
+    except (KeyError, OSError):
+        return f"uid {os.getuid()}"
 
 
 def _commit() -> str:

@@ -1,5 +1,6 @@
 """What MLflow is told: in the embedded store, through a real server, and while there is none."""
 
+import getpass
 import json
 import threading
 import time
@@ -53,14 +54,29 @@ def test_new_run_holds_config_data_set_and_code(client, run_id, manifest, data, 
     tags = run.data.tags
     assert (tags["recipe"], tags["variant"], tags["data"]) == ("baseline", "ungrouped", data)
     assert (tags["manifest_sha256"], tags["plan_id"]) == (manifest.digest, manifest.plan_id)
+    source = ("LOCAL", "training/run.py")
+    assert (tags["mlflow.source.type"], tags["mlflow.source.name"]) == source
+    assert tags["mlflow.user"] == getpass.getuser()
     assert tags["mlflow.source.git.commit"] != "" and len(tags["code_sha256"]) == 64
-    (used,) = run.inputs.dataset_inputs
-    assert manifest.digest.startswith(used.dataset.digest) and len(used.dataset.digest) == 36
-    assert json.loads(used.dataset.source) == {"uri": data, "manifest_sha256": manifest.digest}
-    profile = json.loads(used.dataset.profile)
-    assert profile == {"train": 4, "val": 2, "classes": 4, "crop": 227}
+    counts = {}
+    for used in run.inputs.dataset_inputs:
+        assert manifest.digest.startswith(used.dataset.digest) and len(used.dataset.digest) == 36
+        assert json.loads(used.dataset.source) == {"uri": data, "manifest_sha256": manifest.digest}
+        counts[used.tags[0].value] = json.loads(used.dataset.profile)["num_rows"]
+    assert counts == {"training": 4, "eval": 2}
     saved = client.download_artifacts(run_id, "config.json", str(tmp_path))
     assert json.loads(Path(saved).read_text()) == to_dict(CONFIG)
+
+
+@pytest.mark.parametrize("before", ["", "genai_development_inferred", "genai_development"])
+def test_experiment_opens_as_model_training_unless_somebody_chose(client, before):
+    number = client.get_experiment_by_name("alexnet").experiment_id
+    assert client.get_experiment(number).tags["mlflow.experimentKind"] == "custom_model_development"
+    client.set_experiment_tag(number, "mlflow.experimentKind", before)
+    tracking.connect(tracking.tracking_uri(), write=True)
+    kind = client.get_experiment(number).tags["mlflow.experimentKind"]
+    chosen = before == "genai_development"
+    assert kind == ("genai_development" if chosen else "custom_model_development")
 
 
 def test_same_name_continues_its_run_with_other_workers_and_log_steps(client, run_id, manifest):
