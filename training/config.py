@@ -127,6 +127,8 @@ class TrainConfig:
     """Train although the shards are so sorted that batches hold few of the classes."""
     name: str | None = None
     """Name of the run; the same name continues it. By default recipe, date and time."""
+    experiment: str | None = None
+    """MLflow's experiment for the run; $MLFLOW_EXPERIMENT_NAME by default, or else alexnet."""
     storage: str | None = None
     """Folder or s3:// prefix for checkpoints; $ALEXNET_HOME/runs by default."""
     workers: int = 1
@@ -246,13 +248,13 @@ WHERE_AND_HOW_MANY = frozenset(
     {"data", "name", "storage", "workers", "min_workers", "max_failures", "device", "compile"}
     | {"cpus_per_worker", "deterministic", "checkpoint_steps", "checkpoint_minutes", "keep_last"}
     | {"keep_best", "log_steps", "cache_gb", "cache", "decoded_gb", "shared_fs", "register"}
-    | {"model_name", "profile", "allow_sorted"}
+    | {"model_name", "profile", "allow_sorted", "experiment"}
 )
 
 # Fields that configs of earlier releases lack, with what those did.
 ADDED: dict[str, Any] = {"cache": "none", "decoded_gb": None, "shuffle_window": 8}
 ADDED |= {"allow_sorted": False, "model_name": TrainConfig.model_name}
-ADDED |= {"init_from": None, "freeze": "none"}
+ADDED |= {"init_from": None, "freeze": "none", "experiment": None}
 
 # A field that configs of earlier releases have. It said what decoded images, never what was
 # learned, so a saved config is read without it.

@@ -96,7 +96,7 @@ def preflight(config: TrainConfig, *, alone: bool) -> tuple[Job, Any]:
     _check_folders(job)
     if alone:
         check_node(job)
-    client = tracking.connect(job.tracking_uri, write=True)
+    client = tracking.connect(job.tracking_uri, config.experiment, write=True)
     config = initial.lasting(config)
     job = dataclasses.replace(job, config=config)
     if run := agreed(client, config, manifest):
@@ -203,7 +203,8 @@ def resolve(config: TrainConfig) -> tuple[TrainConfig, Manifest]:
             f"--augment.crop random needs a margin, but {data} stores {NETWORK_SIDE} px; rebuild "
             "with `python -m pipelines build --raw RAW --crop 256`, or pass --augment.crop resized"
         )
-    config = dataclasses.replace(config, model_name=model_name)
+    experiment = tracking.experiment_name(config.experiment)
+    config = dataclasses.replace(config, model_name=model_name, experiment=experiment)
     return dataclasses.replace(config, data=data, name=name, storage=place), manifest
 
 

@@ -238,8 +238,8 @@ def _follow(database: sqlite3.Connection, home: Path) -> None:
 
 
 def _noted_home(database: sqlite3.Connection) -> Path | None:
-    """Of the experiment, as `tracking.connect` made it; None for one of somebody else's making."""
-    query = "select artifact_location from experiments where name = 'alexnet'"
+    """Of an experiment, as `tracking.connect` made it; None for those of somebody else's making."""
+    query = "select artifact_location from experiments"
     for (location,) in database.execute(query):
         if found := re.fullmatch(rf"file://(/.*)/{ARTIFACTS}", location or ""):
             return Path(unquote(found[1]))

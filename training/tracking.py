@@ -45,7 +45,7 @@ from training.config import ADDED, TrainConfig, flatten, in_words, science, to_d
 from training.lease import Superseded, job_id
 from training.store import tracking_uri as tracking_uri
 
-EXPERIMENT = "alexnet"
+EXPERIMENT = "alexnet"  # by default
 # As which MLflow's pages open the experiment: as model training, not as evaluations of agents. Its
 # Python has no constants for them.
 _KIND, _TRAINING = "mlflow.experimentKind", "custom_model_development"
@@ -61,10 +61,17 @@ FAILURES = (MlflowException, OSError, SQLAlchemyError, sqlite3.Error)
 logger = logging.getLogger("training")
 
 
-def connect(uri: str, *, write: bool = False) -> MlflowClient:
-    """A client that has reached its store. Raises UserError where there is none to reach, or, with
-    `write`, it is a file that cannot be changed."""
+def experiment_name(asked: str | None = None) -> str:
+    """As asked for, or $MLFLOW_EXPERIMENT_NAME, or else EXPERIMENT."""
+    return asked or os.environ.get("MLFLOW_EXPERIMENT_NAME") or EXPERIMENT
+
+
+def connect(uri: str, experiment: str | None = None, *, write: bool = False) -> MlflowClient:
+    """A client that has reached its store, which has the experiment from then on. Raises UserError
+    where there is none to reach or MLflow refuses the name, or, with `write`, the store is a file
+    that cannot be changed."""
     limit_patience()
+    name = experiment_name(experiment)
     logging.getLogger("mlflow").setLevel(logging.WARNING)  # of each new store it tells its tables
     try:
         if (path := store.database_of(uri)) is not None:
@@ -73,17 +80,22 @@ def connect(uri: str, *, write: bool = False) -> MlflowClient:
             _refuse_old(uri)
         registry = store.registry_uri(uri)
         client = MlflowClient(tracking_uri=uri, registry_uri=registry)
-        found = client.get_experiment_by_name(EXPERIMENT)
+        found = client.get_experiment_by_name(name)
         if write or found is None:
             store.check_writable(uri)
         if found is None:
-            _make_experiment(client, path)
-            found = client.get_experiment_by_name(EXPERIMENT)
-        if found.name != EXPERIMENT:  # JSON, but not of MLflow
+            _make_experiment(client, name, path)
+            found = client.get_experiment_by_name(name)
+        if found.name != name:  # JSON, but not of MLflow
             raise MlflowException(f"Response: {{experiment {found.name!r}}}")
         if write:
             _set_kind(client, found)
     except FAILURES as error:
+        if getattr(error, "error_code", "") == "INVALID_PARAMETER_VALUE":
+            raise UserError(
+                f"MLflow takes no experiment {name[:40]!r} ({reason(error)}); choose another "
+                "--experiment"
+            ) from error
         raise UserError(f"MLflow at {uri} cannot be used ({store.remedy(uri, error)}") from error
     if registry != uri:
         _reach_registry(client, registry, found.artifact_location, write=write)
@@ -140,12 +152,12 @@ def find_run(
     its experiment was deleted, and for what MLflow does not keep whole.
     """
     _refuse_long(config)
-    experiment = client.get_experiment_by_name(EXPERIMENT)
+    experiment = client.get_experiment_by_name(experiment_name(config.experiment))
     if experiment.lifecycle_stage != "active":
         restore = f"experiments restore --experiment-id {experiment.experiment_id}"
         raise UserError(
-            f"MLflow's experiment {EXPERIMENT} was deleted, with its runs; restore it with "
-            f"{store.command(client.tracking_uri, restore)}"
+            f"MLflow's experiment {experiment.name} was deleted, with its runs; restore it with "
+            f"{store.command(client.tracking_uri, restore)}, or choose another --experiment"
         )
     found = client.search_runs(
         [experiment.experiment_id],
@@ -186,7 +198,8 @@ def run_or_none(client: MlflowClient, run_id: str) -> Run | None:
 
 def open_run(client: MlflowClient, config: TrainConfig, manifest: Manifest, data: str) -> Run:
     """A new run with config, lineage and data set."""
-    experiment = client.get_experiment_by_name(EXPERIMENT).experiment_id
+    name = experiment_name(config.experiment)
+    experiment = client.get_experiment_by_name(name).experiment_id
     tags = {
         "recipe": config.recipe,
         **variant_tags(config),
@@ -235,11 +248,11 @@ def limit_patience() -> None:
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)  # "Creating … tables"
 
 
-def _make_experiment(client: MlflowClient, database: Path | None) -> None:
+def _make_experiment(client: MlflowClient, name: str, database: Path | None) -> None:
     """database: the file of a store on this machine; a server decides about artifacts itself."""
     place = None if database is None else (database.parent / store.ARTIFACTS).as_uri()
     try:
-        client.create_experiment(EXPERIMENT, artifact_location=place, tags={_KIND: _TRAINING})
+        client.create_experiment(name, artifact_location=place, tags={_KIND: _TRAINING})
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":  # another program was faster
             raise

@@ -25,6 +25,7 @@ from training import tracking
 from training.config import flatten, to_dict
 from training.lease import Superseded
 from training.metrics import Tracker, metric_history, metrics_of
+from training.preflight import preflight
 from training.registry.package import register
 from training.registry.versions import load
 
@@ -77,6 +78,27 @@ def test_experiment_opens_as_model_training_unless_somebody_chose(client, before
     kind = client.get_experiment(number).tags["mlflow.experimentKind"]
     chosen = before == "genai_development"
     assert kind == ("genai_development" if chosen else "custom_model_development")
+
+
+@pytest.mark.parametrize(
+    ("flag", "variable", "wanted"),
+    [(None, "", "alexnet"), (None, "ours", "ours"), ("mine", "ours", "mine")],
+)
+def test_experiment_is_that_of_the_flag_or_else_of_the_variable(
+    used_home, data, monkeypatch, flag, variable, wanted
+):
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", variable)
+    config = small_config(data=data, storage=str(used_home / "runs"), experiment=flag)
+    job, client = preflight(config, alone=True)
+    run = tracking.open_run(client, job.config, job.manifest, data)
+    assert client.get_experiment(run.info.experiment_id).name == wanted
+    assert tracking.find_run(client, config, job.manifest).info.run_id == run.info.run_id
+    assert run.data.params["experiment"] == wanted
+
+
+def test_experiment_that_mlflow_refuses_is_told_in_one_line(client):
+    with pytest.raises(UserError, match=r"takes no experiment 'xxx.*choose another --experiment"):
+        tracking.connect(tracking.tracking_uri(), "x" * 600, write=True)
 
 
 def test_same_name_continues_its_run_with_other_workers_and_log_steps(client, run_id, manifest):

@@ -22,7 +22,6 @@ from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
 from alexnet.errors import UserError, reason
-from training import tracking
 from training.config import TrainConfig
 from training.metrics import metrics_of
 
@@ -182,15 +181,14 @@ def rows(client: MlflowClient, name: str = NAME) -> list[dict[str, Any]]:
 
 
 def runs_of(client: MlflowClient, found: Sequence[ModelVersion]) -> dict[str, Run]:
-    """The trainings behind versions, by id: those of this project's experiment in batches, the few
-    of others one by one."""
+    """The trainings behind versions, by id, of whatever experiment; in batches."""
     ids = sorted({str(version.run_id) for version in found if version.run_id})
-    experiment = client.get_experiment_by_name(tracking.EXPERIMENT).experiment_id
+    experiments = client.search_experiments(view_type=ViewType.ALL) if ids else []
     runs: dict[str, Run] = {}
     for first in range(0, len(ids), _RUNS_AT_ONCE):
         listed = ", ".join(f"'{run_id}'" for run_id in ids[first : first + _RUNS_AT_ONCE])
         batch = client.search_runs(
-            [experiment],
+            [experiment.experiment_id for experiment in experiments],
             f"attributes.run_id IN ({listed})",
             run_view_type=ViewType.ALL,
             max_results=_RUNS_AT_ONCE,
