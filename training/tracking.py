@@ -217,7 +217,7 @@ def open_run(client: MlflowClient, config: TrainConfig, manifest: Manifest, data
     params = [Param(key, value) for key, value in flatten(config).items()]
     client.log_batch(run_id, params=params)
     client.log_dict(run_id, to_dict(config), "config.json")
-    client.log_inputs(run_id, _inputs(manifest, data))
+    client.log_inputs(run_id, inputs(manifest, data))
     return client.get_run(run_id)
 
 
@@ -293,7 +293,7 @@ def _refuse_other_science(run: Run, config: TrainConfig, manifest: Manifest) -> 
         )
 
 
-def _inputs(manifest: Manifest, data: str) -> list[DatasetInput]:
+def inputs(manifest: Manifest, data: str) -> list[DatasetInput]:
     """The two splits, with what they are for."""
     return [
         DatasetInput(

@@ -1,6 +1,7 @@
 """What a training registers: a version that can be checked, and a card that tells what is known."""
 
 import dataclasses
+import json
 import os
 import re
 import subprocess
@@ -50,6 +51,29 @@ def test_newest_registration_is_the_candidate_with_what_vouches_for_it(
         path = client.download_artifacts(version.run_id, f"figures/{name}.png", str(tmp_path))
         assert Path(path).read_bytes().startswith(b"\x89PNG")
     assert [file.path for file in client.list_artifacts(version.run_id, "card")] == ["card/card.md"]
+
+
+def test_models_of_a_data_set_are_found_by_the_accuracy_that_their_runs_logged_once(
+    registered_models, home, monkeypatch
+):
+    client = registered_models.enter_copy(home, monkeypatch)
+    data = load_manifest(registered_models.data)
+    version = client.get_model_version("alexnet", GOOD)
+    run = client.get_run(version.run_id)
+    given = {"dataset_name": f"shards-{data.plan_id[:12]}-val", "dataset_digest": data.digest[:36]}
+    found = client.search_logged_models(
+        [run.info.experiment_id], "metrics.`val/top1` = 1", datasets=[given]
+    )
+    [model] = [each for each in found if version.source == f"models:/{each.model_id}"]
+    poor = client.get_model_version("alexnet", POOR).source
+    assert poor not in [f"models:/{each.model_id}" for each in found]
+    assert json.loads(model.tags["mlflow.modelVersions"]) == [{"name": "alexnet", "version": 1}]
+    values = {metric.key: metric.value for metric in model.metrics}
+    assert values == {k: v for k, v in run.data.metrics.items() if k.startswith("val/")}
+    assert len(values) > 3
+    for key in values:
+        points = client.get_metric_history(version.run_id, key)
+        assert len(points) == len({point.step for point in points})
 
 
 def test_folder_holds_the_weights_as_trained_and_no_pickle(good_copy, registered_models):

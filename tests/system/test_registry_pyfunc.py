@@ -127,14 +127,16 @@ def test_what_is_no_image_is_refused_in_one_line(model, given, told):
     assert "\n" not in refusal.value.message
 
 
-def test_signature_says_what_comes_out_and_the_example_runs(model):
+def test_signature_says_what_goes_in_and_comes_out_and_the_examples_run(model):
     signature = model.metadata.signature
+    (given,) = signature.inputs.inputs
+    assert (given.name, given.type.name) == ("image", "string")
     assert [column.name for column in signature.outputs.inputs] == ["classes", "probabilities"]
     (parameter,) = signature.params.params
     assert (parameter.name, parameter.default) == ("top_k", 5)
-    example = model.input_example
-    assert list(example.columns) == ["image"]
-    assert len(model.predict(example)) == 1
+    assert len(model.predict(model.input_example)) == 1
+    request = mlflow.artifacts.load_dict(f"{URI}/serving_input_example.json")
+    assert asked(model, request)[0] == 200
 
 
 def asked(model: Any, request: dict[str, Any]) -> tuple[int, Any]:
@@ -149,21 +151,14 @@ def asked(model: Any, request: dict[str, Any]) -> tuple[int, Any]:
 def test_requests_of_every_form_are_answered_alike(model):
     text = base64.b64encode(image(5)).decode()
     told = model.predict(image(5)).to_dict("records")
-    for request in (
-        {"dataframe_split": {"columns": ["image"], "data": [[text]]}},
-        {"dataframe_records": [{"image": text}]},
-        {"inputs": [text]},
-        {"inputs": {"image": [text]}},
-        {"instances": [{"image": text}]},
-    ):
-        assert asked(model, request) == (200, {"predictions": told})
-    pixels = {"inputs": pixels_of(image(5)).tolist(), "params": {"top_k": 1}}
-    status, answer = asked(model, pixels)
+    for given in (text, [text], {"image": [text]}):
+        assert asked(model, {"inputs": given}) == (200, {"predictions": told})
+    status, answer = asked(model, {"inputs": [text], "params": {"top_k": 1}})
     assert status == 200 and answer["predictions"][0]["classes"] == told[0]["classes"][:1]
 
 
 @pytest.mark.parametrize(("texts", "told"), [(["%%%"], "no base64 text"), ([], "is no image")])
 def test_request_without_an_image_is_refused_with_the_reason(model, texts, told):
     with pytest.raises(MlflowException, match=told) as refusal:
-        asked(model, {"dataframe_split": {"columns": ["image"], "data": [[t] for t in texts]}})
+        asked(model, {"inputs": {"image": texts}})
     assert refusal.value.get_http_status_code() == 400

@@ -19,6 +19,7 @@ from mlflow.models import Model, ModelSignature
 from mlflow.tracking import MlflowClient
 from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
 from mlflow.types.schema import Array
+from mlflow.utils.mlflow_tags import MLFLOW_MODEL_VERSIONS
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
@@ -70,16 +71,18 @@ def register(
     description = _description(spec, manifest, config)
     with tempfile.TemporaryDirectory(prefix="register-") as temporary:
         model_id, sums = _log_model(client, run_id, network, description, Path(temporary))
+    _link_metrics(client, run_id, model_id, manifest)
     tags = {"recipe": config.recipe, **tracking.variant_tags(config), **sums}
     _make_sure_of_name(client, name)
     source: dict[str, str] = {"source": f"models:/{model_id}", "model_id": model_id}
-    if (
-        store.registry_uri(client.tracking_uri) != client.tracking_uri
-    ):  # which knows no model of the run's store
+    if store.registry_uri(client.tracking_uri) != client.tracking_uri:  # it knows no such model
         source = {"source": client.get_logged_model(model_id).artifact_location}
     version = client.create_model_version(
         name, run_id=run_id, tags=tags, description=text, await_creation_for=0, **source
     )
+    # Which a server does itself.
+    link = json.dumps([{"name": name, "version": version.version}])
+    client.set_logged_model_tags(model_id, {MLFLOW_MODEL_VERSIONS: link})
     client.set_registered_model_alias(name, "candidate", version.version)
     return str(version.version)
 
@@ -182,6 +185,27 @@ def _log_model(
     return logged.model_id, {"artifacts_sha256": sha256(sums), "weights_sha256": weights}
 
 
+def _link_metrics(
+    client: MlflowClient, run_id: str, model_id: str, manifest: shards.Manifest
+) -> None:
+    """Says of the values of the last evaluation that they are of this model and data set. With the
+    time that they have in the run, which then holds none of them twice."""
+    run = client.get_run(run_id)
+    _, val = tracking.inputs(manifest, run.data.tags["data"])
+    data = val.dataset
+    histories = (
+        client.get_metric_history(run_id, key) for key in run.data.metrics if key[:4] == "val/"
+    )
+    last = [max(history, key=lambda point: (point.step, point.timestamp)) for history in histories]
+    client.log_batch(
+        run_id,
+        [
+            Metric(m.key, m.value, m.timestamp, m.step, model_id, data.name, data.digest, run_id)
+            for m in last
+        ],
+    )
+
+
 def _save(network: AlexNet, description: dict[str, Any], folder: Path, saved: Model) -> None:
     """Writes folder/model."""
     import mlflow.pyfunc
@@ -211,8 +235,9 @@ def _save(network: AlexNet, description: dict[str, Any], folder: Path, saved: Mo
 
 
 def _signature() -> ModelSignature:
-    """Of what comes out; pyfunc_model.py says why not of what goes in."""
-    return ModelSignature(
+    """pyfunc_model.py says why MLflow is not to check what goes in: `predict` does."""
+    signature = ModelSignature(
+        inputs=Schema([ColSpec(DataType.string, "image")]),
         outputs=Schema(
             [
                 ColSpec(Array(DataType.string), "classes"),
@@ -221,22 +246,23 @@ def _signature() -> ModelSignature:
         ),
         params=ParamSchema([ParamSpec("top_k", DataType.long, 5)]),
     )
+    signature._is_signature_from_type_hint = True
+    return signature
 
 
-def _example() -> Any:
-    """A data frame with one small image, a gradient, as base64 text of its PNG file."""
+def _example() -> dict[str, list[str]]:
+    """One small image, a gradient, as base64 text of its PNG file."""
     import base64
     import io
 
     import numpy as np
-    import pandas as pd
     from PIL import Image
 
     content = io.BytesIO()
     Image.fromarray(np.add.outer(np.arange(64), np.arange(64)).astype(np.uint8)).save(
         content, "PNG"
     )
-    return pd.DataFrame({"image": [base64.b64encode(content.getvalue()).decode()]})
+    return {"image": [base64.b64encode(content.getvalue()).decode()]}
 
 
 def _write_description(description: dict[str, Any], path: Path) -> None:

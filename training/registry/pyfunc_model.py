@@ -3,8 +3,9 @@
 MLflow copies this file into each registered model and runs it there (a model "from code", without
 pickle), beside a copy of the package `alexnet`; nothing else of this project is there.
 
-The signature names the answer and the parameter but no input: MLflow 3.17 would force every input
-into one data frame or one tensor, and either refuses half of what `predict` takes.
+The signature is marked as one from type hints: `predict` checks what comes in, where MLflow 3.17
+would force it into one data frame or one tensor, and either refuses half of what `predict` takes.
+Over HTTP a request then has it as "inputs", and no other way.
 """
 
 import base64
