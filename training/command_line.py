@@ -61,7 +61,7 @@ def parse(argv: list[str]) -> Command:
                 _Line,
                 default=_Line(training=base),
                 args=flags,
-                prog=f"training/run.py {base.recipe}",
+                prog=_prog(base, flags),
                 description=_description(base.recipe),
             )
     except SystemExit as exit:
@@ -115,6 +115,12 @@ def flags_of(config: Any, base: Any, prefix: str = "--") -> list[str]:
         elif value != usual:
             words += [f"{flag}={value}"] if str(value).startswith("-") else [flag, str(value)]
     return words
+
+
+def _prog(base: TrainConfig, flags: list[str]) -> str:
+    """For usage lines; a shell completes the command that pip installs, which has one word."""
+    completion = any(flag.startswith("--tyro-") for flag in flags)
+    return "alexnet-train" if completion else f"training/run.py {base.recipe}"
 
 
 @dataclass(frozen=True)
@@ -180,8 +186,10 @@ def _one_line(complaint: str) -> str:
     lines = [line.strip("│| ") for line in complaint.splitlines()]
     rules = [number for number, line in enumerate(lines) if line.startswith(("╭", "─", "---"))]
     message = " ".join(lines[rules[0] + 1 : rules[1]] if len(rules) > 1 else lines).strip(" .")
-    if unread := re.match(r"Error parsing (--[\w.-]+): .*?(\[.*?\]|'.*?')", message):
-        kind = next(line for line in lines if re.match(rf"{unread[1]}\s", line))
+    if unread := re.match(r"Error parsing (--[\w./-]+): .*?(\[.*?\]|'.*?')", message):
+        flag, _, other = unread[1].partition("/")
+        kind = next(line for line in lines if re.match(rf"{flag}\s", line))
+        kind = kind.partition(f", {other}")[0] if other else kind
         message = f"{unread[1]} {unread[2][:80]}: expected {kind.split(maxsplit=1)[1]}"
     _, _, meant = complaint.partition("Perhaps you meant")
     flags = re.findall(r"^\W*(--[a-z][\w.-]*)", meant, re.MULTILINE)

@@ -10,7 +10,7 @@ import json
 import math
 import unicodedata
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -42,11 +42,11 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    batch_size: int = 128
+    batch_size: Annotated[int, tyro.conf.arg(aliases=["--batch-size"])] = 128
     """Images per step over all workers."""
-    epochs: int = 90
+    epochs: Annotated[int, tyro.conf.arg(aliases=["--epochs"])] = 90
     """Passes over the train split."""
-    lr: float = 0.01
+    lr: Annotated[float, tyro.conf.arg(aliases=["--lr"])] = 0.01
     """Learning rate of the weights at its highest."""
     rule: Rule = "torch"
     """torch: rate outside of the velocity; paper: inside it; lars: a rate per layer (You 2017)."""

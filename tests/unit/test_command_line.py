@@ -86,16 +86,21 @@ def test_printed_config_is_whole_and_gives_itself_again(capsys, tmp_path):
         assert config_of("--config", str(file)) == config_of(*argv)
 
 
+def test_what_is_changed_most_has_short_names():
+    short = "smoke --lr 0.5 --batch-size 7 --epochs 2".split()
+    assert config_of(*short) == config_of(*(w.replace("--", "--optim.") for w in short))
+
+
 # Wrong flags
 
 WRONG = [
     ("papr", "no recipe 'papr'; there are baseline, paper, fast, smoke"),
-    ("smoke --lr 0.1", "--lr"),
+    ("smoke --rate 0.1", "--rate"),
     ("smoke --dryrun", "--dryrun; perhaps you meant --dry-run"),
     ("smoke --dry-run True", "Unrecognized options: True"),
     ("smoke --dry-run --print-config", "--print-config and --dry-run exclude each other"),
     ("smoke --config", "--config"),
-    ("smoke --optim.lr fast", "--optim.lr 'fast': expected FLOAT; "),
+    ("smoke --optim.lr fast", "--lr/--optim.lr 'fast': expected FLOAT; "),
     ("smoke --workers --device cpu", "Missing value for argument '--workers'"),
     ("smoke --min_workers one --seed 3", "--min-workers ['one']: expected {None}|INT; "),
     ("smoke --optim.milestones 1 x", "--optim.milestones ['1', 'x']: expected [INT [INT ...]]; "),
