@@ -70,12 +70,12 @@ CASES: dict[str, Callable[[], TrainConfig]] = {
         for seed in range(3)
     },
     "fast": partial(_fast, epochs=20),
-    "fast, half the width": partial(_fast, 0.5, epochs=60),
+    "fast, half the width": partial(_fast, 0.5, epochs=30),
     **{
-        f"fast, a quarter of the width, seed {seed}": partial(_fast, 0.25, seed, epochs=30)
+        f"fast, a quarter of the width, seed {seed}": partial(_fast, 0.25, seed, epochs=16)
         for seed in range(3)
     },
-    SHUFFLED: partial(_fast, 0.25, epochs=12),
+    SHUFFLED: partial(_fast, 0.25, epochs=8),
     "paper, half the width": partial(_small, "paper", 0.5, epochs=30),
     "baseline as it stands": RECIPES["baseline"],
     "paper as it stands": RECIPES["paper"],

@@ -33,7 +33,7 @@ from alexnet import former_network, renamed
 from alexnet.classifier import read_tensors
 from alexnet.errors import UserError
 from pipelines import storage
-from training.config import ADDED, TrainConfig, in_words, science
+from training.config import TrainConfig, completed, in_words, science
 from training.order import Ids
 
 logger = logging.getLogger("training")
@@ -290,7 +290,7 @@ def load_optimizer(folder: Path, model: torch.nn.Module, optimizer: torch.optim.
 
 def _current(state: dict[str, Any]) -> dict[str, Any]:
     if isinstance(config := state.get("config"), dict):
-        state["config"] = ADDED | renamed(config)
+        state["config"] = completed(renamed(config))
     return state
 
 

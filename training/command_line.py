@@ -25,7 +25,7 @@ from pydantic import TypeAdapter, ValidationError
 from alexnet import FORMER_RECIPES, renamed
 from alexnet.errors import UserError
 from pipelines import storage
-from training.config import ADDED, RETIRED, WHERE_AND_HOW_MANY, TrainConfig, to_dict
+from training.config import RETIRED, WHERE_AND_HOW_MANY, TrainConfig, completed, to_dict
 from training.lease import job_id
 from training.recipes import RECIPES
 
@@ -219,7 +219,7 @@ def _config_of(document: Any) -> TrainConfig:
     if not isinstance(document, dict):
         raise UserError(f"it is not an object of fields; {_SHOWN}")
     document = renamed({name: value for name, value in document.items() if name not in RETIRED})
-    document = ADDED | document
+    document = completed(document)
     if document["cache"] in ("ram", "gpu"):  # of earlier ones: the memory of each worker
         document["cache"] = "none"
     given, known = _names(document), _names(to_dict(TrainConfig()))

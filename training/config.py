@@ -76,6 +76,8 @@ class OptimConfig:
     """Length of the cosine schedule's warm-up."""
     label_smoothing: float = 0.0
     """Probability mass taken from the true class and spread over all."""
+    dropout: float = 0.5
+    """Share of the hidden layers' inputs that a step leaves out; 0.5 in slides and paper."""
     ema_decay: float = 0.0
     """Per-step decay of averaged weights, which are then evaluated and registered; 0 is off."""
 
@@ -210,6 +212,7 @@ def _check_ranges(config: TrainConfig) -> None:
     for name, share in [
         ("optim.momentum", optim.momentum),
         ("optim.label-smoothing", optim.label_smoothing),
+        ("optim.dropout", optim.dropout),
         ("optim.ema-decay", optim.ema_decay),
     ]:
         if not 0 <= share < 1:
@@ -254,7 +257,7 @@ WHERE_AND_HOW_MANY = frozenset(
 # Fields that configs of earlier releases lack, with what those did.
 ADDED: dict[str, Any] = {"cache": "none", "decoded_gb": None, "shuffle_window": 8}
 ADDED |= {"allow_sorted": False, "model_name": TrainConfig.model_name}
-ADDED |= {"init_from": None, "freeze": "none", "experiment": None}
+ADDED |= {"init_from": None, "freeze": "none", "experiment": None, "optim.dropout": 0.5}
 
 # A field that configs of earlier releases have. It said what decoded images, never what was
 # learned, so a saved config is read without it.
@@ -280,6 +283,16 @@ def checked_name(name: str, flag: str) -> str:
             f"'.' at the start or '.' at the end, {LONGEST_NAME} bytes of UTF-8 at most"
         )
     return name
+
+
+def completed(document: dict[str, Any]) -> dict[str, Any]:
+    """A config of an earlier release, as JSON, with the fields that it lacks."""
+    whole = {name: value for name, value in ADDED.items() if "." not in name} | document
+    for name, value in ADDED.items():
+        group, _, inner = name.partition(".")
+        if inner and isinstance(whole.get(group), dict):
+            whole[group] = {inner: value} | whole[group]
+    return whole
 
 
 def to_dict(config: TrainConfig) -> dict[str, Any]:

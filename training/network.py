@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from alexnet.classifier import load_network, names_of_classes
 from alexnet.errors import UserError
@@ -26,7 +27,7 @@ _REGISTERED = re.compile(r"models:/.+|runs:/.+|[\w-]+")
 def build_model(config: TrainConfig, num_classes: int) -> AlexNet:
     """The network of a config, initialised from its seed, on the CPU."""
     torch.manual_seed(config.seed)
-    return AlexNet(
+    network = AlexNet(
         config.model.variant,
         num_classes=num_classes,
         width=config.model.width,
@@ -34,6 +35,10 @@ def build_model(config: TrainConfig, num_classes: int) -> AlexNet:
         norm_group=config.model.norm_group,
         init=config.model.init,
     )
+    for layer in network.classifier:
+        if isinstance(layer, nn.Dropout):
+            layer.p = config.optim.dropout
+    return network
 
 
 def input_spec(manifest: Manifest, config: TrainConfig) -> InputSpec:

@@ -109,13 +109,14 @@ def fast() -> TrainConfig:
             epochs=40,
             lr=8.0,
             rule="lars",
-            weight_decay=1e-4,
+            weight_decay=5e-4,
             # LARS does not scale the rate of biases, and at the weights' they learn too fast: this
             # is what plain SGD would give them.
             bias_lr_factor=0.02,
             schedule="cosine",
             warmup_epochs=3.0,
             label_smoothing=0.1,
+            dropout=0.2,
             ema_decay=0.999,
         ),
         precision="bf16",

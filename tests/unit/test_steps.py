@@ -25,3 +25,10 @@ def test_masks_are_drawn_anew_by_seed_step_and_rank_and_by_nothing_else():
         assert not any(torch.equal(one, other) for other in drawn[:number])
     torch.manual_seed(99)
     assert torch.equal(gradient(number=1), drawn[1])
+
+
+def test_a_step_leaves_out_the_share_of_hidden_inputs_that_the_config_says():
+    network = build_model(small_config(optim_dropout=0.2, model_width=0.5), 10).train()
+    for layer in (network.classifier.dropout6, network.classifier.dropout7):
+        ones = torch.ones(100, 1000)
+        assert abs(float((layer(ones) == 0).float().mean()) - 0.2) < 0.01
