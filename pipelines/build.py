@@ -36,6 +36,7 @@ def build(
     workers: int | None = None,
     address: str | None = None,
     shared_fs: bool = False,
+    ray_logs: bool = False,
     as_json: bool = False,
     repairs: bool = False,
 ) -> shards.Manifest | None:
@@ -43,7 +44,7 @@ def build(
 
     only: numbers of the shards to make; without the others there is no manifest yet: None.
     workers: most shards under way at once; None for as many as the cluster has CPUs.
-    address: of the Ray cluster, as `cluster.connected` takes it.
+    address, ray_logs: as `cluster.connect` takes them.
     repairs: the set was finished before, so that a class of which nothing can be read is no news.
     Raises UserError before any long work for what the user can mend, BuildFailed afterwards.
     """
@@ -59,7 +60,7 @@ def build(
         _remove_faulty(out, made_plan, {number: missing[number] for number in numbers})
         from pipelines import cluster
 
-        with cluster.connected(address):
+        with cluster.connected(address, ray_logs=ray_logs):
             cluster.refuse_local_paths([raw, out], shared_fs=shared_fs)
             statuses = _statuses(job_for(made_plan, raw, out), made_plan, numbers, workers)
             with progress.running(), closing(statuses):

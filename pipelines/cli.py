@@ -105,6 +105,7 @@ def _add_build_flags(parser: argparse.ArgumentParser) -> None:
     add("--workers", type=int, help="most shards at once; default: one per CPU")
     ray = "Ray cluster to build on, from one of its nodes; default: $RAY_ADDRESS, or this host"
     add("--address", metavar="HOST:PORT", help=ray)
+    add("--ray-logs", action="store_true", help="show what Ray's own processes say too")
     add("--shared-fs", **_SHARED_FS)
 
 
@@ -163,6 +164,7 @@ def _build(arguments: argparse.Namespace) -> int:
         workers=arguments.workers,
         address=arguments.address,
         shared_fs=arguments.shared_fs,
+        ray_logs=arguments.ray_logs,
         as_json=arguments.json,
     )
     if manifest is None:

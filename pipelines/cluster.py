@@ -1,8 +1,11 @@
-"""How a command joins a Ray cluster, or starts one for itself. Imported by drivers alone."""
+"""How a command joins a Ray cluster, or starts one for itself, and what it shows of its processes.
+Imported by drivers alone.
+"""
 
 import json
 import logging
 import os
+import re
 import secrets
 import shlex
 import shutil
@@ -18,10 +21,11 @@ from typing import Any
 
 import psutil
 import ray
+from ray._private.ray_logging import global_worker_stdstream_dispatcher as streams
 from ray.exceptions import AuthenticationError
 
 from alexnet.errors import UserError, reason
-from pipelines import storage
+from pipelines import command, storage
 
 _ROOT = Path(__file__).resolve().parents[1]
 _PACKAGES = ("alexnet", "pipelines", "training")
@@ -30,14 +34,20 @@ _SCHEDULER_SECONDS = 10
 _LONGEST_FOLDER = 107 - len("/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store")
 _LONGEST_TMPDIR = 107 - len("/pymp-12345678/listener-12345678")
 _SHORT = ("/tmp", "/var/tmp", "/dev/shm")  # where a folder for them is tried
+_HOOK = "pipelines.cluster.know_the_cluster"
+# As our code begins its lines in Ray's processes: a note, or the name of one of our loggers.
+_OURS = re.compile(r"(note|(?:pipelines|training)[\w.]*): ")
 
 
-def connect(address: str | None = None, *, dashboard: bool = False) -> Path | None:
+def connect(
+    address: str | None = None, *, dashboard: bool = False, ray_logs: bool = False
+) -> Path | None:
     """Joins the cluster at `address`, by default that of $RAY_ADDRESS or of `ray start` on this
     host; without any it starts a local one, and gives the folder to remove after it, if any.
 
     Workers get the three packages from this checkout, so nothing has to be installed on them.
-    `dashboard` gives a local one its web page, on loopback.
+    `dashboard` gives a local one its web page, on loopback. Of what Ray's processes print, our own
+    lines alone are shown, as they are; with `ray_logs` all, as Ray shows them.
     Raises UserError where the cluster cannot be joined.
     """
     if ray.is_initialized():
@@ -48,11 +58,15 @@ def connect(address: str | None = None, *, dashboard: bool = False) -> Path | No
             f"{bad[0]}: Ray takes no name that is not UTF-8 here; rename it, or set PYTHONUTF8=1"
         )
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    if not sys.stdout.isatty():
+        os.environ.setdefault("RAY_COLOR_PREFIX", "0")
     given = f"--address {address}" if address else f"RAY_ADDRESS={os.environ.get('RAY_ADDRESS')}"
     if address := address or os.environ.get("RAY_ADDRESS"):
         _check(address, given)
     elif not _started_here():
-        return _own(dashboard)
+        folder = _own(dashboard)
+        _show(ray_logs)
+        return folder
     try:
         ray.init(address=address, runtime_env=_for_workers(), logging_level=logging.WARNING)
     except AuthenticationError as error:
@@ -60,7 +74,27 @@ def connect(address: str | None = None, *, dashboard: bool = False) -> Path | No
             "the Ray cluster asks for a token; set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH "
             "(or put the token into ~/.ray/auth_token)"
         ) from error
+    _show(ray_logs)
     return None
+
+
+def _show(ray_logs: bool) -> None:
+    """Ray prints every line of its processes, with a prefix and in colours; it has no setting that
+    tells ours from its own. Until it is shut down, ours take the place of its printer."""
+    if not ray_logs:
+        streams.remove_handler("ray_print_logs")
+        streams.add_handler("ray_print_logs", _our_lines)  # whose name it removes at its end
+
+
+def _our_lines(batch: dict[str, Any]) -> None:
+    for line in batch["lines"]:
+        if (ours := _OURS.match(line)) is None:
+            continue
+        said = line[ours.end() :]
+        if ours[1] == "note":  # of many processes alike
+            command.note(said, about=said)
+        else:
+            print(said, file=sys.stderr, flush=True)
 
 
 def _own(dashboard: bool) -> Path | None:
@@ -71,6 +105,9 @@ def _own(dashboard: bool) -> Path | None:
     # Of the command that starts a worker, Ray quotes every word but this one.
     if (python := shlex.quote(sys.executable)) != sys.executable:
         settings["runtime_env"] = {"py_executable": python}
+    if dashboard:  # of a training: it waits for Ray's agent of such environments anyway
+        settings.setdefault("runtime_env", {})["worker_process_setup_hook"] = _HOOK
+    print("starting Ray: about 20 s", file=sys.stderr, flush=True)
     ours = _for_own_ray(folder)
     before = {name: os.environ[name] for name in ours if name in os.environ}
     os.environ.update(ours)
@@ -96,12 +133,14 @@ def is_known() -> bool:
 
 
 @contextmanager
-def connected(address: str | None = None, *, dashboard: bool = False) -> Iterator[None]:
+def connected(
+    address: str | None = None, *, dashboard: bool = False, ray_logs: bool = False
+) -> Iterator[None]:
     """`connect` for a while: closed afterwards, workers and all, unless it was there before."""
     joined_before = ray.is_initialized()
     terminated = signal.getsignal(signal.SIGTERM)
     try:
-        folder = connect(address, dashboard=dashboard)
+        folder = connect(address, dashboard=dashboard, ray_logs=ray_logs)
     except SystemExit as left:  # of Ray's handler for SIGTERM
         raise KeyboardInterrupt from left
     if callable(terminated) and threading.current_thread() is threading.main_thread():
@@ -214,16 +253,20 @@ def _for_workers() -> dict[str, Any]:
     if "working_dir" not in job:
         settings["py_modules"] = [str(_ROOT / name) for name in _PACKAGES]
     if "worker_process_setup_hook" not in job:
-        settings["worker_process_setup_hook"] = "pipelines.cluster.use_the_nodes_network"
+        settings["worker_process_setup_hook"] = _HOOK
     return settings
 
 
-def use_the_nodes_network() -> None:
+def know_the_cluster() -> None:
     """In each worker before its work: lets gloo listen on the interface by which the cluster knows
     this node, unless $GLOO_SOCKET_IFNAME says which. By itself gloo takes the address of the host's
     name: 127.0.1.1 on a plain Debian, which ranks on other hosts cannot reach. NCCL needs no help.
+
+    Ray's own helpers look for their cluster by its address, and find too many where another Ray
+    runs on the host: the one that frees the places of a dead training would end in a traceback.
     """
     os.environ.update(_gloo_on(ray.util.get_node_ip_address()))
+    os.environ.setdefault("RAY_ADDRESS", ray.get_runtime_context().gcs_address)
 
 
 def _gloo_on(address: str) -> dict[str, str]:

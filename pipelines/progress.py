@@ -143,6 +143,7 @@ class Progress:
     _wait_seconds: float = 0.0
     _work_seconds: float = 0.0  # waiting included
     _examples: list[str] = field(default_factory=list)
+    _said: tuple[int, float] = (-1, 0.0)  # shards in the last line, and when that was
     _state: Literal["building", "done", "stopped", "failed"] = "building"
     _pace: Pace = field(default_factory=lambda: Pace(0, 0))
     _lock: Any = field(default_factory=threading.RLock)  # `count` and the teller are two threads
@@ -232,12 +233,14 @@ class Progress:
             self._say(last=True)
 
     def _say(self, last: bool = False) -> None:
+        now = time.monotonic()
         if self.as_json:
             command.say(json.dumps(self.json_line()))
         elif sys.stdout.isatty():
             line = self.line()[: shutil.get_terminal_size().columns - 1]
             command.say(f"{_ERASE}{line}", end="\n" if last else "")
-        else:
+        elif last or self._said[0] != self._shards or now >= self._said[1] + _RECENT_SECONDS:
+            self._said = (self._shards, now)
             command.say(self.line())
 
 

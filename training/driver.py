@@ -6,8 +6,9 @@ Takes seconds to import (Ray, torch, MLflow), which a wrong flag and --help need
 import dataclasses
 import logging
 import os
-import sys
+import shlex
 from typing import Any
+from urllib.parse import unquote
 
 import ray
 import ray.train
@@ -48,8 +49,11 @@ def train(config: TrainConfig) -> int:
     try:
         # Left before anything is reported, so that the last line is ours, after all that workers
         # say.
-        with lease.held(job.folder) as writer, cluster.connected(dashboard=True):
-            version = _trained(job, client, writer)
+        with (
+            lease.held(job.folder) as writer,
+            cluster.connected(dashboard=True, ray_logs=config.ray_logs),
+        ):
+            ending = _trained(job, client, writer)
     except lease.Superseded as error:
         logger.error(f"error: {error}")
         return 1
@@ -66,11 +70,8 @@ def train(config: TrainConfig) -> int:
         why = f": {left}" if isinstance(left, stop.Stopped) else ""
         logger.error(f"interrupted{why}; continue with: {again(config)}")
         return command.INTERRUPTED
-    if version is not None:
-        name = config.model_name
-        of = f" --model {name}" if name != TrainConfig.model_name else ""
-        logger.info(f"registered {name} version {version} as candidate; promote it with:")
-        logger.info(f"  python -m training.registry promote{of}")
+    for line in ending:
+        logger.info(line)
     return 0
 
 
@@ -79,8 +80,8 @@ def dry_run(config: TrainConfig) -> str:
     return preflight.dry_run(config, _on_cluster if cluster.is_known() else None)
 
 
-def _trained(job: Job, client: Any, writer: lease.Lease) -> str | None:
-    """Trains on the cluster that was joined; the number of the version it registers, if any."""
+def _trained(job: Job, client: Any, writer: lease.Lease) -> list[str]:
+    """Trains on the cluster that was joined; lines that say what has come of it."""
     config, manifest = job.config, job.manifest
     cpus, use_gpu = _places(config, job.tracking_uri)
     if job.initial is not None:
@@ -88,16 +89,9 @@ def _trained(job: Job, client: Any, writer: lease.Lease) -> str | None:
         initial.keep(job.initial, job.folder)
     run_id = job.run_id or tracking.open_run(client, config, manifest, job.data).info.run_id
     job = dataclasses.replace(
-        job,
-        run_id=run_id,
-        initial=None,
-        cpus=cpus,
-        terminal=sys.stderr.isatty(),
-        lease=(writer.number, writer.token),
+        job, run_id=run_id, initial=None, cpus=cpus, lease=(writer.number, writer.token)
     )
     _announce(job, use_gpu)
-    # Ray Train's own print would put an empty line after each state of the progress bar.
-    os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
     with command.raised(), tracking.run_status(client, run_id):
         stop.fit(_trainer(job, use_gpu).fit, writer)
         writer.check()
@@ -109,7 +103,34 @@ def _trained(job: Job, client: Any, writer: lease.Lease) -> str | None:
                 )
             wanted = config.register and not config.synthetic  # random images: never
             final = dataclasses.replace(config, register=wanted)
-            return register(client, run_id, last, manifest, final)
+            version = register(client, run_id, last, manifest, final)
+    return _ending(client, job, version)
+
+
+def _ending(client: Any, job: Job, version: str | None) -> list[str]:
+    """Where a finished run's curves and card are, what opens MLflow on it, and what comes next."""
+    run = client.get_run(job.run_id).info
+    artifacts = run.artifact_uri
+    if artifacts.startswith("file://"):
+        artifacts = unquote(artifacts.removeprefix("file://"))
+    page = f"#/experiments/{run.experiment_id}/runs/{run.run_id}"
+    server = f"python -m mlflow server --backend-store-uri {shlex.quote(job.tracking_uri)}"
+    where = f"{server}, then http://127.0.0.1:5000/{page}"
+    if store.database_of(job.tracking_uri) is None:
+        where = f"{job.tracking_uri.rstrip('/')}/{page}"
+    lines = [
+        f"curves: {artifacts}/figures/curves.png",
+        f"card:   {artifacts}/card/card.md",
+        f"MLflow: {where}",
+    ]
+    if version is not None:
+        name = job.config.model_name
+        of = f" --model {name}" if name != TrainConfig.model_name else ""
+        lines += [
+            f"registered {name} version {version} as candidate; promote it with:",
+            f"  python -m training.registry promote{of}",
+        ]
+    return lines
 
 
 def _on_cluster(config: TrainConfig) -> tuple[str, bool]:
@@ -196,7 +217,8 @@ def _workers(config: TrainConfig, cpus: int, use_gpu: bool) -> str:
 
 
 def _cause(error: ray.train.TrainingFailedError, config: TrainConfig) -> str:
-    """What failed, in a worker's own words where it has any; the traceback is in the log above."""
+    """What failed, in a worker's own words where it has any; of a defect the traceback is printed
+    before."""
     if (cause := said(error)) is not None:
         return str(cause)
     last = (str(error).strip() or type(error).__name__).splitlines()[-1]
@@ -205,4 +227,6 @@ def _cause(error: ray.train.TrainingFailedError, config: TrainConfig) -> str:
             f"a worker ran out of memory ({last[:200]}); give each more: fewer --workers on a node "
             f"or machines with more; continue with: {again(config)}"
         )
+    failures = getattr(error, "worker_failures", {})
+    logger.error("\n".join(map(str, [*failures.values()][:1] or [error])))
     return f"{last}; the traceback is above; continue with: {again(config)}"

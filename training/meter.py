@@ -194,10 +194,8 @@ def _busy(device: torch.device) -> float:
 
 
 _TRAINED = (
-    "epoch={epoch:.2f} loss={loss:.4f} top1={top1:.3f} top5={top5:.3f} lr={lr:.5f} "
-    "grad={grad_norm:.3g} img/s={images_per_second:.0f} step_img/s={step_images_per_second:.0f} "
-    "util={utilization:.0%} wait={data_wait:.0%} comm={exposed_communication:.0%} mfu={mfu:.1%} "
-    "mem={gpu_memory_gb:.1f}GB"
+    "epoch={epoch:.2f} loss={loss:.4f} top1={top1:.3f} lr={lr:.5f} img/s={images_per_second:.0f} "
+    "mfu={mfu:.1%}"
 )
 _EVALUATED = (
     "epoch={epoch:.0f} val_images={val_images:.0f} val_loss={val_loss:.4f} "
@@ -206,14 +204,15 @@ _EVALUATED = (
 
 
 def log_line(metrics: dict[str, float], step: int) -> str:
-    """One line for people and grep: `step=1200 epoch=3.20 loss=5.3100 …`, of what is there."""
+    """One line for people and grep: `step=1200 epoch=3.20 loss=5.3100 …`, of what is there, eight
+    values at most. MLflow has them all."""
     words = [f"step={step}"]
     for word in (_EVALUATED if "val_top1" in metrics else _TRAINED).split():
         with contextlib.suppress(KeyError):
             words.append(word.format(**metrics))
     if "eta_seconds" in metrics:
         minutes, seconds = divmod(round(metrics["eta_seconds"]), 60)
-        words.append(f"eta={minutes}:{seconds:02d} ids={int(metrics['sample_digest']):012x}")
+        words.append(f"eta={minutes}:{seconds:02d}")
     return " ".join(words)
 
 

@@ -60,8 +60,7 @@ class Job:
 
     config: with data, name and storage filled in. run_id, status: of the run of this name in
     MLflow, None where it would be new. initial: for the driver alone. mix: see training/mix.py. The
-    rest is known once the cluster is: CPUs of each worker, whether the driver has a terminal,
-    number and token of the lease.
+    rest is known once the cluster is: CPUs of each worker, number and token of the lease.
     """
 
     config: TrainConfig
@@ -73,7 +72,6 @@ class Job:
     initial: Initial | None = field(default=None, repr=False)
     mix: float | None = None
     cpus: int = 1
-    terminal: bool = False
     lease: tuple[int, str] = (0, "")
 
     @property

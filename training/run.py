@@ -44,6 +44,8 @@ def _asked(argv: list[str]) -> int:
     if asked.action == "print":
         print(json.dumps(to_dict(asked.config), indent=1))
         return 0
+    if asked.action == "train":
+        logger.info("loading PyTorch, MLflow and Ray")
     with command.importing():
         from training import driver  # with Ray, torch and MLflow: seconds
 

@@ -16,12 +16,13 @@ from typing import TypeVar
 from alexnet.errors import UserError
 from pipelines import command
 from training import checkpoint, lease
-from training.worker import ask_to_stop, said
+from training.worker import ask_to_stop, has_begun, said
 
 _SECONDS = 60.0  # for a checkpoint
 _JOB_SECONDS = 3.0  # Ray's own: SIGKILL so long after the SIGTERM of `ray job stop`
 _END_SECONDS = 2.0  # to leave Ray and tell MLflow
 _ASK_SECONDS = 2.0
+_START_SECONDS = 60.0  # of the workers, before they are missed
 
 logger = logging.getLogger("training")
 
@@ -52,7 +53,13 @@ def fit(train: Callable[[], object], writer: lease.Lease) -> None:
 
     threading.Thread(target=run, name="ray-train", daemon=True).start()
     try:
-        _wait(outcome, writer)
+        if not _wait(outcome, writer, _START_SECONDS):
+            if not _soon(lambda: has_begun(writer.token)):
+                logger.info(
+                    "no worker has started yet; `ray status` shows what the cluster is short of, "
+                    "--ray-logs True what Ray says"
+                )
+            _wait(outcome, writer)
     except command.KINDS:
         if not _soon(lambda: ask_to_stop(writer.token)):
             raise

@@ -13,7 +13,6 @@ import logging
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +20,10 @@ import ray.train
 import ray.train.collective
 import ray.train.torch
 import torch
-from ray.experimental import internal_kv, tqdm_ray
+from ray.experimental import internal_kv
 from ray.util.metrics import Counter, Gauge
 
-from alexnet.errors import UserError
+from alexnet.errors import UserError, reason
 from pipelines import storage
 from pipelines.progress import label, never_fatal
 from training import checkpoint, initial, lease, loop, meter
@@ -70,16 +69,13 @@ def train_worker(settings: dict[str, Job]) -> dict[str, float]:
                 uploads.tidy(resume.name)
             if config.profile:
                 profile = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="profile-")))
-        bar = None
-        if rank == 0 and job.terminal:  # Ray draws it on the driver's terminal
-            bar = stack.enter_context(contextlib.closing(tqdm_ray.tqdm(unit="steps")))
         stopping = stack.enter_context(_stopping(job.lease[1]))
         last = loop.fit(
             config,
             job.data,
             job.manifest,
             loop.Place(device, rank, context.get_world_size(), decoders),
-            log=_logging(str(config.name), tracker, bar),
+            log=_logging(str(config.name), tracker),
             report=_reporting(uploads),
             resume=resume,
             initial=begins_with,
@@ -111,10 +107,17 @@ class FinalErrors(ray.train.UserCallback):  # type: ignore[misc]
     itself would take a loss that is not finite for a lost worker, and start the group anew."""
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-        """Raises ray.train.ControllerError, which Ray does not retry."""
+        """Raises ray.train.ControllerError, which Ray does not retry; of another failure, one line
+        says which workers are lost."""
         for error in worker_exceptions.values():
             if (cause := said(error)) is not None:
                 raise ray.train.ControllerError(cause)
+        _say(0)
+        lost = {
+            rank: reason(getattr(error, "_base_exc", error))
+            for rank, error in sorted(worker_exceptions.items())
+        }
+        logger.warning(f"lost worker {', '.join(map(str, lost))}: {next(iter(lost.values()), '?')}")
 
 
 def said(error: BaseException) -> UserError | loop.TrainingStopped | lease.Superseded | None:
@@ -131,8 +134,9 @@ def said(error: BaseException) -> UserError | loop.TrainingStopped | lease.Super
 
 
 def _say(rank: int) -> None:
-    """Only rank 0 talks; the others warn."""
-    logging.basicConfig(format="%(message)s")  # warnings of the libraries
+    """Only rank 0 talks; the others warn. By the name before a line, the driver knows it as ours
+    (pipelines/cluster.py)."""
+    logging.basicConfig(format="%(name)s: %(message)s", force=True)  # Ray has set another
     logger.setLevel(logging.INFO if rank == 0 else logging.WARNING)
     logging.getLogger("ray.train").setLevel(logging.WARNING)
 
@@ -163,15 +167,11 @@ def _tell_start(run: str, tracker: Tracker, step: int) -> None:
     logger.info(f"worker group restarted with {group}; continues at step {step}{lost}")
 
 
-def _logging(run: str, tracker: Tracker, bar: tqdm_ray.tqdm | None) -> loop.Log:
+def _logging(run: str, tracker: Tracker) -> loop.Log:
     def log(line: dict[str, float], step: int) -> None:
         logger.info(log_line(line, step))
         show(run, {**line, "step": step})
         tracker.log(line, step)
-        if bar is not None and "progress" in line:
-            bar.n, bar.total = step, round(step / line["progress"])
-            left = timedelta(seconds=round(line["eta_seconds"]))  # right for resumed runs too
-            bar.set_description(f"epoch {line['epoch']:.2f}, {left} left")
 
     return log
 
@@ -221,12 +221,20 @@ def _preemption() -> Callable[[], bool]:
 _STOP = b"stop"
 
 
+def has_begun(token: str) -> bool:
+    """Whether workers of the driver that holds the lease of this token have begun to train; False
+    too where the cluster's head does not answer."""
+    with contextlib.suppress(ray.exceptions.RayError):
+        return internal_kv._internal_kv_get(_stop_key(token)) is not None
+    return False
+
+
 def ask_to_stop(token: str) -> bool:
     """Of the driver that holds the lease of this token: its workers save and end. False where none
     has begun to train, or the cluster's head does not answer."""
+    if not has_begun(token):
+        return False
     try:
-        if internal_kv._internal_kv_get(_stop_key(token)) is None:
-            return False
         internal_kv._internal_kv_put(_stop_key(token), _STOP)
     except ray.exceptions.RayError:
         return False

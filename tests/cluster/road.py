@@ -22,6 +22,7 @@ BUILD = ["python", "-m", "pipelines", "build", "--samples-per-shard", "6"]
 TRAIN = ["python", "training/run.py", "smoke", "--workers", "2", "--cpus-per-worker", "1"]
 TRAIN += ["--device", "cpu", "--model.width", "0.125", "--optim.batch-size", "16"]
 TRAIN += ["--optim.epochs", "16", "--log-steps", "1", "--checkpoint-steps", "10"]
+TRAIN += ["--ray-logs", "True"]
 STEPS = 13 * 16
 
 

@@ -181,7 +181,7 @@ def test_with_fewer_workers_the_same_samples_are_learned_from(cluster, server, h
     ray = {name: value for name, value in cluster.env.items() if name.startswith("RAY_")}
     # Ray waits so long for a place on a dead node before it looks again.
     ray |= {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "5", "MLFLOW_TRACKING_URI": server.uri}
-    with Script([*command, "--workers", "1:2"], home, **ray) as script:
+    with Script([*command, "--workers", "1:2", "--ray-logs", "True"], home, **ray) as script:
         second = script.wait_for(r"pid=(\d+)\) world_rank=1,")
         script.wait_for(r"step=20 ")
         cluster.kill(cluster.node_of(int(second[1])))

@@ -2,11 +2,13 @@
 
 import json
 import os
+import secrets
 import socket
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -89,7 +91,8 @@ def has_loopback(interface: str) -> bool:
 def test_own_ray_has_the_checkout_and_loopback_and_leaves_our_environment_as_it_was(
     local, monkeypatch, tmp_path
 ):
-    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    for name in ("RAY_USAGE_STATS_ENABLED", "RAY_COLOR_PREFIX"):
+        monkeypatch.setenv(name, "0")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     before = dict(os.environ)
     cluster.connect()
@@ -146,6 +149,16 @@ def test_ray_that_does_not_start_is_told_with_its_logs(local, monkeypatch):
         cluster.connect()
 
 
+def test_of_what_workers_print_our_lines_alone_are_shown_and_a_note_once(capsys):
+    note = f"note: no links on {secrets.token_hex(4)}"
+    for rank in (0, 1):
+        rays = ["Setting up process group for: env://", "[2026-11-30 17:29:04 E 1 2] core.cc: no"]
+        lines = [*rays, note, f"training: step={rank}", "pipelines.progress: no figures"]
+        cluster._our_lines({"lines": lines, "pid": rank})
+    ours = [note, "step=0", "no figures", "step=1", "no figures"]
+    assert capsys.readouterr().err.splitlines() == ours
+
+
 @pytest.mark.parametrize(
     ("node", "chosen"), [("127.0.0.1", ""), ("127.0.0.1", "mine"), ("203.0.113.9", "")]
 )
@@ -154,7 +167,12 @@ def test_gloo_listens_on_the_interface_of_the_nodes_address_unless_told_another(
 ):
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", chosen)
     monkeypatch.setattr(ray.util, "get_node_ip_address", lambda: node)
-    cluster.use_the_nodes_network()
+    head = SimpleNamespace(gcs_address="head:6379")
+    monkeypatch.setattr(ray, "get_runtime_context", lambda: head)
+    monkeypatch.setenv("RAY_ADDRESS", "")
+    monkeypatch.delenv("RAY_ADDRESS")
+    cluster.know_the_cluster()
+    assert os.environ["RAY_ADDRESS"] == "head:6379", "where another Ray runs, Ray's own ask for it"
     found = os.environ["GLOO_SOCKET_IFNAME"]
     if chosen or node != "127.0.0.1":  # which no interface here has
         assert found == chosen

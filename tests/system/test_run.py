@@ -2,7 +2,6 @@
 
 import pickle
 import shlex
-from types import SimpleNamespace
 
 import pytest
 import ray
@@ -11,7 +10,7 @@ from ray.train.v2._internal.exceptions import UserExceptionWithTraceback
 from shard_sets import write_shard_set
 
 from alexnet.errors import UserError
-from training import lease, worker
+from training import lease
 from training.driver import worker_settings
 from training.loop import TrainingStopped
 from training.run import main
@@ -23,16 +22,6 @@ pytestmark = pytest.mark.usefixtures("used_home")
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> str:
     return write_shard_set(tmp_path_factory.mktemp("run") / "set", train=(40,), val=(4,))
-
-
-def test_bar_of_a_terminal_stands_where_the_run_does():
-    told: list[str] = []
-    bar = SimpleNamespace(n=0, total=None, set_description=told.append)
-    log = worker._logging("run", SimpleNamespace(log=lambda *_: None), bar)
-    log({"loss": 1.0, "epoch": 0.5, "progress": 0.25, "eta_seconds": 61.4, "sample_digest": 1.0}, 2)
-    assert (bar.n, bar.total, told) == (2, 8, ["epoch 0.50, 0:01:01 left"])
-    log({"val_top1": 1.0}, 3)
-    assert bar.n == 2
 
 
 @pytest.fixture

@@ -80,7 +80,7 @@ def test_the_whole_road_from_drawn_archives_to_a_prediction_through_a_ray_job(
     raw, out = tmp_path / "raw", tmp_path / "shards"
     draw(str(raw), Drawing(classes=CLASSES, per_class=24, val_per_class=VAL), seed=0)
     build = f"python -m pipelines build --raw {raw} --out {out} --samples-per-shard 30"
-    train = f"python training/run.py smoke --data {out} --name first"
+    train = f"python training/run.py smoke --data {out} --name first --ray-logs True"
     road = ["bash", "-c", f"{build} --max-rejected 5% && {train}"]
     assert answer(cluster["RAY_ADDRESS"], "another") in (401, 403), "the cluster is open"
     submit = [str(BIN / "ray"), "job", "submit", "--working-dir", ".", "--", *road]

@@ -1,0 +1,81 @@
+"""What a person sees of commands that go well, beside another Ray on this host."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from drawn import ROOT
+
+from pipelines.demo_raw import Drawing, draw
+
+pytestmark = pytest.mark.timeout(480)
+
+BUILD = [
+    r"RAW: ilsvrc2012, 72 train \+ 18 val images, 3 classes",
+    r"OUT: \d+ shards, plan [0-9a-f]{12}",
+    "starting Ray: about 20 s",
+    r"shards \d/\d  images .*",
+    r"built OUT: 71 train \+ 18 val samples in \d shards, [\d.]+ MB",
+    r"(fixes|rejected): [\w ,]+",
+    "next: python training/run.py --data OUT",
+]
+TRAIN = [
+    "loading PyTorch, MLflow and Ray",
+    "starting Ray: about 20 s",
+    r"run mine: recipe smoke \(.*\), 71 train and 18 val samples of 3 classes from OUT",
+    r"1 worker\(s\) with \d CPU\(s\) each; checkpoints in HOME/runs/mine",
+    "no worker has started yet; .*",  # on a machine that does much else
+    r"[\d.]+ GFLOP per image",
+    r"step=\d+ epoch=[\d.]+( [a-z1/]+=[\d.:]+){4,6}",
+    r"step=\d+ epoch=\d val_images=18 val_loss=[\d.]+ val_top1=[\d.]+ val_top5=[\d.]+",
+    r"curves: HOME/mlartifacts/\w+/artifacts/figures/curves.png",
+    r"card:   HOME/mlartifacts/\w+/artifacts/card/card.md",
+    r"MLflow: python -m mlflow server --backend-store-uri sqlite:///HOME/mlflow.db, then http\S+",
+    "registered alexnet version 1 as candidate; promote it with:",
+    "  python -m training.registry promote",
+]
+
+
+@pytest.fixture
+def places(home: Path, tmp_path: Path) -> dict[str, str]:
+    """Words for the folders of this test."""
+    raw = str(tmp_path / "raw")
+    draw(raw, Drawing(classes=3, per_class=24, val_per_class=6), seed=0)
+    return {str(home): "HOME", raw: "RAW", str(tmp_path / "out"): "OUT"}
+
+
+def said(places: dict[str, str], *command: str) -> str:
+    """On stdout and stderr, without a terminal, by a Ray of its own."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "PYTHONW"))}
+    kept |= {"PYTHONPATH": str(ROOT), "RAY_worker_niceness": "0"}
+    done = subprocess.run(
+        [sys.executable, *command],
+        env=kept,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    text = done.stdout
+    for folder, word in places.items():
+        text = text.replace(folder, word)
+    assert done.returncode == 0, text[-6000:]
+    return text
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_a_good_build_and_a_good_run_show_our_lines_alone(places, tmp_path):
+    """The other Ray is that of these tests: which one is theirs, Ray's helpers have to be told."""
+    raw, out = str(tmp_path / "raw"), str(tmp_path / "out")
+    build = ["-m", "pipelines", "build", "--raw", raw, "--out", out, "--max-rejected", "5%"]
+    train = [str(ROOT / "training" / "run.py"), "smoke", "--data", out, "--name", "mine"]
+    for command, ours in ((build, BUILD), ([*train, "--device", "cpu"], TRAIN)):
+        lines = said(places, *command).splitlines()
+        assert [line for line in lines if not any(re.fullmatch(o, line) for o in ours)] == []
+        assert [o for o in ours if not any(re.fullmatch(o, line) for line in lines)] in (
+            [],
+            ["no worker has started yet; .*"],
+        )
