@@ -4,6 +4,7 @@ python -m training evaluate MODEL --data OUT      accuracy, by class, with its e
 python -m training predict IMAGE|FOLDER…          names the classes of images
 python -m training figures MODEL --data OUT       conv1's kernels, likeliest classes of images
 python -m training export MODEL                   as ONNX or torch.export, for other programs
+python -m training runs list|rm                   what runs left on disk
 python -m training registry list|show|promote|…   versions, and the gate before the champion
 """
 
@@ -20,6 +21,7 @@ COMMANDS = {
     "predict": "training.predict",
     "figures": "training.figures",
     "export": "training.export",
+    "runs": "training.runs",
     "registry": "training.registry.__main__",
 }
 

@@ -78,7 +78,7 @@ class Tracker:
         limit_patience()
         self._client = MlflowClient(tracking_uri=uri)
         self._run_id = run_id
-        self._spool = Spool(storage.home() / "spool" / f"{run_id}.jsonl")
+        self._spool = Spool(spool_of(run_id))
         self._rows = deque[Row]()  # the newest, which the thread has not seen
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="mlflow")
         self._fault: BaseException | None = None  # of our own making: a failure is a warning
@@ -189,6 +189,11 @@ class Tracker:
             send()
         except FAILURES as error:
             logger.warning(f"{failed}: {reason(error)}")
+
+
+def spool_of(run_id: str) -> Path:
+    """The file on this machine in which a run's values wait."""
+    return storage.home() / "spool" / f"{run_id}.jsonl"
 
 
 class Spool:

@@ -28,6 +28,7 @@ ALLOWED = {
     },
     "mlflow": {
         "training/tracking.py",
+        "training/runs.py",
         "training/metrics.py",
         *(f"training/registry/{name}.py" for name in ("__main__", "card", "gate", "package")),
         *(f"training/registry/{name}.py" for name in ("pyfunc_model", "versions")),
