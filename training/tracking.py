@@ -206,7 +206,7 @@ def open_run(client: MlflowClient, config: TrainConfig, manifest: Manifest, data
         "manifest_sha256": manifest.digest,
         "plan_id": manifest.plan_id,
         "data": data,
-        MLFLOW_USER: _user(),
+        MLFLOW_USER: user(),
         MLFLOW_SOURCE_NAME: "training/run.py",
         MLFLOW_SOURCE_TYPE: "LOCAL" if job_id() is None else "JOB",
         "mlflow.source.git.commit": _commit(),
@@ -316,7 +316,7 @@ def inputs(manifest: Manifest, data: str) -> list[DatasetInput]:
     ]
 
 
-def _user() -> str:
+def user() -> str:
     """Who asks MLflow's server, or this machine's name for them, which a container may not have."""
     try:
         return str(read_mlflow_creds().username or getpass.getuser())

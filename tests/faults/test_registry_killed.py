@@ -15,7 +15,7 @@ from tmpfs import tmpfs
 from pipelines.shards import load_manifest
 from training import tracking
 from training.metrics import Tracker
-from training.registry import gate
+from training.registry import champions
 from training.registry.versions import NAME, aliases, load, versions
 
 # Command, champion before and after. What POOR lacks must never make it champion.
@@ -71,7 +71,7 @@ def made_champion(client: MlflowClient, *numbers: str) -> None:
         history = " ".join(numbers[:place]) or None
         before = numbers[place - 1] if place else None
         tags = {"gate": "passed", "promoted_at": "then", "previous_champion": before}
-        gate.move_champion(client, before, number, tags | {"champions_before": history})
+        champions.move_champion(client, before, number, tags | {"champions_before": history})
 
 
 def test_killed_command_is_finished_by_the_same_again(attack, client, home):

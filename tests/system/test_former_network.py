@@ -19,7 +19,7 @@ from training import checkpoint, tracking
 from training.network import load_model
 from training.recipes import known_differences
 from training.registry import __main__ as registry
-from training.registry import gate
+from training.registry import champions, gate
 from training.registry.gate import Asked
 from training.registry.package import register
 from training.registry.versions import DESCRIPTION, NAME, SUMS
@@ -118,7 +118,7 @@ def test_former_version_is_neither_loaded_nor_judged_nor_compared(client, tmp_pa
     assert gate.promote(client, GOOD, FORCED).outcome == "forced"
     found = gate.promote(client, AGAIN, Asked())
     assert found.outcome == "passed", "which is not compared with the best of the former network"
-    gate.rollback(client)
-    gate.rollback(client)
+    champions.rollback(client)
+    champions.rollback(client)
     assert champion(client) == number, "whose own code still serves it"
     assert gate.promote(client, number, Asked()) is None

@@ -5,6 +5,7 @@ import hashlib
 import json
 import re
 import shutil
+import socket
 from pathlib import Path
 
 import pytest
@@ -14,10 +15,11 @@ from mlflow.tracking import MlflowClient
 from registered import AGAIN, FOREIGN, GOOD, GOOD_CONFIG, POOR, Built
 from shard_sets import write_shard_set
 
+from alexnet.errors import UserError
 from pipelines.shards import load_manifest
 from training import tracking
 from training.registry import __main__ as command
-from training.registry import gate
+from training.registry import champions, gate
 from training.registry.gate import Asked
 from training.registry.package import register
 from training.registry.versions import NAME, WEIGHTS, Refused, aliases, versions
@@ -61,10 +63,10 @@ def test_json_of_promote_is_the_verdict(client, capsys):
     assert err == f"refused: {found['reason']}\n"
 
 
-def test_force_needs_a_reason_and_a_reason_force(client, capsys):
-    for words in (["--force"], ["--reason", "why"], ["--force", "--reason", " "]):
+def test_force_needs_a_reason(client, capsys):
+    for words in (["--force"], ["--force", "--reason", " "]):
         code, _, err = printed(capsys, "promote", POOR, *words)
-        assert code == 2 and err.startswith("error: --force and --reason go together")
+        assert code == 2 and err.startswith("error: --force needs a reason to record")
     code, out, _ = printed(capsys, "promote", POOR, "--force", "--reason", "for a demonstration")
     assert code == 0 and "forced: for a demonstration" in out and champion(client) == POOR
 
@@ -119,17 +121,17 @@ def test_dry_run_judges_and_changes_nothing(client, home, version, outcome):
 
 def test_rollback_goes_back_step_by_step_and_has_an_end(client, home):
     with pytest.raises(Refused, match="no champion to roll back"):
-        gate.rollback(client)
+        champions.rollback(client)
     for version in (POOR, GOOD, AGAIN, GOOD):  # GOOD is champion twice
         gate.promote(client, version, FORCED)
     before = content(home)
-    assert gate.rollback(client, dry_run=True) == (GOOD, AGAIN)
+    assert champions.rollback(client, dry_run=True) == (GOOD, AGAIN)
     assert content(home) == before
     for move in ((GOOD, AGAIN), (AGAIN, GOOD), (GOOD, POOR)):
-        assert gate.rollback(client) == move
+        assert champions.rollback(client) == move
     assert champion(client) == POOR and "previous_champion" not in tags(client, POOR)
     with pytest.raises(Refused, match="champion 3 had none before it"):
-        gate.rollback(client)
+        champions.rollback(client)
 
 
 def test_rollback_to_changed_files_is_refused(client):
@@ -137,7 +139,7 @@ def test_rollback_to_changed_files_is_refused(client):
     gate.promote(client, GOOD, Asked())
     (files_of(client, POOR) / WEIGHTS).write_bytes(b"")
     with pytest.raises(Refused, match=r"the champion before: .*/3: .*safetensors changed"):
-        gate.rollback(client)
+        champions.rollback(client)
     assert champion(client) == GOOD
 
 
@@ -165,6 +167,47 @@ def test_model_of_another_name_has_versions_and_a_champion_of_its_own(
     assert (code, out) == (2, "") and err.startswith("error: --model 'a/b' is not a name")
 
 
+# Who, when and why
+
+
+def test_history_tells_of_every_move_who_made_it_when_and_why(client, capsys, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "jane")
+    job = {"metadata": {"job_submission_id": "raysubmit_7"}}
+    jane = f"jane@{socket.gethostname()}"
+    began = champions.now()
+    assert printed(capsys, "promote", POOR, "--force", "--reason", "the first")[0] == 0
+    assert printed(capsys, "promote", GOOD, "--reason", "it is better")[0] == 0
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", json.dumps(job))
+    assert printed(capsys, "rollback", "--reason", "it is slow")[0] == 0
+    given, back = tags(client, GOOD), tags(client, POOR)
+    assert (given["promoted_by"], given["gate_reason"]) == (jane, "it is better")
+    assert (given["validation_status"], given["previous_champion"]) == ("approved", POOR)
+    assert back["restored_by"] == f"{jane}, Ray job raysubmit_7"
+    found = json.loads(printed(capsys, "history", "--json")[1])
+    assert [(m["version"], m["how"], m["by"], m["why"]) for m in found] == [
+        (POOR, "forced", jane, "the first"),
+        (GOOD, "promoted", jane, "it is better"),
+        (POOR, "restored", f"{jane}, Ray job raysubmit_7", "it is slow"),
+    ]
+    times = [began, *(move["at"] for move in found), champions.now()]
+    assert times == sorted(times) and given["promoted_at"] == times[2]
+    _, *rows = printed(capsys, "history")[1].splitlines()
+    assert [row.split()[1] for row in rows] == [POOR, GOOD, POOR]
+
+
+def test_history_begins_with_what_an_earlier_release_left(client):
+    client.set_model_version_tag(NAME, GOOD, "promoted_at", "2025-01-01T00:00:00+00:00")
+    client.set_model_version_tag(NAME, AGAIN, "champions_before", f"{GOOD} 77")  # 77 was deleted
+    client.set_registered_model_alias(NAME, "champion", AGAIN)
+    gate.promote(client, GOOD, Asked())
+    found = [(m["version"], m["at"] is None, m["by"] is None) for m in champions.moves(client)]
+    first = [(GOOD, False, True), ("77", True, True), (AGAIN, True, True)]
+    assert found == [*first, (GOOD, False, False)]
+    client.set_model_version_tag(NAME, GOOD, "champion_moves", "[")
+    with pytest.raises(UserError, match=r"of version 1 is not valid JSON .* delete it"):
+        champions.moves(client)
+
+
 # list and show
 
 
@@ -173,8 +216,10 @@ def test_list_shows_versions_newest_first_with_aliases_and_accuracy(client, caps
     printed(capsys, "promote", GOOD)
     _, *rows = printed(capsys, "list")[1].splitlines()
     assert [row.split()[0] for row in rows] == [FOREIGN, POOR, AGAIN, GOOD]
-    assert re.fullmatch(r"1 +candidate, champion +baseline +1\.0000 +passed +good +3", rows[3])
-    assert re.fullmatch(r"2 +baseline +1\.0000 +again", rows[2])
+    assert re.fullmatch(
+        r"1 +candidate, champion +baseline +1\.0000 +passed +approved +good +3", rows[3]
+    )
+    assert re.fullmatch(r"2 +baseline +1\.0000 +pending +again", rows[2])
     found = json.loads(printed(capsys, "list", "--json")[1])
     assert found[3] == {
         "version": GOOD,
@@ -182,6 +227,7 @@ def test_list_shows_versions_newest_first_with_aliases_and_accuracy(client, caps
         "recipe": "baseline",
         "val_top1": 1.0,
         "gate": "passed",
+        "validation_status": "approved",
         "run": "good",
         "previous_champion": POOR,
     }

@@ -9,8 +9,8 @@ from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
 from training import tracking
-from training.registry import gate
-from training.registry.gate import move_champion
+from training.registry import champions, gate
+from training.registry.champions import move_champion
 from training.registry.versions import NAME, Refused
 
 # What a move of the champion from 1 to 2 with TAGS begins and ends with, as `state` tells it.
@@ -65,13 +65,13 @@ def test_champion_that_is_another_by_now_is_not_moved(client, now):
 
 
 def test_champion_that_changes_while_tags_are_written_is_not_moved(client, monkeypatch):
-    write = gate._write_tags
+    write = champions.write_tags
 
     def and_another_comes(*args):
         write(*args)
         client.set_registered_model_alias(NAME, "champion", "3")
 
-    monkeypatch.setattr(gate, "_write_tags", and_another_comes)
+    monkeypatch.setattr(champions, "write_tags", and_another_comes)
     with pytest.raises(Refused, match="changed from version 1 to version 3 meanwhile"):
         move_champion(client, "1", "2", TAGS)
     assert champion(client) == "3"
@@ -81,7 +81,7 @@ def test_champion_that_changes_while_it_is_judged_against_is_not_moved(client, m
     def judged(candidate, run, before, asked):
         client.set_registered_model_alias(NAME, "champion", "3")  # by somebody else
         check = gate.Check("files", "as registered", "as registered", True)
-        return gate.Verdict(str(candidate.version), before, gate._now(), "", None, (check,))
+        return gate.Verdict(str(candidate.version), before, champions.now(), "", None, (check,))
 
     monkeypatch.setattr(gate, "_judge", judged)
     with pytest.raises(Refused, match="changed from version 1 to version 3 meanwhile"):
@@ -114,7 +114,7 @@ def test_a_fault_at_any_step_leaves_before_or_after_and_the_same_again_completes
     for k in range(1, counting.calls + 1):
         for done in (False, True):
             client.set_registered_model_alias(NAME, "champion", "1")
-            gate._write_tags(client, NAME, "2", {"previous_champion": None, **BEFORE[1]})
+            champions.write_tags(client, NAME, "2", {"previous_champion": None, **BEFORE[1]})
             with pytest.raises(MlflowException, match="no answer"):
                 move_champion(Faulty(client, k, done=done), "1", "2", TAGS)
             seen.add(held := champion(client))

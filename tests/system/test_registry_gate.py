@@ -19,7 +19,7 @@ from training import checkpoint, tracking
 from training.evaluate import evaluate
 from training.loader import Loader
 from training.network import build_model, input_spec
-from training.registry import gate
+from training.registry import champions, gate
 from training.registry.checks import SHIPPED
 from training.registry.gate import Asked, Verdict
 from training.registry.versions import DESCRIPTION, NAME, WEIGHTS
@@ -45,7 +45,7 @@ def refused(client: MlflowClient, version: str | None, asked: Asked = Asked()) -
     assert "\n" not in found.reason
     remembered = tags(client, found.version)
     assert (remembered["gate"], remembered["gate_reason"]) == ("refused", found.reason[:500])
-    assert "promoted_at" not in remembered
+    assert remembered["validation_status"] == "rejected" and "promoted_at" not in remembered
     return found
 
 
@@ -160,18 +160,18 @@ def test_deleted_champions_are_told_and_the_best_of_the_others_counts(client, wo
 def test_champion_that_a_rollback_took_back_is_not_among_the_best(client):
     for version in (POOR, GOOD):
         gate.promote(client, version, FORCED)
-    assert gate.rollback(client) == (GOOD, POOR)
+    assert champions.rollback(client) == (GOOD, POOR)
     assert gate.promote(client, AGAIN, Asked(dry_run=True)).best_before is None
 
 
 def test_best_champion_is_the_last_of_the_most_accurate_on_the_same_data(client, registered_models):
     manifest = load_manifest(registered_models.data).digest
     history = {"champions_before": f"{GOOD} {AGAIN} {FOREIGN}"}
-    gate.move_champion(client, None, POOR, history)
+    champions.move_champion(client, None, POOR, history)
 
     def best(*measured: str | None) -> str:
         for version, top1 in zip((GOOD, AGAIN, FOREIGN, POOR), measured, strict=True):
-            gate._write_tags(client, NAME, version, {"gate_val_top1": top1})
+            champions.write_tags(client, NAME, version, {"gate_val_top1": top1})
         return gate.best_champion(client, NAME, POOR, manifest)[0]
 
     assert best("0.5", "0.7", "0.6", "0.4") == AGAIN
@@ -185,9 +185,9 @@ def test_best_champion_is_the_last_of_the_most_accurate_on_the_same_data(client,
 
 def test_best_champion_stays_in_a_history_that_is_cut():
     numbers = [str(number) for number in range(1, 151)]
-    kept = gate._history(numbers, "7")["champions_before"].split()
+    kept = champions.history(numbers, "7")["champions_before"].split()
     assert kept == ["7", *numbers[-99:]]
-    assert gate._history(numbers, "90")["champions_before"].split() == numbers[-100:]
+    assert champions.history(numbers, "90")["champions_before"].split() == numbers[-100:]
 
 
 # What else passes

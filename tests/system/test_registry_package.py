@@ -42,6 +42,7 @@ def test_newest_registration_is_the_candidate_with_what_vouches_for_it(
     assert aliases(client) == {"candidate": POOR}
     version = client.get_model_version("alexnet", GOOD)
     assert (version.tags["recipe"], version.tags["variant"]) == ("baseline", "ungrouped")
+    assert version.tags["validation_status"] == "pending"
     assert version.description.startswith("# ")
     run = client.get_run(version.run_id)
     (model,) = run.outputs.model_outputs

@@ -2,8 +2,10 @@
 
     python -m training.registry list
     python -m training.registry show V
-    python -m training.registry promote [V] [--dry-run] [--force --reason "…"]
-    python -m training.registry rollback [--dry-run]
+    python -m training.registry promote [V] [--dry-run] [--reason "…"] [--force]
+    python -m training.registry approve V --by NAME
+    python -m training.registry rollback [--dry-run] [--reason "…"]
+    python -m training.registry history
 
 V is the number of a version or an alias such as candidate, of the registered model alexnet or that
 of --model NAME. `promote --dry-run` compares a version
@@ -30,7 +32,16 @@ from alexnet.errors import UserError
 from pipelines import command
 from training import store, tracking
 from training.config import checked_name
-from training.registry.versions import NAME, Refused, aliases, resolve, rows, run_of, table
+from training.registry.versions import (
+    NAME,
+    Refused,
+    aliases,
+    aligned,
+    resolve,
+    rows,
+    run_of,
+    table,
+)
 
 # Exit code, the document for --json, the text otherwise.
 Answer = tuple[int, Any, str]
@@ -53,7 +64,8 @@ def _answer(args: argparse.Namespace) -> int:
     except tracking.FAILURES as error:
         raise UserError(_told(error)) from error
     # Whoever has moved the champion has done it, read or not.
-    tell = command.say if args.run in (_promote, _rollback) and not args.dry_run else print
+    moving = args.run in (_promote, _approve, _rollback) and not getattr(args, "dry_run", False)
+    tell = command.say if moving else print
     tell(json.dumps(document, indent=1) if args.json else text)
     if code == 1:
         print(f"refused: {document['reason']}", file=sys.stderr)
@@ -77,11 +89,22 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     _add_promote_flags(gate)
     back = commands.add_parser("rollback", help="give the alias back to the champion before")
     back.set_defaults(run=_rollback)
+    approval = commands.add_parser("approve", help="make champion what waits for approval")
+    approval.add_argument("version", metavar="V")
+    approval.add_argument("--by", metavar="NAME", required=True, help="who approves; recorded")
+    approval.set_defaults(run=_approve)
+    moves = commands.add_parser("history", help="how the champion came to be it: when, who, why")
+    moves.set_defaults(run=_history)
+    for each in (gate, approval):
+        policy = "instead of training/registry/policy.toml"
+        each.add_argument("--policy", metavar="FILE", help=policy)
+    for each in (gate, approval, back):
+        each.add_argument("--reason", help="why; recorded, and needed with --force")
     for each in (show, gate):
         each.add_argument("--data", metavar="OUT", help="the shards, if they were moved")
     for each in (gate, back):
         each.add_argument("--dry-run", action="store_true", help="change nothing in MLflow")
-    for each in (listed, show, gate, back):
+    for each in (listed, show, gate, approval, back, moves):
         each.add_argument("--model", metavar="NAME", default=NAME, help="instead of alexnet")
         each.add_argument("--json", action="store_true", help="print JSON")
     return parser.parse_args(argv)
@@ -95,9 +118,7 @@ def _add_promote_flags(gate: argparse.ArgumentParser) -> None:
     gate.add_argument(
         "--shared-fs", action="store_true", help="every node of the cluster sees local shards"
     )
-    gate.add_argument("--policy", metavar="FILE", help="instead of training/registry/policy.toml")
     gate.add_argument("--force", action="store_true", help="promote whatever the checks say")
-    gate.add_argument("--reason", help="why; recorded, and needed with --force")
     gate.set_defaults(run=_promote)
 
 
@@ -147,7 +168,7 @@ def _show(client: MlflowClient, args: argparse.Namespace) -> Answer:
         "plan_id": tags.get("plan_id"),
         "shards": gone or f"{len(infos)} with {sum(i.samples for i in infos):,} images",
         "an image": uri and f"python -m pipelines inspect KEY --out {shlex.quote(uri)}",
-        **document["tags"],
+        **{key: value for key, value in document["tags"].items() if key != "champion_moves"},
     }
     text = "\n".join(f"{name:<18}{value or 'not recorded'}" for name, value in rows.items())
     return 0, document, text
@@ -170,17 +191,20 @@ def _manifest(uri: str | None, digest: str | None) -> tuple[Any, str | None]:
 
 
 def _promote(client: MlflowClient, args: argparse.Namespace) -> Answer:
-    from training.registry.gate import CHAMPION, Asked, promote
+    from training.registry.champions import CHAMPION
+    from training.registry.gate import Asked, promote
 
-    if args.force != bool(args.reason and args.reason.strip()):
-        raise UserError('--force and --reason go together; pass --force --reason "why"')
+    reason = (args.reason or "").strip() or None
+    if args.force and reason is None:
+        raise UserError('--force needs a reason to record; pass --force --reason "why"')
     asked = Asked(
         model=args.model,
         data=args.data,
         workers=args.workers,
         shared_fs=args.shared_fs,
         policy=args.policy,
-        force=args.reason if args.force else None,
+        force=reason if args.force else None,
+        why=reason,
         dry_run=args.dry_run,
     )
     version = args.flag or args.version
@@ -195,17 +219,43 @@ def _promote(client: MlflowClient, args: argparse.Namespace) -> Answer:
         lines.append(f"verdict: {found.outcome}; a dry run, nothing was changed")
     elif found.outcome == "forced":
         lines.append(f"forced: {found.reason}")
-    if found.outcome != "refused" and not args.dry_run:
+    if found.outcome != "refused" and found.approval and not args.dry_run:
+        of = f" --model {args.model}" if args.model != NAME else ""
+        lines.append(f"version {found.version} waits for approval, by another than its trainer:")
+        lines.append(f"  python -m training.registry approve {found.version} --by NAME{of}")
+    elif found.outcome != "refused" and not args.dry_run:
         if (uri := tracking.tracking_uri()).startswith("sqlite:"):
             lines.append(f"for mlflow itself: export MLFLOW_TRACKING_URI={shlex.quote(uri)}")
         lines.append(f"version {found.version} is the champion: models:/{args.model}@{CHAMPION}")
     return int(found.outcome == "refused"), document, "\n".join(lines)
 
 
-def _rollback(client: MlflowClient, args: argparse.Namespace) -> Answer:
-    from training.registry.gate import rollback
+def _approve(client: MlflowClient, args: argparse.Namespace) -> Answer:
+    from training.registry.champions import CHAMPION
+    from training.registry.gate import Asked, approve
 
-    before, now = rollback(client, args.model, dry_run=args.dry_run)
+    by = args.by.strip()
+    if not by:
+        raise UserError("--by is empty; pass the name of who approves")
+    asked = Asked(model=args.model, policy=args.policy, why=args.reason)
+    number = approve(client, args.version, by, asked)
+    told = f"version {number} is the champion: models:/{args.model}@{CHAMPION}"
+    return 0, {"version": number, "approved_by": by}, told
+
+
+def _history(client: MlflowClient, args: argparse.Namespace) -> Answer:
+    from training.registry.champions import moves
+
+    found = moves(client, args.model)
+    columns = ("at", "version", "how", "by", "why")
+    rows = [[str(move.get(key) or "") for key in columns] for move in found]
+    return 0, found, aligned([columns, *rows])
+
+
+def _rollback(client: MlflowClient, args: argparse.Namespace) -> Answer:
+    from training.registry.champions import rollback
+
+    before, now = rollback(client, args.model, why=args.reason, dry_run=args.dry_run)
     document = {"from": before, "to": now, "dry_run": args.dry_run}
     if args.dry_run:
         return 0, document, f"version {now} would be the champion again, {before} would not"

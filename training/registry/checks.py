@@ -48,6 +48,7 @@ class Check:
 
 
 Share = Annotated[float, Field(strict=True, ge=0, le=1)]
+Strict = Annotated[bool, Field(strict=True)]
 Limit = Annotated[float, Field(strict=True, ge=0)]
 
 
@@ -63,7 +64,9 @@ class Policy:
     margin: Share
     latency_ms: Limit
     size_mb: Limit
-    best_champion: Annotated[bool, Field(strict=True)] = True
+    best_champion: Strict = True
+    approval: Strict = False
+    approver_may_be_trainer: Strict = False
 
 
 def read_policy(path: str | Path, recipe: str) -> Policy:

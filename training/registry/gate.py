@@ -1,17 +1,14 @@
-"""The gate between a candidate and the champion, its verdict, and the way back."""
+"""The gate between a candidate and the champion, its verdict, and who approves what it passed."""
 
 import dataclasses
-import datetime
 import functools
 import re
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from mlflow.entities import Run
 from mlflow.entities.model_registry import ModelVersion
-from mlflow.exceptions import MlflowException
 from mlflow.models import get_model_info
 from mlflow.tracking import MlflowClient
 
@@ -23,10 +20,9 @@ from training.accuracy import Metrics, Scored
 from training.evaluate import score
 from training.metrics import metrics_of
 from training.network import LoadedModel, check_fits
-from training.registry import checks
+from training.registry import champions, checks
 from training.registry.checks import SHIPPED, Check, Paired, Policy, read_policy
 from training.registry.versions import (
-    MISSING,
     NAME,
     Refused,
     Registered,
@@ -40,19 +36,16 @@ from training.registry.versions import (
     versions,
 )
 
-CHAMPION = "champion"
+PENDING = "pending_approval"  # of the tag validation_status
 _IMAGES_USED = 8  # by the check in a fresh process
-_LONGEST_HISTORY = 100  # champions
 _LONGEST_REASON = 500  # characters of the tag
-
-Tags = Mapping[str, str | None]  # None removes one
 
 
 @dataclass(frozen=True)
 class Asked:
     """model: the registered model's name; data: where the shards are, if not where the run had
     them; workers, shared_fs: as `score`; policy: a file; force: a reason to promote whatever the
-    checks of the scored model say."""
+    checks of the scored model say; why: a reason to record where it passes."""
 
     model: str = NAME
     data: str | None = None
@@ -60,12 +53,14 @@ class Asked:
     shared_fs: bool = False
     policy: str | None = None
     force: str | None = None
+    why: str | None = None
     dry_run: bool = False
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """at: UTC; manifest_sha256: of `data`; force_reason: why it shall pass all the same. metrics is
+    """at: UTC; manifest_sha256: of `data`; force_reason: why it shall pass all the same; why: of
+    one that passes; approval: whether it then waits for `approve`. metrics is
     None where the checks before the scoring failed, champion_metrics and paired where there is no
     champion, or it cannot be scored on this data. best_before: the best of the champions so far
     where that is not the present one, likewise."""
@@ -77,6 +72,8 @@ class Verdict:
     manifest_sha256: str | None
     checks: tuple[Check, ...]
     force_reason: str | None = None
+    why: str | None = None
+    approval: bool = False
     metrics: Metrics | None = None
     champion_metrics: Metrics | None = None
     paired: Paired | None = None
@@ -102,16 +99,16 @@ class Verdict:
 
     @property
     def reason(self) -> str:
-        """Why it is forced or refused, in one line; empty where all is well."""
-        if self.forced:
-            return str(self.force_reason)
+        """Why it is forced or refused, or the reason that somebody gave, in one line, if any."""
+        if self.forced or self.passed:
+            return str((self.force_reason if self.forced else self.why) or "")
         failed = [check for check in self.checks if not check.passed]
         return "; ".join(f"{c.name}: {c.value} (asked for: {c.limit})" for c in failed)
 
     def document(self) -> dict[str, Any]:
         """JSON-ready."""
         found = dataclasses.asdict(self)
-        del found["force_reason"]
+        del found["force_reason"], found["why"]
         words = ("passed", "forced", "outcome", "reason")
         return found | {word: getattr(self, word) for word in words}
 
@@ -125,7 +122,7 @@ class Verdict:
         head = f"version {self.version} {against}, on the val split of {self.data}"
         return f"{head}\n{aligned([('check', 'found', 'asked for', ''), *rows])}"
 
-    def tags(self) -> Tags:
+    def tags(self) -> champions.Tags:
         """What the version remembers."""
         return {
             "gate": self.outcome,
@@ -136,7 +133,8 @@ class Verdict:
 
 def promote(client: MlflowClient, version: str | None, asked: Asked) -> Verdict | None:
     """Judges a version (number or alias, None: the candidate) and, where the verdict is not
-    "refused", makes it the champion. None: it is the champion already.
+    "refused", makes it the champion; or lets it wait for `approve`, where the policy says so. None:
+    it is the champion already.
 
     The verdict becomes artifacts of the run under gate/ and tags. A dry run changes nothing. Raises
     UserError for what cannot be judged, such as shards that are gone, and Refused where the
@@ -144,7 +142,7 @@ def promote(client: MlflowClient, version: str | None, asked: Asked) -> Verdict 
     """
     candidate = resolve(client, version, asked.model)
     number = str(candidate.version)
-    champion = aliases(client, asked.model).get(CHAMPION)
+    champion = aliases(client, asked.model).get(champions.CHAMPION)
     if champion == number:
         return None
     _refuse_former(candidate, "train it anew")
@@ -166,12 +164,68 @@ def promote(client: MlflowClient, version: str | None, asked: Asked) -> Verdict 
         client.log_dict(run.info.run_id, found.document(), f"{name}.json")
         client.log_text(run.info.run_id, found.table() + "\n", f"{name}.txt")
     if found.outcome == "refused":
-        _write_tags(client, asked.model, number, found.tags())
-    else:
-        before = _champions_before(client, asked.model, champion)
-        tags = {**found.tags(), **_history(before, found.best_before), "promoted_at": found.at}
-        move_champion(client, champion, number, tags, asked.model)
+        tags = {**found.tags(), "validation_status": "rejected"}
+        champions.write_tags(client, asked.model, number, tags)
+        return found
+    before = champions.champions_before(client, asked.model, champion)
+    by = champions.actor()
+    tags = {**found.tags(), **champions.history(before, found.best_before)}
+    tags |= {"promoted_by": by, "approved_by": None}
+    if found.approval:
+        tags |= {"validation_status": PENDING}
+        champions.write_tags(client, asked.model, number, tags)
+        return found
+    how = "promoted" if found.passed else "forced"
+    move = {"at": found.at, "version": number, "how": how, "by": by, "why": found.reason}
+    tags |= {"validation_status": "approved", "promoted_at": found.at}
+    tags |= champions.moved(client, asked.model, move)
+    champions.move_champion(client, champion, number, tags, asked.model)
     return found
+
+
+def approve(client: MlflowClient, version: str, by: str, asked: Asked = Asked()) -> str:
+    """Makes champion what the gate passed and the policy wants approved; returns its number. by:
+    who approves it. Of `asked` model, policy and why count.
+
+    Raises UserError for a version that does not wait for it, and for an approver whom the policy
+    forbids; Refused where champion or files changed since the gate.
+    """
+    chosen = resolve(client, version, asked.model)
+    number, tags = str(chosen.version), chosen.tags
+    if (status := tags.get("validation_status")) != PENDING:
+        raise UserError(
+            f"version {number} does not wait for approval (validation_status "
+            f"{status or 'not set'}); promote it first, under a policy with approval = true"
+        )
+    if not read_policy(asked.policy or SHIPPED, str(tags.get("recipe"))).approver_may_be_trainer:
+        _refuse_trainer(number, run_of(client, chosen), by)
+    before = tags.get("previous_champion")
+    champions.refuse_moved(client, asked.model, before)
+    try:
+        with verified(f"models:/{asked.model}/{number}"):
+            pass
+    except UserError as error:
+        raise Refused(str(error)) from error
+    chain = champions.champions_before(client, asked.model, before)
+    oldest, _, _ = tags.get("champions_before", "").partition(" ")  # or the best
+    at = champions.now()
+    who = f"{by} ({champions.actor()})"
+    move = {"at": at, "version": number, "how": "approved", "by": who, "why": asked.why}
+    approved = {"validation_status": "approved", "approved_by": who, "promoted_at": at}
+    listed = champions.history(chain, oldest or None)
+    moved = champions.moved(client, asked.model, move)
+    champions.move_champion(client, before, number, {**approved, **listed, **moved}, asked.model)
+    return number
+
+
+def _refuse_trainer(version: str, run: Run | None, by: str) -> None:
+    trainer = run.data.tags.get("mlflow.user") if run else None
+    if trainer is None or by.casefold() == trainer.casefold():
+        who = "nobody knows who trained it" if trainer is None else f"{by} trained it"
+        raise UserError(
+            f"version {version} cannot be approved by {by}: {who}; let another approve it, or set "
+            "approver_may_be_trainer = true in the policy"
+        )
 
 
 def _refuse_former(version: ModelVersion, remedy: str) -> None:
@@ -187,73 +241,6 @@ def _former(version: ModelVersion) -> str | None:
     return former_network(version.tags.get("variant"), version.tags.get("dropout"))
 
 
-def rollback(client: MlflowClient, name: str = NAME, *, dry_run: bool = False) -> tuple[str, str]:
-    """Gives the alias back to the champion before: (the version that had it, that has it now).
-
-    Each champion knows those before it, so that a second rollback goes one further back. Raises
-    Refused where there is none, and where its files are not what was registered.
-    """
-    champion = aliases(client, name).get(CHAMPION)
-    if champion is None:
-        raise Refused("there is no champion to roll back; promote one first")
-    before = _champions_before(client, name, champion)[:-1]
-    if not before:
-        raise Refused(f"champion {champion} had none before it; promote another version instead")
-    target = str(resolve(client, before[-1], name).version)
-    try:
-        with verified(f"models:/{name}/{target}"):  # its own code serves it, not this program's
-            pass
-    except UserError as error:
-        raise Refused(f"the champion before: {error}; or promote another version") from error
-    if not dry_run:
-        tags = {**_history(before[:-1]), "restored_at": _now()}
-        move_champion(client, champion, target, tags, name)
-    return champion, target
-
-
-def move_champion(
-    client: MlflowClient, before: str | None, after: str, tags: Tags, name: str = NAME
-) -> None:
-    """Points the alias from version `before` (None: nowhere) to `after`, which gets `tags` first:
-    they mean nothing until it is the champion, so that a kill anywhere leaves the champion before
-    or the one after, whole.
-
-    Raises Refused where somebody else has moved it. MLflow sets an alias unconditionally: of two
-    who do so within the same moment, the later one wins.
-    """
-    _refuse_moved(client, name, before)
-    _write_tags(client, name, after, tags)
-    _refuse_moved(client, name, before)
-    client.set_registered_model_alias(name, CHAMPION, after)
-
-
-def _refuse_moved(client: MlflowClient, name: str, before: str | None) -> None:
-    held = aliases(client, name).get(CHAMPION)
-    if held != before:
-        was, now = ("none" if v is None else f"version {v}" for v in (before, held))
-        raise Refused(f"{CHAMPION} changed from {was} to {now} meanwhile; promote again")
-
-
-def _write_tags(client: MlflowClient, name: str, version: str, tags: Tags) -> None:
-    for key, value in tags.items():
-        if value is not None:
-            client.set_model_version_tag(name, version, key, value)
-            continue
-        try:
-            client.delete_model_version_tag(name, version, key)
-        except MlflowException as error:
-            if error.error_code != MISSING:
-                raise
-
-
-def _champions_before(client: MlflowClient, name: str, champion: str | None) -> list[str]:
-    """The champions so far, oldest first, `champion` last."""
-    if champion is None:
-        return []
-    tags = client.get_model_version(name, champion).tags
-    return [*str(tags.get("champions_before", "")).split(), champion]
-
-
 def best_champion(
     client: MlflowClient, name: str, champion: str, manifest_sha256: str
 ) -> tuple[str, list[str]]:
@@ -266,7 +253,7 @@ def best_champion(
     same share means something else. One that a rollback took the alias from is no longer among
     those before.
     """
-    before = _champions_before(client, name, champion)
+    before = champions.champions_before(client, name, champion)
     there = {str(version.version): version for version in versions(client, name)}
     known = [there[number] for number in before if number in there and not _former(there[number])]
     runs, measured = runs_of(client, known), [(-1.0, -1, champion)]
@@ -284,23 +271,6 @@ def _share(text: str | None) -> float | None:
     return float(text) if text and re.fullmatch(r"[01](\.\d+)?", text) else None
 
 
-def _history(before: Sequence[str], best: str | None = None) -> Tags:
-    """Tags of a version that is about to be champion. Without effect until it is: only the present
-    champion's list counts, so that no other write has to happen together with the alias. best: one
-    that is never left out of it."""
-    kept = list(before[-_LONGEST_HISTORY:])
-    if best is not None and best not in kept:
-        kept[0] = best
-    return {
-        "champions_before": " ".join(kept) or None,
-        "previous_champion": before[-1] if before else None,
-    }
-
-
-def _now() -> str:
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-
-
 def _judge(candidate: ModelVersion, run: Run | None, champion: str | None, asked: Asked) -> Verdict:
     number = str(candidate.version)
     data, manifest = _data_of(number, run, asked.data)
@@ -308,11 +278,12 @@ def _judge(candidate: ModelVersion, run: Run | None, champion: str | None, asked
     found = Verdict(
         version=number,
         champion_before=champion,
-        at=_now(),
+        at=champions.now(),
         data=data,
         manifest_sha256=manifest.digest,
         checks=tuple(first),
         force_reason=asked.force,
+        why=asked.why,
     )
     if model is None or run is None or not found.passed:
         return found
@@ -397,7 +368,7 @@ def _measured(
         checks.size(model.network, policy),
         checks.as_used(uri, tracking.tracking_uri(), model, _some_images(found.data)),
     ]
-    found = dataclasses.replace(found, metrics=metrics)
+    found = dataclasses.replace(found, metrics=metrics, approval=policy.approval)
     if (champion := found.champion_before) is not None:
         against = functools.partial(_compared, scored, found.data, manifest, policy, asked)
         check, theirs, paired = against(champion, "champion")

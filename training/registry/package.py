@@ -73,6 +73,7 @@ def register(
         model_id, sums = _log_model(client, run_id, network, description, Path(temporary))
     _link_metrics(client, run_id, model_id, manifest)
     tags = {"recipe": config.recipe, **tracking.variant_tags(config), **sums}
+    tags["validation_status"] = "pending"
     _make_sure_of_name(client, name)
     source: dict[str, str] = {"source": f"models:/{model_id}", "model_id": model_id}
     if store.registry_uri(client.tracking_uri) != client.tracking_uri:  # it knows no such model

@@ -51,6 +51,7 @@ _COLUMNS = {
     "recipe": "recipe",
     "val_top1": "val top-1",
     "gate": "gate",
+    "validation_status": "status",
     "run": "run",
     "previous_champion": "champion before",
 }
@@ -173,6 +174,7 @@ def rows(client: MlflowClient, name: str = NAME) -> list[dict[str, Any]]:
                 "recipe": version.tags.get("recipe"),
                 "val_top1": metrics_of(run).get("val_top1") if run else None,
                 "gate": version.tags.get("gate"),
+                "validation_status": version.tags.get("validation_status"),
                 "run": run.info.run_name if run else None,
                 "previous_champion": version.tags.get("previous_champion"),
             }
