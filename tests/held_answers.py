@@ -1,4 +1,4 @@
-"""A relay before a web server that holds its answers back while a test says so."""
+"""A relay before a web server, which holds its answers back or hangs up while a test says so."""
 
 import http.client
 import threading
@@ -15,6 +15,7 @@ class Relay:
         self.uri = uri
         self.asked: list[str] = []
         self.answered: list[str] = []
+        self.failing = False  # hangs up
         self._answering = threading.Event()
         self.answer()
 
@@ -34,6 +35,8 @@ def relayed(uri: str) -> Iterator[Relay]:
         def do_GET(self) -> None:
             body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
             relay.asked.append(self.path)
+            if relay.failing:
+                return
             kept = {name: self.headers[name] for name in self.headers if name != "Host"}
             with closing(http.client.HTTPConnection(urlsplit(uri).netloc)) as behind:
                 behind.request(self.command, self.path, body, kept)

@@ -171,6 +171,8 @@ class TrainConfig:
     """The registered model that it becomes a version of."""
     ray_logs: bool = False
     """Show what Ray's own processes say too, as Ray shows it."""
+    system_metrics: bool = True
+    """Log CPU, memory, disk, network and GPUs of every node to MLflow, every ten seconds."""
     profile: bool = False
     """Record a few steps as a trace for Perfetto, kept with the run."""
 
@@ -253,14 +255,14 @@ WHERE_AND_HOW_MANY = frozenset(
     {"data", "name", "storage", "workers", "min_workers", "max_failures", "device", "compile"}
     | {"cpus_per_worker", "deterministic", "checkpoint_steps", "checkpoint_minutes", "keep_last"}
     | {"keep_best", "log_steps", "cache_gb", "cache", "decoded_gb", "shared_fs", "register"}
-    | {"model_name", "profile", "allow_sorted", "experiment", "ray_logs"}
+    | {"model_name", "profile", "allow_sorted", "experiment", "ray_logs", "system_metrics"}
 )
 
 # Fields that configs of earlier releases lack, with what those did.
 ADDED: dict[str, Any] = {"cache": "none", "decoded_gb": None, "shuffle_window": 8}
 ADDED |= {"allow_sorted": False, "model_name": TrainConfig.model_name}
 ADDED |= {"init_from": None, "freeze": "none", "experiment": None, "optim.dropout": 0.5}
-ADDED |= {"ray_logs": False}
+ADDED |= {"ray_logs": False, "system_metrics": False}
 
 # A field that configs of earlier releases have. It said what decoded images, never what was
 # learned, so a saved config is read without it.

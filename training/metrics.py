@@ -8,14 +8,17 @@ import contextlib
 import functools
 import json
 import logging
+import socket
+import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from mlflow.entities import Metric, Run
+from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 from mlflow.tracking import MlflowClient
 
 from alexnet.errors import UserError, reason
@@ -194,6 +197,37 @@ class Tracker:
 def spool_of(run_id: str) -> Path:
     """The file on this machine in which a run's values wait."""
     return storage.home() / "spool" / f"{run_id}.jsonl"
+
+
+@contextlib.contextmanager
+def system_metrics(uri: str, run_id: str) -> Iterator[None]:
+    """Inside, a thread logs how busy this node is, as system/HOST/…: by MLflow's own monitor, but
+    for its loop, which ends for good when MLflow does not answer once. What cannot be sent is sent
+    with the next values."""
+    # Of parts of a GPU, which have no figures, and of nodes without one.
+    logging.getLogger("mlflow.system_metrics").setLevel(logging.ERROR)
+    ended = threading.Event()
+
+    def watch() -> None:
+        monitor = SystemMetricsMonitor(
+            run_id, resume_logging=True, node_id=socket.gethostname(), tracking_uri=uri
+        )
+        over = False
+        while not over:
+            over = ended.wait(monitor.sampling_interval)
+            monitor.collect_metrics()
+            with contextlib.suppress(*FAILURES):  # of which the tracker warns
+                monitor.publish_metrics(monitor.aggregate_metrics())
+                if over:
+                    monitor.mlflow_logger.flush()  # what it put by, to spare a slow MLflow
+
+    thread = threading.Thread(target=watch, name="system-metrics", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
 
 
 class Spool:

@@ -31,7 +31,6 @@ logger = logging.getLogger("training")
 def main(argv: list[str] | None = None) -> int:
     """Exit code: 0 trained, 1 training failed, 2 wrong usage or input, 130 interrupted."""
     logging.basicConfig(format="%(message)s")  # warnings of the libraries
-    logging.getLogger("urllib3").setLevel(logging.ERROR)  # each retry to a server that is down
     logger.setLevel(logging.INFO)
     return command.answered(
         lambda: _asked(sys.argv[1:] if argv is None else argv),

@@ -246,6 +246,7 @@ def limit_patience() -> None:
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)  # "Creating … tables"
+    logging.getLogger("urllib3").setLevel(logging.ERROR)  # each retry to a server that is down
 
 
 def _make_experiment(client: MlflowClient, name: str, database: Path | None) -> None:

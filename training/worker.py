@@ -28,7 +28,7 @@ from pipelines import storage
 from pipelines.progress import label, never_fatal
 from training import checkpoint, initial, lease, loop, meter
 from training.meter import log_line
-from training.metrics import Tracker
+from training.metrics import Tracker, system_metrics
 from training.preflight import Job, check_node
 from training.tracking import STORED
 from training.uploads import Uploader
@@ -57,6 +57,8 @@ def train_worker(settings: dict[str, Job]) -> dict[str, float]:
     with contextlib.ExitStack() as stack:
         resume = stack.enter_context(checkpoint.newest_good(job.folder))
         step = _agreed(0 if resume is None else checkpoint.load_state(resume)["step"])
+        if config.system_metrics and context.get_local_rank() == 0:
+            stack.enter_context(system_metrics(job.tracking_uri, str(job.run_id)))
         uploads, profile, begins_with = None, None, None
         if resume is None and config.init_from is not None:
             begins_with = initial.read_kept(job.folder)

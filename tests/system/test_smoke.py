@@ -1,8 +1,10 @@
 """The whole road as its user goes it: a real Ray cluster, a job, the gate, a prediction."""
 
 import contextlib
+import getpass
 import os
 import shutil
+import socket
 import subprocess
 import tarfile
 import tempfile
@@ -19,7 +21,7 @@ from ports import free_ports
 from waiting import wait_until
 
 from pipelines.demo_raw import Drawing, draw
-from training import predict
+from training import predict, tracking
 from training.registry import __main__ as registry
 from training.registry.versions import load
 
@@ -73,6 +75,36 @@ def answer(address: str, token: str, job: bytes | None = None) -> int:
         return refused.code
 
 
+def check_mlflow_shows(name: str) -> None:
+    """As model training, with who ran it and how, on what, and how busy the node was."""
+    client = tracking.connect(tracking.tracking_uri())
+    experiment = client.get_experiment_by_name("alexnet")
+    assert experiment.tags["mlflow.experimentKind"] == "custom_model_development"
+    (run,) = client.search_runs([experiment.experiment_id], f"run_name = '{name}'")
+    tags = run.data.tags
+    source = (tags["mlflow.source.type"], tags["mlflow.source.name"], tags["mlflow.user"])
+    assert source == ("JOB", "training/run.py", getpass.getuser())
+    contexts = [(used.tags[0].key, used.tags[0].value) for used in run.inputs.dataset_inputs]
+    assert sorted(contexts) == [("mlflow.data.context", word) for word in ("eval", "training")]
+    groups = {key.partition("/")[0] for key in run.data.metrics}
+    assert groups == {"train", "val", "data", "time", "run", "system"}
+    assert {
+        "train/loss",
+        "train/top1",
+        "val/loss",
+        "val/top1",
+        "val/top5",
+    } <= run.data.metrics.keys()
+    node = f"system/{socket.gethostname()}"
+    for figure in (
+        "cpu_utilization_percentage",
+        "disk_usage_percentage",
+        "network_receive_megabytes",
+    ):
+        assert run.data.metrics[f"{node}/{figure}"] >= 0
+    assert 0 < run.data.metrics[f"{node}/system_memory_usage_percentage"] <= 100
+
+
 def test_the_whole_road_from_drawn_archives_to_a_prediction_through_a_ray_job(
     checkout, cluster, tmp_path, capsys
 ):
@@ -91,6 +123,7 @@ def test_the_whole_road_from_drawn_archives_to_a_prediction_through_a_ray_job(
     assert imported and not any(f"{ROOT}/training" in line for line in imported)
     assert f"val_images={CLASSES * VAL} " in said
     assert "registered alexnet version" in said
+    check_mlflow_shows("first")
 
     # So small a set teaches less than the drawn one of the demo, which the shipped policy knows.
     shipped = (ROOT / "training" / "registry" / "policy.toml").read_text()

@@ -2,6 +2,7 @@
 
 import getpass
 import json
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -24,7 +25,7 @@ from pipelines.shards import Manifest, load_manifest
 from training import tracking
 from training.config import flatten, to_dict
 from training.lease import Superseded
-from training.metrics import Tracker, metric_history, metrics_of
+from training.metrics import Tracker, metric_history, metrics_of, system_metrics
 from training.preflight import preflight
 from training.registry.package import register
 from training.registry.versions import load
@@ -260,6 +261,26 @@ def test_logging_returns_while_mlflow_has_not_answered_and_later_lines_go_togeth
             "set-tag",
         ]
     assert metric_history(served, run_id, "loss") == [(step, 1 / step) for step in range(1, 6)]
+
+
+def test_load_of_the_node_is_logged_again_after_mlflow_was_away_without_a_word_of_that(
+    served, server, manifest, data, monkeypatch, caplog
+):
+    monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.05")
+    run_id = tracking.open_run(served, CONFIG, manifest, data).info.run_id
+    name = f"system/{socket.gethostname()}/cpu_utilization_percentage"
+
+    def steps() -> set[int]:
+        return {point.step for point in served.get_metric_history(run_id, name)}
+
+    with relayed(server.uri) as relay, system_metrics(relay.uri, run_id):
+        wait_until(steps)
+        relay.failing, asked = True, len(relay.asked)
+        wait_until(lambda: len(relay.asked) > asked + 2)
+        before = steps()
+        relay.failing = False
+        wait_until(lambda: max(steps()) > max(before) + 1)
+    assert caplog.text == ""
 
 
 def test_metrics_wait_on_disk_while_the_server_is_gone(
