@@ -103,7 +103,9 @@ def _trained(job: Job, client: Any, writer: lease.Lease) -> list[str]:
                 )
             wanted = config.register and not config.synthetic  # random images: never
             final = dataclasses.replace(config, register=wanted)
-            version = register(client, run_id, last, manifest, final)
+            several = len(manifest.split_shards("val")) > 1  # of which Ray scores each by itself
+            processes = cpus * config.workers if several else None
+            version = register(client, run_id, last, manifest, final, workers=processes)
     return _ending(client, job, version)
 
 

@@ -4,8 +4,8 @@
 
 MODEL is champion, candidate, a version's number, an MLflow model URI, or the folder or s3:// prefix
 of a checkpoint or run. --out writes evaluation.json (everything), predictions.parquet (a row for
-each image) and mistakes.png (the most confident errors). --workers N scores on Ray, without it in
-this process. Exit codes: 0 done, 2 wrong usage or input.
+each image), mistakes.png (the most confident errors) and confusion.png. --workers N scores on Ray,
+without it in this process. Exit codes: 0 done, 2 wrong usage or input.
 """
 
 from __future__ import annotations
@@ -256,17 +256,17 @@ def _share(correct: int, share: float, wilson95: Sequence[float]) -> str:
 def _write(folder: str, found: dict[str, Any], scored: Scored, manifest: shards.Manifest) -> None:
     from training import figures  # with matplotlib, which the training loop does without
 
-    folder, mistakes = storage.absolute(folder), found["mistakes"]
+    folder = storage.absolute(folder)
     text = json.dumps(found, indent=1) + "\n"
     storage.write(storage.join(folder, "evaluation.json"), text.encode())
     table = shards.parquet_bytes(scored.table(found["model"]["name"], manifest))
     storage.write(storage.join(folder, "predictions.parquet"), table)
-    ids = np.array([mistake["sample_id"] for mistake in mistakes], dtype=np.int64)
-    images = figures.read_images(found["data"]["uri"], manifest, found["data"]["split"], ids)
-    captions = [(row["true"], row["predicted"], row["probability"]) for row in mistakes]
-    title = f"{found['model']['name']}: the {len(mistakes)} most confident errors"
-    sheet = figures.mistakes(images, captions, title)
+    data, name = found["data"], found["model"]["name"]
+    errors = found["mistakes"]
+    sheet = figures.most_confident_errors(errors, data["uri"], manifest, data["split"], name)
     figures.save(sheet, storage.join(folder, "mistakes.png"))
+    matrix = figures.confusion(scored.confusion, manifest.class_names, name)
+    figures.save(matrix, storage.join(folder, "confusion.png"))
 
 
 def _rows(

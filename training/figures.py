@@ -24,10 +24,12 @@ import io
 import os
 import re
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from numpy.typing import NDArray
 
 from alexnet.errors import UserError
 from alexnet.model import AlexNet
@@ -41,6 +43,7 @@ from training.order import Ids
 Points = Sequence[tuple[int, float]]
 
 _COLUMNS, _PANELS, _PANEL_COLUMNS = 6, 8, 4
+_NAMED = 40  # classes, at most, whose names a confusion matrix has room for
 
 
 def curves(history: Mapping[str, Points], title: str) -> Figure:
@@ -100,6 +103,38 @@ def mistakes(
         axes.imshow(image.permute(1, 2, 0).numpy())
         said = f"is: {short(true)}\nsaid: {short(predicted)}, {probability:.2%}"
         axes.set_xlabel(said, fontsize=7, parse_math=False)
+    return figure
+
+
+def most_confident_errors(
+    rows: Sequence[Mapping[str, Any]], data: str, manifest: shards.Manifest, split: str, model: str
+) -> Figure:
+    """`mistakes` of the rows of that name in evaluation.json."""
+    ids = np.array([row["sample_id"] for row in rows], dtype=np.int64)
+    captions = [(row["true"], row["predicted"], row["probability"]) for row in rows]
+    title = f"{model}: the {len(rows)} most confident errors"
+    return mistakes(read_images(data, manifest, split, ids), captions, title)
+
+
+def confusion(counts: NDArray[np.int64], names: Sequence[str], title: str) -> Figure:
+    """counts: (classes, classes), row the class, column what it was taken for; the darker, the
+    larger the share of the row. Few classes have their names and numbers."""
+    few = len(names) <= _NAMED
+    side = 3 + 0.35 * len(names) if few else 10
+    figure = Figure(figsize=(side, side), layout="constrained")
+    figure.suptitle(title, fontsize=11, parse_math=False)
+    axes = figure.add_subplot(xlabel="taken for", ylabel="class")
+    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    # The root of a share, or else a class that is mistaken once in ten times could not be seen.
+    axes.imshow(np.sqrt(shares), cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
+    if few:
+        places, labels = range(len(names)), [short(name) for name in names]
+        axes.set_xticks(places, labels, rotation=90, fontsize=8, parse_math=False)
+        axes.set_yticks(places, labels, fontsize=8, parse_math=False)
+        for row, column in np.argwhere(counts).tolist():
+            colour = "white" if shares[row, column] > 0.4 else "black"
+            number = f"{counts[row, column]}"
+            axes.text(column, row, number, ha="center", va="center", fontsize=7, color=colour)
     return figure
 
 

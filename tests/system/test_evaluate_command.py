@@ -87,6 +87,7 @@ def test_files_tell_what_the_terminal_tells(models, tmp_path, capsys):
         assert mistake["key"] == table["key"][row]
         assert mistake["true"] == f"colour {table['label'][row]}" != mistake["predicted"]
         assert mistake["probability"] == pytest.approx(table["probabilities"][row][0], abs=1e-6)
+    assert (out / "confusion.png").read_bytes().startswith(b"\x89PNG")
     with Image.open(out / "mistakes.png") as image:
         assert image.format == "PNG" and image.width > 1000
 

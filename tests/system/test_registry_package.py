@@ -48,10 +48,14 @@ def test_newest_registration_is_the_candidate_with_what_vouches_for_it(
     (model,) = run.outputs.model_outputs
     assert version.source == f"models:/{model.model_id}"
     assert client.get_logged_model(model.model_id).status == "READY"
-    for name in ("curves", "conv1_kernels", "top5"):
+    for name in ("curves", "conv1_kernels", "top5", "confusion", "mistakes"):
         path = client.download_artifacts(version.run_id, f"figures/{name}.png", str(tmp_path))
         assert Path(path).read_bytes().startswith(b"\x89PNG")
     assert [file.path for file in client.list_artifacts(version.run_id, "card")] == ["card/card.md"]
+    table = client.load_table(run.info.experiment_id, "evaluation/classes.json", [version.run_id])
+    assert table["wnid"].tolist() == [*load_manifest(registered_models.data).wnids]
+    assert table["images"].sum() == run.data.metrics["val/images"]
+    assert table["correct"].sum() == run.data.metrics["val/correct1"]
 
 
 def test_models_of_a_data_set_are_found_by_the_accuracy_that_their_runs_logged_once(
@@ -226,7 +230,8 @@ def test_fault_while_registering_leaves_no_version(registry, registered_models, 
         raise MlflowException("the server is gone")
 
     run_id = new_run(registry)
-    monkeypatch.setattr(package, "_log_figures", lambda *_: None)  # they take a second
+    for name in ("_log_figures", "_log_evaluation"):  # they take seconds
+        monkeypatch.setattr(package, name, lambda *_: None)
     monkeypatch.setattr(registry, step, fault)
     with pytest.raises(MlflowException, match="the server is gone"):
         register_good(registry, run_id, registered_models)

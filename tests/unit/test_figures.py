@@ -10,7 +10,7 @@ from shard_sets import write_shard_set
 from small_training import fit, small_config
 
 from pipelines.shards import load_manifest
-from training.figures import conv1_kernels, curves, main, mistakes, read_images, top5
+from training.figures import confusion, conv1_kernels, curves, main, mistakes, read_images, top5
 from training.network import load_model
 
 HISTORY = {"loss": [(1, 2.0), (2, 1.5)], "val_loss": [(2, 1.2)], "top1": [(1, 0.1), (2, 0.2)]}
@@ -45,6 +45,26 @@ def test_mistakes_show_every_image_above_its_names():
         names = f"is: class {number}\nsaid: other_{number} $x$, {100 - number}.00%"
         assert axes.get_xlabel() == names
     assert mistakes(torch.empty(0), [], "none").axes == []
+
+
+@pytest.mark.parametrize("classes", [3, 50])
+def test_confusion_shows_the_share_of_each_row_and_of_few_classes_the_numbers(classes):
+    counts = np.zeros((classes, classes), dtype=np.int64)
+    counts[0, 0], counts[0, 2], counts[1, 1] = 3, 1, 5  # and nothing of the others
+    figure = confusion(counts, [f"name {i}, synonym" for i in range(classes)], "a $title")
+    FigureCanvasAgg(figure).draw()
+    (axes,) = figure.axes
+    shown = np.asarray(axes.images[0].get_array()) ** 2
+    assert shown[0, :3].tolist() == pytest.approx([0.75, 0, 0.25])
+    assert shown[1, 1] == 1 and shown[2:].sum() == 0
+    texts = {(*text.get_position(), text.get_text()) for text in axes.texts}
+    assert texts == ({(0, 0, "3"), (2, 0, "1"), (1, 1, "5")} if classes == 3 else set())
+    if classes == 3:
+        assert [label.get_text() for label in axes.get_yticklabels()] == [
+            "name 0",
+            "name 1",
+            "name 2",
+        ]
 
 
 @pytest.fixture(scope="module")

@@ -31,7 +31,9 @@ from alexnet.model import AlexNet
 from alexnet.preprocess import InputSpec
 from pipelines import shards
 from training import checkpoint, figures, store, tracking
+from training.accuracy import document
 from training.config import TrainConfig
+from training.evaluate import score
 from training.metrics import metric_history, metrics_of, name_in_mlflow
 from training.network import build_model
 from training.registry import card
@@ -44,11 +46,18 @@ _REQUIRED = ("mlflow", "numpy", "pandas", "pillow", "safetensors", "torch")
 
 
 def register(
-    client: MlflowClient, run_id: str, folder: Path, manifest: shards.Manifest, config: TrainConfig
+    client: MlflowClient,
+    run_id: str,
+    folder: Path,
+    manifest: shards.Manifest,
+    config: TrainConfig,
+    *,
+    workers: int | None = None,
 ) -> str | None:
     """Logs a finished run's figures, card and model; returns the new version's number.
 
-    folder: the last checkpoint. The run gets `figures/` and `card/card.md`, the version what
+    folder: the last checkpoint. workers: processes on Ray to score the val split with; None does
+    it here. The run gets `figures/`, `evaluation/classes.json` and `card/card.md`, the version what
     pyfunc_model.py needs: weights, alexnet.json and the package `alexnet`, without pickle. The
     version comes last, with all of its tags, so that there is never half of one; then alias
     `candidate` moves to it. None when config.register is off. A run that was registered, and killed
@@ -65,6 +74,8 @@ def register(
     network.load_state_dict(checkpoint.load_tensors(folder, "model"))
     spec = InputSpec.from_json(state["input_spec"])
     _log_figures(client, run_id, network, spec, manifest, config)
+    if not config.synthetic:
+        _log_evaluation(client, run_id, network, spec, manifest, config, workers)
     text = card.write(client, run_id, network, manifest, config)
     if not config.register:
         return None
@@ -129,6 +140,37 @@ def _log_figures(
         logger.warning(f"figures/top5.png is left out: {error}")
     else:
         client.log_figure(run_id, top5, "figures/top5.png")
+
+
+def _log_evaluation(
+    client: MlflowClient,
+    run_id: str,
+    network: AlexNet,
+    spec: InputSpec,
+    manifest: shards.Manifest,
+    config: TrainConfig,
+    workers: int | None,
+) -> None:
+    """Where the network goes wrong on the val split: accuracy by class as a table, the confusion
+    matrix and the most confident errors as pictures. Once: MLflow adds to a table that is there."""
+    import pandas as pd
+
+    if client.list_artifacts(run_id, "evaluation"):
+        return
+    data, name = client.get_run(run_id).data.tags["data"], str(config.name)
+    try:
+        scored = score(
+            network, spec, data, manifest, workers=workers, shared_fs=config.shared_fs, label="val"
+        )
+        found = document(scored, manifest)
+        errors = figures.most_confident_errors(found["mistakes"], data, manifest, "val", name)
+    except UserError as error:
+        logger.warning(f"the confusion matrix and the errors are left out: {error}")
+        return
+    matrix = figures.confusion(scored.confusion, manifest.class_names, name)
+    client.log_figure(run_id, matrix, "figures/confusion.png")
+    client.log_figure(run_id, errors, "figures/mistakes.png")
+    client.log_table(run_id, pd.DataFrame(found["classes"]), "evaluation/classes.json")
 
 
 def _description(spec: InputSpec, manifest: shards.Manifest, config: TrainConfig) -> dict[str, Any]:
