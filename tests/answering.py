@@ -4,15 +4,21 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
 
 
 @contextmanager
-def answering(status: int, body: bytes = b"", **headers: str) -> Iterator[str]:
-    """Gives its URI. headers: with _ for -. HEAD is answered without the body."""
+def answering(
+    status: int, body: bytes = b"", asked: list[tuple[Any, bytes]] | None = None, **headers: str
+) -> Iterator[str]:
+    """Gives its URI. headers: with _ for -. HEAD is answered without the body. asked: gets headers
+    and body of each request."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            content = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            if asked is not None:
+                asked.append((self.headers, content))
             self.send_response(status)
             for name, value in headers.items():
                 self.send_header(name.replace("_", "-"), value)

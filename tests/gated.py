@@ -30,16 +30,20 @@ def enter_whole_copy(built: Built, home: Path, patch: pytest.MonkeyPatch) -> Mlf
 
 
 def enter_candidate_copy(built: Built, home: Path, patch: pytest.MonkeyPatch) -> MlflowClient:
-    """As `enter_whole_copy`, without champion, GOOD as candidate. The check in a fresh process
-    takes seconds and is taken for passed; tests of its own make it. An image takes 1 ms, however
-    busy the machine is."""
+    """As `enter_whole_copy` and `pass_as_used`, without champion, GOOD as candidate."""
+    pass_as_used(patch)
+    client = enter_whole_copy(built, home, patch)
+    client.set_registered_model_alias(NAME, "candidate", GOOD)
+    return client
+
+
+def pass_as_used(patch: pytest.MonkeyPatch) -> None:
+    """The check in a fresh process takes seconds and is taken for passed; tests of its own make it.
+    An image takes 1 ms, however busy the machine is."""
     clock = SimpleNamespace(perf_counter=itertools.count(step=0.001).__next__)
     patch.setattr(checks, "time", clock)
     alike = Check("as used", "8 of 8 images alike", "the same classes", True)
     patch.setattr(checks, "as_used", lambda *args: alike)
-    client = enter_whole_copy(built, home, patch)
-    client.set_registered_model_alias(NAME, "candidate", GOOD)
-    return client
 
 
 def files_of(client: MlflowClient, version: str) -> Path:

@@ -10,6 +10,13 @@ import requests
 from ports import free_ports
 from waiting import wait_until
 
+# By default MLflow calls public addresses by https alone, and looks for new webhooks each minute.
+WEBHOOKS = {
+    "MLFLOW_WEBHOOK_ALLOWED_SCHEMES": "http",
+    "MLFLOW_WEBHOOK_ALLOW_PRIVATE_IPS": "true",
+    "MLFLOW_WEBHOOK_CACHE_TTL": "0",
+}
+
 
 def wait_until_healthy(uri: str) -> None:
     def answers() -> bool:
@@ -35,7 +42,7 @@ class Server:
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        environment = os.environ | {"MLFLOW_DISABLE_TELEMETRY": "true"}
+        environment = os.environ | {"MLFLOW_DISABLE_TELEMETRY": "true", **WEBHOOKS}
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(
                 self._command, stdout=log, stderr=log, env=environment, start_new_session=True

@@ -17,6 +17,8 @@ import pytest
 import torch
 from clusters import BIN, Cluster
 from drawn import ROOT
+from mlflow.models import get_model_info
+from mlflow.tracking import MlflowClient
 from ports import free_ports
 from waiting import wait_until
 
@@ -105,6 +107,19 @@ def check_mlflow_shows(name: str) -> None:
     assert 0 < run.data.metrics[f"{node}/system_memory_usage_percentage"] <= 100
 
 
+def check_champion_as_mlflow_shows_it() -> None:
+    client = MlflowClient()
+    version = client.get_model_version_by_alias("alexnet", "champion")
+    assert version.tags["validation_status"] == "approved" and "promoted_by" in version.tags
+    model = client.get_logged_model(version.source.removeprefix("models:/"))
+    metrics = {metric.key: metric.value for metric in model.metrics}
+    logged = client.get_run(version.run_id).data.metrics
+    assert metrics["val/top1"] == logged["val/top1"] and metrics["val/loss"] == logged["val/loss"]
+    signature = get_model_info("models:/alexnet@champion").signature
+    assert signature.inputs.input_names() == ["image"]
+    assert signature.outputs.input_names() == ["classes", "probabilities"]
+
+
 def test_the_whole_road_from_drawn_archives_to_a_prediction_through_a_ray_job(
     checkout, cluster, tmp_path, capsys
 ):
@@ -131,6 +146,7 @@ def test_the_whole_road_from_drawn_archives_to_a_prediction_through_a_ray_job(
     policy.write_text(shipped.replace("above_chance = 0.8", "above_chance = 0.25"))
     assert registry.main(["promote", "--policy", str(policy)]) == 0
     assert "is the champion: models:/alexnet@champion" in capsys.readouterr().out
+    check_champion_as_mlflow_shows_it()
     with tarfile.open(raw / "ILSVRC2012_img_val.tar") as tar:
         image = tar.extractfile("ILSVRC2012_val_00000001.JPEG").read()
     (tmp_path / "image.JPEG").write_bytes(image)

@@ -1,14 +1,20 @@
 """What MLflow is told: in the embedded store, through a real server, and while there is none."""
 
+import base64
+import dataclasses
 import getpass
+import hmac
 import json
 import socket
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from answering import answering
+from gated import pass_as_used
 from held_answers import relayed
 from mlflow.entities import Param, RunTag
 from mlflow.tracking import MlflowClient
@@ -27,6 +33,7 @@ from training.config import flatten, to_dict
 from training.lease import Superseded
 from training.metrics import Tracker, metric_history, metrics_of, system_metrics
 from training.preflight import preflight
+from training.registry import __main__ as registry
 from training.registry.package import register
 from training.registry.versions import load
 
@@ -238,6 +245,33 @@ def test_version_registered_through_a_server_is_read_from_it(served, registered_
     found = load("models:/alexnet@candidate")
     weights = load_file(registered_models.checkpoint / "model.safetensors")
     assert all(weights[name].equal(value) for name, value in found.network.state_dict().items())
+
+
+def test_one_promotion_through_a_server_calls_a_webhook_once_with_its_signature(
+    served, registered_models, monkeypatch
+):
+    data, manifest = registered_models.data, load_manifest(registered_models.data)
+    run_id = tracking.open_run(served, GOOD_CONFIG, manifest, data).info.run_id
+    config = dataclasses.replace(GOOD_CONFIG, model_name="called")
+    register(served, run_id, registered_models.checkpoint, manifest, config)
+    pass_as_used(monkeypatch)
+    calls: list[tuple[Any, bytes]] = []
+    events = ["model_version_alias.created", "model_version_alias.deleted"]
+    events += ["registered_model.created", "model_version.created"]
+    with answering(200, asked=calls) as uri:
+        served.create_webhook("deploy", uri, events, secret="geheim")
+        assert registry.main(["promote", "--model", "called", "--dry-run"]) == 0
+        assert registry.main(["promote", "--model", "called"]) == 0
+        wait_until(lambda: bool(calls))
+        served.set_registered_model_alias("called", "last", "1")  # which comes after all others
+        wait_until(lambda: b'"last"' in calls[-1][1])
+    (headers, body), _ = calls
+    told = json.loads(body)
+    assert (told["entity"], told["action"]) == ("model_version_alias", "created")
+    assert told["data"] == {"name": "called", "alias": "champion", "version": "1"}
+    signed = f"{headers['X-MLflow-Delivery-Id']}.{headers['X-MLflow-Timestamp']}.".encode() + body
+    digest = hmac.digest(b"geheim", signed, "sha256")
+    assert headers["X-MLflow-Signature"] == f"v1,{base64.b64encode(digest).decode()}"
 
 
 def test_logging_returns_while_mlflow_has_not_answered_and_later_lines_go_together(
