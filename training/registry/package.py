@@ -170,7 +170,9 @@ def _log_evaluation(
     matrix = figures.confusion(scored.confusion, manifest.class_names, name)
     client.log_figure(run_id, matrix, "figures/confusion.png")
     client.log_figure(run_id, errors, "figures/mistakes.png")
-    client.log_table(run_id, pd.DataFrame(found["classes"]), "evaluation/classes.json")
+    # As objects, since MLflow's way to look for columns of text is deprecated in pandas.
+    table = pd.DataFrame(found["classes"], dtype=object)
+    client.log_table(run_id, table, "evaluation/classes.json")
 
 
 def _description(spec: InputSpec, manifest: shards.Manifest, config: TrainConfig) -> dict[str, Any]:
