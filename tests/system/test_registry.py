@@ -178,7 +178,7 @@ def test_history_tells_of_every_move_who_made_it_when_and_why(client, capsys, mo
     assert printed(capsys, "promote", POOR, "--force", "--reason", "the first")[0] == 0
     assert printed(capsys, "promote", GOOD, "--reason", "it is better")[0] == 0
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", json.dumps(job))
-    assert printed(capsys, "rollback", "--reason", "it is slow")[0] == 0
+    assert printed(capsys, "rollback", "--reason", "it\nis \x1b[7mslow")[0] == 0
     given, back = tags(client, GOOD), tags(client, POOR)
     assert (given["promoted_by"], given["gate_reason"]) == (jane, "it is better")
     assert (given["validation_status"], given["previous_champion"]) == ("approved", POOR)
@@ -187,12 +187,13 @@ def test_history_tells_of_every_move_who_made_it_when_and_why(client, capsys, mo
     assert [(m["version"], m["how"], m["by"], m["why"]) for m in found] == [
         (POOR, "forced", jane, "the first"),
         (GOOD, "promoted", jane, "it is better"),
-        (POOR, "restored", f"{jane}, Ray job raysubmit_7", "it is slow"),
+        (POOR, "restored", f"{jane}, Ray job raysubmit_7", "it\nis \x1b[7mslow"),
     ]
     times = [began, *(move["at"] for move in found), champions.now()]
     assert times == sorted(times) and given["promoted_at"] == times[2]
     _, *rows = printed(capsys, "history")[1].splitlines()
     assert [row.split()[1] for row in rows] == [POOR, GOOD, POOR]
+    assert rows[2].endswith("  it is ?[7mslow")
 
 
 def test_history_begins_with_what_an_earlier_release_left(client):

@@ -220,9 +220,11 @@ def _promote(client: MlflowClient, args: argparse.Namespace) -> Answer:
     elif found.outcome == "forced":
         lines.append(f"forced: {found.reason}")
     if found.outcome != "refused" and found.approval and not args.dry_run:
-        of = f" --model {args.model}" if args.model != NAME else ""
-        lines.append(f"version {found.version} waits for approval, by another than its trainer:")
-        lines.append(f"  python -m training.registry approve {found.version} --by NAME{of}")
+        again = ["--model", args.model] if args.model != NAME else []
+        again += ["--policy", args.policy] if args.policy else []
+        words = shlex.join(["approve", found.version, "--by", "NAME", *again])
+        lines.append(f"version {found.version} waits for approval:")
+        lines.append(f"  python -m training.registry {words}")
     elif found.outcome != "refused" and not args.dry_run:
         if (uri := tracking.tracking_uri()).startswith("sqlite:"):
             lines.append(f"for mlflow itself: export MLFLOW_TRACKING_URI={shlex.quote(uri)}")
@@ -244,11 +246,12 @@ def _approve(client: MlflowClient, args: argparse.Namespace) -> Answer:
 
 
 def _history(client: MlflowClient, args: argparse.Namespace) -> Answer:
+    from pipelines.shards import one_line
     from training.registry.champions import moves
 
     found = moves(client, args.model)
     columns = ("at", "version", "how", "by", "why")
-    rows = [[str(move.get(key) or "") for key in columns] for move in found]
+    rows = [[one_line(str(move.get(key) or "")) for key in columns] for move in found]
     return 0, found, aligned([columns, *rows])
 
 
