@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from gated import champion, enter_candidate_copy, files_of, tags
+from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 from registered import AGAIN, GOOD, POOR, Built
 
@@ -75,11 +76,16 @@ def test_what_the_gate_has_not_passed_is_approved_by_nobody(client, policy, caps
     for words in (["approve", GOOD], ["approve", GOOD, "--by", " "]):
         assert refusal(capsys, *words)[0] == 2
     code, line = refusal(capsys, "approve", AGAIN, "--by", "joe")
-    assert code == 2 and "does not wait for approval (validation_status pending)" in line
+    assert (
+        code == 2
+        and "does not wait for approval (validation_status pending, gate not asked)" in line
+    )
     client.set_registered_model_alias(NAME, "champion", GOOD)
     assert command.main(["promote", POOR, "--policy", policy]) == 1
     code, line = refusal(capsys, "approve", POOR, "--by", "joe")
-    assert code == 2 and "(validation_status rejected)" in line
+    assert code == 2 and "(validation_status rejected, gate refused)" in line
+    client.set_model_version_tag(NAME, POOR, "validation_status", "pending_approval")
+    assert refusal(capsys, "approve", POOR, "--by", "joe")[0] == 2, "as a kill may leave it"
     assert champion(client) == GOOD
 
 
@@ -100,6 +106,23 @@ def test_what_changed_since_the_gate_is_not_approved(client, policy, capsys, cha
     assert code == told[0] and told[1] in line
     assert champion(client) == expected
     assert tags(client, GOOD)["validation_status"] == "pending_approval"
+
+
+def test_approval_that_broke_off_is_finished_by_the_same_again(client, policy, capsys, monkeypatch):
+    command.main(["promote", GOOD, "--policy", policy])
+    written = MlflowClient.set_model_version_tag
+
+    def broken(self, name, version, key, value):
+        if key == "validation_status":
+            raise MlflowException("no answer")
+        written(self, name, version, key, value)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MlflowClient, "set_model_version_tag", broken)
+        assert refusal(capsys, "approve", GOOD, "--by", "joe")[0] == 2
+    assert champion(client) == POOR
+    assert command.main(["approve", GOOD, "--by", "joe"]) == 0
+    assert champion(client) == GOOD and len(champions.moves(client)) == 2
 
 
 def test_verdict_of_what_waits_says_so_as_json(client, policy, capsys):

@@ -192,10 +192,12 @@ def approve(client: MlflowClient, version: str, by: str, asked: Asked = Asked())
     """
     chosen = resolve(client, version, asked.model)
     number, tags = str(chosen.version), chosen.tags
-    if (status := tags.get("validation_status")) != PENDING:
+    # A kill may have come between the two tags of a later no.
+    if (status := tags.get("validation_status")) != PENDING or tags.get("gate") == "refused":
         raise UserError(
             f"version {number} does not wait for approval (validation_status "
-            f"{status or 'not set'}); promote it first, under a policy with approval = true"
+            f"{status or 'not set'}, gate {tags.get('gate', 'not asked')}); promote it first, "
+            "under a policy with approval = true"
         )
     if not read_policy(asked.policy or SHIPPED, str(tags.get("recipe"))).approver_may_be_trainer:
         _refuse_trainer(number, run_of(client, chosen), by)
@@ -211,10 +213,14 @@ def approve(client: MlflowClient, version: str, by: str, asked: Asked = Asked())
     at = champions.now()
     who = f"{by} ({champions.actor()})"
     move = {"at": at, "version": number, "how": "approved", "by": who, "why": asked.why}
-    approved = {"validation_status": "approved", "approved_by": who, "promoted_at": at}
-    listed = champions.history(chain, oldest or None)
-    moved = champions.moved(client, asked.model, move)
-    champions.move_champion(client, before, number, {**approved, **listed, **moved}, asked.model)
+    found = {
+        **champions.history(chain, oldest or None),
+        **champions.moved(client, asked.model, move),
+        "approved_by": who,
+        "promoted_at": at,
+        "validation_status": "approved",  # last: after a kill before it the same goes on
+    }
+    champions.move_champion(client, before, number, found, asked.model)
     return number
 
 
