@@ -241,10 +241,11 @@ def run_status(client: MlflowClient, run_id: str) -> Iterator[None]:
 
 
 def limit_patience() -> None:
-    """Caps MLflow's own retries: by default a dead server would hold rank 0 up for minutes."""
+    """Caps MLflow's own retries, by default minutes for a dead server, and keeps it silent."""
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # the driver says it
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)  # "Creating … tables"
     logging.getLogger("urllib3").setLevel(logging.ERROR)  # each retry to a server that is down
 

@@ -213,6 +213,14 @@ def served(server: Server, home: Path, monkeypatch: pytest.MonkeyPatch) -> Mlflo
     return tracking.connect(server.uri)
 
 
+def test_end_of_a_run_on_a_server_prints_nothing_of_mlflows(served, manifest, data, capsys):
+    run_id = tracking.open_run(served, CONFIG, manifest, data).info.run_id
+    with tracking.run_status(served, run_id):
+        pass
+    assert served.get_run(run_id).info.status == "FINISHED"
+    assert capsys.readouterr() == ("", "")
+
+
 @pytest.mark.timeout(60)  # MLflow's own retries take minutes
 def test_server_that_is_not_there_is_told_within_seconds(monkeypatch):
     (port,) = free_ports(1)
