@@ -7,11 +7,13 @@ import dataclasses
 import logging
 import os
 import shlex
+from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
 import ray
 import ray.train
+from pyarrow.fs import LocalFileSystem, SubTreeFileSystem
 from ray.train.torch import TorchTrainer
 
 from alexnet.errors import UserError
@@ -26,6 +28,8 @@ from training.registry.package import register
 from training.worker import FinalErrors, said, train_worker
 
 logger = logging.getLogger("training")
+
+_RAYS_NOTES = "checkpoint_manager_snapshot.json"
 
 # As torch says it of the host and of a GPU, oneDNN, Python and Ray's own watch.
 _OUT_OF_MEMORY = (
@@ -178,13 +182,30 @@ def _trainer(job: Job, use_gpu: bool) -> TorchTrainer:
             resources_per_worker={"CPU": job.cpus, **({"GPU": 1} if use_gpu else {})},
         ),
         run_config=ray.train.RunConfig(
-            name=label(str(config.name)),  # Ray makes a label of its metrics of it
-            storage_path=str(storage.home() / "ray"),  # Ray's own notes; see training/uploads.py
+            **_rays_notes(job),
             failure_config=ray.train.FailureConfig(max_failures=config.max_failures),
             callbacks=[FinalErrors()],
             worker_runtime_env={"env_vars": settings},
         ),
     )
+
+
+def _rays_notes(job: Job) -> dict[str, Any]:
+    """Where Ray keeps its notes of a run: in its folder, where Ray's Result then finds the
+    checkpoints. Of a store they are on this node instead, by the same path, since Ray would end the
+    training where the store does not answer; so are those of a name that no label can hold, which
+    Ray makes of it for its metrics."""
+    runs, _, folder = job.folder.rpartition("/")
+    name, root = label(folder), Path("/")
+    if storage.is_s3(job.folder) or name != folder:
+        runs, root = runs.removeprefix("s3://").lstrip("/"), storage.home() / "ray"
+        root.mkdir(parents=True, exist_ok=True)
+    # Of an earlier job: Ray refuses to begin where a checkpoint of its notes was pruned.
+    (root / runs / name / _RAYS_NOTES).unlink(missing_ok=True)
+    files = LocalFileSystem()
+    if root != Path("/"):
+        files = SubTreeFileSystem(str(root), files)
+    return {"name": name, "storage_path": runs, "storage_filesystem": files}
 
 
 def worker_settings(use_gpu: bool) -> dict[str, str]:

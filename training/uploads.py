@@ -50,15 +50,18 @@ class Uploader:
         self._run, self._keep_last, self._keep_best = run, keep_last, keep_best
         self._patience, self._check, self._tell_stored = patience, check, stored
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="upload")
-        self._under_way: Future[None] | None = None
+        self._under_way: Future[Any] | None = None
         self._stored: int | None = None  # the last step that arrived
         self._has_complained = False  # that old ones stay
 
-    def send(self, write: Callable[[], Path]) -> None:
-        """In the background: uploads the checkpoint folder that `write` makes, and deletes it.
-        Waits for the one before. Raises UserError when that one could not be stored."""
+    def send(self, write: Callable[[], Path]) -> Future[str]:
+        """In the background: uploads the checkpoint folder that `write` makes, and deletes it; its
+        name below `run` is known once it is stored. Waits for the one before. Raises UserError when
+        that one could not be stored."""
         self.wait()
-        self._under_way = self._pool.submit(self._upload, write)
+        sent = self._pool.submit(self._upload, write)
+        self._under_way = sent
+        return sent
 
     def tidy(self, newest: str) -> None:
         """Deletes in the background what a killed run left beside `newest`, the checkpoint that
@@ -85,7 +88,7 @@ class Uploader:
         finally:
             self._pool.shutdown()
 
-    def _upload(self, write: Callable[[], Path]) -> None:
+    def _upload(self, write: Callable[[], Path]) -> str:
         folder = write()
         try:
             step = int(checkpoint.load_state(folder)["step"])
@@ -104,6 +107,7 @@ class Uploader:
         self._stored = step
         self._tell_stored(step)
         self._prune(name)
+        return name
 
     def _prune(self, newest: str) -> None:
         try:

@@ -191,13 +191,28 @@ def _uploader(job: Job, tracker: Tracker) -> Uploader:
 
 
 def _reporting(uploads: Uploader | None) -> loop.Report:
-    """Checkpoints go through our own uploads and not through Ray's, which deletes no folder that
-    it has not registered and refuses to go on when a registered one is gone."""
+    """Checkpoints go through our own uploads. Ray is told of each once it is stored, so that its
+    Result has it, without a copy; it deletes none, since it has no number to keep."""
+    runs = ray.train.get_context().get_storage()
 
-    def report(_: dict[str, float], write: Callable[[], Path] | None) -> None:
+    def report(metrics: dict[str, float], write: Callable[[], Path] | None) -> None:
+        run, stored = None, None
         if write is not None:
             assert uploads is not None, "only rank 0 is handed checkpoints"
-            uploads.send(write)
+            run = ray.train.Checkpoint(runs.experiment_fs_path, runs.storage_filesystem)
+            stored = uploads.send(write)
+
+        def place(run: ray.train.Checkpoint, _: str) -> ray.train.Checkpoint:
+            assert stored is not None
+            return ray.train.Checkpoint(f"{run.path}/{stored.result()}", run.filesystem)
+
+        ray.train.report(  # in the background: it waits until Ray's controller looks
+            dict(metrics),
+            run,
+            checkpoint_upload_mode=ray.train.CheckpointUploadMode.ASYNC,
+            checkpoint_upload_fn=place,
+            delete_local_checkpoint_after_upload=False,
+        )
 
     return report
 
