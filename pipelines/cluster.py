@@ -61,18 +61,28 @@ def connect(
     if not sys.stdout.isatty():
         os.environ.setdefault("RAY_COLOR_PREFIX", "0")
     given = f"--address {address}" if address else f"RAY_ADDRESS={os.environ.get('RAY_ADDRESS')}"
-    if address := address or os.environ.get("RAY_ADDRESS"):
+    if not (address := address or os.environ.get("RAY_ADDRESS")):
+        address = _started_here()  # of several on this host, Ray would take the newest
+    elif address != "local":
         _check(address, given)
-    elif not _started_here():
+    if address in (None, "local"):
         folder = _own(dashboard)
         _show(ray_logs)
         return folder
+    if not ray_logs:  # of C++ in this process: a line a second while a cluster refuses us
+        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "error")
     try:
         ray.init(address=address, runtime_env=_for_workers(), logging_level=logging.WARNING)
     except AuthenticationError as error:
         raise UserError(
             "the Ray cluster asks for a token; set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH "
             "(or put the token into ~/.ray/auth_token)"
+        ) from error
+    except ConnectionError as error:
+        raise UserError(
+            f"the Ray cluster at {address} cannot be joined ({reason(error)}); if it asks for a "
+            "token, set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH; RAY_ADDRESS=local takes none "
+            "that is there, but starts one"
         ) from error
     _show(ray_logs)
     return None
@@ -129,7 +139,7 @@ def _own(dashboard: bool) -> Path | None:
 def is_known() -> bool:
     """Whether `connect` would join a cluster, and not start one."""
     address = os.environ.get("RAY_ADDRESS")
-    return address != "local" if address else _started_here()
+    return address != "local" if address else _started_here() is not None
 
 
 @contextmanager
@@ -185,11 +195,12 @@ def _check(address: str, given: str) -> None:
         )
 
 
-def _started_here() -> bool:
-    """Whether `ray start` has left an address on this host and somebody listens there."""
+def _started_here() -> str | None:
+    """The address that `ray start` has left on this host, where somebody listens there."""
     with suppress(OSError, UnicodeDecodeError):
-        return _answers((_rays_folder() / "ray_current_cluster").read_text().strip())
-    return False
+        address = (_rays_folder() / "ray_current_cluster").read_text().strip()
+        return address if _answers(address) else None
+    return None
 
 
 def _rays_folder() -> Path:
@@ -227,9 +238,9 @@ def _own_token() -> None:
     saved = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
     if "RAY_AUTH_MODE" not in os.environ and not saved.exists():
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-        # It would warn that this Ray asks for a token; nobody but us needs to know.
-        setup = "ray._private.authentication.authentication_token_setup"
-        logging.getLogger(setup).setLevel(logging.ERROR)
+    # It would warn that this Ray asks for a token; nobody but us needs to know.
+    setup = "ray._private.authentication.authentication_token_setup"
+    logging.getLogger(setup).setLevel(logging.ERROR)
 
 
 def _for_own_ray(folder: Path | None) -> dict[str, str]:

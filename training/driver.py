@@ -165,6 +165,8 @@ def _places(config: TrainConfig, uri: str) -> tuple[int, bool]:
 
 def _trainer(job: Job, use_gpu: bool) -> TorchTrainer:
     config, least = job.config, job.config.min_workers
+    # Ray takes a report of the workers as often, and waits for them all at the end.
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     if least:
         # A node that just died still counts for a while, and a worker that waits for a place on it
         # keeps the others waiting; with a fixed number there is nothing to do but wait.

@@ -77,7 +77,7 @@ def local(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.setattr(ray, "init", lambda **settings: seen.append(settings | dict(os.environ)))
     monkeypatch.setattr(ray, "shutdown", lambda: None)
-    monkeypatch.setattr(cluster, "_started_here", lambda: False)
+    monkeypatch.setattr(cluster, "_started_here", lambda: None)
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     for name in ("RAY_ADDRESS", "RAY_TMPDIR", "TMPDIR", "GLOO_SOCKET_IFNAME"):
         monkeypatch.delenv(name, raising=False)
@@ -131,6 +131,19 @@ def test_own_ray_keeps_to_rays_own_folder_where_it_will_do(local, monkeypatch):
         monkeypatch.setenv("TMPDIR", folder)
         with cluster.connected():
             assert "_temp_dir" not in local[0]
+
+
+def test_of_several_rays_on_a_host_that_of_ray_start_is_joined(monkeypatch, tmp_path):
+    joined: list[str] = []
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", lambda address, **_: joined.append(address))
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    (tmp_path / "ray").mkdir()
+    with socket.create_server(("127.0.0.1", 0)) as head:
+        address = f"127.0.0.1:{head.getsockname()[1]}"
+        (tmp_path / "ray" / "ray_current_cluster").write_text(f"{address}\n")
+        assert cluster.is_known() and cluster.connect() is None
+    assert joined == [address]
 
 
 def test_a_command_line_that_is_no_text_is_refused_before_ray_sees_it(local, monkeypatch):

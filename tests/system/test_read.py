@@ -60,7 +60,8 @@ def test_a_split_that_is_not_there_and_a_damaged_shard_are_refused(local_ray, co
         pipelines.read(str(copy), "test")
     shard = copy / "val-000000.tar"
     shard.write_bytes(shard.read_bytes()[:-1] + b"x")
-    with pytest.raises(UserError, match=r"val-000000.tar has another sha256 .* verify"):
+    told = r"val-000000.tar has another sha256 than in the manifest; run .* verify"
+    with pytest.raises(ray.exceptions.RayTaskError, match=told):
         pipelines.read(str(copy), "val").materialize()
 
 

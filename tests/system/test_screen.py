@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -51,14 +52,15 @@ def said(places: dict[str, str], *command: str) -> str:
     """On stdout and stderr, without a terminal, by a Ray of its own."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "PYTHONW"))}
     kept |= {"PYTHONPATH": str(ROOT), "RAY_worker_niceness": "0"}
-    done = subprocess.run(
-        [sys.executable, *command],
-        env=kept,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    with tempfile.TemporaryDirectory(dir="/tmp") as short:  # where nobody has started a Ray
+        done = subprocess.run(
+            [sys.executable, *command],
+            env=kept | {"RAY_TMPDIR": short},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
     text = done.stdout
     for folder, word in places.items():
         text = text.replace(folder, word)
