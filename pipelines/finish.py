@@ -99,6 +99,10 @@ def finish(out: str, plan: Plan, done: list[Done]) -> shards.Manifest:
         document["entries"] = plan.entries
         if lost := lost_classes(out, done):
             document["lost_classes"] = lost
+    for name, data in (("_info.json", _timm_info(document)), ("README.md", _card(document))):
+        storage.write(storage.join(out, name), data, below=out)
+        if name != "README.md":  # which people edit
+            hashes[name] = hashlib.sha256(data).hexdigest()
     manifest = shards.canonical_json(document, indent=1)
     hashes["manifest.json"] = hashlib.sha256(manifest).hexdigest()
     lines = "".join(f"{digest}  {name}\n" for name, digest in sorted(hashes.items()))
@@ -201,6 +205,63 @@ def _manifest(plan: Plan, statuses: list[dict[str, Any]]) -> dict[str, Any]:
         ),
         "fixes": dict(fixes),
     }
+
+
+def _timm_info(document: dict[str, Any]) -> bytes:
+    """As timm's reader of `wds/` takes it (timm/data/readers/reader_wds.py), with the classes."""
+    splits: dict[str, dict[str, Any]] = {
+        split: {
+            "name": split,
+            "num_samples": total["samples"],
+            "filenames": [],
+            "shard_lengths": [],
+        }
+        for split, total in document["totals"].items()
+    }
+    for shard in document["shards"]:
+        splits[shard["split"]]["filenames"].append(f"{shard['name']}.tar")
+        splits[shard["split"]]["shard_lengths"].append(shard["samples"])
+    info = {"class_names": document["classes"]["names"], "splits": splits}
+    return shards.canonical_json(info, indent=1)
+
+
+def _card(document: dict[str, Any]) -> bytes:
+    """A dataset card, with the head that the Hugging Face Hub reads."""
+    totals, classes = document["totals"], len(document["classes"]["wnids"])
+    images = sum(total["samples"] for total in totals.values())
+    power = min(max(len(str(images)) - 1, 2), 8)  # the Hub's classes begin with n<1K
+    sizes = ["n<1K", "1K<n<10K", "10K<n<100K", "100K<n<1M", "1M<n<10M", "10M<n<100M", "100M<n<1B"]
+    files = "".join(f"  - split: {split}\n    path: {split}-*.tar\n" for split in totals)
+    rows = "".join(
+        f"| {split} | {total['samples']:,} | "
+        f"{sum(shard['split'] == split for shard in document['shards']):,} | "
+        f"{total['bytes'] / 1e6:,.1f} MB |\n"
+        for split, total in totals.items()
+    )
+    side, resize = document["geometry"]["crop"], document["geometry"]["resize"]
+    return f"""---
+license: other
+task_categories:
+- image-classification
+size_categories:
+- {sizes[power - 2]}
+configs:
+- config_name: default
+  data_files:
+{files}---
+
+# {images:,} images of {classes:,} classes
+
+WebDataset tars of KEY.jpg, KEY.cls and KEY.json. Images are RGB JPEGs of {side}×{side}, the centre
+of the original with its shorter side resized to {resize}; a label is the 0-based rank of the WNID,
+or the folder's name, among all. The terms of the images' owners hold.
+
+| split | images | shards | bytes |
+| --- | --- | --- | --- |
+{rows}
+`manifest.json` names the classes, the hash of every shard and all that decides their bytes (plan
+`{document["plan_id"][:12]}`); `sha256sum -c SHA256SUMS` checks the files.
+""".encode()
 
 
 def pixel_stats(parts: list[dict[str, Any]]) -> dict[str, Any]:

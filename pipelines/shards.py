@@ -5,6 +5,7 @@
     OUT/manifest.json             written last: where it is, the set is complete
     OUT/SHA256SUMS                for `sha256sum -c`, of everything above and below but _meta/
     OUT/shardindex-train.json     the same shards for `wids`, derived
+    OUT/_info.json, README.md     the same for timm; a card for people and the Hugging Face Hub
     OUT/train-000000.idx          where the members of that tar lie, for NVIDIA DALI, derived
     OUT/quarantine/train.jsonl    the rejected images, their raw bytes in quarantine/train/KEY.bin
     OUT/_meta/plan.json, plan.parquet    the plan, and one row per planned image

@@ -36,7 +36,7 @@ from pipelines.sources import UNLABELLED
 Say = Callable[[str], None]
 
 _MANIFEST, _SUMS = "manifest.json", "SHA256SUMS"
-_UNLISTED = ("report/", "_meta/")  # made later, or by and for the builder
+_UNLISTED = ("README.md", "report/", "_meta/")  # made later, or by and for the builder
 _SUFFIXES = ("cls", "jpg", "json")  # of a sample's members, in their order
 _BLOCK = 512  # bytes, of a tar
 _CHUNK = 8 << 20  # bytes per read

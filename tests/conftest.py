@@ -262,5 +262,5 @@ def without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(build, "_statuses", statuses)
     monkeypatch.setattr(build, "export", lambda *_: None)
-    monkeypatch.setattr(cluster, "connected", lambda *_: contextlib.nullcontext())
+    monkeypatch.setattr(cluster, "connected", lambda *_, **__: contextlib.nullcontext())
     monkeypatch.setattr(cluster, "refuse_local_paths", lambda *_, **__: None)

@@ -148,3 +148,25 @@ def test_every_range_of_the_dali_index_holds_the_member_it_names(drawn_shards, s
             assert sorted(ext for ext, _, _, _ in sample) == ["cls", "jpg", "json"]
             keys.append(key)
     assert keys == [row["key"] for row in index_rows(drawn_shards, split)]
+
+
+def test_timms_reader_finds_every_split_shard_and_sample_in_info_json(drawn_shards):
+    """What `_load_info` and `_parse_split_info` of timm 1.0.31 (its reader_wds.py) take."""
+    info = json.loads((Path(drawn_shards) / "_info.json").read_text())
+    for split in SPLITS:
+        found = info["splits"][split]
+        assert found["name"] == split and found["num_samples"] == len(
+            index_rows(drawn_shards, split)
+        )
+        assert found["filenames"] == shard_names(drawn_shards, split)
+        for name, samples in zip(found["filenames"], found["shard_lengths"], strict=True):
+            tar = members(Path(drawn_shards) / name)
+            assert samples == sum(member.endswith(".jpg") for member, _ in tar)
+    assert info["class_names"] == list(shards.load_manifest(drawn_shards).class_names)
+
+
+def test_hugging_face_finds_the_splits_of_a_set_by_its_card(hugging_face, drawn_shards, tmp_path):
+    found = hugging_face.load_dataset(drawn_shards, cache_dir=str(tmp_path))
+    assert {split: len(rows) for split, rows in found.items()} == {
+        split: len(index_rows(drawn_shards, split)) for split in SPLITS
+    }
