@@ -40,9 +40,12 @@ class Classifier(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, network: nn.Module, spec: InputSpec) -> None:
+    def __init__(
+        self, network: nn.Module, spec: InputSpec, class_names: Sequence[str] = ()
+    ) -> None:
+        """class_names: in label order, for whoever has to name what is found."""
         super().__init__()
-        self.network = network
+        self.network, self.class_names = network, tuple(class_names)
         for name, values in (("mean", spec.mean), ("std", spec.std)):
             self.register_buffer(name, torch.tensor(values, dtype=torch.float32)[:, None, None])
 
@@ -129,6 +132,22 @@ def load_network(weights: Path, fields: Mapping[str, Any]) -> AlexNet:
             "again"
         ) from error
     return network.eval()
+
+
+def load_classifier(weights: str | Path) -> Classifier:
+    """From model.safetensors and the alexnet.json beside it, as a registered version holds them
+    among its artifacts; on the CPU, in evaluation mode. Raises UserError where either is missing,
+    damaged or of another release."""
+    description = read_description(Path(weights).with_name("alexnet.json"))
+    try:
+        network = load_network(Path(weights), description["model"])
+        _, class_names = names_of_classes(description, description["model"]["num_classes"])
+        spec = InputSpec.from_json(description["input_spec"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"alexnet.json beside {weights} lacks what is needed ({error!r}); download both again"
+        ) from error
+    return Classifier(network, spec, class_names).eval()
 
 
 def decode(image: str | Path | bytes) -> Tensor:

@@ -130,7 +130,13 @@ def test_no_two_modules_have_one_name():
 
 def test_no_module_under_80_lines_is_used_by_a_single_other_module():
     users = Counter(used for name, tree in TREES.items() for used in own_files(tree) - {name})
-    entered = ("__init__.py", "__main__.py", "run.py", "scripts.py", "dataset.py")  # by Python and by people
+    entered = (
+        "__init__.py",
+        "__main__.py",
+        "run.py",
+        "scripts.py",
+        "dataset.py",
+    )  # by Python and by people
     assert {
         name: lines
         for name, lines in LINES.items()
