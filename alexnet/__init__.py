@@ -1,13 +1,6 @@
 """What the network is: model, preprocessing, optimisation, prediction. Needs torch, never ray."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING, Any, Literal
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from alexnet.classifier import Classifier
+from typing import Any, Literal
 
 # Here, so that knowing them does not take torch.
 NETWORK_SIDE = 227  # pixels of the input's sides
@@ -21,13 +14,6 @@ FORMER_VARIANTS = {"deck": "ungrouped"}
 # What files with weights of a variant say of its dropout, where it has changed. Files of `paper`
 # without it are of earlier releases.
 DROPOUT = {"paper": "outputs"}
-
-
-def load(weights: str | Path) -> Classifier:
-    """See classifier.load_classifier: uint8 images (N, 3, 227, 227) → logits (N, classes)."""
-    from alexnet.classifier import load_classifier
-
-    return load_classifier(weights)
 
 
 def former_network(variant: object, dropout: object) -> str | None:
