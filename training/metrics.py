@@ -9,13 +9,14 @@ import functools
 import json
 import logging
 import socket
+import statistics
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from mlflow.entities import Metric, Run
 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
@@ -23,7 +24,8 @@ from mlflow.tracking import MlflowClient
 
 from alexnet.errors import UserError, reason
 from pipelines import storage
-from training.tracking import FAILURES, limit_patience
+from training.config import TrainConfig, flatten
+from training.tracking import FAILURES, experiment_name, limit_patience
 
 # MLflow's pages show metrics in groups, by what stands before the slash. Those of val_NAME and
 # data_NAME are val/NAME and data/NAME; releases before this wrote all of them as the log line does.
@@ -67,6 +69,26 @@ def points(client: MlflowClient, run_id: str, name: str) -> list[Metric]:
 def metric_history(client: MlflowClient, run_id: str, name: str) -> list[tuple[int, float]]:
     """(step, value) of one metric in step order; of repeated steps the last value."""
     return sorted({point.step: point.value for point in points(client, run_id, name)}.items())
+
+
+class Rate(NamedTuple):
+    images_per_second: float  # the median of its log lines
+    run: str
+    on: str  # which hardware
+
+
+def measured_rate(client: MlflowClient, config: TrainConfig) -> Rate | None:
+    """Of the newest run of the experiment with this network, precision and number of workers."""
+    experiment = client.get_experiment_by_name(experiment_name(config.experiment))
+    flat = flatten(config)
+    same = [*(key for key in flat if key.startswith("model.")), "precision", "workers"]
+    asked = " and ".join(f"params.`{key}` = '{flat[key]}'" for key in same)
+    for run in client.search_runs([experiment.experiment_id], asked, max_results=5):
+        rates = [point.value for point in points(client, run.info.run_id, "images_per_second")]
+        if rates:
+            hardware = run.data.tags.get("hardware", "unknown hardware")
+            return Rate(statistics.median(rates), str(run.info.run_name), hardware)
+    return None
 
 
 class Tracker:

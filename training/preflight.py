@@ -22,7 +22,7 @@ from alexnet import NETWORK_SIDE
 from alexnet.errors import UserError
 from pipelines import storage
 from pipelines.shards import Manifest, load_manifest
-from training import checkpoint, decoded, initial, lease, mix, tracking
+from training import checkpoint, decoded, initial, lease, metrics, mix, tracking
 from training.config import TrainConfig, checked_name
 from training.initial import Initial
 from training.network import build_model, input_spec
@@ -118,7 +118,7 @@ def dry_run(
 
     cluster: says what it would give and whether that has GPUs, or raises; None: this machine alone.
     """
-    job, _ = preflight(config, alone=cluster is None)
+    job, client = preflight(config, alone=cluster is None)
     config, manifest, writer = job.config, job.manifest, lease.holder(job.folder)
     train, val = (manifest.num_samples(split) for split in ("train", "val"))
     batch, epochs = config.optim.batch_size, config.optim.epochs
@@ -152,6 +152,7 @@ def dry_run(
                 f"{each:,} in an epoch, {each * epochs:,} in {epochs} epochs; batches of {batch} "
                 f"over {workers_of(config)} worker(s)",
             ),
+            ("time", _time(client, config, epochs * train)),
             ("memory", memory),
             ("place", place),
             *([("decoded", _decoded(job))] if config.cache == "decoded" else []),
@@ -472,6 +473,16 @@ def _checkpoints(job: Job) -> str:
     return (
         f"{_gb(job.memory.checkpoint)} {', '.join(when)} to {job.folder}; the last "
         f"{config.keep_last} and the best {config.keep_best} stay{left}"
+    )
+
+
+def _time(client: Any, config: TrainConfig, images: int) -> str:
+    rate = metrics.measured_rate(client, config)
+    if rate is None:
+        return "unknown before a run of this network, precision and number of workers"
+    hours = f"{images / rate.images_per_second / 3600:,.2f} h"
+    return (
+        f"about {hours}, at the {rate.images_per_second:,.0f} img/s of run {rate.run} on {rate.on}"
     )
 
 

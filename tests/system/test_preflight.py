@@ -21,6 +21,7 @@ from pipelines import storage
 from pipelines.shards import Manifest, load_manifest
 from training import checkpoint, lease, tracking
 from training.config import TrainConfig, to_dict
+from training.metrics import Tracker
 from training.preflight import agreed, check_node, dry_run, preflight, resolve
 from training.worker import refuse_changed
 
@@ -63,6 +64,23 @@ def test_job_for_the_workers_is_resolved_and_shows_no_manifest(data, tmp_path):
     (tmp_path / "set" / "manifest.json").write_text("{}")
     with pytest.raises(UserError, match=f"changed under the run.* was {job.manifest.digest[:16]};"):
         refuse_changed(handed)
+
+
+def test_hours_are_those_of_the_newest_run_of_the_same_network(data):
+    assert "time        unknown before a run of this network" in dry_run(config_of(data))
+    config, manifest = resolve(config_of(data))
+    client: MlflowClient = tracking.connect(tracking.tracking_uri())
+    run_id = tracking.open_run(client, config, manifest, data).info.run_id
+    tracker = Tracker(tracking.tracking_uri(), run_id)
+    tracker.tag("hardware", "an abacus")
+    for step, rate in enumerate([0.001, 0.002, 0.004]):
+        tracker.log({"images_per_second": rate}, step)
+    tracker.finish()
+    # 21 images, 7 epochs: 147 / 0.002 s
+    told = dry_run(config_of(data, name="next", optim_epochs=7))
+    assert "about 20.42 h, at the 0 img/s of run small on an abacus" in told
+    other = dry_run(config_of(data, name="other", model_width=1 / 16))
+    assert "unknown before a run of this network" in other
 
 
 def test_run_that_exists_is_told_to_continue(data):
