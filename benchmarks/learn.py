@@ -12,6 +12,7 @@ import dataclasses
 import json
 import os
 import shlex
+import sys
 import time
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -156,6 +157,14 @@ def _run(case: str, data: str, place: Place) -> dict[str, Any]:
         if "val_top1" in metrics:
             curve.append({key: metrics[key] for key in _KEPT if key in metrics})
             run.update(seconds=time.monotonic() - began, cpu_seconds=time.process_time() - cpu)
+            done, left = metrics["epoch"], config.optim.epochs - metrics["epoch"]
+            minutes = left * (time.monotonic() - began) / done / 60
+            print(
+                f"{case}: epoch {done:.0f} of {config.optim.epochs}, val top-1 "
+                f"{metrics['val_top1']:.3f}, {minutes:.0f} min left",
+                file=sys.stderr,
+                flush=True,
+            )
 
     try:
         fit(config, data, manifest, place, log=log, report=lambda *_: None)
