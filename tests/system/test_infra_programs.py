@@ -30,6 +30,11 @@ from manifests import (
 # Programs of other images, or of the reader's own machine, whose command lines nobody can ask here.
 ELSEWHERE = {"wget", "pg_isready"}
 OF_THE_READER = {"docker", "kubectl", "aws", "bash", "export", "head", "base64", "tr"}
+OF_THE_READER |= {"scancel", "tail"}
+IN_A_BATCH = {
+    "infra/slurm/build.sbatch": ["python", "-m", "pipelines", "build"],
+    "infra/slurm/train.sbatch": ["python", "training/run.py"],
+}
 
 
 def in_compose() -> list[list[str]]:
@@ -86,6 +91,9 @@ def test_commands_of_the_readme_are_understood():
         assert [word for word in named if not (ROOT / word).exists()] == []
         if "exec" in words[:8] and words[0] == "docker":
             words = words[words.index("exec") + 2 :]  # in a container
+        if words[0] == "sbatch":
+            script = next(word for word in words if word in IN_A_BATCH)
+            words = [*IN_A_BATCH[script], *words[words.index(script) + 1 :]]
         if words[0] not in OF_THE_READER:
             check_command(words)
             asked += 1

@@ -2,6 +2,7 @@
 
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ def test_every_block_of_the_page_runs(
     shutil.copytree(drawn_shards, place / "shards")
     (place / "cat.jpg").write_bytes(jpeg(3))
     monkeypatch.chdir(place)
+    monkeypatch.setattr(sys, "pycache_prefix", None)  # which the page sets
     page = Path(ROOT, "docs", "python.md").read_text()
     blocks = re.findall(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
     names: dict[str, object] = {}
