@@ -2,7 +2,8 @@
 
 import pytest
 
-LONGEST = ("test_smoke.py", "test_registry_served.py", "test_metrics.py", "test_processes.py")
+LONGEST = ("test_smoke.py", "test_screen.py", "test_registry_served.py", "test_metrics.py")
+LONGEST += ("test_processes.py", "test_result.py", "test_tracking.py", "test_loop_options.py")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -1,7 +1,6 @@
 """What Ray Train knows of a run: its own `Result` has our metrics and our checkpoint."""
 
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,12 +22,11 @@ def trained(config: Any) -> tuple[Any, preflight.Job]:
 
 @pytest.mark.timeout(480)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:ray")
-@pytest.mark.parametrize("where", ["local", "s3"])
 def test_rays_result_has_val_top1_and_our_checkpoint_without_a_second_copy(
-    where, local_ray, s3, used_home, tmp_path
+    local_ray, s3, used_home, tmp_path
 ):
     data = write_shard_set(tmp_path / "set", train=(40,), val=(12,))
-    runs = str(tmp_path / "runs") if where == "local" else f"{s3}/result"
+    runs = f"{s3}/result"
     small = {"device": "cpu", "register": False, "keep_last": 1, "keep_best": 0}
     result, job = trained(small_config(name="run", data=data, storage=runs, **small))
     (folder,) = {name.partition("/")[0] for name, _ in checkpoints(job.folder)}
@@ -36,9 +34,6 @@ def test_rays_result_has_val_top1_and_our_checkpoint_without_a_second_copy(
     with checkpoint.newest_good(job.folder) as newest:
         state = checkpoint.load_state(newest)
     assert result.metrics == state["metrics"] and 0 <= result.metrics["val_top1"] <= 1
-    if where == "local":
-        with result.checkpoint.as_directory() as opened:
-            checkpoint.verify(Path(opened))
     held = [path for path in tmp_path.rglob("*.safetensors") if folder not in path.parts]
     assert held == [], "a copy of Ray's"
 
