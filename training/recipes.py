@@ -99,7 +99,9 @@ def fast() -> TrainConfig:
     - Command: `python training/run.py fast`; for sets of about ten thousand images add
       `--optim.batch-size 256`, and on a CPU `--compile False`.
     - Computing: 0.34 EFLOP.
-    - Top-1 on ImageNet: unmeasured.
+    - Top-1 on ImageNet: unmeasured. Measured at a quarter of the width, batch 256, resized crops,
+      on the ten classes of Imagenette at 256 px: 0.810 [0.798..0.822] after 16 epochs, one seed.
+      Weight decay and dropout were chosen there, on a held-out part of the train split.
     """
     return TrainConfig(
         recipe="fast",
