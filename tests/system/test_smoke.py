@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 from clusters import BIN, Cluster
 from drawn import ROOT
 from mlflow.models import get_model_info
@@ -25,7 +24,6 @@ from waiting import wait_until
 from pipelines.demo_raw import Drawing, draw
 from training import predict, tracking
 from training.registry import __main__ as registry
-from training.registry.versions import load
 
 CLASSES, VAL = 3, 6
 TOKEN = "0123456789abcdef" * 4
@@ -155,20 +153,3 @@ def test_the_whole_road_from_drawn_archives_to_a_prediction_through_a_ray_job(
     shares = [float(line.split("%")[0]) for line in lines]
     assert len(shares) == 3
     assert sum(shares) == pytest.approx(100, abs=0.05)
-
-    tune = "python training/run.py smoke --init-from champion --freeze features --optim.epochs 1"
-    submit = [
-        *submit[: submit.index("--") + 1],
-        *tune.split(),
-        "--data",
-        str(out),
-        "--name",
-        "next",
-    ]
-    done = subprocess.run(submit, cwd=checkout, env=cluster, capture_output=True, text=True)
-    said = done.stdout + done.stderr
-    assert done.returncode == 0, said[-6000:]
-    assert "begins with the weights of models:/alexnet/1\n" in said
-    before, after = (load(f"models:/alexnet/{number}").network.state_dict() for number in (1, 2))
-    assert all(torch.equal(after[name], before[name]) for name in before if "features" in name)
-    assert not torch.equal(after["classifier.fc8.bias"], before["classifier.fc8.bias"])
