@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -134,20 +134,37 @@ def load_network(weights: Path, fields: Mapping[str, Any]) -> AlexNet:
     return network.eval()
 
 
-def load_classifier(weights: str | Path) -> Classifier:
+class Described(NamedTuple):
+    """What a model's files hold; wnids and class_names in label order."""
+
+    network: AlexNet
+    input_spec: InputSpec
+    class_names: tuple[str, ...]
+    wnids: tuple[str, ...]
+    description: dict[str, Any]
+
+
+def read_model(weights: Path) -> Described:
     """From model.safetensors and the alexnet.json beside it, as a registered version holds them
     among its artifacts; on the CPU, in evaluation mode. Raises UserError where either is missing,
     damaged or of another release."""
-    description = read_description(Path(weights).with_name("alexnet.json"))
+    description = read_description(weights.with_name("alexnet.json"))
     try:
-        network = load_network(Path(weights), description["model"])
-        _, class_names = names_of_classes(description, description["model"]["num_classes"])
+        network = load_network(weights, description["model"])
+        wnids, class_names = names_of_classes(description, description["model"]["num_classes"])
         spec = InputSpec.from_json(description["input_spec"])
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(
-            f"alexnet.json beside {weights} lacks what is needed ({error!r}); download both again"
+            f"{weights.parent}: its alexnet.json lacks what is needed ({error!r}); register the "
+            "model again"
         ) from error
-    return Classifier(network, spec, class_names).eval()
+    return Described(network, spec, class_names, wnids, description)
+
+
+def load_classifier(weights: str | Path) -> Classifier:
+    """`read_model`, ready for uint8 images."""
+    found = read_model(Path(weights))
+    return Classifier(found.network, found.input_spec, found.class_names).eval()
 
 
 def decode(image: str | Path | bytes) -> Tensor:

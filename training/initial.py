@@ -19,6 +19,7 @@ from pipelines.shards import Manifest
 from training import network
 from training.config import TrainConfig
 
+_KEPT = r"initial-([0-9a-f]{64})\.safetensors"
 _HEAD = ("classifier.fc8.weight", "classifier.fc8.bias")
 
 
@@ -92,16 +93,19 @@ def lasting(config: TrainConfig) -> TrainConfig:
 
 
 def keep(initial: Initial, folder: str) -> None:
-    """Writes the weights into the run's folder, under their own hash."""
+    """Writes the weights into the run's folder, under their own hash, in place of others."""
     content = save(initial.weights)
     name = f"initial-{hashlib.sha256(content).hexdigest()}.safetensors"
+    for other, _ in storage.list_files(folder):
+        if re.fullmatch(_KEPT, other) and other != name:
+            storage.delete(storage.join(folder, other))
     storage.write(storage.join(folder, name), content)
 
 
 def read_kept(folder: str) -> dict[str, torch.Tensor]:
     """Raises UserError where they are gone, or not what was kept."""
     for name, _ in storage.list_files(folder):
-        if kept := re.fullmatch(r"initial-([0-9a-f]{64})\.safetensors", name):
+        if kept := re.fullmatch(_KEPT, name):
             content = storage.read(storage.join(folder, name))
             if hashlib.sha256(content).hexdigest() == kept[1]:
                 return load(content)

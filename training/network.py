@@ -134,9 +134,9 @@ def _registered(model: str) -> LoadedModel:
     from training.registry import versions
 
     # The version is what is reported: the alias may point elsewhere tomorrow.
-    uri = lasting(model)
-    alias = model.rpartition("@")[2]
-    about = "" if alias.isdecimal() or uri.endswith(f"@{alias}") or "/" in alias else f"now {alias}"
+    uri, alias = lasting(model), model.rpartition("@")[2]
+    numbered = re.fullmatch(r"models:/[^/@]+/\d+", uri) and "/" not in alias
+    about = f"now {alias}" if numbered and not alias.isdecimal() else ""
     found = versions.load(uri)
     return LoadedModel(uri, about, found.network, found.input_spec, found.wnids, found.class_names)
 

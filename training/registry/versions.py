@@ -82,20 +82,10 @@ def load(uri: str) -> Registered:
     pickle of the registry is run. Raises UserError for a URI that names nothing, for a model that
     was not registered by a training, and for files that are not those that were registered.
     """
-    from alexnet.classifier import load_network, names_of_classes, read_description
-    from alexnet.preprocess import InputSpec
+    from alexnet.classifier import read_model
 
     with verified(uri) as folder:
-        description = read_description(folder / DESCRIPTION)
-        try:
-            network = load_network(folder / WEIGHTS, description["model"])
-            wnids, class_names = names_of_classes(description, description["model"]["num_classes"])
-            spec = InputSpec.from_json(description["input_spec"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise UserError(
-                f"{uri}: its alexnet.json lacks what is needed ({error!r}); register it again"
-            ) from error
-        return Registered(network, spec, class_names, wnids, description)
+        return Registered(*read_model(folder / WEIGHTS))
 
 
 # `name` is that of the registered model.
