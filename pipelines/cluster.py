@@ -15,7 +15,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ _LONGEST_FOLDER = 107 - len("/session_2026-01-01_00-00-00_000000_4194304/sockets
 _LONGEST_TMPDIR = 107 - len("/pymp-12345678/listener-12345678")
 _SHORT = ("/tmp", "/var/tmp", "/dev/shm")  # where a folder for them is tried
 _HOOK = "pipelines.cluster.know_the_cluster"
+_OF_CPP = re.compile(rb"\[[-\d]+ [:,\d]+ [IWE] \d+ \d+\] ")
 # As our code begins its lines in Ray's processes: a note, or the name of one of our loggers.
 _OURS = re.compile(r"(note|(?:pipelines|training)[\w.]*): ")
 
@@ -69,10 +70,9 @@ def connect(
         folder = _own(dashboard)
         _show(ray_logs)
         return folder
-    if not ray_logs:  # of C++ in this process: a line a second while a cluster refuses us
-        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "error")
     try:
-        ray.init(address=address, runtime_env=_for_workers(), logging_level=logging.WARNING)
+        with nullcontext() if ray_logs else _without_lines_of_cpp():
+            ray.init(address=address, runtime_env=_for_workers(), logging_level=logging.WARNING)
     except AuthenticationError as error:
         raise UserError(
             "the Ray cluster asks for a token; set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH "
@@ -86,6 +86,26 @@ def connect(
         ) from error
     _show(ray_logs)
     return None
+
+
+@contextmanager
+def _without_lines_of_cpp() -> Iterator[None]:
+    """Until it has a log file, Ray's C++ in this process writes to stderr: a line a second while a
+    cluster refuses us. Whatever else was written there meanwhile is shown at the end."""
+    kept = os.dup(2)
+    try:
+        with tempfile.TemporaryFile() as aside:
+            os.dup2(aside.fileno(), 2)
+            try:
+                yield
+            finally:
+                os.dup2(kept, 2)
+                aside.seek(0)
+                for line in aside:
+                    if not _OF_CPP.match(line):
+                        os.write(2, line)
+    finally:
+        os.close(kept)
 
 
 def _show(ray_logs: bool) -> None:

@@ -68,7 +68,9 @@ def test_run_and_version_are_rows_in_postgresql_and_files_on_the_s3_server(
         rows.execute("select run_uuid, status from runs where name = 'first'")
         ((run_id, status),) = rows.fetchall()
         assert status == "FINISHED"
-        rows.execute("select count(*) from metrics where run_uuid = %s and key = 'train/loss'", [run_id])
+        rows.execute(
+            "select count(*) from metrics where run_uuid = %s and key = 'train/loss'", [run_id]
+        )
         assert rows.fetchone() == (STEPS,)
         rows.execute("select name, version, run_id from model_versions")
         assert rows.fetchall() == [("alexnet", 1, run_id)]

@@ -45,6 +45,17 @@ def test_address_that_cannot_be_joined_is_named_as_it_was_given(
     assert f"answers at --address {nobody}; start one with" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("local_ray")
+def test_a_cluster_is_joined_without_a_line_of_rays():
+    code = (
+        "import ray, sys; from pipelines.cluster import connect; connect(sys.argv[1]); print('in')"
+    )
+    address = ray.get_runtime_context().gcs_address
+    command = [sys.executable, "-W", "ignore", "-c", code, address]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "in\n", "")
+
+
 def test_several_nodes_with_local_paths_are_refused_unless_shared(monkeypatch):
     def check(alive: list[bool], paths: list[str], shared: bool) -> None:
         monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": node} for node in alive])
