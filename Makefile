@@ -10,9 +10,10 @@ demo: setup  ## draw raw archives, build shards, train, promote, predict
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash infra/demo.sh
 test: setup  ## every unit, the road with real parts (MLflow goes away on it), attacks that come first: kills, odd stores
 	$(TWO) tests/unit
-	$(TWO) tests/system
+	$(TWO) tests/system -m "not late"
 	$(TWO) tests/faults -m first
-test-all: test  ## and every other attack, garbage for the parsers, a cluster
+test-all: test  ## and the notebook, every other attack, garbage for the parsers, a cluster
+	$(BIN)/python -m pytest tests/system -m late
 	$(TWO) tests/faults tests/fuzz -m "not first"
 	$(BIN)/python -m pytest tests/cluster
 test-cluster: setup  ## the whole road on several Ray nodes, S3 and MLflow on PostgreSQL; see infra/local
