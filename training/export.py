@@ -56,21 +56,23 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = command.Parser("python -m training export", description=__doc__)
     parser.add_argument("model", metavar="MODEL")
     parser.add_argument("--format", choices=list(ENDINGS), default="onnx", help="%(default)s")
-    parser.add_argument("--out", metavar="FILE", help="alexnet.onnx or alexnet.pt2 by default")
+    parser.add_argument(
+        "--out", metavar="FILE", help="alexnet-3.onnx or .pt2 of version 3, by default"
+    )
     return parser.parse_args(argv)
 
 
 def _answer(args: argparse.Namespace) -> int:
-    path = Path(args.out or f"alexnet{ENDINGS[args.format]}")
+    if args.format == "onnx":
+        refuse_missing()
+    model = load_model(args.model)
+    path = Path(args.out or f"{model.file_name}{ENDINGS[args.format]}")
     beside = path.with_name(f"{path.name}.json")
     for file in (path, beside):
         if file.exists():
             raise UserError(f"{file} already exists; choose another --out, or remove it")
     if not path.parent.is_dir():
         raise UserError(f"{path.parent} is not a folder; create it, or choose another --out")
-    if args.format == "onnx":
-        refuse_missing()
-    model = load_model(args.model)
     write(Classifier(model.network, model.input_spec).eval(), path, args.format)
     spec = model.input_spec
     description = {

@@ -22,7 +22,6 @@ if __name__ == "__main__":
 import argparse
 import io
 import os
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -204,9 +203,7 @@ def _answer(args: argparse.Namespace) -> int:
             model.network, model.input_spec, manifest, args.data, f"val images of {args.data}"
         ),
     }
-    # such as alexnet-3 of models:/alexnet/3, or the end of a checkpoint's place
-    name = "-".join(re.findall(r"[\w.]+", model.name.removeprefix("models:")))[-60:]
-    out = args.out or str(storage.home() / "figures" / name)
+    out = args.out or str(storage.home() / "figures" / model.file_name)
     for file, figure in drawn.items():
         save(figure, storage.join(out, file))
         command.say(storage.join(out, file))

@@ -67,6 +67,11 @@ class LoadedModel:
     wnids: tuple[str, ...]
     class_names: tuple[str, ...]
 
+    @property
+    def file_name(self) -> str:
+        """Such as alexnet-3 of models:/alexnet/3, or the end of a checkpoint's place."""
+        return "-".join(re.findall(r"[\w.]+", self.name.removeprefix("models:")))[-60:]
+
 
 def load_model(model: str) -> LoadedModel:
     """model: champion, candidate, a version's number, models:/alexnet@champion, models:/alexnet/3;

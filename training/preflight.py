@@ -479,10 +479,14 @@ def _checkpoints(job: Job) -> str:
 def _time(client: Any, config: TrainConfig, images: int) -> str:
     rate = metrics.measured_rate(client, config)
     if rate is None:
-        return "unknown before a run of this network, precision and number of workers"
-    hours = f"{images / rate.images_per_second / 3600:,.2f} h"
+        hours = images / 1000 / 3600
+        return (
+            f"{hours:,.2f} h at 1,000 img/s; no run of this network and precision has shown a rate"
+        )
+    hours = images / rate.images_per_second / 3600
     return (
-        f"about {hours}, at the {rate.images_per_second:,.0f} img/s of run {rate.run} on {rate.on}"
+        f"about {hours:,.2f} h, at the {rate.images_per_second:,.0f} img/s of run {rate.run} on "
+        f"{rate.on}"
     )
 
 

@@ -149,15 +149,24 @@ def test_export_that_computes_something_else_is_refused_and_leaves_no_file(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_cannot_be_exported_is_one_line(tmp_path, monkeypatch, capsys):
+def test_without_a_package_of_onnx_nothing_begins(monkeypatch, capsys):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    (tmp_path / "there.pt2").write_text("mine")
-    for words, told in (
-        (["1"], "ONNX needs onnx, onnxruntime, onnxscript; pip install 'alexnet-workflow[export]'"),
-        (["1", "--format", "torch", "--out", str(tmp_path / "there.pt2")], "already exists"),
-        (["1", "--out", str(tmp_path / "none" / "x.onnx")], "is not a folder"),
+    assert export.main(["1"]) == 2
+    asked = "ONNX needs onnx, onnxruntime, onnxscript; pip install 'alexnet-workflow[export]'"
+    assert (err := capsys.readouterr().err).count("\n") == 1 and asked in err
+
+
+def test_a_file_is_named_after_its_model_and_no_other_is_replaced(
+    exported, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{exported[0]}/home/mlflow.db")
+    there = tmp_path / f"alexnet-{GOOD}.pt2"
+    there.write_text("mine")
+    for out, told in (
+        ([], f"alexnet-{GOOD}.pt2 already exists; choose another --out"),
+        (["--out", str(tmp_path / "none" / "x.pt2")], "is not a folder"),
     ):
-        assert export.main(words) == 2
-        err = capsys.readouterr().err
-        assert told in err and err.count("\n") == 1
-    assert (tmp_path / "there.pt2").read_text() == "mine"
+        assert export.main([GOOD, "--format", "torch", *out]) == 2
+        assert (err := capsys.readouterr().err).count("\n") == 1 and told in err
+    assert there.read_text() == "mine"
