@@ -37,6 +37,7 @@ COLUMNS = (
     "parameters",
     "batch",
     "lr",
+    "precision",
     "epochs",
     "val top-1 [95 %]",
     "val loss",
@@ -71,7 +72,7 @@ CASES: dict[str, Callable[[], TrainConfig]] = {
         for seed in range(3)
     },
     "fast": partial(_fast, epochs=20),
-    "fast, half the width": partial(_fast, 0.5, epochs=30),
+    "fast, half the width": partial(_fast, 0.5, epochs=24),
     **{
         f"fast, a quarter of the width, seed {seed}": partial(_fast, 0.25, seed, epochs=16)
         for seed in range(3)
@@ -104,7 +105,7 @@ def _measured(arguments: argparse.Namespace) -> int:
                 continue
             data = _shuffled(arguments.shuffled, manifest)
         if case not in runs:
-            runs[case] = _run(case, data, place)
+            runs[case] = _run(case, data, place, arguments.precision)
             if kept is not None:
                 kept.parent.mkdir(parents=True, exist_ok=True)
                 with kept.open("a") as file:
@@ -135,9 +136,10 @@ def _shuffled(data: str | None, manifest: Manifest) -> str:
     return data
 
 
-def _run(case: str, data: str, place: Place) -> dict[str, Any]:
+def _run(case: str, data: str, place: Place, precision: str | None) -> dict[str, Any]:
     """One training: its settings and what each evaluation found, ready for JSON."""
     config, manifest = CASES[case](), load_manifest(data)
+    config = dataclasses.replace(config, precision=precision or config.precision)
     began, cpu = time.monotonic(), time.process_time()
     curve: list[dict[str, float]] = []
     run = {
@@ -148,6 +150,7 @@ def _run(case: str, data: str, place: Place) -> dict[str, Any]:
         ),
         "batch": config.optim.batch_size,
         "lr": config.optim.lr,
+        "precision": config.precision,
         "epochs": config.optim.epochs,
         "val_images": manifest.num_samples("val"),
         "stopped": "",
@@ -175,6 +178,7 @@ def _run(case: str, data: str, place: Place) -> dict[str, Any]:
 
 def _row(run: dict[str, Any]) -> tuple[str, ...]:
     said = (run["case"], f"{run['parameters']:,}", f"{run['batch']}", f"{run['lr']:g}")
+    said = (*said, run["precision"])
     if not run["curve"]:
         return (*said, f"{run['epochs']}", f"stopped: {run['stopped'][:100]}", "–", "–", "–")
     last = run["curve"][-1]
@@ -221,6 +225,9 @@ def _parsed(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("cases", nargs="*", metavar="CASE", help="; ".join(CASES))
     parser.add_argument(
         "--shuffled", metavar="SHARDS", help="the control's, of benchmarks.shuffled"
+    )
+    parser.add_argument(
+        "--precision", choices=("fp32", "tf32", "bf16"), help="the recipe's by default"
     )
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, metavar="N")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="for the result and its curves")
