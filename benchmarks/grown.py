@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pipelines import finish, plan, plan_files, shards, sources, storage
+from pipelines import finish, plan, plan_files, shards, sidecars, sources, storage
 from pipelines.plan import Recipe, ShardPlan
 from pipelines.sources.table import Source, labelled, part
 from pipelines.verify import verify
@@ -168,8 +168,8 @@ def _pretend(out: str, made: plan.Plan) -> None:
             "rejected": [],
             "versions": codec_versions(),
         }
-        sidecar = shards.pack_sidecar(_indexed(shard, rows, offsets), status)
-        Path(shards.sidecar_uri(out, shard.name)).write_bytes(sidecar)
+        sidecar = sidecars.pack(_indexed(shard, rows, offsets), status)
+        Path(sidecars.place(out, shard.name)).write_bytes(sidecar)
 
 
 _PRODUCTS = [[40_000 if i == j else 35_000 for j in range(3)] for i in range(3)]

@@ -38,7 +38,7 @@ def _samples(shard: pa.Table, out: str) -> pa.Table:
     import pyarrow as pa
 
     from alexnet.errors import UserError
-    from pipelines import shards, storage
+    from pipelines import sidecars, storage
 
     [row] = shard.to_pylist()
     file = f"{row['name']}.tar"
@@ -48,7 +48,7 @@ def _samples(shard: pa.Table, out: str) -> pa.Table:
             f"{storage.join(out, file)} has another sha256 than in the manifest; run `python -m "
             f"pipelines verify {out}`"
         )
-    samples, _ = shards.unpack_sidecar(storage.read(shards.sidecar_uri(out, row["name"])))
+    samples, _ = sidecars.unpack(storage.read(sidecars.place(out, row["name"])))
     places = zip(samples["offset"].to_pylist(), samples["size"].to_pylist(), strict=True)
     image = pa.array([tar[offset : offset + size] for offset, size in places], pa.large_binary())
     return samples.select(["label", "key", "wnid"]).add_column(0, "image", image)

@@ -8,22 +8,38 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import logging
 import sys
 import traceback
-from collections.abc import Collection, Generator
-from contextlib import closing
-from dataclasses import asdict
+from collections.abc import Collection, Generator, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from alexnet.errors import UserError
-from pipelines import command, finish, plan, plan_files, shards, storage
+from pipelines import command, finish, plan, plan_files, shards, sidecars, storage
 from pipelines.plan import Plan
 from pipelines.progress import BuildFailed, MaxRejected, Progress, export
 from pipelines.sources import StoredAs
 from pipelines.write_shard import Job, Made, codec_versions, write_shard
 
-_MIB = 1 << 20
+
+@dataclass(frozen=True)
+class OnRay:
+    """Where and with how many tasks at once."""
+
+    workers: int | None = None  # None for as many as the cluster has CPUs
+    address: str | None = None  # this and ray_logs as `cluster.connect` takes them
+    shared_fs: bool = False  # every node mounts the local paths
+    ray_logs: bool = False
+
+    @contextmanager
+    def joined(self, *paths: str) -> Iterator[None]:
+        """The cluster, whose tasks can reach the paths. Raises UserError where they cannot."""
+        from pipelines import cluster
+
+        with cluster.connected(self.address, ray_logs=self.ray_logs):
+            cluster.refuse_local_paths([*paths], shared_fs=self.shared_fs)
+            yield
 
 
 def build(
@@ -33,18 +49,13 @@ def build(
     *,
     max_rejected: MaxRejected,
     only: Collection[int] | None = None,
-    workers: int | None = None,
-    address: str | None = None,
-    shared_fs: bool = False,
-    ray_logs: bool = False,
+    on: OnRay = OnRay(),
     as_json: bool = False,
     repairs: bool = False,
 ) -> shards.Manifest | None:
     """Make what is missing of the plan in `out`, claimed for it, then the index and the manifest.
 
     only: numbers of the shards to make; without the others there is no manifest yet: None.
-    workers: most shards under way at once; None for as many as the cluster has CPUs.
-    address, ray_logs: as `cluster.connect` takes them.
     repairs: the set was finished before, so that a class of which nothing can be read is no news.
     Raises UserError before any long work for what the user can mend, BuildFailed afterwards.
     """
@@ -58,11 +69,8 @@ def build(
             command.say(f"{len(done)} of {len(made_plan.shards)} shards are already there")
         plan_files.refuse_full(out, made_plan, numbers)
         _remove_faulty(out, made_plan, {number: missing[number] for number in numbers})
-        from pipelines import cluster
-
-        with cluster.connected(address, ray_logs=ray_logs):
-            cluster.refuse_local_paths([raw, out], shared_fs=shared_fs)
-            statuses = _statuses(job_for(made_plan, raw, out), made_plan, numbers, workers)
+        with on.joined(raw, out):
+            statuses = _statuses(job_for(made_plan, raw, out), made_plan, numbers, on.workers)
             with progress.running(), closing(statuses):
                 for status in statuses:
                     export(out, status)
@@ -75,7 +83,14 @@ def build(
         raise BuildFailed(f"{names} vanished meanwhile; the same command continues this build")
     if not repairs and not made_plan.recipe.partial:
         _refuse_lost_classes(finish.lost_classes(out, done))
-    return finish.finish(out, made_plan, done)
+    try:
+        return finish.finish(out, made_plan, done)
+    except finish.Faulty as faulty:
+        command.say(f"{faulty}; it is made again")
+        finish.remove(out, faulty.shard)
+        return build(
+            made_plan, raw, out, max_rejected=max_rejected, on=on, as_json=as_json, repairs=repairs
+        )
 
 
 def repair(
@@ -83,7 +98,7 @@ def repair(
     bad_files: Collection[str],
     raw: str | None,
     *,
-    shared_fs: bool = False,
+    on: OnRay = OnRay(),
     as_json: bool = False,
 ) -> shards.Manifest:
     """Rebuild the shards of `bad_files` (names in `out`) from `raw`, and all that is derived.
@@ -108,7 +123,7 @@ def repair(
     # Whoever is killed below leaves a set that tells of every damaged shard: by its missing
     # sidecar, in a set that is complete or in one that is not.
     for name in names:
-        storage.delete(shards.sidecar_uri(out, name))
+        storage.delete(sidecars.place(out, name))
     for name in bins:
         storage.delete(storage.join(out, name))
     storage.delete(storage.join(out, "manifest.json"))  # from here on the set is not complete
@@ -120,7 +135,7 @@ def repair(
         raw,
         out,
         max_rejected=no_limit,
-        shared_fs=shared_fs,
+        on=on,
         as_json=as_json,
         repairs=True,
     )
@@ -228,26 +243,14 @@ def _statuses(
     job: Job, made_plan: Plan, numbers: list[int], workers: int | None
 ) -> Generator[dict[str, Any]]:
     """What became of each shard, in order of completion."""
-    import ray.data
+    from pipelines import cluster
 
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False  # they count shards; ours count images
-    context.print_on_execution_start = False
-    # Ray reserves twice this much per task for its output, a row of a few hundred bytes here.
-    context.target_max_block_size = _MIB
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
-    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # "bars disabled"
     rows = [
         {"number": number, "name": shard.name, "shard_id": shard.id}
         for number in numbers
         for shard in (made_plan.shards[number],)
     ]
-    dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
-        functools.partial(_task, job),
-        num_cpus=1,
-        compute=ray.data.TaskPoolStrategy(size=workers),
-    )
-    with closing(iter(dataset.iter_rows())) as statuses:
+    with closing(cluster.each(rows, functools.partial(_task, job), workers)) as statuses:
         for status in statuses:
             if status["error"]:
                 if status["traceback"]:

@@ -23,13 +23,14 @@ from pipelines.progress import BuildFailed, MaxRejected
 from pipelines.sources import SPLITS, Shuffle, Source
 
 if TYPE_CHECKING:
+    from pipelines.build import OnRay
     from pipelines.shards import Manifest
+    from pipelines.verify import Findings
 
 _Command = Callable[[argparse.Namespace], int]
 # Layouts that earlier releases always took in their own order, sorted or not: a set that was begun
 # so goes on so.
 _READ_AS_THEY_ARE = ("huggingface", "webdataset", "shards")
-_SHARED_FS: Any = {"action": "store_true", "help": "every node sees the local paths given"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -102,11 +103,7 @@ def _add_build_flags(parser: argparse.ArgumentParser) -> None:
     add("--max-rejected", metavar="N|P%", help=limit)
     add("--only", metavar="12,40-44", help="these shards only, numbered as plan says, or by name")
     add("--retry-quarantined", action="store_true", help="rebuild shards with rejected images")
-    add("--workers", type=int, help="most shards at once; default: one per CPU")
-    ray = "Ray cluster to build on, from one of its nodes; default: $RAY_ADDRESS, or this host"
-    add("--address", metavar="HOST:PORT", help=ray)
-    add("--ray-logs", action="store_true", help="show what Ray's own processes say too")
-    add("--shared-fs", **_SHARED_FS)
+    _add_ray_flags(add, "$RAY_ADDRESS, or this host")
 
 
 def _add_check_flags(parser: argparse.ArgumentParser) -> None:
@@ -115,7 +112,15 @@ def _add_check_flags(parser: argparse.ArgumentParser) -> None:
     add("--full", action="store_true", help="hash every byte, decode every image")
     add("--repair", action="store_true", help="rebuild what fails, from RAW")
     add("--raw", help="compare images and labels with it; with --repair: where RAW is now")
-    add("--shared-fs", **_SHARED_FS)
+    _add_ray_flags(add, "without Ray; a repair as build does")
+
+
+def _add_ray_flags(add: Callable[..., object], default: str) -> None:
+    add("--workers", type=int, help="most shards at once; default: one per CPU")
+    ray = f"Ray cluster to work on, from one of its nodes; default: {default}"
+    add("--address", metavar="HOST:PORT", help=ray)
+    add("--ray-logs", action="store_true", help="show what Ray's own processes say too")
+    add("--shared-fs", action="store_true", help="every node sees the local paths given")
 
 
 def _add_fetch_flags(parser: argparse.ArgumentParser) -> None:
@@ -140,8 +145,7 @@ def _build(arguments: argparse.Namespace) -> int:
     from pipelines import plan_files
 
     MaxRejected.parse(arguments.max_rejected)  # before the long reading of RAW
-    if arguments.workers is not None and arguments.workers < 1:
-        raise UserError(f"--workers {arguments.workers} must be at least 1")
+    on = _on_ray(arguments)
     source, plan, out = _planned(arguments)
     only = _only_of(arguments.only, plan) if arguments.only else None
     limit = MaxRejected.parse(arguments.max_rejected, plan.official)
@@ -161,10 +165,7 @@ def _build(arguments: argparse.Namespace) -> int:
         out,
         max_rejected=limit,
         only=only,
-        workers=arguments.workers,
-        address=arguments.address,
-        shared_fs=arguments.shared_fs,
-        ray_logs=arguments.ray_logs,
+        on=on,
         as_json=arguments.json,
     )
     if manifest is None:
@@ -209,25 +210,24 @@ def _plan(arguments: argparse.Namespace) -> int:
 
 def _verify(arguments: argparse.Namespace) -> int:
     import pipelines.build
-    from pipelines.verify import verify
 
     out = storage.absolute(arguments.out)
     raw = storage.absolute(arguments.raw) if arguments.raw else None
     say = functools.partial(_say, arguments)
-    mend = functools.partial(
-        pipelines.build.repair, out, raw=raw, shared_fs=arguments.shared_fs, as_json=arguments.json
-    )
+    on = _on_ray(arguments)
+    mend = functools.partial(pipelines.build.repair, out, raw=raw, on=on, as_json=arguments.json)
+    check = functools.partial(_checked, out, full=arguments.full, say=say, on=on)
     repaired = None
     if arguments.repair and (undone := pipelines.build.left_undone(out)) is not None:
         say(f"{out}: a repair or a build was stopped at its end; going on with it")
         repaired = mend(undone)
     looked_up = raw if arguments.full or not arguments.repair else None
-    found = verify(out, full=arguments.full, raw=looked_up, say=say)
+    found = check(raw=looked_up)
     if found.problems and arguments.repair:
         for problem in found.problems:
             say(f"{problem.file}: {problem.text}")
         repaired = mend(found.bad_files)
-        found = verify(out, full=arguments.full, say=say)
+        found = check(raw=None)
     if arguments.json:
         document: dict[str, Any] = {"out": out, "problems": [*map(vars, found.problems)]}
         document |= {"notes": found.notes, "checked": found.checked}
@@ -239,6 +239,29 @@ def _verify(arguments: argparse.Namespace) -> int:
         count = len(found.problems) or "no"
         print(*lines, f"{out}: {found.checked}; {count} problems", sep="\n")
     return int(bool(found.problems))
+
+
+def _checked(
+    out: str, *, full: bool, raw: str | None, on: OnRay, say: Callable[[str], None]
+) -> Findings:
+    """Files are read whole by a cluster where one was named, else by threads of this process."""
+    from pipelines import strict_read
+    from pipelines.verify import verify
+
+    read = functools.partial(strict_read.in_threads, workers=on.workers)
+    if not full or on.address is None:
+        return verify(out, full=full, raw=raw, say=say, read=read)
+    with on.joined(out):
+        read = functools.partial(strict_read.on_ray, workers=on.workers)
+        return verify(out, full=full, raw=raw, say=say, read=read)
+
+
+def _on_ray(arguments: argparse.Namespace) -> OnRay:
+    from pipelines.build import OnRay
+
+    if arguments.workers is not None and arguments.workers < 1:
+        raise UserError(f"--workers {arguments.workers} must be at least 1")
+    return OnRay(arguments.workers, arguments.address, arguments.shared_fs, arguments.ray_logs)
 
 
 def _inspect(arguments: argparse.Namespace) -> int:

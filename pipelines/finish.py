@@ -1,7 +1,7 @@
 """From a complete set of sidecars to a finished shard set: index, quarantine list, manifest.
 
-Sidecars are read one after the other, and only their status stays in memory: the driver needs no
-more of it for a million images than for a thousand, but for the index files while it writes them.
+What is finished is told by one listing and the ends of the sidecars. Their rows are read one shard
+after the other, when the index is written, of which one file at a time is in memory.
 """
 
 from __future__ import annotations
@@ -10,36 +10,47 @@ import hashlib
 import io
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
+from itertools import chain, islice
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from alexnet.errors import UserError
-from pipelines import plan_files, shards, storage
+from pipelines import plan_files, shards, sidecars, storage
 from pipelines.plan import Plan, ShardPlan
 from pipelines.write_shard import codec_versions
 
 NOT_MADE = "it was not made yet"
 OTHER_CODECS = "other codecs had made it"
 Done = tuple[ShardPlan, dict[str, Any]]  # with the status of its sidecar
+_AT_ONCE = 16  # reads of sidecars
+_GROUP = 1 << 18  # rows: few enough groups that a column is few reads, small enough for memory
+
+
+class Faulty(Exception):
+    """The sidecar of this shard is damaged where its rows are."""
+
+    def __init__(self, shard: str) -> None:
+        super().__init__(f"{shard}: its sidecar is damaged")
+        self.shard = shard
 
 
 def finished_shards(out: str, plan: Plan) -> tuple[list[Done], dict[int, str]]:
-    """(shards whose sidecar, tar and DALI index are there and agree, number → why not for others).
+    """(shards whose sidecar, tar and DALI index are there and agree, number → why not for others),
+    but for the rows of sidecars, which `finish` reads.
 
     What another version of the codecs made does not count: half a set each would be no
     reproducible set.
     """
-    names = {name for name, _ in storage.list_files(storage.join(out, "_meta"))}
-    present = [shard for shard in plan.shards if f"{shard.name}.parquet" in names]
-    sidecars = storage.read_each([shards.sidecar_uri(out, shard.name) for shard in present])
+    sizes = dict(storage.list_files(out))
+    present = [shard for shard in plan.shards if f"_meta/{shard.name}.parquet" in sizes]
     codecs = codec_versions()  # asked for once: it parses the packages' metadata
-    found = {
-        shard: _status(out, data, shard, codecs)
-        for shard, data in zip(present, sidecars, strict=True)
-    }
+    with ThreadPoolExecutor(_AT_ONCE if storage.is_s3(out) else 1) as pool:
+        answers = pool.map(lambda shard: _status(out, sizes, shard, codecs), present)
+        found = dict(zip(present, answers, strict=True))
     faults = {shard: fault for shard, (_, fault) in found.items()}
     missing = {n: faults.get(shard, NOT_MADE) for n, shard in enumerate(plan.shards)}
     done = [(shard, status) for shard, (status, fault) in found.items() if fault is None]
@@ -47,29 +58,30 @@ def finished_shards(out: str, plan: Plan) -> tuple[list[Done], dict[int, str]]:
 
 
 def _status(
-    out: str, data: bytes, shard: ShardPlan, codecs: dict[str, str]
+    out: str, sizes: dict[str, int], shard: ShardPlan, codecs: dict[str, str]
 ) -> tuple[dict[str, Any], str | None]:
-    """What the sidecar says, and why the shard has to be rebuilt, if so.
-
-    Asks for the tar itself: a listing may be from before another builder published it.
-    """
+    """What the sidecar says, and why the shard has to be rebuilt, if so. sizes: as listed."""
     try:
-        _, status = shards.unpack_sidecar(data)
+        status = sidecars.load_status(out, shard.name, sizes[f"_meta/{shard.name}.parquet"])
     except ValueError:
         return {}, "its sidecar was damaged"
     if status.get("shard_id") != shard.id:
         return {}, "it held other images"
     if status["versions"] != codecs:
         return {}, f"{OTHER_CODECS} ({status['versions']})"
-    tar, index = (storage.join(out, f"{shard.name}.{suffix}") for suffix in ("tar", "idx"))
-    if not storage.exists(tar) or storage.size(tar) != status["bytes"] or not storage.exists(index):
-        return {}, "its tar or index was damaged or gone"
-    return status, None
+    tar, index = (f"{shard.name}.{suffix}" for suffix in ("tar", "idx"))
+    if sizes.get(tar) == status["bytes"] and index in sizes:
+        return status, None
+    # Another builder may have published it since the listing passed their names.
+    tar, index = storage.join(out, tar), storage.join(out, index)
+    if storage.exists(tar) and storage.size(tar) == status["bytes"] and storage.exists(index):
+        return status, None
+    return {}, "its tar or index was damaged or gone"
 
 
 def remove(out: str, shard: str) -> None:
     """So that it can be made again. The sidecar first: without it the rest counts for nothing."""
-    storage.delete(shards.sidecar_uri(out, shard))
+    storage.delete(sidecars.place(out, shard))
     storage.delete(storage.join(out, f"{shard}.idx"))
     storage.delete(storage.join(out, f"{shard}.tar"))
 
@@ -84,7 +96,7 @@ def lost_classes(out: str, done: list[Done]) -> dict[str, int]:
 
 
 def finish(out: str, plan: Plan, done: list[Done]) -> shards.Manifest:
-    """Write everything that is derived from the shards, the manifest last."""
+    """Write everything that is derived from the shards, the manifest last. Raises Faulty."""
     assert [shard for shard, _ in done] == list(plan.shards), "a shard is missing"
     hashes: dict[str, str] = {}
     for shard, status in done:
@@ -133,12 +145,11 @@ def _write_split(out: str, split: str, statuses: list[dict[str, Any]]) -> dict[s
         ],
     }
     files: Iterable[tuple[str, bytes]] = (
-        (f"index/{split}.parquet", _index(out, statuses)),
         (f"shardindex-{split}.json", shards.canonical_json(wids, indent=1)),
         (f"quarantine/{split}.jsonl", b"".join(map(shards.canonical_json, rejected))),
     )
     hashes = {}
-    for name, data in files:
+    for name, data in chain(_index(out, split, statuses), files):
         storage.write(storage.join(out, name), data, below=out)
         hashes[name] = hashlib.sha256(data).hexdigest()
     for entry in rejected:
@@ -146,20 +157,41 @@ def _write_split(out: str, split: str, statuses: list[dict[str, Any]]) -> dict[s
     return hashes
 
 
-def _index(out: str, statuses: list[dict[str, Any]]) -> bytes:
-    """The rows of all sidecars, a row group per shard."""
-    buffer = io.BytesIO()
-    with pq.ParquetWriter(buffer, shards.INDEX, write_page_checksum=True) as writer:
-        for rows in _sidecar_rows(out, statuses):
-            if rows.num_rows:
-                writer.write_table(rows)
-    return buffer.getvalue()
+def _index(out: str, split: str, statuses: list[dict[str, Any]]) -> Iterator[tuple[str, bytes]]:
+    """Names and bytes of its files: the rows of all sidecars in large groups."""
+    total = sum(status["samples"] for status in statuses)
+    count = max(-(-total // shards.INDEX_ROWS), 1)
+    groups = _groups(_sidecar_rows(out, statuses))
+    for number in range(count):
+        schema = shards.INDEX if number else shards.in_files(shards.INDEX, count)
+        buffer = io.BytesIO()
+        with pq.ParquetWriter(buffer, schema, write_page_checksum=True) as writer:
+            for rows in islice(groups, shards.INDEX_ROWS // _GROUP):
+                writer.write_table(rows.replace_schema_metadata(schema.metadata))
+        yield shards.index_name(split, number), buffer.getvalue()
+
+
+def _groups(tables: Iterator[pa.Table]) -> Iterator[pa.Table]:
+    """The same rows, _GROUP at a time."""
+    held, count = list[pa.Table](), 0
+    for table in tables:
+        held.append(table)
+        count += table.num_rows
+        while count >= _GROUP:
+            whole = pa.concat_tables(held)
+            yield whole.slice(0, _GROUP).combine_chunks()
+            held, count = [whole.slice(_GROUP)], count - _GROUP
+    if count:
+        yield pa.concat_tables(held).combine_chunks()
 
 
 def _sidecar_rows(out: str, statuses: list[dict[str, Any]]) -> Iterator[pa.Table]:
-    uris = [shards.sidecar_uri(out, status["shard"]) for status in statuses]
+    uris = [sidecars.place(out, status["shard"]) for status in statuses]
     for data, status in zip(storage.read_each(uris), statuses, strict=True):
-        rows, found = shards.unpack_sidecar(data)
+        try:
+            rows, found = sidecars.unpack(data)
+        except ValueError as error:
+            raise Faulty(status["shard"]) from error
         assert found == status, f"the sidecar of {status['shard']} changed meanwhile"
         yield rows
 

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from alexnet.errors import UserError
-from pipelines import plan_files, shards, storage
+from pipelines import plan_files, shards, sidecars, storage
 from pipelines.plan import ShardPlan
 from pipelines.progress import clock
 from pipelines.sources.table import PARQUET
@@ -96,12 +96,11 @@ def status(out: str) -> dict[str, Any]:
 
 def _sidecar_status(out: str, shard: ShardPlan, files: dict[str, int]) -> dict[str, Any] | None:
     """With its age in seconds. None for a damaged one, which the next build rebuilds."""
-    uri, size = shards.sidecar_uri(out, shard.name), files.get(f"_meta/{shard.name}.parquet")
+    uri, size = sidecars.place(out, shard.name), files.get(f"_meta/{shard.name}.parquet")
     if size is None:
         return None
-    file = storage.RangeFile(uri, 0, size)
     try:
-        return shards.sidecar_status(file) | {"age": storage.age(uri)}
+        return sidecars.load_status(out, shard.name, size) | {"age": storage.age(uri)}
     except ValueError:
         return None
 

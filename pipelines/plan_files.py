@@ -9,6 +9,7 @@ import io
 import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict
+from itertools import accumulate
 from typing import Any
 
 import pyarrow as pa
@@ -16,13 +17,15 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from alexnet.errors import UserError
-from pipelines import shards, storage
+from pipelines import shards, sidecars, storage
 from pipelines.plan import Plan, ShardPlan
 from pipelines.shards import DAMAGE, SPLITS, Damaged, check_counts, check_shard_name, check_table
 from pipelines.sources import TABLE, Shuffle
 from pipelines.sources.table import check
 
-_PLAN, _ROWS, _RAW = "_meta/plan.json", "_meta/plan.parquet", "_meta/raw.json"
+_PLAN, _RAW = "_meta/plan.json", "_meta/raw.json"
+_ROWS = "_meta/plan.parquet"  # of the first shards; the next files are _meta/plan-1.parquet, …
+_SHARDS = 256  # in a file: each task reads its footer, which grows by 850 bytes a shard
 _REMEDY = (
     "start the build command of this set again: it writes the plan anew and keeps every good shard"
 )
@@ -48,8 +51,8 @@ def begin(out: str, raw: str, plan: Plan) -> Plan:
             f"{out} holds plan {found['plan_id'][:12]}, this is plan {plan.plan_id[:12]} "
             f"({_differences(found, plan)}); choose another --out or the same source and flags"
         )
-    if _rows_belong_to(out) != plan.plan_id:  # or somebody was killed while replacing a plan
-        storage.write(storage.join(out, _ROWS), _rows_by_shard(plan))
+    if not _has_rows_of(out, plan):  # or somebody was killed while replacing a plan
+        _write_rows(out, plan)
     if raw_of(out) != raw:
         storage.write(storage.join(out, _RAW), shards.canonical_json({"raw": raw}))
     return dataclasses.replace(plan, entries=found.get("entries"))
@@ -89,7 +92,7 @@ def check_replaceable(out: str, plan: Plan, again: set[str]) -> None:
 def replace(out: str, raw: str, plan: Plan) -> None:
     """Put `plan` in the place of the one in `out`. What is interrupted is repaired by doing it
     again: the rows name their plan, and no finished shard names the plan it belonged to."""
-    storage.write(storage.join(out, _ROWS), _rows_by_shard(plan))
+    _write_rows(out, plan)
     storage.write(storage.join(out, _PLAN), _document(plan))
     storage.write(storage.join(out, _RAW), shards.canonical_json({"raw": raw}))
 
@@ -127,22 +130,31 @@ def raw_of(out: str) -> str | None:
 def read_rows(out: str, plan_id: str, number: int) -> list[dict[str, Any]]:
     """The planned samples of shard `number`, counted over all splits; dicts of sources.TABLE.
     Raises UserError when the rows in `out` are those of another plan."""
-    with _damage_reported(out, _ROWS), _open_rows(out) as parquet:
+    file, row_group = divmod(number, _SHARDS)
+    if file and not storage.exists(storage.join(out, _rows_name(file))):
+        file, row_group = 0, number  # sets of earlier releases have one file
+    name = _rows_name(file)
+    with _damage_reported(out, name), _open_rows(out, name) as parquet:
         if _plan_id(parquet) != plan_id:
             raise UserError(f"{out} was given another plan meanwhile; start the same command again")
-        _check_rows(table := parquet.read_row_group(number, use_threads=False))
+        _check_rows(table := parquet.read_row_group(row_group, use_threads=False))
         return list(table.to_pylist())
 
 
 def load_rows(out: str, columns: Sequence[str]) -> pa.Table:
     """These columns of every planned image."""
-    if not storage.exists(storage.join(out, _ROWS)):
-        raise Damaged(f"{out}/{_ROWS} is missing; {_REMEDY}", _ROWS, "missing")
-    with _damage_reported(out, _ROWS), _open_rows(out) as parquet:
-        table = parquet.read(list(columns), use_threads=False).select(list(columns))
-        table = table.replace_schema_metadata(None)
-        check_table(table, pa.schema([TABLE.field(name) for name in columns]))
-        return table
+    schema, count = pa.schema([TABLE.field(name) for name in columns]), 1
+    tables = list[pa.Table]()
+    while len(tables) < count:
+        name = _rows_name(len(tables))
+        if not storage.exists(storage.join(out, name)):
+            raise Damaged(f"{out}/{name} is missing; {_REMEDY}", name, "missing")
+        with _damage_reported(out, name), _open_rows(out, name) as parquet:
+            count = max(count, shards.files_of(parquet.schema_arrow))
+            table = parquet.read(list(columns), use_threads=False).select(list(columns))
+            tables.append(table.replace_schema_metadata(None))
+            check_table(tables[-1], schema)
+    return pa.concat_tables(tables)
 
 
 def lost_classes(out: str, rejected: Mapping[str, Sequence[str]]) -> dict[str, int]:
@@ -175,7 +187,7 @@ def _refuse_strangers(out: str, plan: Plan) -> None:
         if (name := f"_meta/{shard.name}.parquet") in files:
             with contextlib.suppress(*DAMAGE):
                 sidecar = storage.read(storage.join(out, name))
-                if shards.unpack_sidecar(sidecar)[1].get("shard_id") == shard.id:
+                if sidecars.unpack(sidecar)[1].get("shard_id") == shard.id:
                     return
     raise UserError(f"{out} is not empty ({others[0]}, …) and no shard set; choose --out")
 
@@ -213,9 +225,12 @@ def _check_rows(table: pa.Table) -> None:
         raise ValueError("a source outside of RAW, or an unknown split")
 
 
-def _open_rows(out: str) -> pq.ParquetFile:
-    uri = storage.join(out, _ROWS)
-    file = io.BufferedReader(storage.RangeFile(uri, 0, storage.size(uri)), 1 << 16)
+def _rows_name(file: int) -> str:
+    return f"_meta/plan-{file}.parquet" if file else _ROWS
+
+
+def _open_rows(out: str, name: str) -> pq.ParquetFile:
+    file = storage.open_ranges(storage.join(out, name))
     return pq.ParquetFile(file, page_checksum_verification=True)
 
 
@@ -223,11 +238,13 @@ def _plan_id(parquet: pq.ParquetFile) -> str:
     return bytes((parquet.schema_arrow.metadata or {}).get(_PLAN_ID, b"")).decode()
 
 
-def _rows_belong_to(out: str) -> str | None:
-    # Not there, or damaged: it is written anew.
-    with contextlib.suppress(UserError, *DAMAGE), _open_rows(out) as parquet:
-        return _plan_id(parquet)
-    return None
+def _has_rows_of(out: str, plan: Plan) -> bool:
+    # Not there, or damaged: they are written anew.
+    with contextlib.suppress(UserError, *DAMAGE), _open_rows(out, _ROWS) as parquet:
+        others = range(1, shards.files_of(parquet.schema_arrow))
+        there = {name for name, _ in storage.list_files(out)} if others else set()
+        return _plan_id(parquet) == plan.plan_id and {*map(_rows_name, others)} <= there
+    return False
 
 
 def _document(plan: Plan) -> bytes:
@@ -239,16 +256,21 @@ def _document(plan: Plan) -> bytes:
     return shards.canonical_json(document, indent=1)
 
 
-def _rows_by_shard(plan: Plan) -> bytes:
-    """Parquet with one row group per shard, so that a task reads its own rows only."""
+def _write_rows(out: str, plan: Plan) -> None:
+    """Parquet with one row group per shard, so that a task reads its own rows only; the first file,
+    which tells of the others, last."""
     assert plan.table is not None, "a plan read back from OUT has no rows to write"
-    table = plan.table.replace_schema_metadata({_PLAN_ID: plan.plan_id})
-    buffer, start = io.BytesIO(), 0
-    with pq.ParquetWriter(buffer, table.schema, write_page_checksum=True) as writer:
-        for shard in plan.shards:
-            writer.write_table(table.slice(start, shard.samples), row_group_size=shard.samples)
-            start += shard.samples
-    return buffer.getvalue()
+    starts = [0, *accumulate(shard.samples for shard in plan.shards)]
+    files = range(-(-len(plan.shards) // _SHARDS))
+    for file in reversed(files):
+        schema = plan.table.schema.with_metadata({_PLAN_ID: plan.plan_id})
+        schema = schema if file else shards.in_files(schema, len(files))
+        table, buffer = plan.table.replace_schema_metadata(schema.metadata), io.BytesIO()
+        with pq.ParquetWriter(buffer, schema, write_page_checksum=True) as writer:
+            for number in range(file * _SHARDS, min((file + 1) * _SHARDS, len(plan.shards))):
+                length = plan.shards[number].samples
+                writer.write_table(table.slice(starts[number], length), row_group_size=length)
+        storage.write(storage.join(out, _rows_name(file)), buffer.getvalue())
 
 
 def _differences(found: dict[str, Any], plan: Plan) -> str:

@@ -20,6 +20,7 @@ import os
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
@@ -34,6 +35,7 @@ from pipelines.command import note
 _Answer = TypeVar("_Answer")
 _TRIES = 5  # of one request by boto3, and of one whose answers arrive damaged
 _PATIENCE = 30.0  # seconds for which a store that has answered before is waited for
+_LISTINGS = 16  # at the same time
 _SILENCE = 30.0  # seconds without a byte after which a request has failed
 _AWAY = {429, 500, 502, 503, 504}
 # What a store says of a body that is not what was announced, and of one that came to a halt.
@@ -269,16 +271,52 @@ def list_objects(uri: str) -> list[tuple[str, int]]:
     prefix = key.rstrip("/") + "/" if key else ""
 
     def listed(parts: frozenset[str], client: Any) -> list[tuple[str, int]]:
-        found: list[tuple[str, int]] = []
-        pages = client.get_paginator("list_objects_v2" if _LISTS in parts else "list_objects")
-        for page in pages.paginate(Bucket=bucket, Prefix=prefix):
-            items = page.get("Contents", [])
-            found += [(item["Key"].removeprefix(prefix), int(item["Size"])) for item in items]
-        if page.get("IsTruncated") and _LISTS in parts:  # a store that took it for the older one
+        if _LISTS not in parts:
+            return _all(client, "list_objects", bucket, prefix)
+        page = client.list_objects_v2(Bucket=bucket, Prefix=prefix)
+        if not page.get("IsTruncated"):
+            return _entries(page)
+        if "NextContinuationToken" not in page:  # a store that took it for the older one
             return listed(parts - {_LISTS}, client)
-        return [entry for entry in found if entry[0]]  # not the folder itself
+        # A page after the other takes minutes for millions of objects: folders at the same time.
+        found, folders = _upper(client, bucket, prefix)
+        with ThreadPoolExecutor(_LISTINGS) as pool:
+            below = pool.map(
+                lambda folder: _all(client, "list_objects_v2", bucket, folder), folders
+            )
+            return [*found, *itertools.chain.from_iterable(below)]
 
-    return _store().ask_any("list", (_LISTS, _ENCODING), listed, is_known=lambda: False)
+    found = _store().ask_any("list", (_LISTS, _ENCODING), listed, is_known=lambda: False)
+    # without the folder itself
+    return [(key.removeprefix(prefix), size) for key, size in found if key != prefix]
+
+
+def _entries(page: Any) -> list[tuple[str, int]]:
+    return [(item["Key"], int(item["Size"])) for item in page.get("Contents", [])]
+
+
+def _all(client: Any, kind: str, bucket: str, prefix: str) -> list[tuple[str, int]]:
+    pages = client.get_paginator(kind).paginate(Bucket=bucket, Prefix=prefix)
+    return [entry for page in pages for entry in _entries(page)]
+
+
+def _upper(client: Any, bucket: str, prefix: str) -> tuple[list[tuple[str, int]], list[str]]:
+    """Objects of the upper levels, and the prefixes, _LISTINGS or more where there are so many,
+    that all others begin with."""
+    here = {"Bucket": bucket, "Prefix": prefix, "Delimiter": "/"}
+    found, folders = list[tuple[str, int]](), list[str]()
+    for page in client.get_paginator("list_objects_v2").paginate(**here):
+        found += _entries(page)
+        folders += [item["Prefix"] for item in page.get("CommonPrefixes", [])]
+        if len(folders) < len(found):  # mostly files, which would be listed twice
+            return [], [prefix]
+    if len(folders) >= _LISTINGS:
+        return found, folders
+    deeper = [_upper(client, bucket, folder) for folder in folders]
+    return (
+        [*found, *(entry for entries, _ in deeper for entry in entries)],
+        [below for _, prefixes in deeper for below in prefixes],
+    )
 
 
 def delete(uri: str) -> None:

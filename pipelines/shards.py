@@ -1,7 +1,8 @@
 """The shard format: its names, how a shard is packed, and how each file is read back and checked.
 
     OUT/train-000000.tar          members KEY.cls KEY.jpg KEY.json; `webdataset` reads it as it is
-    OUT/index/train.parquet       one row per sample (`INDEX`), in (shard, position) order
+    OUT/index/train.parquet       one row per sample (`INDEX`), in (shard, position) order; what is
+                                  beyond INDEX_ROWS follows in index/train-1.parquet and so on
     OUT/manifest.json             written last: where it is, the set is complete
     OUT/SHA256SUMS                for `sha256sum -c`, of everything above and below but _meta/
     OUT/shardindex-train.json     the same shards for `wids`, derived
@@ -58,7 +59,9 @@ INDEX = pa.schema(
         ("fixes", pa.list_(pa.string())),
     ]
 )
-_STATUS, _STATUS_SHA256 = b"alexnet.status", b"alexnet.status_sha256"
+INDEX_ROWS = 1 << 23  # most of one file: about 1.5 GB, of the 5 GiB that one upload may have
+_FILES = b"alexnet.files"  # in the first of several: how many there are
+_RANGE_WORTH = 1 << 18  # bytes that are read on the way rather than asked for around
 # What JSON, Arrow and Python raise for bytes that nobody wrote like this.
 DAMAGE: tuple[type[Exception], ...] = (
     *(pa.ArrowException, ArithmeticError, AttributeError, LookupError, MemoryError, OSError),
@@ -160,8 +163,8 @@ def shard_name(split: str, number: int) -> str:
     return f"{split}-{number:06d}"
 
 
-def index_name(split: str) -> str:
-    return f"index/{split}.parquet"
+def index_name(split: str, number: int = 0) -> str:
+    return f"index/{split}{f'-{number}' if number else ''}.parquet"
 
 
 def quarantine_name(split: str) -> str:
@@ -218,24 +221,66 @@ def parse_manifest(uri: str, data: bytes) -> Manifest:
 
 
 def load_index(uri: str, split: str, columns: Sequence[str] = tuple(INDEX.names)) -> pa.Table:
-    """All samples of a split, in rows of `INDEX` or of some of its columns; the row number is the
-    sample id."""
+    """All samples of a split, in rows of `INDEX` or of some of its columns, of which alone the
+    bytes are read; the row number is the sample id."""
     location = storage.join(uri, index_name(split))
     if not storage.exists(location):
         raise UserError(
             f"{location} is missing; was this set built with --splits {split}? Then run "
             f"`{_verify(uri)}`"
         )
-    return parse_index(uri, split, storage.read(location), columns)
+    parts: list[pa.Table] = []
+    count = 1
+    while len(parts) < count:
+        name = index_name(split, len(parts))
+        if parts and not storage.exists(storage.join(uri, name)):
+            raise _damaged(uri, name, "missing")
+        with _reading(uri, name), storage.open_ranges(storage.join(uri, name)) as file:
+            part = _columns_of(file, columns)
+            count = max(count, files_of(part.schema))
+            parts.append(_index_part(part, columns))
+    return pa.concat_tables(parts)
 
 
-def parse_index(
-    uri: str, split: str, data: bytes, columns: Sequence[str] = tuple(INDEX.names)
-) -> pa.Table:
-    with _reading(uri, index_name(split)):
-        table = read_parquet(data, columns)
-        check_table(table, pa.schema([INDEX.field(name) for name in columns]))
-        return table
+def parse_index(uri: str, name: str, data: bytes) -> tuple[pa.Table, int]:
+    """Rows of one file of an index, and of how many it is the first; 1 for the others."""
+    with _reading(uri, name):
+        table = read_parquet(data)
+        return _index_part(table, INDEX.names), files_of(table.schema)
+
+
+def files_of(schema: pa.Schema) -> int:
+    """Of how many files this is the first, as `in_files` has noted."""
+    return int((schema.metadata or {}).get(_FILES, b"1"))
+
+
+def in_files(schema: pa.Schema, count: int) -> pa.Schema:
+    """For the first of several files, which have to be read one after the other."""
+    return (
+        schema.with_metadata({**(schema.metadata or {}), _FILES: str(count)})
+        if count > 1
+        else schema
+    )
+
+
+def _index_part(table: pa.Table, columns: Sequence[str]) -> pa.Table:
+    table = table.replace_schema_metadata(None)
+    check_table(table, pa.schema([INDEX.field(name) for name in columns]))
+    return table
+
+
+def _columns_of(file: Any, columns: Sequence[str]) -> pa.Table:
+    """Read by ranges, or whole where these would be many and short."""
+    with pq.ParquetFile(file, pre_buffer=False, page_checksum_verification=True) as parquet:
+        about = parquet.metadata
+        groups = [about.row_group(number) for number in range(about.num_row_groups)]
+        chunks = [group.column(at) for group in groups for at in range(about.num_columns)]
+        wanted = [chunk for chunk in chunks if chunk.path_in_schema.partition(".")[0] in columns]
+        ranges = sum(chunk.total_compressed_size + _RANGE_WORTH for chunk in wanted)
+        if ranges < sum(chunk.total_compressed_size for chunk in chunks):
+            return parquet.read(list(columns), use_threads=False)
+        file.seek(0)
+        return read_parquet(file.read(), columns)
 
 
 def load_quarantine(uri: str, split: str) -> list[dict[str, Any]]:
@@ -250,8 +295,8 @@ def parse_quarantine(uri: str, split: str, data: bytes) -> list[dict[str, Any]]:
     with _reading(uri, quarantine_name(split)):
         entries = [json.loads(line) for line in data.splitlines()]
         for entry in entries:
-            _check_types(entry, str, "key", "reason", "source", "source_sha256")
-            _check_types(entry, int, "source_offset", "source_size")
+            check_types(entry, str, "key", "reason", "source", "source_sha256")
+            check_types(entry, int, "source_offset", "source_size")
         return entries
 
 
@@ -313,53 +358,6 @@ def canonical_json(value: Any, indent: int | None = None) -> bytes:
     return text.encode(errors="backslashreplace") + b"\n"
 
 
-def sidecar_uri(uri: str, shard: str) -> str:
-    return storage.join(uri, "_meta", f"{shard}.parquet")
-
-
-def pack_sidecar(rows: pa.Table, status: dict[str, Any]) -> bytes:
-    """A shard's index rows with its status (plan_id, samples, bytes, sha256, …) in the metadata."""
-    text = canonical_json(status)
-    metadata = {_STATUS: text, _STATUS_SHA256: hashlib.sha256(text).hexdigest()}
-    return parquet_bytes(rows.replace_schema_metadata(metadata))
-
-
-def unpack_sidecar(data: bytes) -> tuple[pa.Table, dict[str, Any]]:
-    """Rows and status. Raises ValueError for anything that `pack_sidecar` did not write."""
-    try:
-        table = read_parquet(data)
-        status = _status_in(table.schema)
-        rows = table.replace_schema_metadata(None)
-        check_table(rows, INDEX)
-        if rows.num_rows != status["samples"]:
-            raise ValueError(f"{rows.num_rows:,} rows for {status['samples']:,} samples")
-    except DAMAGE as error:
-        raise ValueError(f"no sidecar ({_said(error)})") from error
-    return rows, status
-
-
-def sidecar_status(file: Any) -> dict[str, Any]:
-    """The status alone, from the end of an open sidecar. Raises ValueError as above."""
-    try:
-        return _status_in(pq.read_schema(pa.PythonFile(file, mode="r")))
-    except DAMAGE as error:
-        raise ValueError(f"no sidecar ({_said(error)})") from error
-
-
-def _status_in(schema: pa.Schema) -> dict[str, Any]:
-    metadata = schema.metadata or {}
-    digest = metadata.get(_STATUS_SHA256)  # sidecars of old had none
-    if digest not in (None, hashlib.sha256(metadata[_STATUS]).hexdigest().encode()):
-        raise ValueError("its status has another sha256")
-    status: dict[str, Any] = json.loads(metadata[_STATUS])
-    _check_types(status, str, "shard", "split", "sha256", "md5", "dali_index_sha256")
-    _check_types(status, dict, "pixels", "fixes", "versions")
-    check_counts(status["samples"], status["bytes"], *status["fixes"].values())
-    for entry in status["rejected"]:
-        _check_types(entry, str, "key", "reason", "source_sha256")
-    return status
-
-
 def parquet_bytes(table: pa.Table, **options: Any) -> bytes:
     buffer = io.BytesIO()
     pq.write_table(table, buffer, write_page_checksum=True, **options)
@@ -399,9 +397,9 @@ def check_counts(*counts: Any) -> None:
 def _check_manifest(manifest: Manifest) -> None:
     """Raises TypeError, AttributeError or ValueError for values that no build writes."""
     document = manifest.document
-    _check_types(document, str, "plan_id")
-    _check_types(document, dict, "totals", "rejected", "fixes", "source")
-    _check_types(document["source"], str, "layout")
+    check_types(document, str, "plan_id")
+    check_types(document, dict, "totals", "rejected", "fixes", "source")
+    check_types(document["source"], str, "layout")
     if strangers := set(document["totals"]) - set(SPLITS):
         raise ValueError(f"{strangers} is no split")
     for shard in manifest.shards:
@@ -431,7 +429,7 @@ def check_table(table: pa.Table, schema: pa.Schema) -> None:
         raise ValueError(f"no value in some rows of {', '.join(nulls)}")
 
 
-def _check_types(document: Any, kind: type, *names: str) -> None:
+def check_types(document: Any, kind: type, *names: str) -> None:
     if not isinstance(document, dict):
         raise TypeError(f"{document!r} where fields were expected")
     for name in names:
@@ -444,7 +442,7 @@ def _reading(uri: str, file: str) -> Iterator[None]:
     try:
         yield
     except DAMAGE as error:
-        raise _damaged(uri, file, f"damaged ({_said(error)})") from error
+        raise _damaged(uri, file, f"damaged ({said(error)})") from error
 
 
 def _damaged(uri: str, file: str, text: str) -> Damaged:
@@ -455,7 +453,7 @@ def _verify(uri: str) -> str:
     return f"python -m pipelines verify {shlex.quote(uri)}"
 
 
-def _said(error: Exception) -> str:
+def said(error: Exception) -> str:
     return one_line(f"{type(error).__name__}: {error}")[:160]
 
 

@@ -33,6 +33,7 @@ from pipelines.s3 import patiently as patiently
 _Rest = ParamSpec("_Rest")
 _Result = TypeVar("_Result")
 _TEMPORARY = ".tmp"
+_BUFFER = 1 << 16  # bytes of the least read of a part: the end of most parquet files
 # With these a file system, or who mounted it, refuses what it does not offer. A disk that is full,
 # broken or write-protected has others.
 _NOT_OFFERED = {errno.EACCES, errno.EBADF, errno.EINVAL, errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP}
@@ -148,6 +149,12 @@ class RangeFile(io.RawIOBase):
         buffer[: len(data)] = data
         self._position += len(data)
         return len(data)
+
+
+def open_ranges(uri: str, length: int | None = None) -> io.BufferedReader:
+    """A stored file of which only parts are wanted; length: its bytes, where they are known. Raises
+    UserError when it is not there."""
+    return io.BufferedReader(RangeFile(uri, 0, size(uri) if length is None else length), _BUFFER)
 
 
 def read_each(uris: Sequence[str], ahead: int = 16) -> Iterator[bytes]:

@@ -13,35 +13,27 @@ import contextlib
 import functools
 import hashlib
 import itertools
-import json
-import os
 import re
-import tarfile
-import threading
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import simplejpeg
 
-from pipelines import plan, plan_files, shards, storage
+from pipelines import plan, plan_files, shards, sidecars, storage
 from pipelines.progress import Pace, clock
 from pipelines.shards import Damaged, Manifest, ShardInfo, index_name, quarantine_name
 from pipelines.sources import UNLABELLED
+from pipelines.strict_read import Job, ReadAll, in_threads
 
 Say = Callable[[str], None]
 
 _MANIFEST, _SUMS = "manifest.json", "SHA256SUMS"
 _UNLISTED = ("README.md", "report/", "_meta/")  # made later, or by and for the builder
-_SUFFIXES = ("cls", "jpg", "json")  # of a sample's members, in their order
-_BLOCK = 512  # bytes, of a tar
-_CHUNK = 8 << 20  # bytes per read
 _SAY_EVERY = 5.0  # seconds
-_SHOWN = 5  # names in a note, and problems of one shard: a wrong index would give one per sample
+_SHOWN = 5  # names in a note
 
 
 @dataclass(frozen=True)
@@ -104,13 +96,18 @@ class _Set:
 
 
 def verify(
-    out: str, *, full: bool = False, raw: str | None = None, say: Say = lambda line: None
+    out: str,
+    *,
+    full: bool = False,
+    raw: str | None = None,
+    say: Say = lambda line: None,
+    read: ReadAll = in_threads,
 ) -> Findings:
     """Everything that is wrong with the finished set in `out`.
 
     `full` also hashes the shards, decodes their images strictly and compares each sample with index
-    and plan, telling `say` how far it is; with `raw`, the images there are counted and their labels
-    compared.
+    and plan, telling `say` how far it is; `read` says where. With `raw`, the images there are
+    counted and their labels compared.
     Raises UserError when there is no finished set, or a store or RAW cannot be read.
     """
     found = _opened(out)
@@ -121,7 +118,7 @@ def verify(
     _check_sidecars(found)
     checked = f"{len(found.shards):,} shards, {hashed:,} files hashed, the others by size"
     if full:
-        files, images = _read_large_files(found, say)
+        files, images = _read_large_files(found, say, read)
         checked = f"{hashed + files:,} files hashed, {images:,} images decoded"
     with found.damage_reported():
         if full or raw is not None:
@@ -155,7 +152,13 @@ def _opened(out: str) -> _Set:
 
 def _hash_small_files(found: _Set) -> int:
     """How many were hashed; the tables among those that are whole are kept."""
-    indexes = {index_name(split): split for split in found.splits}
+    indexes = {
+        name: split
+        for split in found.splits
+        for name in {index_name(split), *filter(_part_of(split), found.sums)}
+    }
+    parts: dict[str, dict[str, pa.Table]] = {split: {} for split in found.splits}
+    counts: dict[str, int] = {}
     lists = {quarantine_name(split): split for split in found.splits}
     names = {n for n in (_MANIFEST, *found.sums, *indexes, *lists) if not _is_large(n)}
     for name in sorted(names - found.sizes.keys()):
@@ -171,14 +174,26 @@ def _hash_small_files(found: _Set) -> int:
             found.wrong(_SUMS, f"lacks {name}")
         with found.damage_reported():
             if split := indexes.get(name):
-                found.indexes[split] = shards.parse_index(found.out, split, data)
+                parts[split][name], count = shards.parse_index(found.out, name, data)
+                counts[split] = max(counts.get(split, 1), count)
             if split := lists.get(name):
                 entries = shards.parse_quarantine(found.out, split, data)
                 found.rejected[split] = {
                     entry["key"]: (entry["source_size"], entry["source_sha256"])
                     for entry in entries
                 }
+    for split, read in parts.items():
+        wanted = [index_name(split, number) for number in range(counts.get(split, 1))]
+        if read.keys() == {*wanted}:
+            found.indexes[split] = pa.concat_tables([read[name] for name in wanted])
+        elif strangers := read.keys() - {*wanted}:
+            found.wrong(min(strangers), "no part of the index, by its first file")
     return len(here)
+
+
+def _part_of(split: str) -> Callable[[str], bool]:
+    """Whether a file is of the index of this split, as far as its name tells."""
+    return lambda name: re.fullmatch(rf"index/{split}-[0-9]+\.parquet", name) is not None
 
 
 def _is_large(name: str) -> bool:
@@ -246,7 +261,7 @@ def _check_sidecars(found: _Set) -> None:
     read = 0
     for shard, data in zip(here, storage.read_each(uris), strict=True):
         try:
-            rows, status = shards.unpack_sidecar(data)
+            rows, status = sidecars.unpack(data)
         except ValueError as error:
             found.wrong(names[shard], f"damaged ({error})")
             continue
@@ -339,16 +354,7 @@ def _check_raw(found: _Set, raw: str) -> None:
     _check_accounts(found, plan.chosen(source, recipe).table, f"in {raw}")
 
 
-class _Job(NamedTuple):
-    """One file to read whole."""
-
-    file: str
-    size: int
-    sha256: str  # that it should have
-    rows: pa.Table | None = None  # of the index, where the file is a shard to be taken apart
-
-
-def _jobs(found: _Set) -> list[_Job]:
+def _jobs(found: _Set) -> list[Job]:
     """What is known to be missing or of another size is left out."""
     jobs = {}
     indexed = {split: _by_shard(index) for split, index in found.indexes.items()}
@@ -357,137 +363,31 @@ def _jobs(found: _Set) -> list[_Job]:
         if rows is None and shard.split in indexed:
             rows = shards.INDEX.empty_table()
         name = f"{shard.name}.tar"
-        jobs[name] = _Job(name, shard.num_bytes, shard.sha256, rows)
+        jobs[name] = Job(name, shard.num_bytes, shard.sha256, rows)
     for name in sorted(filter(_is_large, found.sums.keys() - jobs.keys())):
         size, _ = found.quarantined.get(name, (found.sizes.get(name, 0), ""))
-        jobs[name] = _Job(name, size, found.sums[name])
+        jobs[name] = Job(name, size, found.sums[name])
     return [job for job in jobs.values() if found.sizes.get(job.file) == job.size]
 
 
-def _read_large_files(found: _Set, say: Say) -> tuple[int, int]:
-    """How many files were read, several at the same time, and how many images decoded."""
+def _read_large_files(found: _Set, say: Say, read: ReadAll) -> tuple[int, int]:
+    """How many files were read, and how many images decoded."""
     jobs = _jobs(found)
     crop = found.manifest.crop if found.manifest else 0
-    pace, stop, total = Pace(0), threading.Event(), sum(job.size for job in jobs)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        futures = {pool.submit(_read, found.out, job, crop, stop): job for job in jobs}
-        try:
-            waiting = set(futures)
-            while waiting:
-                ended, waiting = wait(waiting, _SAY_EVERY, return_when=FIRST_EXCEPTION)
-                for future in ended:
-                    future.result()
-                if waiting:
-                    num_bytes = total - sum(futures[future].size for future in waiting)
-                    pace.note(num_bytes)
-                    say(
-                        f"verified {len(jobs) - len(waiting):,} of {len(jobs):,} files, "
-                        f"{num_bytes / 1e6:,.0f} of {total / 1e6:,.0f} MB, "
-                        f"{pace.rates()[0] / 1e6:,.1f} MB/s, ETA {clock(pace.eta(total))}"
-                    )
-        except BaseException:
-            stop.set()
-            pool.shutdown(cancel_futures=True)
-            raise
-    for future, job in futures.items():
-        for text in future.result():
+    pace, total, ended, num_bytes = Pace(0), sum(job.size for job in jobs), 0, 0
+    said, problems = time.monotonic(), dict[str, list[str]]()
+    with contextlib.closing(read(found.out, jobs, crop)) as answers:
+        for job, problems[job.file] in answers:
+            ended, num_bytes = ended + 1, num_bytes + job.size
+            if time.monotonic() - said >= _SAY_EVERY and ended < len(jobs):
+                said = time.monotonic()
+                pace.note(num_bytes)
+                say(
+                    f"verified {ended:,} of {len(jobs):,} files, "
+                    f"{num_bytes / 1e6:,.0f} of {total / 1e6:,.0f} MB, "
+                    f"{pace.rates()[0] / 1e6:,.1f} MB/s, ETA {clock(pace.eta(total))}"
+                )
+    for job in jobs:
+        for text in problems[job.file]:
             found.wrong(job.file, text)
     return len(jobs), sum(job.rows.num_rows for job in jobs if job.rows is not None)
-
-
-def _read(out: str, job: _Job, crop: int, stop: threading.Event) -> list[str]:
-    file = _Hashed(storage.join(out, job.file), job.size, stop)
-    problems: list[str] = []
-    if job.rows is not None:
-        try:
-            problems += _shard_problems(file, job.rows.to_pylist(), crop)
-        except (tarfile.TarError, ValueError, OverflowError) as error:
-            problems.append(f"no tar that can be read ({error})")
-    while file.read(_CHUNK):
-        pass
-    if file.digest.hexdigest() != job.sha256:
-        problems.insert(0, f"its {job.size:,} bytes have another sha256")
-    if len(problems) > _SHOWN:
-        return [*problems[:_SHOWN], f"and {len(problems) - _SHOWN:,} problems more"]
-    return problems
-
-
-class _Hashed:
-    """A file that is read once from its start to its end, and hashed on the way."""
-
-    def __init__(self, uri: str, size: int, stop: threading.Event) -> None:
-        self.digest = hashlib.sha256()
-        self._uri, self._left, self._stop = uri, size, stop
-        self._position = 0
-
-    def read(self, length: int) -> bytes:
-        if self._stop.is_set():
-            raise RuntimeError("another thread failed, or the user pressed Ctrl-C")
-        data = storage.read(self._uri, self._position, min(length, self._left))
-        self._position += len(data)
-        self._left -= len(data)
-        self.digest.update(data)
-        return data
-
-
-def _shard_problems(file: Any, rows: Iterable[dict[str, Any]], crop: int) -> Iterator[str]:
-    """Raises TarError, ValueError or OverflowError where the tar cannot be read on."""
-    with tarfile.open(
-        fileobj=file, mode="r|", bufsize=_CHUNK, encoding="ascii", errors="backslashreplace"
-    ) as tar:
-        members = _members(tar)
-        for row in rows:
-            found = [next(members, ("its end", b"", 0)) for _ in _SUFFIXES]
-            names = [name for name, _, _ in found]
-            if names != (wanted := [f"{row['key']}.{suffix}" for suffix in _SUFFIXES]):
-                yield f"{' '.join(names)} where the index has {' '.join(wanted)}"
-                return
-            label, jpeg, text = (data for _, data, _ in found)
-            for problem in _sample_problems(row, label, jpeg, text, found[1][2], crop):
-                yield f"{row['key']}: {problem}"
-        if (extra := next(members, None)) is not None:
-            yield f"{extra[0]} follows the last sample of the index"
-
-
-def _members(tar: Any) -> Iterator[tuple[str, bytes, int]]:
-    """(name, data, offset of the data) up to the end mark. Raises TarError at anything else."""
-    for info in tar:
-        if info.type not in (tarfile.REGTYPE, tarfile.AREGTYPE):
-            raise tarfile.ReadError(f"{info.name} at byte {info.offset:,} is no plain file")
-        yield info.name, tar.extractfile(info).read(), info.offset_data
-    while block := tar.fileobj.read(_CHUNK):
-        if block.strip(b"\0"):
-            raise tarfile.ReadError("something follows the end mark")
-
-
-def _sample_problems(
-    row: dict[str, Any], label: bytes, jpeg: bytes, text: bytes, offset: int, crop: int
-) -> Iterator[str]:
-    """offset: of the JPEG in the tar."""
-    if label != str(row["label"]).encode():
-        yield f"label {label[:20]!r}, the index says {row['label']}"
-    if (offset, len(jpeg)) != (row["offset"], row["size"]):
-        yield f"lies at {offset} with {len(jpeg)} bytes, the index says otherwise"
-    if hashlib.sha256(jpeg).hexdigest() != row["sha256"]:
-        yield "another sha256 than in the index"
-    if not _agree(text, row):
-        yield "its JSON and the index disagree"
-    try:
-        height, width, colours, _ = simplejpeg.decode_jpeg_header(jpeg)
-        if (width, height) != (crop, crop) or colours not in ("YCbCr", "RGB"):
-            yield f"is {width}×{height} {colours}, not {crop}×{crop} in colour"
-        else:  # not an image of any size that a damaged header claims
-            simplejpeg.decode_jpeg(jpeg, strict=True)
-    except ValueError as error:
-        yield f"cannot be decoded ({error})"
-
-
-def _agree(text: bytes, row: dict[str, Any]) -> bool:
-    try:
-        document = json.loads(text)
-    except (ValueError, RecursionError):
-        return False
-    if not isinstance(document, dict) or not {"key", "label", "wnid"} <= document.keys():
-        return False
-    row = row | {"fixes": " ".join(row["fixes"])}
-    return all(document[name] == row[name] for name in document.keys() & row.keys())

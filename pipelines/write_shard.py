@@ -17,7 +17,7 @@ import numpy as np
 from PIL import features
 
 from alexnet.errors import UserError
-from pipelines import plan_files, reads, shards, storage
+from pipelines import plan_files, reads, shards, sidecars, storage
 from pipelines.plan import Orientation
 
 if TYPE_CHECKING:
@@ -102,8 +102,8 @@ def write_shard(job: Job, number: int, name: str, shard_id: str) -> Made:
     }
     for suffix, data in ((".tar", packed.tar), (".idx", packed.dali_index)):
         storage.write_new(storage.join(job.out, name + suffix), data, below=job.out)
-    sidecar = shards.pack_sidecar(packed.index, status)  # last: where it is, the tar is whole
-    storage.write_new(shards.sidecar_uri(job.out, name), sidecar, below=job.out)
+    sidecar = sidecars.pack(packed.index, status)  # last: where it is, the tar is whole
+    storage.write_new(sidecars.place(job.out, name), sidecar, below=job.out)
     return Made(
         samples=len(good),
         rejected=rejected,

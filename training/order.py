@@ -19,7 +19,10 @@ def epoch_order(
     shard_sizes: Sequence[int], *, seed: int, epoch: int, window: int = WINDOW_SHARDS
 ) -> Ids:
     """All sample ids of the split in the order of `epoch`: int64 (sum of sizes,)."""
-    return np.concatenate(list(windows(shard_sizes, seed=seed, epoch=epoch, window=window)))
+    order, end = np.empty(sum(shard_sizes), np.int64), 0
+    for part in windows(shard_sizes, seed=seed, epoch=epoch, window=window):
+        order[end : (end := end + len(part))] = part
+    return order
 
 
 def windows(

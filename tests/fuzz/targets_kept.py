@@ -17,7 +17,7 @@ import torch
 from safetensors import safe_open
 from targets_raw import Refused
 
-from pipelines import finish, plan_files, shards
+from pipelines import finish, plan_files, shards, sidecars
 from pipelines.inspect import status, status_text
 from training import checkpoint
 from training.loader import Samples
@@ -69,9 +69,9 @@ def sidecar(data: bytes, folder: Path) -> None:
     status_text(status(out))
     if 0 in missing:
         raise Refused(missing[0])
-    rows, facts = shards.unpack_sidecar((GOOD / "set" / name).read_bytes())
+    rows, facts = sidecars.unpack((GOOD / "set" / name).read_bytes())
     assert [found for shard, found in done if shard.name == "train-000000"] == [facts]
-    assert shards.unpack_sidecar(data)[0].equals(rows), "other rows than those written"
+    assert sidecars.unpack(data)[0].equals(rows), "other rows than those written"
 
 
 def plan_json(data: bytes, folder: Path) -> None:

@@ -10,7 +10,8 @@ from drawn import archives
 from made import contents, started
 from waiting import wait_until
 
-from pipelines import build, plan, plan_files, shards, sources, storage
+from pipelines import build, plan, plan_files, shards, sidecars, sources, storage
+from pipelines.cli import main
 from pipelines.progress import BuildFailed, MaxRejected
 
 # Ray Data warns of its own defaults.
@@ -29,8 +30,8 @@ def test_one_and_four_workers_and_no_ray_at_all_give_the_same_bytes(
     local_ray, drawn_raw, drawn_shards, tmp_path
 ):
     one, four = str(tmp_path / "one"), str(tmp_path / "four")
-    built(drawn_raw, one, workers=1)
-    built(drawn_raw, four, workers=4)
+    built(drawn_raw, one, on=build.OnRay(workers=1))
+    built(drawn_raw, four, on=build.OnRay(workers=4))
     assert contents(one) == contents(four) == contents(drawn_shards)
 
 
@@ -41,16 +42,34 @@ def test_only_shards_that_are_missing_damaged_or_of_other_codecs_are_built_again
     (copy / "_meta" / "train-000000.parquet").unlink()  # killed before the sidecar
     (copy / "train-000001.tar").write_bytes(b"cut")
     (copy / "_meta" / "train-000002.parquet").write_bytes(b"no sidecar")
+    within = copy / "_meta" / "val-000000.parquet"  # among its rows, which are read at the end
+    within.write_bytes(within.read_bytes()[:40] + b"\0" * 40 + within.read_bytes()[80:])
     other = copy / "_meta" / "val-000001.parquet"
-    rows, status = shards.unpack_sidecar(other.read_bytes())
+    rows, status = sidecars.unpack(other.read_bytes())
     status["versions"]["pillow"] = "0.1"
-    other.write_bytes(shards.pack_sidecar(rows, status))
-    kept = [copy / name for name in ("train-000003.tar", "val-000000.tar")]
-    before = [path.stat().st_mtime_ns for path in kept]
+    other.write_bytes(sidecars.pack(rows, status))
+    kept = copy / "train-000003.tar"
+    before = kept.stat().st_mtime_ns
     built(drawn_raw, str(copy))
     assert contents(str(copy)) == contents(drawn_shards)
-    assert [path.stat().st_mtime_ns for path in kept] == before
-    assert "val-000001: rebuilt, because other codecs had made it" in capsys.readouterr().err
+    assert kept.stat().st_mtime_ns == before
+    out, err = capsys.readouterr()
+    assert "val-000001: rebuilt, because other codecs had made it" in err
+    assert "val-000000: its sidecar is damaged; it is made again" in out
+
+
+def test_a_cluster_reads_every_byte_and_finds_what_one_machine_finds(local_ray, copy, capsys):
+    tar, listed = copy / "train-000001.tar", copy / "_meta" / "val-000001.parquet"
+    data = bytearray(tar.read_bytes())
+    data[3000] ^= 1
+    tar.write_bytes(data)
+    listed.write_bytes(b"no sidecar")
+    (copy / "val-000000.tar").unlink()
+    command, said = ["verify", str(copy), "--full"], list[str]()
+    for on in ([], ["--address", "auto", "--workers", "2"]):
+        assert main([*command, *on]) == 1
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1] and "bytes have another sha256" in said[0]
 
 
 def test_everybody_can_check_the_sums(drawn_shards, copy):

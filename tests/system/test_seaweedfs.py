@@ -95,7 +95,8 @@ def test_an_object_is_stored_with_the_sha256_of_its_bytes_or_not_at_all(
 def test_a_listing_of_more_than_a_page_is_whole_sorted_and_of_its_prefix_alone(
     seaweed, seaweed_bucket
 ):
-    names = [f"{number % 7}/{number:04d}" for number in range(1010)]
+    names = [f"{number % 7}/{number % 3}/{number:04d}" for number in range(1010)]
+    names += ["0", "0.jpg", "3/at the side", "3/0.1/x"]
     with ThreadPoolExecutor(8) as pool:
         uris = [f"{seaweed_bucket}/many/{name}" for name in names]
         list(pool.map(storage.write, uris, [b"x"] * len(uris)))

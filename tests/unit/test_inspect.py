@@ -14,7 +14,7 @@ from drawn import class_folders, jpeg
 from made import part_of
 
 from alexnet.errors import UserError
-from pipelines import shards, storage
+from pipelines import shards, sidecars, storage
 from pipelines.inspect import inspect, status, status_text, text
 from pipelines.plan import Recipe
 
@@ -158,8 +158,8 @@ def test_an_unfinished_build_is_told_by_its_sidecars(unfinished):
     assert not document["complete"]
     assert (train["shards"], train["shards_total"], train["pictures_total"]) == (3, 4, 32)
     assert (val["shards"], val["shards_total"], val["pictures_total"]) == (1, 2, 12)
-    sidecars = (unfinished / "_meta").glob("*-*.parquet")
-    facts = [shards.unpack_sidecar(path.read_bytes())[1] for path in sidecars]
+    files = (unfinished / "_meta").glob("*-*.parquet")
+    facts = [sidecars.unpack(path.read_bytes())[1] for path in files]
     assert train["samples"] + val["samples"] == sum(row["samples"] for row in facts)
     assert train["bytes"] == sum(path.stat().st_size for path in unfinished.glob("train-*.tar"))
     rejected = [entry["reason"] for row in facts for entry in row["rejected"]]
@@ -196,8 +196,8 @@ def test_a_tar_that_is_gone_or_cut_does_not_count(unfinished, drawn_shards):
 
 def test_a_shard_of_another_plan_is_neither_done_nor_damaged(unfinished):
     sidecar = unfinished / "_meta" / "train-000000.parquet"
-    rows, told = shards.unpack_sidecar(sidecar.read_bytes())
-    sidecar.write_bytes(shards.pack_sidecar(rows, told | {"shard_id": "0" * 64}))
+    rows, told = sidecars.unpack(sidecar.read_bytes())
+    sidecar.write_bytes(sidecars.pack(rows, told | {"shard_id": "0" * 64}))
     document = status(str(unfinished))
     assert document["splits"]["train"]["shards"] == 2 and document["damaged"] == []
 

@@ -7,6 +7,7 @@ import re
 from fractions import Fraction
 from math import comb
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -15,7 +16,7 @@ from shard_sets import write_shard_set
 from small_training import small_config
 
 from alexnet.errors import UserError
-from pipelines import shards, storage
+from pipelines import shards
 from pipelines.shards import Manifest, load_manifest
 from training import checkpoint
 from training.command_line import read_config
@@ -178,9 +179,12 @@ def test_a_window_beyond_a_node_s_cache_is_refused_with_one_that_fits(uri, monke
     manifest = load_manifest(uri)
     large = [dataclasses.replace(shard, num_bytes=10**9) for shard in manifest.shards]
     manifest = dataclasses.replace(manifest, shards=tuple(large))
-    read = storage.read
-    monkeypatch.setattr(storage, "exists", lambda _: True)
-    monkeypatch.setattr(storage, "read", lambda there: read(there.replace("s3://b", uri)))
+    load_index = shards.load_index
+
+    def load(there: str, *which: Any) -> Any:
+        return load_index(there.replace("s3://b", uri), *which)
+
+    monkeypatch.setattr(shards, "load_index", load)
     given = {"manifest": manifest, "cache_gb": 11.5}
     with pytest.raises(UserError) as told:
         checked("s3://b", shuffle_window=12, **given)

@@ -8,7 +8,7 @@ import pytest
 from planned import UNEVEN, by_shard, changed, drawn_source
 
 from alexnet.errors import UserError
-from pipelines import plan, plan_files, shards, storage
+from pipelines import plan, plan_files, shards, sidecars, storage
 
 SOURCE = drawn_source(UNEVEN)
 RECIPE = plan.Recipe(samples_per_shard=26, splits=("train",))
@@ -29,6 +29,32 @@ def test_a_task_reads_the_rows_of_its_own_shard(tmp_path):
     plan_files.begin(str(tmp_path), "/raw", made)
     for number, rows in enumerate(by_shard(made).values()):
         assert plan_files.read_rows(str(tmp_path), made.plan_id, number) == rows
+
+
+def test_many_shards_have_their_rows_in_several_files_and_one_of_earlier_releases_is_read(
+    tmp_path, monkeypatch
+):
+    made = plan.make(drawn_source(UNEVEN, val=13), plan.Recipe(samples_per_shard=13))
+    whole, out = str(tmp_path / "whole"), str(tmp_path / "out")
+    plan_files.begin(whole, "/raw", made)
+    monkeypatch.setattr(plan_files, "_SHARDS", 2)
+    plan_files.begin(out, "/raw", made)
+    meta = Path(out, "_meta")
+    assert len(made.shards) > 4
+    files = {path.name for path in meta.glob("plan*.parquet")}
+    assert files == {
+        "plan.parquet",
+        *(f"plan-{n}.parquet" for n in range(1, -(-len(made.shards) // 2))),
+    }
+    for uri in (whole, out):
+        for number, rows in enumerate(by_shard(made).values()):
+            assert plan_files.read_rows(uri, made.plan_id, number) == rows
+        assert plan_files.load_rows(uri, ("key",)).equals(made.table.select(["key"]))
+    (meta / "plan-1.parquet").unlink()
+    with pytest.raises(shards.Damaged, match="plan-1.parquet is missing"):
+        plan_files.load_rows(out, ("key",))
+    plan_files.begin(out, "/raw", made)
+    assert plan_files.load_rows(out, ("key",)).num_rows == made.images
 
 
 def test_another_plan_in_the_same_folder_is_refused_with_both_ids_and_the_difference(out):
@@ -122,7 +148,7 @@ def test_a_damaged_plan_is_told_and_written_anew_when_it_is_gone(out):
     status = dict.fromkeys(("shard", "split", "sha256", "md5", "dali_index_sha256"), "")
     status |= {"samples": 0, "bytes": 0, "rejected": [], "pixels": {}, "fixes": {}, "versions": {}}
     status["shard_id"] = MADE.shards[0].id
-    sidecar = shards.pack_sidecar(shards.INDEX.empty_table(), status)
+    sidecar = sidecars.pack(shards.INDEX.empty_table(), status)
     storage.write(f"{out}/train-000000.tar", b"")
     (meta / "plan.json").write_bytes(b'{"plan_id":')
     (meta / "plan.parquet").write_bytes(b"PAR1 no more")
@@ -133,6 +159,6 @@ def test_a_damaged_plan_is_told_and_written_anew_when_it_is_gone(out):
     for unknown in (MADE, OTHER):
         with pytest.raises(UserError, match=r"is not empty \(train-000000\.tar"):
             plan_files.begin(out, "/raw", unknown)
-        storage.write(shards.sidecar_uri(out, "train-000000"), sidecar)
+        storage.write(sidecars.place(out, "train-000000"), sidecar)
     plan_files.begin(out, "/raw", MADE)
     assert {path: path.read_bytes() for path in before} == before

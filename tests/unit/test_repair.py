@@ -11,7 +11,7 @@ from drawn import A, B, encoded, image, imagefolder, jpeg
 from made import contents, made_shards
 
 from alexnet.errors import UserError
-from pipelines import build, finish, plan, plan_files, shards, sources
+from pipelines import build, finish, plan, plan_files, shards, sidecars, sources
 from pipelines.cli import main
 from pipelines.plan import Recipe
 from pipelines.progress import BuildFailed, MaxRejected
@@ -32,8 +32,8 @@ def test_shards_that_other_codecs_made_do_not_count(name, drawn_shards, monkeypa
 
 
 def other_images(sidecar: Path) -> None:
-    rows, status = shards.unpack_sidecar(sidecar.read_bytes())
-    sidecar.write_bytes(shards.pack_sidecar(rows, status | {"shard_id": "0" * 64}))
+    rows, status = sidecars.unpack(sidecar.read_bytes())
+    sidecar.write_bytes(sidecars.pack(rows, status | {"shard_id": "0" * 64}))
 
 
 def cut(path: Path) -> None:

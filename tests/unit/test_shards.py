@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import shutil
 import tarfile
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,8 @@ import pytest
 from drawn import jpeg
 
 from alexnet.errors import UserError
-from pipelines import shards, storage
+from pipelines import finish, plan_files, shards, sidecars, storage
+from pipelines.verify import verify
 
 
 def sample(key: str, label: int, seed: int) -> shards.Sample:
@@ -73,22 +75,32 @@ def test_the_index_finds_each_jpeg_by_its_byte_range():
         assert (row["shard"], row["fixes"]) == ("train-000000", [*sample.fixes])
 
 
-def test_a_sidecar_gives_back_rows_and_status():
+def test_a_sidecar_gives_back_rows_and_status(tmp_path):
     index = shards.pack("train-000000", SAMPLES).index
     texts = dict.fromkeys(("shard", "split", "sha256", "md5", "dali_index_sha256"), "text")
     given = {**texts, "samples": 2, "bytes": 9, "rejected": []}
     given |= {"pixels": {}, "fixes": {"grey": 1}, "versions": {}}
-    data = shards.pack_sidecar(index, given)
-    assert data == shards.pack_sidecar(index, given)
-    rows, status = shards.unpack_sidecar(data)
+    data = sidecars.pack(index, given)
+    assert data == sidecars.pack(index, given)
+    rows, status = sidecars.unpack(data)
     assert rows.equals(index)
-    assert status == given == shards.sidecar_status(io.BytesIO(data))
+    assert status == given
     odd = [{"samples": 3}, {"bytes": "9"}, {"md5": None}, {"rejected": [{}]}]
     odd += [{"fixes": {"grey": -1}}]
-    wrong = [shards.pack_sidecar(index, given | change) for change in odd]
+    wrong = [sidecars.pack(index, given | change) for change in odd]
     for damaged in (b"", data[:-9], shards.parquet_bytes(index), *wrong):
         with pytest.raises(ValueError, match="no sidecar"):
-            shards.unpack_sidecar(damaged)
+            sidecars.unpack(damaged)
+
+    def read(data: bytes) -> object:
+        (tmp_path / "_meta").mkdir(exist_ok=True)
+        (tmp_path / "_meta" / "train-000000.parquet").write_bytes(data)
+        return sidecars.load_status(str(tmp_path), "train-000000", len(data))
+
+    assert read(data) == given
+    for damaged in (b"", data[:-9], shards.parquet_bytes(index), *wrong):
+        with pytest.raises(ValueError, match="no sidecar"):
+            read(damaged)
 
 
 def test_the_manifest_says_what_was_built_without_clock_or_place(drawn_shards, drawn_raw):
@@ -104,6 +116,56 @@ def test_the_manifest_says_what_was_built_without_clock_or_place(drawn_shards, d
     assert manifest.digest == hashlib.sha256(data).hexdigest()
     for word in (drawn_raw, drawn_shards, "/tmp", "time", "date"):
         assert word.encode() not in data
+
+
+@pytest.fixture
+def in_parts(drawn_shards, tmp_path, monkeypatch) -> str:
+    """The drawn set with indexes of at most 10 rows a file, in groups of 5."""
+    out = str(shutil.copytree(drawn_shards, tmp_path / "parts"))
+    monkeypatch.setattr(shards, "INDEX_ROWS", 10)
+    monkeypatch.setattr(finish, "_GROUP", 5)
+    Path(out, "manifest.json").unlink()
+    made = plan_files.load(out)
+    finish.finish(out, made, finish.finished_shards(out, made)[0])
+    return out
+
+
+def test_a_long_index_is_several_files_that_are_read_as_one(in_parts, drawn_shards):
+    index = Path(in_parts, "index")
+    names = {"train.parquet", *(f"train-{n}.parquet" for n in (1, 2, 3))}
+    assert {path.name for path in index.iterdir()} == names | {"val.parquet", "val-1.parquet"}
+    for split in ("train", "val"):
+        whole = shards.load_index(drawn_shards, split)
+        assert shards.load_index(in_parts, split).equals(whole)
+        few = shards.load_index(in_parts, split, ["label", "fixes"])
+        assert few.equals(whole.select(["label", "fixes"]))
+    assert shards.load_manifest(in_parts).digest == shards.load_manifest(drawn_shards).digest
+    assert verify(in_parts, full=True).problems == ()
+    (index / "train-2.parquet").unlink()
+    with pytest.raises(shards.Damaged, match=r"train-2\.parquet is missing; run"):
+        shards.load_index(in_parts, "train")
+    assert verify(in_parts).bad_files == ("index/train-2.parquet",)
+
+
+def test_of_an_index_only_the_bytes_of_the_wanted_columns_are_read(
+    drawn_shards, tmp_path, monkeypatch
+):
+    rows = pa.concat_tables([shards.load_index(drawn_shards, "train")] * 500)
+    (tmp_path / "index").mkdir()
+    path = tmp_path / "index" / "train.parquet"
+    digests = pa.array([hashlib.sha256(b"%d" % n).hexdigest() for n in range(len(rows))])
+    rows = rows.set_column(rows.column_names.index("sha256"), "sha256", digests)
+    path.write_bytes(shards.parquet_bytes(rows))
+    read, sizes = storage.read, list[int]()
+
+    def counted(*place: Any) -> bytes:
+        sizes.append(len(data := read(*place)))
+        return data
+
+    monkeypatch.setattr(storage, "read", counted)
+    labels = shards.load_index(str(tmp_path), "train", ["label"])
+    assert labels.equals(rows.select(["label"]))
+    assert len(sizes) <= 4 and sum(sizes) < path.stat().st_size / 3
 
 
 def test_what_is_not_there_is_told_with_the_command_that_makes_it(drawn_shards, tmp_path):
@@ -183,4 +245,4 @@ def test_damaged_fact_in_a_sidecar_is_told(drawn_shards):
     place = data.index(b'"count":') + len(b'"count":')
     other = b"2" if data[place : place + 1] != b"2" else b"3"
     with pytest.raises(ValueError, match="its status has another sha256"):
-        shards.unpack_sidecar(data[:place] + other + data[place + 1 :])
+        sidecars.unpack(data[:place] + other + data[place + 1 :])

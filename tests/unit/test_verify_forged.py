@@ -15,8 +15,8 @@ import pyarrow as pa
 import pytest
 from drawn import encoded, image
 
-from pipelines import shards
-from pipelines import verify as module
+from pipelines import shards, sidecars, strict_read
+from pipelines.verify import verify
 
 REJECTED = "quarantine/train/n09104412_19.bin"
 LISTED = "quarantine/train.jsonl"
@@ -24,7 +24,7 @@ pc = pa.compute
 
 
 def told(copy: Path, full: bool = False) -> list[str]:
-    problems = module.verify(str(copy), full=full).problems
+    problems = verify(str(copy), full=full).problems
     return [f"{problem.file}: {problem.text}" for problem in problems]
 
 
@@ -121,7 +121,7 @@ def test_a_list_of_rejected_images_that_contradicts_the_sidecars_is_found(copy):
 
 
 def test_full_compares_every_sample_with_the_index(copy, monkeypatch):
-    monkeypatch.setattr(module, "_SHOWN", 100)
+    monkeypatch.setattr(strict_read, "_SHOWN", 100)
     forge_index(copy, lambda rows: [row.update(sha256="0" * 64) for row in rows])
     assert [line for line in told(copy, full=True) if ".tar: " in line] == [
         f"{row['shard']}.tar: {row['key']}: another sha256 than in the index"
@@ -144,11 +144,11 @@ def forge_shard(
 
 def publish_forged(copy: Path, packed: shards.Packed) -> None:
     path = copy / "_meta" / "val-000000.parquet"
-    _, status = shards.unpack_sidecar(path.read_bytes())
+    _, status = sidecars.unpack(path.read_bytes())
     digest = hashlib.sha256(packed.tar).hexdigest()
     facts = {"sha256": digest, "bytes": len(packed.tar), "samples": packed.index.num_rows}
     dali = {"dali_index_sha256": hashlib.sha256(packed.dali_index).hexdigest()}
-    path.write_bytes(shards.pack_sidecar(packed.index, status | facts | dali))
+    path.write_bytes(sidecars.pack(packed.index, status | facts | dali))
     forge(copy, "val-000000.idx", packed.dali_index)
     forge(copy, "val-000000.tar", packed.tar)
 
@@ -203,7 +203,7 @@ def test_a_place_that_index_and_sidecar_give_wrongly_is_found(copy, samples, fie
 def test_each_fact_that_index_and_sidecar_give_wrongly_is_found(copy, samples, monkeypatch):
     facts: list[dict[str, object]] = [{"source": "x"}, {"source_offset": 1}, {"source_size": 1}]
     facts += [{"source_sha256": "0" * 64}, {"width": 1}, {"height": 1, "fixes": ["grey"]}]
-    monkeypatch.setattr(module, "_SHOWN", 100)
+    monkeypatch.setattr(strict_read, "_SHOWN", 100)
     forge_shard(
         copy, samples, lambda rows: [r.update(fact) for r, fact in zip(rows, facts, strict=True)]
     )

@@ -12,7 +12,7 @@ from drawn import A, B, archives, encoded, image, imagefolder, jpeg
 from made import contents, made_shards
 
 from alexnet.errors import UserError
-from pipelines import finish, plan, plan_files, shards, sources, storage, transform
+from pipelines import finish, plan, plan_files, shards, sidecars, sources, storage, transform
 from pipelines.build import job_for
 from pipelines.sources import index
 from pipelines.sources.ilsvrc import TRAIN_TAR
@@ -140,7 +140,7 @@ def test_what_names_a_file_is_published_after_it_and_the_manifest_last(tmp_path,
         monkeypatch.setattr(storage, name, noted(getattr(storage, name)))
     made_shards(str(raw), str(out), TWO)
     for name in ("train-000000", "train-000001", "train-000002"):
-        _, status = shards.unpack_sidecar((out / "_meta" / f"{name}.parquet").read_bytes())
+        _, status = sidecars.unpack((out / "_meta" / f"{name}.parquet").read_bytes())
         kept = [shards.rejected_name("train", entry["key"]) for entry in status["rejected"]]
         files_of = [order.index(file) for file in (f"{name}.tar", f"{name}.idx", *kept)]
         assert order.index("_meta/plan.parquet") < min(files_of)
