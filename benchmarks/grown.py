@@ -74,6 +74,16 @@ def _finish(request: dict[str, Any]) -> Callable[[], None]:
     return finished
 
 
+def _resume(request: dict[str, Any]) -> Callable[[], None]:
+    """What a build that goes on looks at before its first task."""
+
+    def resumed() -> None:
+        _, missing = finish.finished_shards(request["out"], plan_files.load(request["out"]))
+        assert not missing, missing
+
+    return resumed
+
+
 def _verify(request: dict[str, Any]) -> Callable[[], None]:
     def verified() -> None:
         found = verify(request["out"])
@@ -110,6 +120,7 @@ def _order(request: dict[str, Any]) -> Callable[[], None]:
 STEPS: dict[str, Callable[[dict[str, Any]], Callable[[], None]]] = {
     "plan": _plan,
     "tasks": _tasks,
+    "resume": _resume,
     "finish": _finish,
     "verify": _verify,
     "load": _load,
@@ -146,6 +157,7 @@ def _planned(source: sources.Source, request: dict[str, Any]) -> plan.Plan:
 
 
 def _pretend(out: str, made: plan.Plan) -> None:
+    versions = codec_versions()
     for shard, rows in _rows(made):
         offsets = np.arange(shard.samples) * _STRIDE + 1536
         index = b"v1.2 %d\n" % shard.samples
@@ -166,7 +178,7 @@ def _pretend(out: str, made: plan.Plan) -> None:
             "pixels": {"count": 2, "sums": [250] * 3, "products": _PRODUCTS},
             "fixes": {},
             "rejected": [],
-            "versions": codec_versions(),
+            "versions": versions,
         }
         sidecar = sidecars.pack(_indexed(shard, rows, offsets), status)
         Path(sidecars.place(out, shard.name)).write_bytes(sidecar)

@@ -19,13 +19,14 @@ from benchmarks.table import Lines, Panel, Table, spread
 COLUMNS = ("what", "seconds", "power of time", "peak MB", "power of memory")
 STEPS = {
     "plan": "plan",
+    "resume": "a build goes on",
     "finish": "end of a build",
     "verify": "verify",
     "load": "loader start",
     "order": "order of an epoch",
 }
-IMAGES = (1_000, 10_000, 100_000, 1_281_167)
-SHARDS = (20, 200, 2_000, 10_000)  # of _MIDDLE images
+IMAGES = (1_000, 10_000, 100_000, 1_281_167, 14_197_122)  # ImageNet-1k's train, ImageNet-21k
+SHARDS = (20, 200, 2_000, 10_000, 40_000)  # of _MIDDLE images
 CLASSES = (10, 1_000, 10_000)  # of _MIDDLE images in _FEW_SHARDS shards
 VERSIONS = (10, 100, 1_000)
 _MIDDLE = 100_000

@@ -10,7 +10,6 @@ import hashlib
 import io
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from itertools import chain, islice
 from typing import Any
@@ -26,7 +25,7 @@ from pipelines.write_shard import codec_versions
 NOT_MADE = "it was not made yet"
 OTHER_CODECS = "other codecs had made it"
 Done = tuple[ShardPlan, dict[str, Any]]  # with the status of its sidecar
-_AT_ONCE = 16  # reads of sidecars
+_TABLES = 16
 _GROUP = 1 << 18  # rows: few enough groups that a column is few reads, small enough for memory
 
 
@@ -48,22 +47,24 @@ def finished_shards(out: str, plan: Plan) -> tuple[list[Done], dict[int, str]]:
     sizes = dict(storage.list_files(out))
     present = [shard for shard in plan.shards if f"_meta/{shard.name}.parquet" in sizes]
     codecs = codec_versions()  # asked for once: it parses the packages' metadata
-    with ThreadPoolExecutor(_AT_ONCE if storage.is_s3(out) else 1) as pool:
-        answers = pool.map(lambda shard: _status(out, sizes, shard, codecs), present)
-        found = dict(zip(present, answers, strict=True))
+    lengths = {shard.name: sizes[f"_meta/{shard.name}.parquet"] for shard in present}
+    statuses = zip(present, sidecars.load_statuses(out, lengths), strict=True)
+    found = {shard: _judged(out, sizes, shard, status, codecs) for shard, status in statuses}
     faults = {shard: fault for shard, (_, fault) in found.items()}
     missing = {n: faults.get(shard, NOT_MADE) for n, shard in enumerate(plan.shards)}
     done = [(shard, status) for shard, (status, fault) in found.items() if fault is None]
     return done, {number: fault for number, fault in missing.items() if fault is not None}
 
 
-def _status(
-    out: str, sizes: dict[str, int], shard: ShardPlan, codecs: dict[str, str]
+def _judged(
+    out: str,
+    sizes: dict[str, int],
+    shard: ShardPlan,
+    status: dict[str, Any] | None,
+    codecs: dict[str, str],
 ) -> tuple[dict[str, Any], str | None]:
-    """What the sidecar says, and why the shard has to be rebuilt, if so. sizes: as listed."""
-    try:
-        status = sidecars.load_status(out, shard.name, sizes[f"_meta/{shard.name}.parquet"])
-    except ValueError:
+    """The status, and why the shard has to be rebuilt, if so. sizes: as listed."""
+    if status is None:
         return {}, "its sidecar was damaged"
     if status.get("shard_id") != shard.id:
         return {}, "it held other images"
@@ -174,9 +175,9 @@ def _index(out: str, split: str, statuses: list[dict[str, Any]]) -> Iterator[tup
 def _groups(tables: Iterator[pa.Table]) -> Iterator[pa.Table]:
     """The same rows, _GROUP at a time."""
     held, count = list[pa.Table](), 0
-    for table in tables:
-        held.append(table)
-        count += table.num_rows
+    while some := [*islice(tables, _TABLES)]:  # together: each takes 40 kB more than its rows
+        held.append(pa.concat_tables(some).combine_chunks())
+        count += held[-1].num_rows
         while count >= _GROUP:
             whole = pa.concat_tables(held)
             yield whole.slice(0, _GROUP).combine_chunks()

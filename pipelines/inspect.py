@@ -13,7 +13,6 @@ import pyarrow.compute as pc
 
 from alexnet.errors import UserError
 from pipelines import plan_files, shards, sidecars, storage
-from pipelines.plan import ShardPlan
 from pipelines.progress import clock
 from pipelines.sources.table import PARQUET
 
@@ -60,8 +59,12 @@ def status(out: str) -> dict[str, Any]:
     plan = plan_files.load(out)
     complete = "manifest.json" in files  # then every shard has a sidecar, or is damaged
     begun = [s for s in plan.shards if complete or f"_meta/{s.name}.parquet" in files]
+    lengths = {s.name: files.get(f"_meta/{s.name}.parquet") for s in begun}
+    there = {name: length for name, length in lengths.items() if length is not None}
+    found = dict(zip(there, sidecars.load_statuses(out, there), strict=True))
     with ThreadPoolExecutor(_READS_AHEAD) as pool:
-        found = list(pool.map(lambda shard: _sidecar_status(out, shard, files), begun))
+        places = [sidecars.place(out, name) for name in there]
+        ages = dict(zip(there, pool.map(storage.age, places), strict=True))
     splits: dict[str, dict[str, int]] = {}
     for shard in plan.shards:
         empty = {"shards": 0, "shards_total": 0, "samples": 0, "pictures_total": 0, "bytes": 0}
@@ -69,11 +72,12 @@ def status(out: str) -> dict[str, Any]:
         part["shards_total"] += 1
         part["pictures_total"] += shard.samples
     damaged, rejected, done = [], Counter[str](), list[tuple[float, int]]()
-    for shard, facts in zip(begun, found, strict=True):
+    for shard in begun:
+        facts = found.get(shard.name)
         if facts is None or files.get(f"{shard.name}.tar") != facts["bytes"]:
             damaged.append(shard.name)
         elif facts.get("shard_id") == shard.id:  # else it waits to be rebuilt for a changed plan
-            done.append((facts["age"], shard.samples))
+            done.append((ages[shard.name], shard.samples))
             part = splits[shard.split]
             part["shards"] += 1
             part["samples"] += facts["samples"]
@@ -92,17 +96,6 @@ def status(out: str) -> dict[str, Any]:
         "images_per_second": rate,
         "eta_seconds": left / rate if rate else None,
     }
-
-
-def _sidecar_status(out: str, shard: ShardPlan, files: dict[str, int]) -> dict[str, Any] | None:
-    """With its age in seconds. None for a damaged one, which the next build rebuilds."""
-    uri, size = sidecars.place(out, shard.name), files.get(f"_meta/{shard.name}.parquet")
-    if size is None:
-        return None
-    try:
-        return sidecars.load_status(out, shard.name, size) | {"age": storage.age(uri)}
-    except ValueError:
-        return None
 
 
 def _rate(done: list[tuple[float, int]]) -> float | None:

@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import errno
 import io
+import itertools
 import os
 import shutil
 import socket
@@ -19,7 +20,6 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial, wraps
-from itertools import islice
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
@@ -157,15 +157,22 @@ def open_ranges(uri: str, length: int | None = None) -> io.BufferedReader:
     return io.BufferedReader(RangeFile(uri, 0, size(uri) if length is None else length), _BUFFER)
 
 
-def read_each(uris: Sequence[str], ahead: int = 16) -> Iterator[bytes]:
-    """The whole of each file, in the order given, with at most `ahead` reads under way or waiting
-    to be taken: on S3 thousands of small objects would otherwise cost a round trip each."""
-    pending = iter(uris)
-    with ThreadPoolExecutor(ahead if any(map(is_s3, uris)) else 1) as pool:
-        reads = deque(pool.submit(read, uri) for uri in islice(pending, ahead))
+def read_each(
+    uris: Sequence[str], starts: Sequence[int] | None = None, ahead: int = 16
+) -> Iterator[bytes]:
+    """Each file from its start, or from the byte given, in order. On S3 with `ahead` reads under
+    way or waiting to be taken: thousands of small objects would otherwise cost a round trip
+    each."""
+    pending = zip(uris, starts or itertools.repeat(0), strict=False)
+    if not any(map(is_s3, uris)):
+        # In no thread: glibc would not give back what was read in one.
+        yield from itertools.starmap(read, pending)
+        return
+    with ThreadPoolExecutor(ahead) as pool:
+        reads = deque(pool.submit(read, *place) for place in itertools.islice(pending, ahead))
         while reads:
             data = reads.popleft().result()
-            reads.extend(pool.submit(read, uri) for uri in islice(pending, 1))
+            reads.extend(pool.submit(read, *place) for place in itertools.islice(pending, 1))
             yield data
 
 
