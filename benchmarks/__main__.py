@@ -2,7 +2,8 @@
 
     python -m benchmarks [NAME…] [--rounds R] [--small] [--out FOLDER]
 
-Without names all of them run. Results go to benchmarks/results/NAME_HARDWARE_DATE.md, with a chart.
+Without names all of them run. Results go to benchmarks/results/NAME_HARDWARE_DATE-TIME.md, with a
+chart.
 One that fails is told, and the others go on. --small is a trial of seconds to minutes whose figures
 mean nothing, and which writes no file unless --out says where.
 """
@@ -43,7 +44,7 @@ SCRIPTS: dict[str, Callable[..., Table]] = {
     "growth": growth.run,
 }
 SMALL: dict[str, dict[str, Any]] = {
-    "builder": {"sizes": (6, 12), "slowest": 12},
+    "builder": {"sizes": (6, 12)},
     "loader": {"samples": 64, "batch": 8},
     "train": {"steps": 2, "batch": 4, "classes": 5, "width": 0.1},
     "recipes": {"batch_size": 2, "classes": 3, "recipes": ("smoke",)},
@@ -64,6 +65,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _measured(arguments: argparse.Namespace) -> int:
+    if arguments.out is None and not arguments.small:
+        results.refuse_uncommitted()
     raw = images.load(_SMALL_IMAGES) if arguments.small else images.load()
     print(f"images: {raw.origin}\n", flush=True)
     names, ended, failed = arguments.names or list(SCRIPTS), [], 0
@@ -103,7 +106,7 @@ def _end(moved: list[str], names: list[str], folder: Path) -> None:
 def _parsed(argv: list[str] | None) -> argparse.Namespace:
     parser = command.Parser("python -m benchmarks", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(SCRIPTS))
-    parser.add_argument("--rounds", type=int, help="5 by default, 1 with --small")
+    parser.add_argument("--rounds", type=int, help="5 to 15 by default, 1 with --small")
     parser.add_argument("--small", action="store_true", help="a trial; its figures mean nothing")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="for the results")
     arguments = parser.parse_args(argv)

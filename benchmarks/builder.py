@@ -38,13 +38,15 @@ COLUMNS = (
 )
 SIDE = 227  # shorter side of the resize and side of the crop: what img2dataset can do as well
 OURS = "pipelines build"
-LIMIT = "the parts alone, one process per CPU"
+LIMIT = "the parts alone: the same codecs, nothing else"
+SUMS = "the parts with the hashes and sums that a set has"
 RAY = "Ray alone: start, one empty map, end"
-RAY_DATA = "Ray Data, as documented"
+RAY_DATA = "Ray Data, a block for each tar"
 # Between two shards a CPU waits 0.16 s for Ray Data, which looks every 0.1 s whether a task has
 # ended: 1 % of a shard of the default length, which would take jobs of minutes here.
 _PER_SHARD = 750
 _EXAMINED = 16  # images of each contender, for their PSNR
+_LEAST_PSNR = 30.0  # dB, on average: another image, or a much worse quality
 
 Command = Callable[[Path, Path], processes.Finished]  # (raw, out)
 
@@ -64,7 +66,6 @@ class _Pair:
     large: tuple[float, float]
     more: int  # images that the larger set has more
     steady: float  # images per second of wall time, by the larger one's tars
-    quality: Quality | None = None  # of the smaller set, looked at in the first round
 
     @property
     def rates(self) -> tuple[float, float]:
@@ -74,31 +75,28 @@ class _Pair:
         return self.steady, self.more / seconds if seconds > 0 else float("nan")
 
 
-def run(
-    raw: Raw, rounds: int = 5, sizes: tuple[int, int] = (500, 6000), slowest: int = 2000
-) -> Table:
-    """slowest: images of the larger set for Ray Data's pipeline."""
+def run(raw: Raw, rounds: int = 10, sizes: tuple[int, int] = (500, 6000)) -> Table:
+    """Before anything is timed, each contender has made the larger set once, which is looked at."""
     commands, absent = contenders()
     with tempfile.TemporaryDirectory(prefix="bench-") as name:
         folder = Path(name)
-        sets = {size: class_folders(folder / f"raw{size}", raw, size) for size in {*sizes, slowest}}
-        turns = {}
+        sets = {size: class_folders(folder / f"raw{size}", raw, size) for size in sizes}
+        turns, qualities = {}, {}
         for name, command in commands.items():
-            own = (sizes[0], slowest if name == RAY_DATA else sizes[1])
-            turns[name] = functools.partial(_pair, command, sets, folder / "out", own)
+            qualities[name] = _looked_at(name, command, sets[sizes[1]], folder / "out")
+            turns[name] = functools.partial(_pair, command, sets, folder / "out", sizes)
         turns[RAY] = functools.partial(_ray_alone, folder)
         measured = in_turns(turns, rounds)
-    rows = [_row(name, measured, sizes) for name in commands]
+    rows = [_row(name, measured, qualities[name], sizes) for name in commands]
     alone = spread([pair.small[0] for pair in measured[RAY]], 1)
     rows.append((RAY, "–", "–", "–", "–", alone, "–", "–", "–"))
-    return Table(
-        COLUMNS, tuple(rows), _setting(raw, rounds, (*sizes, slowest), absent), _chart(measured)
-    )
+    return Table(COLUMNS, tuple(rows), _setting(raw, rounds, sizes, absent), _chart(measured))
 
 
 def contenders() -> tuple[dict[str, Command], dict[str, str]]:
     """Those that can run here, and why not for the others."""
-    found: dict[str, Command] = {LIMIT: _parts, OURS: _ours, RAY_DATA: _ray_data}
+    sums = functools.partial(_parts, sums=True)
+    found: dict[str, Command] = {LIMIT: _parts, SUMS: sums, OURS: _ours, RAY_DATA: _ray_data}
     try:
         python = environments.python("img2dataset")
     except environments.Absent as reason:
@@ -161,18 +159,23 @@ def _source(key: str, parts: dict[str, bytes]) -> str:
 
 
 def _pair(
-    command: Command, sets: dict[int, Path], out: Path, sizes: tuple[int, int], number: int
+    command: Command, sets: dict[int, Path], out: Path, sizes: tuple[int, int], _: int
 ) -> _Pair:
-    seconds, quality = [], None
+    seconds = []
     for size in sizes:
-        raw = sets[size]
-        done = command(raw, out)
-        if number == 0:
-            quality = quality or examined(raw, out)
+        done = command(sets[size], out)
         rate = steady(out, len(processes.cpus()))
         shutil.rmtree(out)
         seconds.append((done.wall_seconds, done.cpu_seconds))
-    return _Pair(seconds[0], seconds[1], sizes[1] - sizes[0], rate, quality)
+    return _Pair(seconds[0], seconds[1], sizes[1] - sizes[0], rate)
+
+
+def _looked_at(name: str, command: Command, raw: Path, out: Path) -> Quality:
+    command(raw, out)
+    quality = examined(raw, out)
+    shutil.rmtree(out)
+    assert np.mean(quality.psnr) > _LEAST_PSNR, f"{name} stores other images: {quality.psnr}"
+    return quality
 
 
 def _request(raw: Path, out: Path) -> dict[str, object]:
@@ -183,18 +186,22 @@ def _request(raw: Path, out: Path) -> dict[str, object]:
         "quality": QUALITY,
         "processes": len(processes.cpus()),
         "per_shard": _per_shard(raw),
+        "shards": -(-_images(raw) // _per_shard(raw)),
         "images": True,
     }
 
 
 def _per_shard(raw: Path) -> int:
     """At least a shard for each CPU."""
-    images = sum(1 for _ in raw.glob("train/*/*"))
-    return max(1, min(_PER_SHARD, images // len(processes.cpus())))
+    return max(1, min(_PER_SHARD, _images(raw) // len(processes.cpus())))
 
 
-def _parts(raw: Path, out: Path) -> processes.Finished:
-    return processes.ask_ours("parts", _request(raw, out), on=processes.cpus())
+def _images(raw: Path) -> int:
+    return sum(1 for _ in raw.glob("train/*/*"))
+
+
+def _parts(raw: Path, out: Path, sums: bool = False) -> processes.Finished:
+    return processes.ask_ours("parts", _request(raw, out) | {"sums": sums}, on=processes.cpus())
 
 
 def _ours(raw: Path, out: Path) -> processes.Finished:
@@ -225,9 +232,9 @@ def _ray_alone(folder: Path, _: int) -> _Pair:
     return _Pair((done.wall_seconds, done.cpu_seconds), (0, 0), 0, 0)
 
 
-def _row(name: str, measured: dict[str, list[_Pair]], sizes: tuple[int, int]) -> tuple[str, ...]:
-    made = measured[name][0].quality
-    assert made is not None, "the first round looks at the images"
+def _row(
+    name: str, measured: dict[str, list[_Pair]], made: Quality, sizes: tuple[int, int]
+) -> tuple[str, ...]:
     cells = [f"**`{name}`**" if name == OURS else name]
     for clock in (0, 1):
         mine = [pair.rates[clock] for pair in measured[name]]
@@ -238,18 +245,19 @@ def _row(name: str, measured: dict[str, list[_Pair]], sizes: tuple[int, int]) ->
     return (*cells, f"{np.mean(made.psnr):.1f} ({min(made.psnr):.1f})", f"{made.kilobytes:.1f}")
 
 
-def _setting(raw: Raw, rounds: int, sizes: tuple[int, int, int], absent: dict[str, str]) -> str:
+def _setting(raw: Raw, rounds: int, sizes: tuple[int, int], absent: dict[str, str]) -> str:
     missing = "".join(f" Not here: {name} ({reason})." for name, reason in absent.items())
     return (
-        f"{sizes[0]} and {sizes[1]} files ({sizes[2]} for Ray Data) in two class folders, copies "
-        f"of {raw.origin}, page cache warm; {_PER_SHARD} a shard; shorter side {SIDE}, centre crop "
-        f"{SIDE}, JPEG quality {QUALITY} 4:2:0; tars on a local disk; {len(processes.cpus())} CPUs "
-        f"for each, whose processes take turns; {rounds} rounds, median [lowest..highest], ratios "
-        "to the parts within a round. Steady: by the times of the larger job's tars, from the one "
-        "with which each CPU has made one to the last; CPU time: from the difference of the two "
-        "jobs; start-up: what the smaller one takes beyond that rate, Ray's included. PSNR: of the "
-        f"stored JPEGs against a resize in double precision. Ray's workers have its own niceness, "
-        f"15.{missing}"
+        f"{sizes[0]} and {sizes[1]} files in two class folders, copies of {raw.origin}, page cache "
+        f"warm; {_PER_SHARD} a shard; shorter side {SIDE}, centre crop {SIDE}, JPEG quality "
+        f"{QUALITY} 4:2:0; tars on a local disk; {len(processes.cpus())} CPUs for each, whose "
+        f"processes take turns; {rounds} rounds after one that is looked at and not timed, median "
+        "[lowest..highest], ratios to the parts alone within a round. Steady: by the times of the "
+        "larger job's tars, from the one with which each CPU has made one to the last; CPU time: "
+        "from the difference of the two jobs; start-up: what the smaller one takes beyond that "
+        "rate, Ray's included. PSNR: of the stored JPEGs against a resize in double precision. "
+        f"Ray's workers have its own niceness, 15. The tars of the parts and of img2dataset hold "
+        f"no labels; img2dataset hashes nothing, and resizes by another filter (area).{missing}"
     )
 
 

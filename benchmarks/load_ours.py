@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.peers import clock
+from benchmarks.peers import clock, tars
 from pipelines.shards import load_manifest
 from training.decoded import open_decoded
 from training.loader import Loader
@@ -42,11 +42,8 @@ def _epoch(
     steps = steps_per_epoch(len(order), size)
     chosen = [global_batch(order, step, steps) for step in range(steps)]
     for batch in loader.batches(chosen):
-        # One after another: torch's flip is vectorised, its indexing by rows is not.
-        rows = (torch.rand(len(batch.images)) < 0.5).nonzero()[:, 0].tolist()
-        for row in rows if mirrored else []:
-            image = batch.images[row : row + 1]
-            image.copy_(image.flip(-1))
+        if mirrored:
+            tars.mirror(batch.images)
         yield batch.images, batch.labels
 
 

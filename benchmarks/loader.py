@@ -31,34 +31,34 @@ LIMIT = "limit: simplejpeg alone, decoding"
 COPY = "limit: copying decoded images"
 OURS = "training.loader"
 DECODED = "training.loader, decoded file (--cache decoded), not mirrored"
-PLAIN = "webdataset + Pillow"
-_AS_THEY_ARE = (LIMIT, COPY, OURS, DECODED, PLAIN)  # need no files of their own
-# Epochs in one process: of one of these, the timed part would be over in a second or less.
-_EPOCHS = {COPY: 8, DECODED: 8, LIMIT: 4, OURS: 4}
-_PEER_EPOCHS = {"ffcv": 4, "dali": 4}
+PLAIN = "webdataset, decoder: Pillow"
+FASTER = "webdataset, decoder: simplejpeg"
+_AS_THEY_ARE = (LIMIT, COPY, OURS, DECODED, PLAIN, FASTER)  # need no files of their own
+# Epochs in one process: of copying, the timed part would be over in a second.
+_EPOCHS, _COPIED_EPOCHS = 4, 8
 _EQUAL = 0.01  # share by which decoders, and FFCV encoding once more, may move mean pixels
 
 Answer = dict[str, Any]
 Ask = Callable[[dict[str, Any]], Answer]
-_PEERS = {  # environment → what decodes
-    "streaming": "Pillow",
-    "litdata": "Pillow",
-    "ffcv": "its own",
-    "dali": "its own, for CPUs",
+_PEERS = {  # environment → what decodes, each a row
+    "streaming": ("Pillow", "simplejpeg"),
+    "litdata": ("Pillow", "simplejpeg"),
+    "ffcv": ("its own",),
+    "dali": ("its own, for CPUs",),
 }
 
 
 def run(
     raw: Raw, rounds: int = 5, samples: int = 6_400, batch: int = 64, threads: int | None = None
 ) -> Table:
-    """Each round runs one epoch of every contender, in alternating order."""
+    """Each round runs the epochs of every contender, in alternating order."""
     threads = threads or len(processes.cpus())
     jpegs = stored(raw, CROP)
     asked, absent = contenders()
-    epochs = {name: _epochs(name) for name in asked}
+    epochs = {name: _COPIED_EPOCHS if name in (COPY, DECODED) else _EPOCHS for name in asked}
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
         uri = write_shards(
-            Path(folder) / "shards", jpegs, crop=CROP, train=samples, classes=1000, per_shard=500
+            Path(folder) / "shards", jpegs, crop=CROP, train=samples, classes=1000, per_shard=400
         )
         request = request_for(uri, Path(folder) / "work", batch, threads)
         for name, ask in asked.items():
@@ -78,8 +78,8 @@ def run(
     setting = (
         f"{samples} stored images of {CROP} px (copies of {len(jpegs)}, mean {size:.0f} kB; "
         f"{raw.origin}), page cache warm; uint8 batches of {batch}, mirrored at random; {threads} "
-        f"decoding threads or worker processes on {threads} CPUs; one epoch in a fresh process, "
-        f"{_EPOCHS[OURS]} of the faster ones, {_EPOCHS[COPY]} where images are only copied, timed "
+        f"decoding threads or worker processes on {threads} CPUs; {_EPOCHS} epochs in a fresh "
+        f"process, {_COPIED_EPOCHS} where images are only copied, timed "
         "after the first batch; limit: of copying for the decoded file, of decoding for the "
         "others; first batch: since the start of the process; "
         f"{rounds} rounds in alternating order, median [lowest..highest], ratios within a round. "
@@ -110,16 +110,18 @@ def contenders() -> tuple[dict[str, Ask], dict[str, str]]:
         COPY: lambda request: _ask_ours("load_limit", request | {"copy": True}),
         OURS: functools.partial(_ask_ours, "load_ours"),
         DECODED: lambda request: _ask_ours("load_ours", request | {"decoded": True}),
-        PLAIN: functools.partial(_ask_peer, Path(sys.executable), "load_webdataset.py"),
     }
-    for name, decoder in _PEERS.items():
+    own = functools.partial(_ask_peer, Path(sys.executable), "load_webdataset.py")
+    asked |= {PLAIN: functools.partial(own, "Pillow"), FASTER: functools.partial(own, "simplejpeg")}
+    for name, decoders in _PEERS.items():
         try:
             python = environments.python(name)
         except environments.Absent as reason:
             absent[name] = str(reason)
             continue
-        label = f"{environments.version(name)}, decoder: {decoder}"
-        asked[label] = functools.partial(_ask_peer, python, f"load_{name}.py")
+        for decoder in decoders:
+            label = f"{environments.version(name)}, decoder: {decoder}"
+            asked[label] = functools.partial(_ask_peer, python, f"load_{name}.py", decoder)
     return asked, absent
 
 
@@ -134,11 +136,6 @@ def refuse_unequal(looks: dict[str, Answer], samples: int) -> None:
         assert equal, f"{name} does other work: {json.dumps(look)} and not {json.dumps(wanted)}"
 
 
-def _epochs(name: str) -> int:
-    peer = next((count for peer, count in _PEER_EPOCHS.items() if peer in name), 1)
-    return _EPOCHS.get(name, peer)
-
-
 def _timed(ask: Ask, request: dict[str, Any], epochs: int, samples: int, _: int) -> Answer:
     answer = ask(request | {"action": "run", "epochs": epochs})
     assert answer["images"] + answer["first_images"] == epochs * samples, "images were lost"
@@ -150,9 +147,12 @@ def _ask_ours(module: str, request: dict[str, Any]) -> Answer:
     return dict(processes.ask_ours(module, request, on=pinned).answer())
 
 
-def _ask_peer(python: Path, script: str, request: dict[str, Any]) -> Answer:
+def _ask_peer(python: Path, script: str, decoder: str, request: dict[str, Any]) -> Answer:
     pinned = processes.cpus(request["threads"])
-    return dict(processes.ask(python, script, request, on=pinned).answer())
+    work = Path(request["work"]) / decoder.partition(",")[0]
+    work.mkdir(parents=True, exist_ok=True)
+    asked = request | {"decoder": decoder, "work": str(work)}
+    return dict(processes.ask(python, script, asked, on=pinned).answer())
 
 
 def _row(name: str, answers: list[Answer], rates: dict[str, list[float]]) -> tuple[str, ...]:

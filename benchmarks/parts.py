@@ -1,12 +1,14 @@
-"""The builder's parts alone, in one pinned process for each CPU: the limit of what it can reach.
+"""The builder's codecs and nothing else, in one pinned process for each CPU.
 
 The calls are those of the libraries chosen: simplejpeg's decoder, torch's resize, Pillow's encoder,
-`tarfile`; without a check, a label, a hash or a statistic.
+`tarfile`; without a check or a label. With "sums" they also make what a set promises: SHA-256 of
+source, JPEG and tar, MD5 of the tar, exact sums over the pixels.
 
     python -m benchmarks.parts '{"raw": …, "out": …, "side": …, "quality": …, "per_shard": …,
-                                 "processes": …}'
+                                 "processes": …, "sums": …}'
 """
 
+import hashlib
 import io
 import json
 import os
@@ -17,11 +19,13 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import simplejpeg
 import torch
 from PIL import Image
 
 from alexnet.preprocess import resize_and_crop
+from pipelines.write_shard import PixelSums
 
 
 def pack(
@@ -32,22 +36,31 @@ def pack(
     crop: int,
     quality: int,
     colours: Literal["RGB", "RGBX"] = "RGBX",
+    sums: bool = False,
 ) -> None:
     """Stored images of `files` in one tar, on one thread. colours: how pixels lie on their way;
     RGBX, with an idle fourth byte, is Pillow's own layout and saves unpacking and packing."""
     torch.set_num_threads(1)
+    pixel_sums = PixelSums()
     with tarfile.open(out, "w", format=tarfile.USTAR_FORMAT) as tar:
         for path in files:
-            decoded = simplejpeg.decode_jpeg(path.read_bytes(), colorspace=colours)
+            raw = path.read_bytes()
+            decoded = simplejpeg.decode_jpeg(raw, colorspace=colours)
             pixels = torch.from_numpy(decoded).permute(2, 0, 1)
             small = resize_and_crop(pixels, resize, crop).permute(1, 2, 0).contiguous().numpy()
             image = Image.frombuffer(colours, (crop, crop), small, "raw", colours, 0, 1)
             buffer = io.BytesIO()
             image.save(buffer, "JPEG", quality=quality, subsampling="4:2:0")
             member = tarfile.TarInfo(f"{path.stem}.jpg")
+            if sums:
+                hashlib.sha256(raw), hashlib.sha256(buffer.getbuffer())
+                pixel_sums.add(np.ascontiguousarray(small[:, :, :3].transpose(2, 0, 1)))
             member.size = buffer.tell()
             buffer.seek(0)
             tar.addfile(member, buffer)
+    if sums:
+        whole = out.read_bytes()
+        hashlib.sha256(whole), hashlib.md5(whole, usedforsecurity=False)
 
 
 def _share(request: dict[str, object], number: int, cpu: int, processes: int) -> None:
@@ -57,7 +70,8 @@ def _share(request: dict[str, object], number: int, cpu: int, processes: int) ->
     many = int(str(request["per_shard"]))
     for first in range(0, len(files), many):
         out = Path(str(request["out"])) / f"parts-{number:03d}-{first:06d}.tar"
-        pack(files[first : first + many], out, resize=side, crop=side, quality=quality)
+        sums, chosen = bool(request.get("sums")), files[first : first + many]
+        pack(chosen, out, resize=side, crop=side, quality=quality, sums=sums)
 
 
 def main() -> None:

@@ -65,8 +65,8 @@ def run(
     setting = (
         f"{classes} classes; forward, backward and SGD step with decoding and augmentation of the "
         f"recipe; {threads} threads; {rounds} timed steps in one process, median "
-        "[lowest..highest]. On CPUs the batch is not the recipe's. Resident data is --synthetic: "
-        "the ceiling. Utilization is the lowest, MFU (on GPUs) the median against a matrix product."
+        "[lowest..highest]. On CPUs the batch is not the recipe's. Resident data is --synthetic. "
+        "Utilization is the lowest, MFU (on GPUs) the median against a matrix product."
     )
     return Table(COLUMNS, tuple(rows), setting, Bars("training steps by recipe, img/s", rates))
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
+from alexnet.errors import UserError
 from benchmarks import charts
 from benchmarks.table import Bars, Table
 
@@ -36,19 +37,18 @@ class Result:
 def write(
     name: str, table: Table, machine: str, command: str, folder: Path = FOLDER
 ) -> tuple[Path, list[str]]:
-    """NAME_HARDWARE_DATE.md, and .svg where the table has a chart; and what moved against the
-    newest result of the same hardware before. `machine` is table.machine() of before the run."""
+    """NAME_HARDWARE_DATE-TIME.md, in UTC, and .svg where the table has a chart; and what moved
+    against the newest result of the same hardware before. `machine` is table.machine() of before
+    the run."""
     folder.mkdir(parents=True, exist_ok=True)
-    today = datetime.now(UTC).date().isoformat()
     stem = f"{name}_{hardware(machine)}"
-    path = folder / f"{stem}_{today}.md"
-    older = sorted(old for old in folder.glob(f"{stem}_*.md") if old.name <= path.name)
+    path = folder / f"{stem}_{datetime.now(UTC):%Y-%m-%d-%H%M}.md"
+    older = sorted(old for old in folder.glob(f"{stem}_*.md") if old.name < path.name)
     lines = list(moved(older[-1].read_text(), table)) if older else []
     parts = [f"# {name}", f"{machine}\nCommit {_commit()}; `{command}`.", table.markdown()]
     if older:
-        before = "the run before, of the same day" if older[-1] == path else older[-1].name
         told = lines or ["nothing moved out of its spread"]
-        parts.append("\n".join([f"Against {before}:", "", *(f"- {x}" for x in told)]))
+        parts.append("\n".join([f"Against {older[-1].name}:", "", *(f"- {x}" for x in told)]))
     if isinstance(table.chart, Bars):
         parts.append(f"{_ROUNDS} {table.chart.title}.\n\n{_every_round(table.chart)}")
     if table.chart is not None and charts.draw(table.chart, path.with_suffix(".svg")):
@@ -122,6 +122,12 @@ def _tables(text: str) -> list[list[str]]:
 
 def _slug(words: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", words.lower()).strip("-")
+
+
+def refuse_uncommitted() -> None:
+    """Raises UserError where a result could not name the code that it is of."""
+    if _commit().endswith("-dirty"):
+        raise UserError("this checkout has changes that are not committed; commit, or pass --out")
 
 
 def _commit() -> str:

@@ -1,4 +1,4 @@
-"""Claim: Ray Train and our loop cost next to nothing beside a bare PyTorch loop's step.
+"""Claim: what Ray Train and our loop cost beside the steps of a bare PyTorch loop.
 
 Network, batch, precision and optimizer are the same, images are random and resident, nothing is
 augmented: that is in recipes.py. Each run is a process of its own on all CPUs.

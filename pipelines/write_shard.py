@@ -65,7 +65,7 @@ def write_shard(job: Job, number: int, name: str, shard_id: str) -> Made:
     rows = plan_files.read_rows(job.out, job.plan_id, number)
     samples: list[shards.Sample | None] = [None] * len(rows)
     rejected: list[dict[str, Any]] = []
-    pixels = _PixelSums()
+    pixels = PixelSums()
     with reads.Reader(job.raw, rows) as reader:
         for position, raw in reader:
             row = rows[position]
@@ -164,7 +164,7 @@ def _sample(row: dict[str, Any], raw: bytes, made: Stored) -> shards.Sample:
     )
 
 
-class _PixelSums:
+class PixelSums:
     """Exact sums over RGB pixels, so that their total depends on no order of addition."""
 
     def __init__(self) -> None:

@@ -1,4 +1,5 @@
-"""Ray Data as its documentation shows it: read_images, map a Pillow function, write_webdataset.
+"""Ray Data as its documentation shows it: read_images, map a Pillow function, write_webdataset; but
+with as many blocks as tars are wanted, where it would make 200 of any number of images.
 
 With {"images": false} nothing but Ray's own start: a map over one empty row.
 """
@@ -38,6 +39,7 @@ def main():
         file_extensions=["JPEG"],
         include_paths=True,
         mode="RGB",
+        override_num_blocks=request["shards"],
     )
     arguments = {"side": request["side"], "quality": request["quality"]}
     # encoder=None: the default one would encode what is encoded already once more.

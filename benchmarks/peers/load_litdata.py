@@ -1,6 +1,4 @@
-"""litdata: chunks of JPEG bytes, StreamingDataset, Pillow, StreamingDataLoader."""
-
-import random
+"""litdata: chunks of JPEG bytes, StreamingDataset, StreamingDataLoader."""
 
 import clock
 import tars
@@ -32,12 +30,19 @@ def batches(request):
     class Images(StreamingDataset):
         def __getitem__(self, at):
             sample = super().__getitem__(at)
-            return tars.image(sample["jpg"], random.random() < 0.5), sample["label"]
+            return tars.image(sample["jpg"], request["decoder"]), sample["label"]
 
     dataset = Images(f"{request['work']}/chunks", shuffle=True, drop_last=False)
-    return StreamingDataLoader(
-        dataset, batch_size=request["batch"], num_workers=request["threads"], drop_last=False
+    loader = StreamingDataLoader(
+        dataset,
+        batch_size=request["batch"],
+        num_workers=request["threads"],
+        drop_last=False,
+        collate_fn=tars.batched,
+        persistent_workers=True,
     )
+    for _ in range(request.get("epochs", 1)):
+        yield from loader
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
-"""mosaicml-streaming: MDS shards of JPEG bytes, StreamingDataset, Pillow, DataLoader."""
+"""mosaicml-streaming: MDS shards of JPEG bytes, StreamingDataset, DataLoader."""
 
 import importlib.machinery
-import random
 import sys
 import types
 
@@ -42,10 +41,18 @@ def batches(request):
     class Images(StreamingDataset):
         def __getitem__(self, at):
             sample = super().__getitem__(at)
-            return tars.image(sample["jpg"], random.random() < 0.5), sample["label"]
+            return tars.image(sample["jpg"], request["decoder"]), sample["label"]
 
     dataset = Images(local=f"{request['work']}/mds", shuffle=True, batch_size=request["batch"])
-    return DataLoader(dataset, batch_size=request["batch"], num_workers=request["threads"])
+    loader = DataLoader(
+        dataset,
+        batch_size=request["batch"],
+        num_workers=request["threads"],
+        collate_fn=tars.batched,
+        persistent_workers=True,
+    )
+    for _ in range(request.get("epochs", 1)):
+        yield from loader
 
 
 if __name__ == "__main__":

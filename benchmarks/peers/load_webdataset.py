@@ -1,8 +1,7 @@
-"""webdataset as its README shows it: shuffle, decode with Pillow, DataLoader with workers."""
-
-import random
+"""webdataset: shuffle, decode, WebLoader with workers. By Pillow it decodes as its README shows."""
 
 import clock
+import tars
 
 
 def batches(request):
@@ -10,21 +9,26 @@ def batches(request):
     import webdataset
 
     torch.set_num_threads(1)
-    urls = request["tars"]
+    urls, decoder = request["tars"], request["decoder"]
     dataset = webdataset.WebDataset(urls, shardshuffle=False, empty_check=False).shuffle(500)
-    pairs = dataset.decode("pil").to_tuple("jpg", "cls").map_tuple(mirrored, int)
-    batched = pairs.batched(request["batch"])
-    return webdataset.WebLoader(batched, batch_size=None, num_workers=request["threads"])
+    if decoder == "Pillow":
+        pairs = dataset.decode("pil").to_tuple("jpg", "cls").map_tuple(pixels, int)
+    else:
+        pairs = dataset.to_tuple("jpg", "cls").map_tuple(lambda j: tars.image(j, decoder), int)
+    loader = webdataset.WebLoader(
+        pairs.batched(request["batch"], collation_fn=tars.batched),
+        batch_size=None,
+        num_workers=request["threads"],
+        persistent_workers=True,
+    )
+    for _ in range(request.get("epochs", 1)):
+        yield from loader
 
 
-def mirrored(image):
+def pixels(image):
     import numpy as np
-    import torch
 
-    pixels = np.asarray(image.convert("RGB"))
-    if random.random() < 0.5:
-        pixels = pixels[:, ::-1]
-    return torch.from_numpy(pixels.copy()).permute(2, 0, 1)
+    return np.asarray(image.convert("RGB"))
 
 
 if __name__ == "__main__":

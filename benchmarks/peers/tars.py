@@ -15,15 +15,35 @@ def samples(paths):
                     yield tar.extractfile(member).read(), label
 
 
-def image(jpeg, mirror):
-    """uint8 (3, H, W) of torch, decoded by Pillow."""
+def image(jpeg, decoder):
+    """uint8 (H, W, 3) of NumPy; decoder: "Pillow" or "simplejpeg"."""
+    if decoder == "simplejpeg":
+        import simplejpeg
+
+        return simplejpeg.decode_jpeg(jpeg, "RGB")
     import io
 
     import numpy as np
-    import torch
     from PIL import Image
 
-    pixels = np.asarray(Image.open(io.BytesIO(jpeg)).convert("RGB"))
-    if mirror:
-        pixels = pixels[:, ::-1]
-    return torch.from_numpy(pixels.copy()).permute(2, 0, 1)
+    return np.asarray(Image.open(io.BytesIO(jpeg)).convert("RGB"))
+
+
+def batched(samples):
+    """Of (image, label): uint8 (B, 3, H, W) in channels-last memory, mirrored, and labels."""
+    import numpy as np
+    import torch
+
+    images = torch.from_numpy(np.stack([image for image, _ in samples])).permute(0, 3, 1, 2)
+    mirror(images)
+    return images, torch.tensor([label for _, label in samples])
+
+
+def mirror(images):
+    """Each with probability 1/2, in place: one after another, since torch's flip is vectorised and
+    its indexing by rows is not."""
+    import torch
+
+    for row in (torch.rand(len(images)) < 0.5).nonzero()[:, 0].tolist():
+        image = images[row : row + 1]
+        image.copy_(image.flip(-1))

@@ -92,7 +92,7 @@ def test_a_builder_that_loses_a_image_is_refused(raw, tmp_path):
 def test_loader_compares_ours_with_webdataset_and_the_limits(raw, monkeypatch, tmp_path):
     monkeypatch.setenv("ALEXNET_BENCH_PEERS", str(tmp_path / "none"))
     table = loader.run(raw, rounds=1, samples=24, batch=8, threads=1)
-    names = [loader.LIMIT, loader.COPY, loader.OURS, loader.DECODED, loader.PLAIN]
+    names = [loader.LIMIT, loader.COPY, loader.OURS, loader.DECODED, loader.PLAIN, loader.FASTER]
     assert [name.strip("*`") for name in cells(table, loader.COLUMNS)] == names
     assert all(f"Not here: {peer} (not installed" in table.setting for peer in PEERS)
 
@@ -217,7 +217,7 @@ def test_a_result_names_hardware_date_commit_and_command_and_what_moved_since(tm
     rows[0] = ("ours", "70 [65..80]", "1.1 [1.0..1.2]")
     table = Table(columns, tuple(rows), "Now.", Bars("t", {"ours": [5.0]}))
     path, moved = results.write("theme", table, MACHINE, "python -m benchmarks theme", tmp_path)
-    assert re.fullmatch(r"theme_amd-epyc-9b14-2cpus_\d{4}-\d\d-\d\d\.md", path.name)
+    assert re.fullmatch(r"theme_amd-epyc-9b14-2cpus_\d{4}-\d\d-\d\d-\d{4}\.md", path.name)
     text = path.read_text()
     assert MACHINE in text and "`python -m benchmarks theme`" in text
     assert re.search(r"Commit [0-9a-f]{7,}|Commit unknown", text)

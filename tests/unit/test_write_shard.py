@@ -17,7 +17,7 @@ from pipelines.build import job_for
 from pipelines.sources import index
 from pipelines.sources.ilsvrc import TRAIN_TAR
 from pipelines.transform import Stored, to_stored
-from pipelines.write_shard import Job, _PixelSums, write_shard
+from pipelines.write_shard import Job, PixelSums, write_shard
 
 PLAN = ("_meta/plan.json", "_meta/plan.parquet")
 TWO = plan.Recipe(samples_per_shard=2, splits=("train",), partial=True)
@@ -189,7 +189,7 @@ def test_pixel_statistics_are_those_of_the_train_pixels_before_encoding(drawn_ra
 def test_pixel_sums_are_exact_for_every_side(side):
     white = np.full((3, side, side), 255, np.uint8)
     drawn = np.random.default_rng(side).integers(0, 256, (3, side, side), dtype=np.uint8)
-    sums = _PixelSums()
+    sums = PixelSums()
     for pixels in (white, drawn):
         sums.add(pixels)
     flat = np.concatenate([white.reshape(3, -1), drawn.reshape(3, -1)], axis=1).astype(np.int64)
