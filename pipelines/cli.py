@@ -16,6 +16,8 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
+import psutil
+
 from alexnet.errors import UserError
 from pipelines import command, storage
 from pipelines.plan import Orientation, Plan, Recipe, chosen, make
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     from pipelines.verify import Findings
 
 _Command = Callable[[argparse.Namespace], int]
+_BYTES_PER_IMAGE = 400  # of the plan, while it is made and written: measured at 14 million
 # Layouts that earlier releases always took in their own order, sorted or not: a set that was begun
 # so goes on so.
 _READ_AS_THEY_ARE = ("huggingface", "webdataset", "shards")
@@ -316,6 +319,9 @@ def _in_words(source: Source, plan: Plan, out: str) -> str:
         f"{source.count(split):,} {split}" for split in plan.identity["recipe"]["splits"]
     )
     notes = "".join(f"\nnote: {note}" for note in source.notes)
+    most = psutil.virtual_memory().total // _BYTES_PER_IMAGE
+    if plan.images * 4 > most:
+        notes += f"\nnote: memory here is enough for the plans of {most:,} images at most"
     partial = " (partial)" if plan.identity["recipe"]["partial"] else ""
     return (
         f"{source.raw}: {source.layout}{partial}, {images} images, {len(source.wnids)} classes"

@@ -4,6 +4,7 @@ import io
 import json
 import shlex
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -43,6 +44,15 @@ def test_plan_says_what_build_would_do_and_changes_nothing(raw, capsys):
     assert "val: 3 images in shards 2 to 2 of 3" in said
     assert "MB of shards; plan_id " in said
     assert sorted(Path(raw).parent.rglob("*")) == before
+
+
+def test_a_plan_of_a_quarter_of_what_memory_holds_says_how_many_that_are(raw, capsys, monkeypatch):
+    for images, told in ((36, True), (37, False)):
+        memory = SimpleNamespace(total=400 * images)
+        monkeypatch.setattr("psutil.virtual_memory", lambda memory=memory: memory)
+        assert main(["plan", "--raw", raw]) == 0
+        note = f"note: memory here is enough for the plans of {images} images at most\n"
+        assert (note in capsys.readouterr().out) == told
 
 
 @pytest.mark.parametrize(

@@ -165,9 +165,9 @@ class Slow(http.server.BaseHTTPRequestHandler):
         self.send_response(206)
         self.send_header("Content-Length", str(last - first + 1))
         self.end_headers()
-        self.wfile.write(self.path[-1:].encode() * (last - first + 1))
-        with Slow.lock:
+        with Slow.lock:  # before the client can go on
             Slow.answered.add(self.path)
+        self.wfile.write(self.path[-1:].encode() * (last - first + 1))
 
     def log_message(self, format: str, *arguments: object) -> None:
         pass
