@@ -47,7 +47,7 @@ def test_plan_says_what_build_would_do_and_changes_nothing(raw, capsys):
 
 
 def test_a_plan_of_a_quarter_of_what_memory_holds_says_how_many_that_are(raw, capsys, monkeypatch):
-    for images, told in ((36, True), (37, False)):
+    for images, told in ((35, True), (36, False)):
         memory = SimpleNamespace(total=400 * images)
         monkeypatch.setattr("psutil.virtual_memory", lambda memory=memory: memory)
         assert main(["plan", "--raw", raw]) == 0
