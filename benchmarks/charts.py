@@ -80,7 +80,7 @@ def _share_panel(axes: Any, panel: Panel) -> None:
     axes.set(xlabel=panel.across, ylabel=panel.up, ylim=(0, 1), xlim=(0, None))
     axes.grid(axis="y", linewidth=0.4)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(fontsize="x-small", frameon=False, loc="center right")
+    axes.legend(fontsize="x-small", frameon=False, loc="center right", bbox_to_anchor=(1, 0.33))
 
 
 def _short(size: float) -> str:

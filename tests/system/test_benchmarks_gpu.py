@@ -80,7 +80,7 @@ def test_whole_runs_end_with_their_accuracy_and_its_interval(drawn_shards, capsy
     assert learn.main([drawn_shards, "tiny"]) == 0
     *_, row = capsys.readouterr().out.splitlines()
     cells = [cell.strip() for cell in row.strip("|").split("|")]
-    assert cells[0] == "tiny" and cells[4] == "1"
-    top1, interval = cells[5].split(" ", 1)
+    assert cells[0] == "tiny" and cells[4:6] == ["bf16", "1"]
+    top1, interval = cells[6].split(" ", 1)
     low, high = map(float, interval.strip("[]").split(".."))
     assert low <= float(top1) <= high and round(float(top1) * 12, 1) % 1 in (0.0, 1.0)
