@@ -86,8 +86,8 @@ def build(
     try:
         return finish.finish(out, made_plan, done)
     except finish.Faulty as faulty:
-        command.say(f"{faulty}; it is made again")
-        finish.remove(out, faulty.shard)
+        number = next(n for n, each in enumerate(made_plan.shards) if each.name == faulty.shard)
+        _remove_faulty(out, made_plan, {number: finish.DAMAGED})
         return build(
             made_plan, raw, out, max_rejected=max_rejected, on=on, as_json=as_json, repairs=repairs
         )

@@ -218,6 +218,12 @@ def _verify(arguments: argparse.Namespace) -> int:
     raw = storage.absolute(arguments.raw) if arguments.raw else None
     say = functools.partial(_say, arguments)
     on = _on_ray(arguments)
+    asked = (on.address, on.workers, on.shared_fs, on.ray_logs)
+    if any(asked) and not (arguments.full or arguments.repair):
+        raise UserError(
+            "--address, --workers, --shared-fs and --ray-logs are for --full and --repair; pass "
+            "one of these as well"
+        )
     mend = functools.partial(pipelines.build.repair, out, raw=raw, on=on, as_json=arguments.json)
     check = functools.partial(_checked, out, full=arguments.full, say=say, on=on)
     repaired = None

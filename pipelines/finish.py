@@ -24,6 +24,7 @@ from pipelines.write_shard import codec_versions
 
 NOT_MADE = "it was not made yet"
 OTHER_CODECS = "other codecs had made it"
+DAMAGED = "its sidecar was damaged"
 Done = tuple[ShardPlan, dict[str, Any]]  # with the status of its sidecar
 _TABLES = 16
 _GROUP = 1 << 18  # rows: few enough groups that a column is few reads, small enough for memory
@@ -33,7 +34,7 @@ class Faulty(Exception):
     """The sidecar of this shard is damaged where its rows are."""
 
     def __init__(self, shard: str) -> None:
-        super().__init__(f"{shard}: its sidecar is damaged")
+        super().__init__(f"{shard}: {DAMAGED}")
         self.shard = shard
 
 
@@ -65,7 +66,7 @@ def _judged(
 ) -> tuple[dict[str, Any], str | None]:
     """The status, and why the shard has to be rebuilt, if so. sizes: as listed."""
     if status is None:
-        return {}, "its sidecar was damaged"
+        return {}, DAMAGED
     if status.get("shard_id") != shard.id:
         return {}, "it held other images"
     if status["versions"] != codecs:

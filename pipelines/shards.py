@@ -9,7 +9,8 @@
     OUT/_info.json, README.md     the same for timm; a card for people and the Hugging Face Hub
     OUT/train-000000.idx          where the members of that tar lie, for NVIDIA DALI, derived
     OUT/quarantine/train.jsonl    the rejected images, their raw bytes in quarantine/train/KEY.bin
-    OUT/_meta/plan.json, plan.parquet    the plan, and one row per planned image
+    OUT/_meta/plan.json, plan.parquet    the plan, and one row per planned image; those of more than
+                                  256 shards go on in plan-1.parquet and so on
     OUT/_meta/SHARD.parquet       the sidecar of each finished shard
     OUT/_meta/raw.json            where RAW was, for repairs; no part of the set's identity
 

@@ -76,6 +76,11 @@ def test_wrong_flags_are_one_line_and_exit_2(raw, capsys, flags, named):
     assert named in refused(capsys, "build", "--raw", raw, *flags)
 
 
+@pytest.mark.parametrize("flags", [("--workers", "2"), ("--address", "host:1"), ("--shared-fs",)])
+def test_verify_takes_no_cluster_for_what_it_reads_by_itself(capsys, flags):
+    assert "are for --full and --repair" in refused(capsys, "verify", "/nowhere", *flags)
+
+
 def test_a_set_that_was_begun_in_the_order_of_its_sorted_source_goes_on_so(tmp_path, capsys):
     raw = str(numbered(tmp_path / "raw", {"train.tar": [0] * 12 + [1] * 12, "val.tar": [0, 1]}))
     made = plan.make(sources.scan(raw, ("train", "val")), Recipe(shuffle="source"))
