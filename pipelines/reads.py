@@ -27,6 +27,7 @@ from pipelines.sources.table import PARQUET, image_names
 
 _MAX_GAP = 16 << 10  # bytes between two images that are cheaper to read than to skip
 _MAX_READ = 8 << 20  # bytes per request, unless one image is larger
+_TOGETHER = 1 << 20  # bytes of small files that one thread reads before anybody is woken
 _MAX_AHEAD = 64 << 20  # bytes that are being read or wait to be taken, unless one read is larger
 _THREADS_S3, _THREADS_LOCAL = 16, 4
 _PLACE_BITS = 42  # enough for a container of 4 TiB, and for two million containers
@@ -34,6 +35,7 @@ _PLACE_BITS = 42  # enough for a container of 4 TiB, and for two million contain
 _Numbers = np.ndarray[Any, np.dtype[np.int64]]
 _Flags = np.ndarray[Any, np.dtype[np.bool_]]
 _Images = list[tuple[int, bytes]]  # with their positions
+_Range = tuple[str, list[int], int]  # of this container, images that one read fetches, its bytes
 
 
 @dataclass(frozen=True)
@@ -105,24 +107,33 @@ class Reader:
         in_parquet = [source for source in by_source if source.endswith(PARQUET)]
         with self._waiting():
             footers = dict(zip(in_parquet, self._pool.map(self._footer, in_parquet), strict=True))
+        for source in in_parquet:
+            uri, (footer, file_bytes) = storage.join(self._raw, source), footers[source]
+            positions = list(chain(*by_source.pop(source)))
+            yield from self._row_groups(uri, footer, file_bytes, positions)
+        ranges, num_bytes = list[_Range](), 0
         for source, of_source in by_source.items():
-            uri = storage.join(self._raw, source)
-            if source in footers:
-                footer, file_bytes = footers[source]
-                yield from self._row_groups(uri, footer, file_bytes, list(chain(*of_source)))
-                continue
             for positions in of_source:
                 rows = [self._rows[position] for position in positions]
                 length = max(row["offset"] + row["size"] for row in rows) - rows[0]["offset"]
-                yield _Fetch(length, self._range(uri, positions, length), one=True)
+                if ranges and num_bytes + length > _TOGETHER:
+                    yield _Fetch(num_bytes, self._ranges(ranges), one=True)
+                    ranges, num_bytes = [], 0
+                ranges.append((storage.join(self._raw, source), positions, length))
+                num_bytes += length
+        if ranges:
+            yield _Fetch(num_bytes, self._ranges(ranges), one=True)
 
-    def _range(self, uri: str, positions: list[int], length: int) -> Iterator[_Images]:
-        start = self._rows[positions[0]]["offset"]
-        data = _read(uri, start, length)
-        self._count(len(data))
-        rows = [(position, self._rows[position]) for position in positions]
-        places = [(position, row["offset"] - start, row["size"]) for position, row in rows]
-        yield [(position, data[first : first + size]) for position, first, size in places]
+    def _ranges(self, ranges: list[_Range]) -> Iterator[_Images]:
+        images: _Images = []
+        for uri, positions, length in ranges:
+            start = self._rows[positions[0]]["offset"]
+            data = _read(uri, start, length)
+            self._count(len(data))
+            rows = [(position, self._rows[position]) for position in positions]
+            places = [(position, row["offset"] - start, row["size"]) for position, row in rows]
+            images += [(position, data[first : first + size]) for position, first, size in places]
+        yield images
 
     def _footer(self, source: str) -> tuple[pq.FileMetaData, int]:
         """With the bytes of the file."""

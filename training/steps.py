@@ -171,7 +171,7 @@ class Stepper:
         (loss_sum * (place.world_size / global_size)).backward()  # type: ignore[no-untyped-call]
         communication = self._joined(len(x))
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
+        norm = _norm(gradients)
         self.optimizer.step()
         if self.ema is not None:
             self.ema.update()
@@ -327,6 +327,15 @@ def _bfloat16_mean(
     future = dist.all_reduce(sent, async_op=True).get_future()
     mean: torch.futures.Future[Tensor] = future.then(lambda done: gradient.copy_(done.value()[0]))
     return mean
+
+
+def _norm(gradients: list[Tensor]) -> Tensor:
+    """Of all together, as a scalar. On CPUs from dot products: torch's own norm takes twice as long
+    there, and is 0.2 % off for the 62 million of `ungrouped` (float32, against float64)."""
+    if gradients[0].device.type != "cpu":
+        return torch.nn.utils.get_total_norm(gradients)
+    flat = [gradient.flatten() for gradient in gradients]
+    return torch.stack([torch.dot(values, values) for values in flat]).sum().sqrt()
 
 
 def _sums(loss_sum: Tensor, logits: Tensor, labels: Tensor, grad_norm: Tensor) -> Tensor:

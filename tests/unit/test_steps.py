@@ -1,9 +1,12 @@
-"""One step of one process: what its dropout depends on."""
+"""One step of one process: what its dropout depends on, what it says of its gradient."""
 
+import numpy as np
+import pytest
 import torch
 from small_training import CPU, small_config
 
 from alexnet.optim import Rates
+from training.meter import GRAD_NORM
 from training.network import build_model
 from training.steps import Place, Stepper
 
@@ -32,3 +35,13 @@ def test_a_step_leaves_out_the_share_of_hidden_inputs_that_the_config_says():
     for layer in (network.classifier.dropout6, network.classifier.dropout7):
         ones = torch.ones(100, 1000)
         assert abs(float((layer(ones) == 0).float().mean()) - 0.2) < 0.01
+
+
+def test_the_norm_that_a_step_leaves_is_that_of_its_whole_gradient():
+    stepper = Stepper(small_config(), build_model(small_config(model_width=0.25), 4), Place(CPU))
+    x = torch.randn(3, 3, 227, 227, generator=torch.Generator().manual_seed(0))
+    rates = Rates(0.01, 0.01, 0.01, 0.01)
+    sums = stepper.step(x, torch.tensor([0, 1, 2]), number=0, rates=rates, global_size=3).sums
+    each = [p.grad.double().numpy() for p in stepper.model.parameters()]
+    exact = np.sqrt(sum(np.square(gradient).sum() for gradient in each))
+    assert float(sums[GRAD_NORM]) == pytest.approx(exact, rel=1e-5)
