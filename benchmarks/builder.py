@@ -1,9 +1,8 @@
 """Claim: `python -m pipelines build` makes shards faster than its peers, near the sum of its parts.
 
 Every contender is a command in a process of its own that turns the same files into tars of JPEGs of
-the same side and quality. Each runs on two sets: the tars of the larger one tell by their times at
-what rate images came once all CPUs were at work, and the smaller one how long that took. Ray's
-start varies by seconds, so that the difference of the two jobs would tell less.
+the same side and quality. The times of its tars tell at what rate images came once all CPUs were at
+work; what the job took beyond that rate was its start and its end.
 """
 
 import functools
@@ -13,7 +12,7 @@ import shutil
 import sys
 import tarfile
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,10 +28,11 @@ COLUMNS = (
     "builder",
     "steady img/s",
     "ratio",
-    "img/s per core, CPU time",
+    "img/s per core, CPU time of the whole job",
     "ratio",
     "start-up, s",
-    "whole large job, s",
+    "whole job, s",
+    "largest process, MB",
     "PSNR, dB (worst)",
     "kB",
 )
@@ -44,7 +44,7 @@ RAY = "Ray alone: start, one empty map, end"
 RAY_DATA = "Ray Data, a block for each tar"
 # Between two shards a CPU waits 0.16 s for Ray Data, which looks every 0.1 s whether a task has
 # ended: 1 % of a shard of the default length, which would take jobs of minutes here.
-_PER_SHARD = 750
+PER_SHARD = 750
 _EXAMINED = 16  # images of each contender, for their PSNR
 _LEAST_PSNR = 30.0  # dB, on average: another image, or a much worse quality
 
@@ -59,38 +59,34 @@ class Quality:
 
 
 @dataclass(frozen=True)
-class _Pair:
-    """The same job on both sets: (wall seconds, CPU seconds) each."""
+class Built:
+    """steady: images per second of wall time, by the tars; largest_mb: memory of the largest of the
+    command's processes, a worker where there are some."""
 
-    small: tuple[float, float]
-    large: tuple[float, float]
-    more: int  # images that the larger set has more
-    steady: float  # images per second of wall time, by the larger one's tars
-
-    @property
-    def rates(self) -> tuple[float, float]:
-        """Images per second of wall time, and of CPU time between the two sizes; nan where the
-        larger one took no more, as in trials of a few images."""
-        seconds = self.large[1] - self.small[1]
-        return self.steady, self.more / seconds if seconds > 0 else float("nan")
+    images: int
+    wall_seconds: float
+    cpu_seconds: float
+    steady: float
+    largest_mb: float
 
 
-def run(raw: Raw, rounds: int = 10, sizes: tuple[int, int] = (500, 6000)) -> Table:
-    """Before anything is timed, each contender has made the larger set once, which is looked at."""
+def run(raw: Raw, rounds: int = 10, count: int = 6000) -> Table:
+    """Before anything is timed, each contender has made the set once, which is looked at."""
     commands, absent = contenders()
     with tempfile.TemporaryDirectory(prefix="bench-") as name:
         folder = Path(name)
-        sets = {size: class_folders(folder / f"raw{size}", raw, size) for size in sizes}
-        turns, qualities = {}, {}
-        for name, command in commands.items():
-            qualities[name] = _looked_at(name, command, sets[sizes[1]], folder / "out")
-            turns[name] = functools.partial(_pair, command, sets, folder / "out", sizes)
+        files, out = class_folders(folder / "raw", raw, count), folder / "out"
+        qualities = {name: _looked_at(name, each, files, out) for name, each in commands.items()}
+        turns: dict[str, Callable[[int], Built]] = {
+            name: functools.partial(timed, each, files, out, count)
+            for name, each in commands.items()
+        }
         turns[RAY] = functools.partial(_ray_alone, folder)
         measured = in_turns(turns, rounds)
-    rows = [_row(name, measured, qualities[name], sizes) for name in commands]
-    alone = spread([pair.small[0] for pair in measured[RAY]], 1)
-    rows.append((RAY, "–", "–", "–", "–", alone, "–", "–", "–"))
-    return Table(COLUMNS, tuple(rows), _setting(raw, rounds, sizes, absent), _chart(measured))
+    rows = [_row(name, measured, qualities[name]) for name in commands]
+    alone = spread([job.wall_seconds for job in measured[RAY]], 1)
+    rows.append((RAY, "–", "–", "–", "–", alone, "–", "–", "–", "–"))
+    return Table(COLUMNS, tuple(rows), _setting(raw, rounds, count, absent), _chart(measured))
 
 
 def contenders() -> tuple[dict[str, Command], dict[str, str]]:
@@ -158,16 +154,11 @@ def _source(key: str, parts: dict[str, bytes]) -> str:
     return Path(url).stem if url else key
 
 
-def _pair(
-    command: Command, sets: dict[int, Path], out: Path, sizes: tuple[int, int], _: int
-) -> _Pair:
-    seconds = []
-    for size in sizes:
-        done = command(sets[size], out)
-        rate = steady(out, len(processes.cpus()))
-        shutil.rmtree(out)
-        seconds.append((done.wall_seconds, done.cpu_seconds))
-    return _Pair(seconds[0], seconds[1], sizes[1] - sizes[0], rate)
+def timed(command: Command, raw: Path, out: Path, count: int, _: int) -> Built:
+    done = command(raw, out)
+    rate = steady(out, len(processes.cpus()))
+    shutil.rmtree(out)
+    return Built(count, done.wall_seconds, done.cpu_seconds, rate, done.largest_mb)
 
 
 def _looked_at(name: str, command: Command, raw: Path, out: Path) -> Quality:
@@ -185,15 +176,15 @@ def _request(raw: Path, out: Path) -> dict[str, object]:
         "side": SIDE,
         "quality": QUALITY,
         "processes": len(processes.cpus()),
-        "per_shard": _per_shard(raw),
-        "shards": -(-_images(raw) // _per_shard(raw)),
+        "per_shard": per_shard(_images(raw)),
+        "shards": -(-_images(raw) // per_shard(_images(raw))),
         "images": True,
     }
 
 
-def _per_shard(raw: Path) -> int:
+def per_shard(count: int) -> int:
     """At least a shard for each CPU."""
-    return max(1, min(_PER_SHARD, _images(raw) // len(processes.cpus())))
+    return max(1, min(PER_SHARD, count // len(processes.cpus())))
 
 
 def _images(raw: Path) -> int:
@@ -205,16 +196,25 @@ def _parts(raw: Path, out: Path, sums: bool = False) -> processes.Finished:
 
 
 def _ours(raw: Path, out: Path) -> processes.Finished:
-    command = [sys.executable, "-m", "pipelines", "build", "--raw", str(raw), "--out", str(out)]
+    return build(str(raw), str(out), per_shard(_images(raw)))
+
+
+def build(
+    raw: str, out: str, length: int, settings: Mapping[str, str] | None = None
+) -> processes.Finished:
+    """Our command with shards of this length, and these environment variables."""
     flags = {
+        "--raw": raw,
+        "--out": out,
         "--resize": SIDE,
         "--crop": SIDE,
         "--quality": QUALITY,
-        "--samples-per-shard": _per_shard(raw),
+        "--samples-per-shard": length,
         "--splits": "train",
     }
-    command += [str(word) for flag in flags.items() for word in flag]
-    return processes.run(command, on=processes.cpus())
+    words = [str(word) for flag in flags.items() for word in flag]
+    command = [sys.executable, "-m", "pipelines", "build", *words, "--partial"]  # of ImageNet
+    return processes.run(command, on=processes.cpus(), settings=settings)
 
 
 def _ray_data(raw: Path, out: Path) -> processes.Finished:
@@ -226,43 +226,48 @@ def _img2dataset(python: Path, raw: Path, out: Path) -> processes.Finished:
     return processes.ask(python, "build_img2dataset.py", _request(raw, out), on=processes.cpus())
 
 
-def _ray_alone(folder: Path, _: int) -> _Pair:
+def _ray_alone(folder: Path, _: int) -> Built:
     request = _request(folder, folder) | {"images": False}
     done = processes.ask(sys.executable, "build_ray_data.py", request, on=processes.cpus())
-    return _Pair((done.wall_seconds, done.cpu_seconds), (0, 0), 0, 0)
+    return Built(0, done.wall_seconds, done.cpu_seconds, float("nan"), done.largest_mb)
 
 
-def _row(
-    name: str, measured: dict[str, list[_Pair]], made: Quality, sizes: tuple[int, int]
-) -> tuple[str, ...]:
-    cells = [f"**`{name}`**" if name == OURS else name]
-    for clock in (0, 1):
-        mine = [pair.rates[clock] for pair in measured[name]]
-        limit = [pair.rates[clock] for pair in measured[LIMIT]]
-        cells += [spread(mine), spread(ratios(mine, limit), 2)]
-    start = [pair.small[0] - sizes[0] / pair.steady for pair in measured[name]]
-    cells += [spread(start, 1), spread([pair.large[0] for pair in measured[name]], 1)]
-    return (*cells, f"{np.mean(made.psnr):.1f} ({min(made.psnr):.1f})", f"{made.kilobytes:.1f}")
-
-
-def _setting(raw: Raw, rounds: int, sizes: tuple[int, int], absent: dict[str, str]) -> str:
-    missing = "".join(f" Not here: {name} ({reason})." for name, reason in absent.items())
+def _row(name: str, measured: dict[str, list[Built]], made: Quality) -> tuple[str, ...]:
+    jobs, limit = measured[name], measured[LIMIT]
+    rates, of_limit = [job.steady for job in jobs], [job.steady for job in limit]
+    per_core = [job.images / job.cpu_seconds for job in jobs]
+    limit_per_core = [job.images / job.cpu_seconds for job in limit]
+    start = [job.wall_seconds - job.images / job.steady for job in jobs]
     return (
-        f"{sizes[0]} and {sizes[1]} files in two class folders, copies of {raw.origin}, page cache "
-        f"warm; {_PER_SHARD} a shard; shorter side {SIDE}, centre crop {SIDE}, JPEG quality "
-        f"{QUALITY} 4:2:0; tars on a local disk; {len(processes.cpus())} CPUs for each, whose "
-        f"processes take turns; {rounds} rounds after one that is looked at and not timed, median "
-        "[lowest..highest], ratios to the parts alone within a round. Steady: by the times of the "
-        "larger job's tars, from the one with which each CPU has made one to the last; CPU time: "
-        "from the difference of the two jobs; start-up: what the smaller one takes beyond that "
-        "rate, Ray's included. PSNR: of the stored JPEGs against a resize in double precision. "
-        f"Ray's workers have its own niceness, 15. The tars of the parts and of img2dataset hold "
-        f"no labels; img2dataset hashes nothing, and resizes by another filter (area).{missing}"
+        f"**`{name}`**" if name == OURS else name,
+        spread(rates),
+        spread(ratios(rates, of_limit), 2),
+        spread(per_core),
+        spread(ratios(per_core, limit_per_core), 2),
+        spread(start, 1),
+        spread([job.wall_seconds for job in jobs], 1),
+        spread([job.largest_mb for job in jobs]),
+        f"{np.mean(made.psnr):.1f} ({min(made.psnr):.1f})",
+        f"{made.kilobytes:.1f}",
     )
 
 
-def _chart(measured: dict[str, list[_Pair]]) -> Bars:
-    values = {
-        name: [pair.steady for pair in pairs] for name, pairs in measured.items() if name != RAY
-    }
+def _setting(raw: Raw, rounds: int, count: int, absent: dict[str, str]) -> str:
+    missing = "".join(f" Not here: {name} ({reason})." for name, reason in absent.items())
+    return (
+        f"{count} files in two class folders, copies of {raw.origin}, page cache warm; "
+        f"{PER_SHARD} a shard; shorter side {SIDE}, centre crop {SIDE}, JPEG quality "
+        f"{QUALITY} 4:2:0; tars on a local disk; {len(processes.cpus())} CPUs for each, whose "
+        f"processes take turns; {rounds} rounds after one that is looked at and not timed, median "
+        "[lowest..highest], ratios to the parts alone within a round. Steady: by the times of the "
+        "tars, from the one with which each CPU has made one to the last; start-up: what the job "
+        "takes beyond that rate, its end and Ray's start included. PSNR: of the stored JPEGs "
+        "against a resize in double precision. Ray's workers have its own niceness, 15. The tars "
+        "of the parts and of img2dataset hold no labels; img2dataset hashes nothing, and "
+        f"resizes by another filter (area).{missing}"
+    )
+
+
+def _chart(measured: dict[str, list[Built]]) -> Bars:
+    values = {name: [job.steady for job in jobs] for name, jobs in measured.items() if name != RAY}
     return Bars("raw JPEGs to shards, steady img/s", values)

@@ -63,6 +63,20 @@ def class_folders(folder: Path, raw: Raw, count: int) -> Path:
     return folder
 
 
+def train_archive(folder: Path, files: Path) -> Path:
+    """ILSVRC2012_img_train.tar, in `folder`, of the files of `class_folders`."""
+    folder.mkdir(parents=True)
+    with tarfile.open(folder / TRAIN_TAR, "w") as outer:
+        for of_class in sorted(files.glob("train/*")):
+            inner = folder / f"{of_class.name}.tar"
+            with tarfile.open(inner, "w") as tar:
+                for path in sorted(of_class.iterdir()):
+                    tar.add(path, path.name)
+            outer.add(inner, inner.name)
+            inner.unlink()
+    return folder
+
+
 def write_shards(
     folder: Path, jpegs: Sequence[bytes], *, crop: int, train: int, classes: int, per_shard: int
 ) -> str:

@@ -26,7 +26,8 @@ _FOREIGN = ("RAY_ADDRESS", "MLFLOW_TRACKING_URI", "AWS_ENDPOINT_URL", "PYTHONPAT
 class Finished:
     """cpu_seconds: of every process below the command. Processes that nobody waits for, such as
     Ray's workers, are looked at four times a second: what they did after the last look is missing.
-    peak_mb: resident memory of the command's own process, by the last of these looks.
+    peak_mb: resident memory of the command's own process, and largest_mb that of the largest of
+    all, by these looks.
     """
 
     wall_seconds: float
@@ -34,6 +35,7 @@ class Finished:
     stdout: str
     stderr: str
     peak_mb: float = 0.0
+    largest_mb: float = 0.0
 
     def answer(self) -> Any:
         """The JSON of the last line on stdout."""
@@ -69,13 +71,13 @@ def run(
             )
         finally:
             os.sched_setaffinity(0, before)
-        wall, cpu, peak = _watched(process, began, timeout)
+        wall, cpu, peak, largest = _watched(process, began, timeout)
         out.seek(0)
         err.seek(0)
         if process.returncode:
             end = (out.read() + err.read()).strip()[-2000:]
             raise Failed(f"{' '.join(command)[:200]}: exit code {process.returncode}\n{end}")
-        return Finished(wall, cpu, out.read(), err.read(), peak)
+        return Finished(wall, cpu, out.read(), err.read(), peak, largest)
 
 
 def ask(
@@ -96,10 +98,11 @@ def python(words: Sequence[str], request: Mapping[str, Any], *, on: Sequence[int
 
 def _watched(
     process: subprocess.Popen[str], began: float, timeout: float
-) -> tuple[float, float, float]:
-    """Wall and CPU seconds, and the peak of memory in MB. Raises Failed after `timeout` seconds."""
+) -> tuple[float, float, float, float]:
+    """Wall and CPU seconds, and peaks of memory in MB: of the process, of the largest of all.
+    Raises Failed after `timeout` seconds."""
     seen: dict[tuple[int, int], float] = {}
-    peaks = [0.0]
+    peaks, others = [0.0], [0.0]
     over = threading.Event()
 
     def look() -> None:
@@ -107,6 +110,7 @@ def _watched(
             found = clock.tree(process.pid, tuple(seen))
             seen.update({key: own for key, (own, _) in found.items()})
             peaks.append(_peak_mb(process.pid))
+            others.extend(_peak_mb(pid) for pid, _ in found)
 
     watcher = threading.Thread(target=look)
     watcher.start()
@@ -118,7 +122,7 @@ def _watched(
         watcher.join()
     if ended is None:
         raise Failed(f"{' '.join(map(str, process.args))[:200]}: longer than {timeout:.0f} s")
-    return wall, max(sum(seen.values()), ended), max(peaks)
+    return wall, max(sum(seen.values()), ended), max(peaks), max(peaks + others)
 
 
 def _peak_mb(pid: int) -> float:

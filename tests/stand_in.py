@@ -1,7 +1,8 @@
 """A device that computes on the CPU and whose blocking transfers are listed.
 
 Its tensors say that they are on the meta device and hold CPU tensors, so that a whole training runs
-on it, with the results of the CPU. Pinned memory, streams and events are named and do nothing.
+on it, with the results of the CPU. Pinned memory, streams and events are named and do nothing. Like
+a GPU it refuses what would not repeat its bits where only deterministic algorithms are allowed.
 """
 
 import contextlib
@@ -19,6 +20,17 @@ from torch.utils._pytree import tree_map
 DEVICE = torch.device("meta")
 ROOT = Path(__file__).resolve().parents[1]
 _MADE_FROM_PYTHON = (torch.tensor, torch.as_tensor)
+# Of networks of pictures, by the documentation of torch.use_deterministic_algorithms.
+_DO_NOT_REPEAT = (
+    "adaptive_avg_pool2d_backward",
+    "adaptive_max_pool2d_backward",
+    "avg_pool3d_backward",
+    "fractional_max_pool2d_backward",
+    "grid_sampler_2d_backward",
+    "nll_loss2d_forward",
+    "reflection_pad2d_backward",
+    "upsample_bilinear2d_backward",
+)
 
 
 class OnDevice(torch.Tensor):
@@ -96,6 +108,8 @@ class _Operations(TorchDispatchMode):
             return _pin(args[0].clone())
         if kwargs.pop("pin_memory", None):
             return _pin(func(*args, **kwargs))
+        if torch.are_deterministic_algorithms_enabled() and name.strip("_") in _DO_NOT_REPEAT:
+            raise RuntimeError(f"{name} does not have a deterministic implementation")
         if self._blocks(name, args, kwargs):
             self._found.append(_place(name))
         return _run(func, args, kwargs)

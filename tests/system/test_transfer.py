@@ -12,8 +12,9 @@ import stand_in
 import torch
 from shard_sets import write_shard_set
 from small_training import CPU, Record, fit, small_config
-from torch import Tensor
+from torch import Tensor, nn
 
+from alexnet.model import ResponseNorm
 from pipelines.shards import load_manifest
 from training import evaluate, loop
 from training.loader import Loader
@@ -113,6 +114,23 @@ def test_a_run_on_the_stand_in_learns_what_the_cpu_does(uri):
     losses = [[m["loss"] for _, m in run.logged if "loss" in m] for run in (found, expected)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     assert found.result == pytest.approx(expected.result, rel=1e-5)
+
+
+def deterministic(uri: str, variant: str) -> Record:
+    with stand_in.blocking():
+        config = small_config(deterministic=True, model_variant=variant)
+        return fit(config, uri, place=Place(stand_in.DEVICE, threads=2))
+
+
+@pytest.mark.parametrize("variant", ["ungrouped", "paper"])
+def test_a_deterministic_run_does_nothing_that_a_gpu_would_refuse(uri, variant):
+    assert deterministic(uri, variant).result["val_loss"] > 0
+
+
+def test_what_a_gpu_would_refuse_of_a_deterministic_run_is_refused(uri, monkeypatch):
+    monkeypatch.setattr(ResponseNorm, "forward", nn.LocalResponseNorm.forward)  # torch's own
+    with pytest.raises(RuntimeError, match="avg_pool3d_backward does not have a deterministic"):
+        deterministic(uri, "paper")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
