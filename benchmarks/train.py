@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from mlflow import MlflowClient
+from mlflow.entities import Metric, Run
 
-from benchmarks import processes
+from benchmarks import processes, submitted
 from benchmarks.fit_loop import LR, PLAIN, line_seconds
 from benchmarks.images import Raw, stored, write_shards
 from benchmarks.table import Bars, Table, spread
@@ -41,6 +42,7 @@ TUNED = "the same with the memory settings of run.py's workers"
 FIT = "training.loop.fit, no Ray"
 OURS = "training/run.py, through Ray Train and MLflow"
 _RUN = "bench"
+_JOBS = 3  # submitted, for the time until their first step
 _LINE_EVERY = TrainConfig.log_steps
 
 
@@ -81,7 +83,9 @@ def run(
             classes=classes,
             per_shard=500,
         )
-        measured = in_turns(contenders(request | {"shards": uri}, Path(folder)), rounds)
+        asked = request | {"shards": uri}
+        measured = in_turns(contenders(asked, Path(folder)), rounds)
+        waits = [_first_step(asked, Path(folder) / f"job{n}") for n in range(min(rounds, _JOBS))]
     refuse_unequal(measured)
     rates = {
         name: [batch / (step.seconds + step.line / _LINE_EVERY) for step in got]
@@ -89,7 +93,10 @@ def run(
     }
     rows = tuple(_row(name, measured[name], rates) for name in measured)
     chart = Bars("training steps, img/s", rates)
-    setting = f"{_setting(request, rounds)} {_start(measured[OURS])}"
+    setting = (
+        f"{_setting(request, rounds)} {_start(measured[OURS])} From `ray job submit` to the end "
+        f"of the first step, on a Ray that is there, s: {spread(waits, 1)} ({len(waits)} jobs)."
+    )
     return Table(COLUMNS, rows, setting, chart)
 
 
@@ -133,6 +140,14 @@ def _command(request: dict[str, Any], folder: Path, number: int) -> Steps:
     return Steps(seconds[1], line, told[1], done.wall_seconds - steps * seconds[1], phases)
 
 
+def _first_step(request: dict[str, Any], home: Path) -> float:
+    """Seconds from `ray job submit` on."""
+    flags = _flags(request, steps=1)
+    words = [str(word) for flag in flags.items() for word in flag]
+    began = submitted.run(["baseline", *words], home)
+    return _history(home)[2][0].timestamp / 1000 - began
+
+
 def _flags(request: dict[str, Any], steps: int) -> dict[str, Any]:
     return {
         "--data": request["shards"],
@@ -158,13 +173,10 @@ def _logged(
 ) -> tuple[list[float], list[float], dict[str, float]]:
     """Seconds of a step before each of two log lines; when these were made; and seconds from one
     event to the next in the life of the command: by what MLflow has of it."""
-    client = MlflowClient(f"sqlite:///{home}/mlflow.db")
-    experiment = client.get_experiment_by_name(EXPERIMENT)
-    (run,) = client.search_runs([experiment.experiment_id], f"attributes.run_name = '{_RUN}'")
-    history = points(client, run.info.run_id, "step_images_per_second")
-    lines = sorted(history, key=lambda metric: metric.step)
+    client, run, lines = _history(home)
     assert len(lines) == 2, f"{len(lines)} lines were logged"
     (workers,) = points(client, run.info.run_id, "workers")
+    experiment = client.get_experiment(run.info.experiment_id)
     events = {
         "start of the process": began,
         "imports and MLflow's new store": experiment.creation_time / 1000,
@@ -178,6 +190,15 @@ def _logged(
     phases = dict(zip(list(events)[1:], (after - before for before, after in gaps), strict=True))
     seconds = [request["batch"] / metric.value for metric in lines]
     return seconds, [metric.timestamp / 1000 for metric in lines], phases
+
+
+def _history(home: Path) -> tuple[MlflowClient, Run, list[Metric]]:
+    """The run in the store of `home`, and the rate of its steps at each log line."""
+    client = MlflowClient(f"sqlite:///{home}/mlflow.db")
+    experiment = client.get_experiment_by_name(EXPERIMENT)
+    (run,) = client.search_runs([experiment.experiment_id], f"attributes.run_name = '{_RUN}'")
+    history = points(client, run.info.run_id, "step_images_per_second")
+    return client, run, sorted(history, key=lambda metric: metric.step)
 
 
 def _row(name: str, steps: list[Steps], rates: dict[str, list[float]]) -> tuple[str, ...]:
