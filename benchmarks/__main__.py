@@ -57,7 +57,7 @@ SMALL: dict[str, dict[str, Any]] = {
         "classes": (2, 10),
         "middle": 300,
         "versions": (2, 6),
-        "workers": grown_workers.Sizes((6, 12), batch=4, steps=1, classes=5, width=0.1),
+        "workers": grown_workers.Sizes(250, batch=4, steps=1, classes=5, width=0.1),
     },
 }
 _SMALL_IMAGES = 12

@@ -22,6 +22,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from benchmarks import fit_loop, processes
+from benchmarks.builder import steady
 from benchmarks.images import Raw, class_folders, stored, write_shards
 from benchmarks.turns import in_turns
 from pipelines.shards import load_manifest
@@ -35,9 +36,9 @@ _UNKNOWN = float("nan")
 
 @dataclass(frozen=True)
 class Sizes:
-    """build: files of the two sets; batch: of all ranks together; steps: timed, after two."""
+    """build: files of the set; batch: of all ranks together; steps: timed, after two."""
 
-    build: tuple[int, int] = (500, 2500)
+    build: int = 2500
     batch: int = 64
     steps: int = 3
     classes: int = 1000
@@ -48,18 +49,16 @@ class Sizes:
         rounds, counts = min(rounds, _ROUNDS), self._counts()
         with tempfile.TemporaryDirectory(prefix="bench-") as name:
             folder = Path(name)
-            sets = [class_folders(folder / f"raw{size}", raw, size) for size in self.build]
-            yield (
-                "1,000 images built",
-                self._turns(functools.partial(self._built, sets, folder / "out"), counts, rounds),
-            )
+            files = class_folders(folder / "raw", raw, self.build)
+            built = functools.partial(_built, files, folder / "out")
+            yield "1,000 images built", self._turns(built, counts, rounds)
             request = self._training(folder / "shards", raw)
             yield "training step", self._turns(functools.partial(stepped, request), counts, rounds)
 
     def words(self, raw: Raw) -> str:
         return (
-            f"On CPUs, {_ROUNDS} rounds at most: images built in steady state, from whole jobs "
-            f"of {self.build[0]} and {self.build[1]} files ({raw.origin}); training steps of "
+            f"On CPUs, {_ROUNDS} rounds at most: images built in steady state, of "
+            f"{self.build} files ({raw.origin}), by the times of the tars; training steps of "
             f"`baseline` (width {self.width}, {self.classes} classes) with random images, global "
             f"batch {self.batch}, as many ranks as CPUs, one thread each, without Ray; median of "
             f"{self.steps} steps after two."
@@ -77,18 +76,6 @@ class Sizes:
         found = in_turns(contenders, rounds)
         return {int(count): [(s, _UNKNOWN) for s in values] for count, values in found.items()}
 
-    def _built(self, sets: list[Path], out: Path, count: int) -> float:
-        """Seconds for 1,000 images more."""
-        seconds = []
-        for raw in sets:
-            command = [sys.executable, "-m", "pipelines", "build", "--raw", str(raw)]
-            command += ["--out", str(out), "--splits", "train"]
-            command += ["--samples-per-shard", str(_PER_SHARD)]
-            done = processes.run(command, on=processes.cpus(count))
-            shutil.rmtree(out)
-            seconds.append(done.wall_seconds)
-        return (seconds[1] - seconds[0]) / (self.build[1] - self.build[0]) * 1000
-
     def _training(self, folder: Path, raw: Raw) -> dict[str, Any]:
         uri = write_shards(
             folder,
@@ -99,6 +86,16 @@ class Sizes:
             per_shard=500,
         )
         return asdict(self) | {"shards": uri}
+
+
+def _built(raw: Path, out: Path, count: int) -> float:
+    """Seconds for 1,000 images more."""
+    command = [sys.executable, "-m", "pipelines", "build", "--raw", str(raw), "--out", str(out)]
+    command += ["--splits", "train", "--samples-per-shard", str(_PER_SHARD)]
+    processes.run(command, on=processes.cpus(count))
+    rate = steady(out, count)
+    shutil.rmtree(out)
+    return 1000 / rate
 
 
 def stepped(request: dict[str, Any], count: int) -> float:
