@@ -98,7 +98,9 @@ def contenders() -> tuple[dict[str, Command], dict[str, str]]:
     except environments.Absent as reason:
         return found, {"img2dataset": str(reason)}
     peer = environments.version("img2dataset")
-    return found | {peer: functools.partial(_img2dataset, python)}, {}
+    plain = functools.partial(_img2dataset, python, False)
+    hashed = functools.partial(_img2dataset, python, True)
+    return found | {peer: plain, f"{peer}, with a SHA-256 of each source": hashed}, {}
 
 
 def examined(raw: Path, out: Path) -> Quality:
@@ -222,8 +224,9 @@ def _ray_data(raw: Path, out: Path) -> processes.Finished:
     return processes.ask(sys.executable, "build_ray_data.py", request, on=processes.cpus())
 
 
-def _img2dataset(python: Path, raw: Path, out: Path) -> processes.Finished:
-    return processes.ask(python, "build_img2dataset.py", _request(raw, out), on=processes.cpus())
+def _img2dataset(python: Path, sums: bool, raw: Path, out: Path) -> processes.Finished:
+    request = _request(raw, out) | {"sums": sums}
+    return processes.ask(python, "build_img2dataset.py", request, on=processes.cpus())
 
 
 def _ray_alone(folder: Path, _: int) -> Built:
@@ -263,8 +266,8 @@ def _setting(raw: Raw, rounds: int, count: int, absent: dict[str, str]) -> str:
         "tars, from the one with which each CPU has made one to the last; start-up: what the job "
         "takes beyond that rate, its end and Ray's start included. PSNR: of the stored JPEGs "
         "against a resize in double precision. Ray's workers have its own niceness, 15. The tars "
-        "of the parts and of img2dataset hold no labels; img2dataset hashes nothing, and "
-        f"resizes by another filter (area).{missing}"
+        "of the parts and of img2dataset hold no labels; img2dataset resizes by another filter "
+        f"(area).{missing}"
     )
 
 

@@ -36,6 +36,7 @@ FASTER = "webdataset, decoder: simplejpeg"
 _AS_THEY_ARE = (LIMIT, COPY, OURS, DECODED, PLAIN, FASTER)  # need no files of their own
 # Epochs in one process: of copying, the timed part would be over in a second.
 _EPOCHS, _COPIED_EPOCHS = 4, 8
+_COPYING = (COPY, DECODED, f"{environments.version('ffcv')}, decoder: none")  # nothing is decoded
 _EQUAL = 0.01  # share by which decoders, and FFCV encoding once more, may move mean pixels
 
 Answer = dict[str, Any]
@@ -43,7 +44,7 @@ Ask = Callable[[dict[str, Any]], Answer]
 _PEERS = {  # environment → what decodes, each a row
     "streaming": ("Pillow", "simplejpeg"),
     "litdata": ("Pillow", "simplejpeg"),
-    "ffcv": ("its own",),
+    "ffcv": ("its own", "none"),
     "dali": ("its own, for CPUs",),
 }
 
@@ -55,7 +56,7 @@ def run(
     threads = threads or len(processes.cpus())
     jpegs = stored(raw, CROP)
     asked, absent = contenders()
-    epochs = {name: _COPIED_EPOCHS if name in (COPY, DECODED) else _EPOCHS for name in asked}
+    epochs = {name: _COPIED_EPOCHS if name in _COPYING else _EPOCHS for name in asked}
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
         uri = write_shards(
             Path(folder) / "shards", jpegs, crop=CROP, train=samples, classes=1000, per_shard=400
@@ -80,12 +81,12 @@ def run(
         f"{raw.origin}), page cache warm; uint8 batches of {batch}, mirrored at random; {threads} "
         f"decoding threads or worker processes on {threads} CPUs; {_EPOCHS} epochs in a fresh "
         f"process, {_COPIED_EPOCHS} where images are only copied, timed "
-        "after the first batch; limit: of copying for the decoded file, of decoding for the "
-        "others; first batch: since the start of the process; "
+        "after the first batch; limit: of copying for the decoded file and FFCV's of raw "
+        "pixels, of decoding for the others; first batch: since the start of the process; "
         f"{rounds} rounds in alternating order, median [lowest..highest], ratios within a round. "
-        f"FFCV's file holds the images encoded once more.{missing}"
+        f"FFCV's file of JPEGs holds the images encoded once more.{missing}"
     )
-    drawn = {name: rates[name] for name in asked if name not in (COPY, DECODED)}  # far beyond
+    drawn = {name: rates[name] for name in asked if name not in _COPYING}  # far beyond
     return Table(COLUMNS, rows, setting, Bars("stored JPEGs to uint8 batches, img/s", drawn))
 
 
@@ -162,7 +163,7 @@ def _row(name: str, answers: list[Answer], rates: dict[str, list[float]]) -> tup
     return (
         f"**`{name}`**" if name == OURS else name,
         spread(rates[name]),
-        spread(ratios(rates[name], rates[COPY if name in (COPY, DECODED) else LIMIT]), 2),
+        spread(ratios(rates[name], rates[COPY if name in _COPYING else LIMIT]), 2),
         spread(ratios(rates[name], rates[PLAIN]), 2),
         spread(per_core),
         first,

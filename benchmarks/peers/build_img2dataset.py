@@ -25,7 +25,7 @@ def main():
         processes_count=request["processes"],
         thread_count=8,
         number_sample_per_shard=request["per_shard"],
-        compute_hash=None,
+        compute_hash="sha256" if request["sums"] else None,
         enable_wandb=False,
     )
     print(json.dumps({"images": len(files)}))

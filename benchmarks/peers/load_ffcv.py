@@ -1,5 +1,5 @@
-"""FFCV: its own file with JPEGs, its compiled pipeline, uint8 batches. It encodes each image once
-more when it writes the file, at the quality of the shards."""
+"""FFCV: its own file with JPEGs or raw pixels, its compiled pipeline, uint8 batches. It encodes each
+JPEG once more when it writes the file, at the quality of the shards."""
 
 import itertools
 
@@ -12,7 +12,10 @@ def prepare(request):
     from ffcv.writer import DatasetWriter
 
     fields = {
-        "image": RGBImageField(write_mode="jpg", jpeg_quality=request["quality"]),
+        "image": RGBImageField(
+            write_mode="raw" if request["decoder"] == "none" else "jpg",
+            jpeg_quality=request["quality"],
+        ),
         "label": IntField(),
     }
     writer = DatasetWriter(f"{request['work']}/images.beton", fields, num_workers=1)
