@@ -1,5 +1,5 @@
-"""FFCV: its own file with JPEGs or raw pixels, its compiled pipeline, uint8 batches. It encodes each
-JPEG once more when it writes the file, at the quality of the shards."""
+"""FFCV: its own file with JPEGs or raw pixels, its compiled pipeline, uint8 batches. It encodes
+each JPEG once more when it writes the file, at the quality of the shards."""
 
 import itertools
 
