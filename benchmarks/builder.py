@@ -42,8 +42,7 @@ LIMIT = "the parts alone: the same codecs, nothing else"
 SUMS = "the parts with the hashes and sums that a set has"
 RAY = "Ray alone: start, one empty map, end"
 RAY_DATA = "Ray Data, a block for each tar"
-# Between two shards a CPU waits 0.16 s for Ray Data, which looks every 0.1 s whether a task has
-# ended: 1 % of a shard of the default length, which would take jobs of minutes here.
+# Several for each CPU; shards of the default length would take jobs of minutes here.
 PER_SHARD = 750
 _EXAMINED = 16  # images of each contender, for their PSNR
 _LEAST_PSNR = 30.0  # dB, on average: another image, or a much worse quality
