@@ -27,7 +27,7 @@ from pipelines.sources.table import PARQUET, image_names
 
 _MAX_GAP = 16 << 10  # bytes between two images that are cheaper to read than to skip
 _MAX_READ = 8 << 20  # bytes per request, unless one image is larger
-_TOGETHER = 1 << 20  # bytes of small files that one thread reads before anybody is woken
+_TOGETHER = 1 << 20  # bytes of small local files that one thread reads before anybody is woken
 _MAX_AHEAD = 64 << 20  # bytes that are being read or wait to be taken, unless one read is larger
 _THREADS_S3, _THREADS_LOCAL = 16, 4
 _PLACE_BITS = 42  # enough for a container of 4 TiB, and for two million containers
@@ -59,6 +59,7 @@ class Reader:
         self._raw = raw
         self._rows = rows
         threads = _THREADS_S3 if storage.is_s3(raw) else _THREADS_LOCAL
+        self._together = 0 if storage.is_s3(raw) else _TOGETHER
         self._pool = ThreadPoolExecutor(threads, "ahead")
         self._counting = threading.Lock()
 
@@ -116,7 +117,7 @@ class Reader:
             for positions in of_source:
                 rows = [self._rows[position] for position in positions]
                 length = max(row["offset"] + row["size"] for row in rows) - rows[0]["offset"]
-                if ranges and num_bytes + length > _TOGETHER:
+                if ranges and num_bytes + length > self._together:
                     yield _Fetch(num_bytes, self._ranges(ranges), one=True)
                     ranges, num_bytes = [], 0
                 ranges.append((storage.join(self._raw, source), positions, length))

@@ -128,10 +128,8 @@ def test_a_image_that_a_parquet_file_does_not_hold_is_empty(tmp_path):
 def test_short_and_vanished_files_are_told_with_their_bytes(tmp_path, container):
     rows = [row("c.tar", 0, 10), row("c.tar", 19 * MIB, 10)]
     (tmp_path / "c.tar").write_bytes(container[: 19 * MIB + 4])
-    reader = iter(reads.Reader(str(tmp_path), rows))
-    assert next(reader) == (0, container[:10])
     with pytest.raises(UserError, match=r"c\.tar has changed: .* 19,922,954 only 4 are there"):
-        next(reader)
+        list(reads.Reader(str(tmp_path), rows))
     (tmp_path / "c.tar").unlink()
     with pytest.raises(UserError, match=r"c\.tar has changed: it is gone"):
         list(reads.Reader(str(tmp_path), rows))
