@@ -191,12 +191,11 @@ def connected(
 
 def each(
     rows: list[dict[str, Any]],
-    task: Callable[[dict[str, Any], threading.Lock], dict[str, Any]],
+    task: Callable[[dict[str, Any]], dict[str, Any]],
     workers: int | None,
 ) -> Generator[dict[str, Any]]:
-    """What `task` makes of each row, in order of completion: Ray Data, by `workers` actors of one
-    CPU, by default as many as the cluster has CPUs. Each actor has two rows at a time and one lock,
-    which a task holds while it computes: so one reads or writes while the other computes."""
+    """What `task` makes of each row, in order of completion: Ray Data, one task of one CPU a row,
+    at most `workers` at once, by default as many as the cluster has CPUs."""
     import ray.data  # which takes a second, and trainings need none
 
     context = ray.data.DataContext.get_current()
@@ -206,28 +205,11 @@ def each(
     context.target_max_block_size = 1 << 20
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # "bars disabled"
-    actors = workers or int(ray.cluster_resources().get("CPU", 1))
     dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
-        _Actor,
-        fn_constructor_args=(task,),
-        num_cpus=1,
-        compute=ray.data.ActorPoolStrategy(
-            size=min(actors, len(rows)),
-            max_tasks_in_flight_per_actor=3,  # the next has arrived before one ends
-            max_concurrent_calls_per_actor=2,
-            enable_true_multi_threading=True,
-        ),
+        task, num_cpus=1, compute=ray.data.TaskPoolStrategy(size=workers)
     )
     with closing(iter(dataset.iter_rows())) as answers:
         yield from answers
-
-
-class _Actor:
-    def __init__(self, task: Callable[[dict[str, Any], threading.Lock], dict[str, Any]]) -> None:
-        self._task, self._computing = task, threading.Lock()
-
-    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        return self._task(row, self._computing)
 
 
 def refuse_local_paths(paths: list[str], *, shared_fs: bool) -> None:
