@@ -72,7 +72,17 @@ AIMS = (
         reason="the same, and 7.9 s more of start-up: below about 21,000 images img2dataset's "
         "whole job is the quicker one. It resizes by another filter (area) and keeps no account",
     ),
-    Aim("building beside Ray Data", "builder", _BUILDER, _RATE, "≥", 2, "Ray Data"),
+    Aim(
+        "building beside Ray Data",
+        "builder",
+        _BUILDER,
+        _RATE,
+        "≥",
+        4,
+        "Ray Data",
+        reason="set when Ray Data wrote ten images a tar; with a block for each tar it is twice as "
+        "fast. Its own CPU time bounds what is left to gain",
+    ),
     Aim(
         "start-up of a build beyond Ray's own, s",
         "builder",

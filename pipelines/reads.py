@@ -1,7 +1,8 @@
 """Raw images of one shard, fetched by threads ahead of whoever decodes them.
 
-Images that are neighbours in a container come with one range read. Images in a parquet file come
-row group by row group, each streamed page by page up to its last wanted row.
+Images that are neighbours in a container come with one range read, small files of a disk several at
+a time. Images in a parquet file come row group by row group, each streamed page by page up to its
+last wanted row.
 """
 
 from __future__ import annotations
