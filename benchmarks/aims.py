@@ -123,7 +123,7 @@ AIMS = (
         "≥",
         3,
         "webdataset",
-        reason="set when webdataset mirrored by a slow way in the benchmark, which was ours to mend",
+        reason="set when webdataset mirrored in a slow way here, which was ours to mend",
     ),
     Aim(
         "epochs from the decoded file beside decoding",
