@@ -36,16 +36,6 @@ COMPARED = (
     ),
     ("resize", "one image's way, img/s per core", "pipelines.transform", "img/s per core"),
 )
-# Contenders that were not measured fairly in results of days without a time, by the beginnings of
-# their names. Their rows stay, with what was unfair, until they are measured again.
-UNFAIR = {
-    "Ray Data": "ten images a tar, where ours has 750",
-    "img2dataset": "no round before the timed ones",
-    "webdataset": "it mirrors by the slow way that ours no longer has",
-    "mosaicml-streaming": "it mirrors by the slow way, and decodes with Pillow alone",
-    "litdata": "it mirrors by the slow way, and decodes with Pillow alone",
-    "bare PyTorch": "without the memory settings of ours; the next row has them",
-}
 
 
 def document(folder: Path = results.FOLDER) -> str:
@@ -88,7 +78,7 @@ def _beside(result: Result, what: str, ours: str, column: str) -> Iterator[tuple
             result.cell(name, column),
             result.cell(mine, column),
             _both_ratios(result, mine, name, column),
-            _verdict_beside(name, aim, result),
+            "" if aim is None else _cell(aim, aims.judge(aim, result)),
             _link(result),
         )
 
@@ -101,13 +91,6 @@ def _both_ratios(result: Result, ours: str, other: str, column: str) -> str:
     if column == "whole job, s" or len(rounds) == 1:
         return medians
     return f"{aims.shown_ratio(rounds)}; {medians}"
-
-
-def _verdict_beside(name: str, aim: Aim | None, result: Result) -> str:
-    unfair = [reason for start, reason in UNFAIR.items() if name.startswith(start)]
-    if unfair and result.date.count("-") == 2:
-        return f"to be measured again: {unfair[0]}"
-    return "" if aim is None else _cell(aim, aims.judge(aim, result))
 
 
 def _alone(aim: Aim, found: Sequence[Result]) -> Iterator[tuple[str, ...]]:
