@@ -24,8 +24,8 @@ test-fuzz: setup  ## garbage for every parser, 4,000 inputs each; INPUTS=N for o
 	$(BIN)/python -m pytest tests/fuzz --fuzz-inputs $(or $(INPUTS),4000)
 check: setup
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/python -m pytest tests/unit/test_layout.py
-bench: setup  ## every measurement, to benchmarks/results; 46 minutes on a quiet machine when last timed as a whole
-	$(BIN)/python -m benchmarks
+bench: setup  ## two rounds of every measurement: what moved; 35 minutes of a quiet machine, by its parts
+	$(BIN)/python -m benchmarks --rounds 2
 bench-peers: setup  ## what the benchmarks compare with, each in an environment of its own: 5 GB
 	$(BIN)/python -m benchmarks.environments
 clean:

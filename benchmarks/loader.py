@@ -36,7 +36,7 @@ FASTER = "webdataset, decoder: simplejpeg"
 _AS_THEY_ARE = (LIMIT, COPY, OURS, DECODED, PLAIN, FASTER)  # need no files of their own
 # Epochs in one process: of copying, the timed part would be over in a second.
 _EPOCHS, _COPIED_EPOCHS = 4, 8
-_COPYING = (COPY, DECODED, f"{environments.version('ffcv')}, decoder: none")  # nothing is decoded
+_COPYING = (COPY, DECODED, f"{environments.version('ffcv')}, decoder: none, not mirrored")
 _EQUAL = 0.01  # share by which decoders, and FFCV encoding once more, may move mean pixels
 
 Answer = dict[str, Any]
@@ -44,7 +44,7 @@ Ask = Callable[[dict[str, Any]], Answer]
 _PEERS = {  # environment → what decodes, each a row
     "streaming": ("Pillow", "simplejpeg"),
     "litdata": ("Pillow", "simplejpeg"),
-    "ffcv": ("its own", "none"),
+    "ffcv": ("its own", "none, not mirrored"),
     "dali": ("its own, for CPUs",),
 }
 

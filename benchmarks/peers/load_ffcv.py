@@ -1,5 +1,5 @@
-"""FFCV: its own file with JPEGs or raw pixels, its compiled pipeline, uint8 batches. It encodes
-each JPEG once more when it writes the file, at the quality of the shards."""
+"""FFCV: its own file with JPEGs, mirrored at random, or raw pixels, as they are; its compiled
+pipeline, uint8 batches. For that file each JPEG is encoded once more, at the shards' quality."""
 
 import itertools
 
@@ -13,7 +13,7 @@ def prepare(request):
 
     fields = {
         "image": RGBImageField(
-            write_mode="raw" if request["decoder"] == "none" else "jpg",
+            write_mode="raw" if request["decoder"].startswith("none") else "jpg",
             jpeg_quality=request["quality"],
         ),
         "label": IntField(),
@@ -43,9 +43,10 @@ def batches(request):
     from ffcv.loader import Loader, OrderOption
     from ffcv.transforms import RandomHorizontalFlip, ToTensor, ToTorchImage
 
+    mirrored = [] if request["decoder"].startswith("none") else [RandomHorizontalFlip()]
     image = [
         SimpleRGBImageDecoder(),
-        RandomHorizontalFlip(),
+        *mirrored,
         ToTensor(),
         ToTorchImage(convert_back_int16=False),
     ]
