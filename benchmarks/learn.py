@@ -73,7 +73,7 @@ CASES: dict[str, Callable[[], TrainConfig]] = {
     },
     "fast": partial(_fast, epochs=20),
     "fast, half the width": partial(_fast, 0.5, epochs=24),
-    "fast, half the width, twice the epochs": partial(_fast, 0.5, epochs=48),
+    "fast, half the width, 48 epochs": partial(_fast, 0.5, epochs=48),
     **{
         f"fast, a quarter of the width, seed {seed}": partial(_fast, 0.25, seed, epochs=16)
         for seed in range(3)
