@@ -32,7 +32,7 @@ COMPARED = (
         "shards to uint8 batches, img/s",
         "training.loader",
         "img/s",
-        "(?!training|limit: copying|.*not mirrored)",
+        "(?!training|limit: copying|.*decoder: none)",
     ),
     (
         "loader",

@@ -94,9 +94,8 @@ def _without_lines_of_cpp() -> Iterator[None]:
     """Ray's C++ in this process writes its errors to stderr: one a second while a cluster refuses
     us, one for each pool of actors. A Ray that starts meanwhile takes the same level for its logs.
     Ray's first line says that level; what else was written meanwhile is shown at the end."""
-    before = os.environ.get("RAY_BACKEND_LOG_LEVEL")
+    kept, before = os.dup(2), os.environ.get("RAY_BACKEND_LOG_LEVEL")
     os.environ["RAY_BACKEND_LOG_LEVEL"] = before or "fatal"
-    kept = os.dup(2)
     try:
         with tempfile.TemporaryFile() as aside:
             os.dup2(aside.fileno(), 2)
@@ -153,7 +152,8 @@ def _own(dashboard: bool, quiet: AbstractContextManager[None]) -> Path | None:
     except Exception as error:  # Ray's own is a bare one
         raise UserError(
             f"Ray cannot be started on this machine ({reason(error)}); its logs are under "
-            f"{folder or _rays_folder()}: look there for what it lacks, such as memory, "
+            f"{folder or _rays_folder()}, whole ones with Ray's logs shown (see --ray-logs): look "
+            "there for what it lacks, such as memory, "
             "processes (`ulimit -u`) or open files (`ulimit -n`)"
         ) from error
     finally:
