@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import sys
-import threading
 import traceback
 from collections.abc import Collection, Generator, Iterator
 from contextlib import closing, contextmanager
@@ -263,13 +262,13 @@ def _statuses(
             yield status
 
 
-def _task(job: Job, row: dict[str, Any], computing: threading.Lock) -> dict[str, Any]:
+def _task(job: Job, row: dict[str, Any]) -> dict[str, Any]:
     """Few numbers go back; the rest is in the sidecar. A failure goes back as a row as well:
     raised here, it would reach the user as a page of Ray's own traceback."""
 
     made, error, trace = Made(0, [], 0, 0, 0.0, 0.0), "", ""
     try:
-        made = write_shard(job, row["number"], row["name"], row["shard_id"], computing)
+        made = write_shard(job, row["number"], row["name"], row["shard_id"])
     except UserError as refused:
         error = str(refused)
     except MemoryError as full:

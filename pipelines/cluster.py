@@ -15,7 +15,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Generator, Iterator
-from contextlib import AbstractContextManager, closing, contextmanager, nullcontext, suppress
+from contextlib import closing, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -66,13 +66,12 @@ def connect(
         address = _started_here()  # of several on this host, Ray would take the newest
     elif address != "local":
         _check(address, given)
-    quiet = nullcontext() if ray_logs else _without_lines_of_cpp()
     if address in (None, "local"):
-        folder = _own(dashboard, quiet)
+        folder = _own(dashboard)
         _show(ray_logs)
         return folder
     try:
-        with quiet:
+        with nullcontext() if ray_logs else _without_lines_of_cpp():
             ray.init(address=address, runtime_env=_for_workers(), logging_level=logging.WARNING)
     except AuthenticationError as error:
         raise UserError(
@@ -91,11 +90,9 @@ def connect(
 
 @contextmanager
 def _without_lines_of_cpp() -> Iterator[None]:
-    """Ray's C++ in this process writes its errors to stderr: one a second while a cluster refuses
-    us, one for each pool of actors. A Ray that starts meanwhile takes the same level for its logs.
-    Ray's first line says that level; what else was written meanwhile is shown at the end."""
-    kept, before = os.dup(2), os.environ.get("RAY_BACKEND_LOG_LEVEL")
-    os.environ["RAY_BACKEND_LOG_LEVEL"] = before or "fatal"
+    """Until it has a log file, Ray's C++ in this process writes to stderr: a line a second while a
+    cluster refuses us. Whatever else was written there meanwhile is shown at the end."""
+    kept = os.dup(2)
     try:
         with tempfile.TemporaryFile() as aside:
             os.dup2(aside.fileno(), 2)
@@ -109,8 +106,6 @@ def _without_lines_of_cpp() -> Iterator[None]:
                         os.write(2, line)
     finally:
         os.close(kept)
-        if before is None:
-            del os.environ["RAY_BACKEND_LOG_LEVEL"]
 
 
 def _show(ray_logs: bool) -> None:
@@ -132,7 +127,7 @@ def _our_lines(batch: dict[str, Any]) -> None:
             print(said, file=sys.stderr, flush=True)
 
 
-def _own(dashboard: bool, quiet: AbstractContextManager[None]) -> Path | None:
+def _own(dashboard: bool) -> Path | None:
     _own_token()
     settings: Any = {"include_dashboard": dashboard, "logging_level": logging.WARNING}
     if folder := _own_folder():
@@ -147,13 +142,11 @@ def _own(dashboard: bool, quiet: AbstractContextManager[None]) -> Path | None:
     before = {name: os.environ[name] for name in ours if name in os.environ}
     os.environ.update(ours)
     try:
-        with quiet:
-            ray.init(address="local", **settings)
+        ray.init(address="local", **settings)
     except Exception as error:  # Ray's own is a bare one
         raise UserError(
             f"Ray cannot be started on this machine ({reason(error)}); its logs are under "
-            f"{folder or _rays_folder()}, whole ones with Ray's logs shown (see --ray-logs): look "
-            "there for what it lacks, such as memory, "
+            f"{folder or _rays_folder()}: look there for what it lacks, such as memory, "
             "processes (`ulimit -u`) or open files (`ulimit -n`)"
         ) from error
     finally:
@@ -198,12 +191,11 @@ def connected(
 
 def each(
     rows: list[dict[str, Any]],
-    task: Callable[[dict[str, Any], threading.Lock], dict[str, Any]],
+    task: Callable[[dict[str, Any]], dict[str, Any]],
     workers: int | None,
 ) -> Generator[dict[str, Any]]:
-    """What `task` makes of each row, in order of completion: Ray Data, by `workers` actors of one
-    CPU, by default as many as the cluster has CPUs. Each actor has two rows at a time and one lock,
-    which a task holds while it computes: so one reads or writes while the other computes."""
+    """What `task` makes of each row, in order of completion: Ray Data, one task of one CPU a row,
+    at most `workers` at once, by default as many as the cluster has CPUs."""
     import ray.data  # which takes a second, and trainings need none
 
     context = ray.data.DataContext.get_current()
@@ -213,28 +205,11 @@ def each(
     context.target_max_block_size = 1 << 20
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # "bars disabled"
-    actors = workers or int(ray.cluster_resources().get("CPU", 1))
     dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
-        _Actor,
-        fn_constructor_args=(task,),
-        num_cpus=1,
-        compute=ray.data.ActorPoolStrategy(
-            size=min(actors, len(rows)),
-            max_tasks_in_flight_per_actor=3,  # the next has arrived before one ends
-            max_concurrent_calls_per_actor=2,
-            enable_true_multi_threading=True,
-        ),
+        task, num_cpus=1, compute=ray.data.TaskPoolStrategy(size=workers)
     )
     with closing(iter(dataset.iter_rows())) as answers:
         yield from answers
-
-
-class _Actor:
-    def __init__(self, task: Callable[[dict[str, Any], threading.Lock], dict[str, Any]]) -> None:
-        self._task, self._computing = task, threading.Lock()
-
-    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        return self._task(row, self._computing)
 
 
 def refuse_local_paths(paths: list[str], *, shared_fs: bool) -> None:

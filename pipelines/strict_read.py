@@ -71,15 +71,14 @@ def on_ray(out: str, jobs: list[Job], crop: int, workers: int | None = None) -> 
             yield jobs[answer["number"]], list(answer["problems"])
 
 
-def _task(out: str, crop: int, row: dict[str, Any], computing: threading.Lock) -> dict[str, Any]:
+def _task(out: str, crop: int, row: dict[str, Any]) -> dict[str, Any]:
     rows, problems, error = None, list[str](), ""
     try:
         # One that is damaged or missing was said, when all sidecars were looked at.
         with suppress(ValueError):
             rows = _rows(out, row["shard"]) if row["shard"] else None
         job = Job(row["file"], row["size"], row["sha256"], rows)
-        with computing:
-            problems = _read(out, job, crop, threading.Event())
+        problems = _read(out, job, crop, threading.Event())
     except UserError as refused:  # raised by the driver: here it would be a page of Ray's
         error = str(refused)
     return {"number": row["number"], "problems": problems, "error": error}

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import time
 from collections import Counter
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
@@ -50,40 +49,20 @@ class Made:
     read_bytes: int
     stored_bytes: int
     wait_seconds: float  # for the raw images
-    work_seconds: float  # until it could be published, waiting included
+    work_seconds: float  # in all, waiting included
 
 
-def write_shard(
-    job: Job,
-    number: int,
-    name: str,
-    shard_id: str,
-    computing: AbstractContextManager[Any] | None = None,
-) -> Made:
-    """Publish shard `number`, its index for DALI and its sidecar. computing: held while this needs
-    a CPU, and not while it fetches its rows or publishes. Raises UserError when RAW or OUT cannot
-    be used, or changed behind the plan's back."""
-    _refuse_other_versions(job)
-    rows = plan_files.read_rows(job.out, job.plan_id, number)
-    with computing or nullcontext():
-        packed, status, made = _made(job, rows, name, shard_id)
-    for suffix, data in ((".tar", packed.tar), (".idx", packed.dali_index)):
-        storage.write_new(storage.join(job.out, name + suffix), data, below=job.out)
-    sidecar = sidecars.pack(packed.index, status)  # last: where it is, the tar is whole
-    storage.write_new(sidecars.place(job.out, name), sidecar, below=job.out)
-    return made
-
-
-def _made(
-    job: Job, rows: list[dict[str, Any]], name: str, shard_id: str
-) -> tuple[shards.Packed, dict[str, Any], Made]:
-    """The shard with its sidecar's status. Images that are rejected go into OUT at once."""
+def write_shard(job: Job, number: int, name: str, shard_id: str) -> Made:
+    """Publish shard `number`, its index for DALI and its sidecar. Raises UserError when RAW or OUT
+    cannot be used, or changed behind the plan's back."""
     import torch
 
     from pipelines.transform import Rejected, keep_stored, to_stored
 
     started = time.perf_counter()
     torch.set_num_threads(1)  # parallelism is by tasks; more threads would only fight
+    _refuse_other_versions(job)
+    rows = plan_files.read_rows(job.out, job.plan_id, number)
     samples: list[shards.Sample | None] = [None] * len(rows)
     rejected: list[dict[str, Any]] = []
     pixels = PixelSums()
@@ -121,7 +100,11 @@ def _made(
         "rejected": rejected,
         "versions": job.versions,
     }
-    how = Made(
+    for suffix, data in ((".tar", packed.tar), (".idx", packed.dali_index)):
+        storage.write_new(storage.join(job.out, name + suffix), data, below=job.out)
+    sidecar = sidecars.pack(packed.index, status)  # last: where it is, the tar is whole
+    storage.write_new(sidecars.place(job.out, name), sidecar, below=job.out)
+    return Made(
         samples=len(good),
         rejected=rejected,
         read_bytes=reader.read_bytes,
@@ -129,7 +112,6 @@ def _made(
         wait_seconds=reader.wait_seconds,
         work_seconds=time.perf_counter() - started,
     )
-    return packed, status, how
 
 
 def codec_versions() -> dict[str, str]:

@@ -5,7 +5,6 @@ import os
 import secrets
 import shutil
 import subprocess
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -256,7 +255,7 @@ def without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
         for number in numbers:
             shard = plan.shards[number]
             row = {"number": number, "name": shard.name, "shard_id": shard.id}
-            status = build._task(job, row, threading.Lock())
+            status = build._task(job, row)
             if status["error"]:
                 raise build.BuildFailed(f"shard {shard.name}: {status['error']}")
             yield status

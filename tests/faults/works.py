@@ -8,13 +8,14 @@ import json
 import os
 import runpy
 import sys
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import boto3
 import mlflow.pyfunc
+import ray.data
 import torch
 import torch._dynamo  # the first step of an optimizer would import it, in every life
 import webdataset
@@ -40,10 +41,13 @@ def pipelines(argv: list[str]) -> None:
     """With one change: where a build gives its tasks to Ray, it does them itself, one after the
     other."""
 
-    def each(rows: list[Any], task: Callable[..., Any], _: int | None) -> Iterator[Any]:
-        return (task(row, threading.Lock()) for row in rows)
+    def from_items(rows: list[Any], **_: Any) -> Any:
+        def map(work: Callable[[Any], Any], **_: Any) -> Any:
+            return SimpleNamespace(iter_rows=lambda: (work(row) for row in rows))
 
-    cluster.each = each
+        return SimpleNamespace(map=map)
+
+    ray.data.from_items = from_items
     cluster.connected = lambda *_, **__: contextlib.nullcontext()
     cluster.refuse_local_paths = lambda *_, **__: None
     build.export = lambda *_: None

@@ -118,7 +118,7 @@ def test_counters_of_a_build_are_the_totals_of_its_manifest(drawn_raw, tmp_path,
 
 def test_a_shard_whose_task_was_killed_and_run_again_counts_once(drawn_raw, tmp_path):
     out = str(tmp_path / "out")
-    with one_killed(b"Map("):
+    with one_killed(b"_task"):
         build(drawn_raw, out)
     expected = len(shards.load_manifest(out).shards)
     enough = ("build_shards_total", ())

@@ -2,13 +2,9 @@
 
 import os
 import tarfile
-import threading
-import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -54,34 +50,6 @@ def test_worker_with_other_codecs_than_the_driver_makes_no_shard(tmp_path):
         with pytest.raises(UserError, match=rf"this worker has .*'{name}': '0\.1'.* install the s"):
             write_each(made, other)
     assert not published(tmp_path / "out")
-
-
-def test_one_shard_is_made_at_a_time_beside_others_that_are_published(tmp_path, monkeypatch):
-    made, job = begun(drawn(tmp_path), tmp_path / "out")
-    two, computing, writing = made.shards[:2], threading.Lock(), threading.Barrier(2, timeout=60)
-    write, alone = storage.write_new, threading.Lock()
-
-    def written(uri: str, *args: Any, **keywords: Any) -> None:
-        if uri.endswith(".tar"):
-            writing.wait()  # until the other shard, too, is whole
-        write(uri, *args, **keywords)
-
-    def stored(*args: Any) -> Any:
-        assert alone.acquire(blocking=False), "two shards are made at a time"
-        try:
-            time.sleep(0.05)  # so that the other would be seen
-            return to_stored(*args)
-        finally:
-            alone.release()
-
-    monkeypatch.setattr(storage, "write_new", written)
-    monkeypatch.setattr(transform, "to_stored", stored)
-    with ThreadPoolExecutor(2) as pool:
-        futures = [
-            pool.submit(write_shard, job, number, shard.name, shard.id, computing)
-            for number, shard in enumerate(two)
-        ]
-    assert all(future.result().samples for future in futures)
 
 
 def exchanged(archive: Path) -> bytes:
