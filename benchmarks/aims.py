@@ -56,9 +56,8 @@ AIMS = (
         "≥",
         0.75,
         "the parts alone",
-        reason="the result is of shards made by actors, which were taken back: without them the "
-        "rate is about 0.92 of that (LOG.md); with hashes and sums the codecs reach 0.87; the rest "
-        "is checks of headers, reading ahead, fsync, and Ray's processes, 5 % of two CPUs (LOG.md)",
+        reason="with hashes and sums the codecs reach 0.87; the rest is checks of headers, reading "
+        "ahead, fsync, and Ray's processes, 5 % of two CPUs (LOG.md)",
     ),
     Aim(
         "building beside img2dataset",
@@ -68,7 +67,7 @@ AIMS = (
         "≥",
         1.5,
         "img2dataset",
-        reason="the same, and 7.9 s more of start-up: below about 21,000 images img2dataset's "
+        reason="the same, and 6.7 s more of start-up: below about 32,000 images img2dataset's "
         "whole job is the quicker one. It resizes by another filter (area) and keeps no account",
     ),
     Aim(
@@ -91,8 +90,6 @@ AIMS = (
         3,
         "Ray alone",
         less=True,
-        reason="each worker imports torch, two seconds on these CPUs, and the driver scans and "
-        "plans; a job of 12 images takes 1.5 s more than Ray alone (LOG.md)",
     ),
     Aim(
         "loading beside the limit",
